@@ -1,0 +1,37 @@
+# Each target does all its own set-up, in .venv.
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALLED := .venv/.installed
+
+.PHONY: help demo test check format clean
+
+help:
+	@echo "make demo    the NTK of a small CNN by every route: agreement, times, a picture"
+	@echo "make test    format, lint and type checks, then the tests"
+	@echo "make check   format, lint and type checks alone"
+	@echo "make format  format the code"
+	@echo "make clean   remove .venv and what the tools left"
+
+$(INSTALLED): setup.cfg pyproject.toml
+	$(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --upgrade pip
+	$(BIN)/python -m pip install --quiet --editable ".[test,lint]"
+	touch $@
+
+demo: $(INSTALLED)
+	$(BIN)/python -m ggn_ntk
+
+test: check
+	$(BIN)/python -m pytest
+
+check: $(INSTALLED)
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: $(INSTALLED)
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+clean:
+	rm -rf .venv build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,0 +1,17 @@
+"""Empirical neural tangent kernels of PyTorch models, from the Gram matrix of the generalized Gauss-Newton."""
+
+from ggn_ntk import reference
+from ggn_ntk.checks import NTKMismatchError, UnsupportedModelError
+from ggn_ntk.ntk import empirical_ntk
+from ggn_ntk.vivit import AccumulateGramHook, empirical_ntk_vivit
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "AccumulateGramHook",
+    "NTKMismatchError",
+    "UnsupportedModelError",
+    "empirical_ntk",
+    "empirical_ntk_vivit",
+    "reference",
+]

@@ -1,0 +1,414 @@
+"""Every problem of a model, found before work starts and reported at once."""
+
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Size, Tensor, nn
+from torch.nn import Module
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
+from torch.nn.modules.dropout import _DropoutNd
+from torch.nn.modules.loss import _Loss
+from torch.nn.parameter import UninitializedParameter
+from vivit.extensions.secondorder.vivit import ViViTGGNExact
+
+from ggn_ntk.request import Request
+
+#: Largest relative Frobenius error of a kernel against the oracle, by dtype.
+TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}
+
+OTHER_METHOD = "Use another method ('auto' finds one)"
+
+#: The same for probes on a few samples, where rounding does not average out.
+PROBE_TOLERANCES = {dtype: 10 * tolerance for dtype, tolerance in TOLERANCES.items()}
+
+
+class Problem(NamedTuple):
+    """Something that keeps a kernel from being computed.
+
+    Attributes:
+        where: Dotted name of the module or parameter; empty for the model itself.
+        what: What is wrong with it.
+        remedy: What to do about it.
+    """
+
+    where: str
+    what: str
+    remedy: str
+
+    def __str__(self) -> str:
+        """Format as one line of an error message.
+
+        Returns:
+            The line.
+        """
+        return f"{self.where or 'the model'}: {self.what}. {self.remedy}."
+
+
+class UnsupportedModelError(ValueError):
+    """A kernel cannot be computed for a model; the message lists every problem and its remedy.
+
+    Attributes:
+        problems: The problems found.
+    """
+
+    def __init__(self, problems: Iterable[Problem], route: str = "empirical NTK") -> None:
+        """Format the problems.
+
+        Args:
+            problems: What was found.
+            route: What cannot be computed.
+        """
+        self.problems = list(problems)
+        super().__init__(f"No {route} of this model:\n" + "\n".join(f"  - {p}" for p in self.problems))
+
+
+class NTKMismatchError(RuntimeError):
+    """A kernel differs from the oracle's by more than rounding."""
+
+
+def relative_error(actual: Tensor, expected: Tensor) -> float:
+    """Measure the relative Frobenius error.
+
+    Args:
+        actual: A tensor.
+        expected: What it should be, of the same shape. It may have a wider dtype.
+
+    Returns:
+        ``|actual - expected| / |expected|`` in float64; zero where both are zero.
+    """
+    actual, expected = actual.double(), expected.double()
+    error, scale = torch.linalg.vector_norm(actual - expected), torch.linalg.vector_norm(expected)
+    return 0.0 if error == 0 else (error / scale).item()
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    """Tell whether an error says that memory ran out, on any device.
+
+    Args:
+        error: The error.
+
+    Returns:
+        Whether it does.
+    """
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
+
+
+def check_model(request: Request, *, vivit: bool = False) -> Size:
+    """Raise unless the model has an exact empirical NTK. Call it inside ``isolated(request.model)``.
+
+    The configuration of all modules is read first; only if nothing is wrong there, a few samples are
+    sent through the model.
+
+    Args:
+        request: The request.
+        vivit: Whether the model must also suit the ViViT route.
+
+    Returns:
+        The shape ``[*out]`` of one sample's output.
+
+    Raises:
+        UnsupportedModelError: If there is any problem; it lists all of them.
+    """
+    problems = [p for name, m in request.model.named_modules() for p in find(MODULE_CHECKS, m, name)]
+    problems += _parameter_problems(request)
+    route = "empirical NTK"
+    if vivit:
+        route = "empirical NTK through ViViT"
+        problems += vivit_problems(request)
+    if problems:
+        raise UnsupportedModelError(problems, route)
+    out_shape, problems = _probe_forward(request)
+    if vivit and not problems and not out_shape:
+        remedy = "Drop the layer that removes the output axis, or use another method"
+        problems = [Problem("", "its output has no axis behind the samples, and MSELoss in BackPACK needs one", remedy)]
+    if problems:
+        raise UnsupportedModelError(problems, route)
+    return out_shape
+
+
+# ---------------------------------------------------------------- problems on every route
+
+
+class ModuleCheck(NamedTuple):
+    """Something to look for in a module's configuration.
+
+    Attributes:
+        applies: Tells whether a module, of any type, has the problem.
+        what: What is wrong, behind the name of the module's type.
+        remedy: What to do about it.
+    """
+
+    applies: Callable[[Any], bool]
+    what: str
+    remedy: str
+
+
+def find(checks: Iterable[ModuleCheck], module: Module, name: str) -> Iterator[Problem]:
+    """Look for problems in one module's configuration.
+
+    Args:
+        checks: What to look for.
+        module: The module.
+        name: Its dotted name.
+
+    Yields:
+        The problems.
+    """
+    for check in checks:
+        if check.applies(module):
+            yield Problem(name, f"{type(module).__name__} {check.what}", check.remedy)
+
+
+def _is_active_dropout(module: Any) -> bool:
+    """Tell whether a module drops activations at random.
+
+    Args:
+        module: Any module.
+
+    Returns:
+        Whether it is in train mode with a non-zero dropout probability.
+    """
+    if isinstance(module, _DropoutNd):
+        return module.training and module.p > 0
+    if isinstance(module, nn.RNNBase):
+        return module.training and module.dropout > 0 and module.num_layers > 1
+    return isinstance(module, nn.MultiheadAttention) and module.training and module.dropout > 0
+
+
+BATCH_STATISTICS = ModuleCheck(
+    lambda m: isinstance(m, _BatchNorm) and (m.training or m.running_mean is None),
+    "normalises by batch statistics, so samples influence one another",
+    "Call eval() on it, and give it running statistics (track_running_stats=True)",
+)
+
+MODULE_CHECKS = [
+    BATCH_STATISTICS,
+    ModuleCheck(
+        _is_active_dropout,
+        "drops activations at random",
+        "Call eval() on it, or set its probability to 0",
+    ),
+    ModuleCheck(
+        lambda m: isinstance(m, nn.RReLU) and m.training and m.lower != m.upper,
+        "draws its slopes at random",
+        "Call eval() on it",
+    ),
+    ModuleCheck(
+        lambda m: isinstance(m, nn.FractionalMaxPool2d | nn.FractionalMaxPool3d),
+        "draws its windows at random",
+        "Use another pooling layer",
+    ),
+    ModuleCheck(
+        lambda m: isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.max_norm is not None,
+        "rewrites its weight in the forward pass (max_norm)",
+        "Rescale the weight once and set max_norm to None",
+    ),
+    ModuleCheck(
+        lambda m: isinstance(m, nn.Embedding | nn.EmbeddingBag) and m.scale_grad_by_freq,
+        "scales gradients by the batch's token counts (scale_grad_by_freq), which couples samples",
+        "Set scale_grad_by_freq to False",
+    ),
+]
+
+
+def _parameter_problems(request: Request) -> Iterator[Problem]:
+    """Find problems of the model's parameters and buffers.
+
+    Args:
+        request: The request.
+
+    Yields:
+        The problems.
+    """
+    names: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for name, p in [*request.model.named_parameters(), *request.model.named_buffers()]:
+        if isinstance(p, UninitializedParameter | nn.UninitializedBuffer):
+            names["has no shape yet", "Run one forward pass first"].append(name)
+        elif p.is_meta:
+            names["holds no data (meta device)", "Load the weights first"].append(name)
+        elif p.is_inference():
+            names["was created in inference mode", "Create the model outside torch.inference_mode()"].append(name)
+        elif (p.is_floating_point() or p.is_complex()) and p.dtype not in TOLERANCES:
+            remedy = "Kernels are exact in float32 and float64 only: convert with model.float() or model.double()"
+            names[f"is {p.dtype}", remedy].append(name)
+    for (what, remedy), places in names.items():
+        others = f", as are {len(places) - 1} others" if len(places) > 1 else ""
+        yield Problem(places[0], what + others, remedy)
+    if not request.params:
+        yield Problem("", "it has no trainable parameter", "Call requires_grad_() on those the kernel should sum over")
+
+
+def _probe_forward(request: Request) -> tuple[Size, list[Problem]]:
+    """Send up to three samples through the model, together and one by one.
+
+    Args:
+        request: The request.
+
+    Returns:
+        The shape ``[*out]`` of one sample's output, and the problems found.
+    """
+    samples = request.x1[:2].stack(request.second[-1:])
+    random_state = _random_state(request.model)
+    together = request.evaluate(request.primals, samples)
+    if random_state != _random_state(request.model):
+        remedy = "Call eval(), or make its forward pass deterministic"
+        return Size(), [Problem("", "its forward pass draws random numbers", remedy)]
+    problem = _output_problem(together, len(samples))
+    if problem is not None:
+        return Size(), [problem]
+    for i in range(len(samples)):
+        alone = request.evaluate(request.primals, samples[i : i + 1])
+        problem = _row_problem(together[i : i + 1], alone)
+        if problem is not None:
+            return Size(), [problem]
+    return together.shape[1:], []
+
+
+def _random_state(model: Module) -> list[bytes]:
+    """Read the state of the random number generators a forward pass may draw from.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The states, for comparison.
+    """
+    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
+    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
+    return [state.numpy().tobytes() for state in states]
+
+
+def _output_problem(output: Any, n: int) -> Problem | None:
+    """Find what is wrong with the model's output.
+
+    Args:
+        output: What the model returned.
+        n: Number of samples it was given.
+
+    Returns:
+        The problem, or ``None``.
+    """
+    if not isinstance(output, Tensor):
+        remedy = "Wrap it in a module that returns one tensor [N, ...]"
+        return Problem("", f"it returns {type(output).__name__}, not a tensor", remedy)
+    if output.ndim == 0 or len(output) != n:
+        what = f"its output for {n} samples has shape {list(output.shape)}"
+        return Problem("", what, "Its leading axis must be the samples")
+    if output.dtype not in TOLERANCES:
+        return Problem("", f"its output is {output.dtype}", "Outputs must be float32 or float64")
+    return None
+
+
+def _row_problem(row: Tensor, alone: Tensor) -> Problem | None:
+    """Compare a sample's output in a batch with its output alone.
+
+    Args:
+        row: Its row of the batch's output, ``[1, *out]``.
+        alone: The output of the sample by itself.
+
+    Returns:
+        The problem, or ``None``.
+    """
+    if row.shape != alone.shape:
+        what = f"its output for one sample alone has shape {list(alone.shape)}, in a batch {list(row.shape)}"
+        return Problem("", what, "Keep the sample axis also for a single sample (say squeeze(-1), not squeeze())")
+    ignored = ~row.isfinite() & ((row == alone) | (row.isnan() & alone.isnan()))  # say, logits masked by -inf
+    error = relative_error(alone.masked_fill(ignored, 0), row.masked_fill(ignored, 0))
+    if not error <= PROBE_TOLERANCES[row.dtype]:
+        what = f"samples influence one another (one sample's output alone and in a batch differ by {error:.1e})"
+        return Problem("", what, "Remove what mixes the leading axis, e.g. use batch_first=True, or eval()")
+    return None
+
+
+# ---------------------------------------------------------------- problems on the ViViT route
+
+
+def vivit_problems(request: Request) -> list[Problem]:
+    """Find what the ViViT route cannot do, or would do wrong without a word.
+
+    Args:
+        request: The request.
+
+    Returns:
+        The problems.
+    """
+    model = eager(request.model)
+    problems = [] if len(request.x1.args) == 1 else [Problem("", "ViViT takes one input tensor", OTHER_METHOD)]
+    owners: dict[int, list[str]] = defaultdict(list)
+    for name, module in model.named_modules(remove_duplicate=False):
+        owners[id(module)].append(name)
+        problems += vivit_module_problems(module, name)
+        for p_name, p in module.named_parameters(recurse=False, remove_duplicate=False):
+            owners[id(p)].append(f"{name}.{p_name}".lstrip("."))
+    for first, *others in owners.values():
+        if others:
+            what = f"it is used {len(others) + 1} times (again as {', '.join(others)}), and ViViT drops the cross-terms"
+            problems.append(Problem(first, what, OTHER_METHOD))
+    return problems
+
+
+def eager(model: Module) -> Module:
+    """Unwrap a compiled model.
+
+    Args:
+        model: A model, possibly returned by ``torch.compile``.
+
+    Returns:
+        The model behind it.
+    """
+    return getattr(model, "_orig_mod", model)
+
+
+def vivit_module_problems(module: Module, name: str) -> Iterator[Problem]:
+    """Find what ViViT cannot do, or does wrong without a word, in one module.
+
+    Args:
+        module: The module.
+        name: Its dotted name.
+
+    Yields:
+        The problems.
+    """
+    kind = type(module).__name__
+    if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
+        known: list[str] = []
+    elif any(True for _ in module.children()):
+        what = f"{kind} may compute between its modules what BackPACK cannot see"
+        yield Problem(name, what, "Build the model from nn.Sequential alone, or use another method")
+        return
+    elif isinstance(module, _Loss) or type(module) not in _VIVIT_LAYERS:
+        yield Problem(name, f"ViViT has no extension for {kind}", OTHER_METHOD)
+        return
+    else:
+        known = _VIVIT_LAYERS[type(module)]
+    for p_name, _ in module.named_parameters(recurse=False):
+        if p_name not in known:
+            yield Problem(name, f"ViViT has no Gram matrix for its parameter {p_name!r}", OTHER_METHOD)
+    yield from find(VIVIT_CHECKS, module, name)
+
+
+_AVG_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+
+# Layer type -> the parameters ViViT has Gram matrices for, read from the extension itself.
+_VIVIT_LAYERS: dict[type[Module], list[str]] = {
+    layer: extension._ModuleExtension__params
+    for layer, extension in ViViTGGNExact()._BackpropExtension__module_extensions.items()
+}
+
+# What BackPACK ignores or refuses, found by comparing ViViT 1.0.0 on BackPACK 1.7.1 with torch.func.
+VIVIT_CHECKS = [
+    ModuleCheck(applies, f"has {option}, which BackPACK gets wrong or refuses", OTHER_METHOD)
+    for option, applies in {
+        "a padding_mode other than 'zeros'": lambda m: isinstance(m, _ConvNd) and m.padding_mode != "zeros",
+        "its padding given as a string": lambda m: isinstance(m, _ConvNd) and isinstance(m.padding, str),
+        "output_padding": lambda m: isinstance(m, _ConvTransposeNd) and any(m.output_padding),
+        "affine=False": lambda m: isinstance(m, _BatchNorm) and not m.affine,
+        "inplace=True": lambda m: getattr(m, "inplace", False),
+        "ceil_mode=True": lambda m: isinstance(m, _AVG_POOLS) and m.ceil_mode,
+        "count_include_pad=False": lambda m: isinstance(m, _AVG_POOLS) and not m.count_include_pad,
+        "divisor_override": lambda m: isinstance(m, _AVG_POOLS) and getattr(m, "divisor_override", None) is not None,
+    }.items()
+]

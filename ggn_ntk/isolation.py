@@ -1,0 +1,186 @@
+"""A call leaves the model and the process as it found them.
+
+Everything a kernel computation switches or stores is switched and stored inside :func:`isolated`,
+and set back when it exits, also when it raises.
+"""
+
+import copy
+import sys
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from backpack import disable
+from torch import Tensor
+from torch.nn import Module
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+_CONTAINERS = (dict, OrderedDict, list, set)
+
+
+@contextmanager
+def isolated(model: Module) -> Iterator[None]:
+    """Run kernel computations on ``model`` in a clean room, and leave no trace.
+
+    Inside, gradients are recorded whatever the caller's grad or inference mode, compiled models run
+    eagerly, autocast and TF32 are off, attention uses the backend that batched gradients support, and
+    the model's backward hooks are set aside (``torch.func`` fails on BackPACK's). On exit, all of it is
+    set back, and so is everything a forward pass may have changed on the model or drawn from the
+    random number generators.
+
+    Args:
+        model: The model that is evaluated inside.
+
+    Yields:
+        Nothing.
+    """
+    devices = {tensor.device for tensor in _tensors(model)}
+    with ExitStack() as stack:
+        stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        stack.enter_context(torch.random.fork_rng([d for d in devices if d.type == "cuda"]))
+        for device_type in {d.type for d in devices} - {"meta"}:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(full_precision())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(disable())
+        if "torch._dynamo" in sys.modules:  # importing it takes seconds, and without it nothing is compiled
+            stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_third_party_warnings_off())
+        stack.enter_context(_state_restored(model))
+        yield
+
+
+def _tensors(model: Module) -> Iterator[Tensor]:
+    """Iterate over the parameters and buffers of a model.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Each parameter, then each buffer.
+    """
+    yield from model.parameters()
+    yield from model.buffers()
+
+
+@contextmanager
+def _state_restored(model: Module) -> Iterator[None]:
+    """Set the model's backward hooks aside, and restore every attribute of its modules on exit.
+
+    Args:
+        model: The model to restore.
+
+    Yields:
+        Nothing.
+    """
+    modules = list(model.modules())
+    before = [(m, dict(vars(m)), _contents(m)) for m in modules]
+    for module in modules:
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+    try:
+        yield
+    finally:
+        for module, attributes, contents in before:
+            vars(module).clear()
+            vars(module).update(attributes)
+            for name, content in contents.items():
+                _refill(attributes[name], content)
+
+
+def _contents(module: Module) -> dict[str, Any]:
+    """Copy what a module's containers hold: parameters, buffers, hooks, a user's lists.
+
+    Args:
+        module: The module.
+
+    Returns:
+        Shallow copies of the module's attributes that are containers, by attribute name.
+    """
+    return {name: copy.copy(value) for name, value in vars(module).items() if type(value) in _CONTAINERS}
+
+
+def _refill(container: Any, content: Any) -> None:
+    """Give a container, in place, the content it had.
+
+    Args:
+        container: A dict, list or set.
+        content: A container of the same type.
+    """
+    container.clear()
+    if isinstance(container, list):
+        container.extend(content)
+    else:
+        container.update(content)
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Turn off TF32 and reduced-precision float32 products in matmuls, convolutions and RNNs.
+
+    ``set_float32_matmul_precision("medium")`` costs 2e-3 relative error even on some CPUs, and GPU
+    convolutions use TF32 by default.
+
+    Yields:
+        Nothing.
+    """
+    scope = _fp32_precision_ieee if hasattr(torch.backends, "fp32_precision") else _legacy_precision_highest
+    with scope():
+        yield
+
+
+@contextmanager
+def _fp32_precision_ieee() -> Iterator[None]:
+    """Full precision through the flags of torch 2.9 and later.
+
+    Yields:
+        Nothing.
+    """
+    backends: Any = torch.backends
+    switches: list[Any] = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    switches += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = "none"  # inherit from the backend, then the process...
+            if switch.fp32_precision != value:
+                switch.fp32_precision = value  # ...unless the value was the operation's own
+
+
+@contextmanager
+def _legacy_precision_highest() -> Iterator[None]:
+    """Full precision through the flags of torch before 2.9.
+
+    Yields:
+        Nothing.
+    """
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
+
+
+@contextmanager
+def _third_party_warnings_off() -> Iterator[None]:
+    """Silence the warnings that say nothing about the user's call, by their exact text.
+
+    Yields:
+        Nothing.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="`torch.jit.script` is deprecated")  # torch.func.jvp's first use
+        warnings.filterwarnings("ignore", message="There is a performance drop because we have not yet implemented")
+        warnings.filterwarnings("ignore", message="Full backward hook is firing when gradients are computed")
+        yield

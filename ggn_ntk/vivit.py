@@ -1,0 +1,472 @@
+"""The ViViT route: the NTK as a block of the GGN's Gram matrix.
+
+Stack x1 and x2 to N = N1 + N2 samples. For the loss l(f) = |f - y|^2 (``MSELoss(reduction="sum")``), the
+loss Hessian is H = 2 I. The generalized Gauss-Newton is G = V V^T with V = J^T sqrt(H) = sqrt(2) J^T, and its
+Gram matrix V^T V = 2 J J^T holds twice the NTK of all pairs. ViViT (Dangel, Tatzel, Hennig: "ViViT: Curvature
+access through the generalized Gauss-Newton's low-rank structure", TMLR 2022, section 3) computes this matrix
+layer by layer in one backward pass, as ``[C, N, C, N]``. The NTK of x1 and x2 is half its off-diagonal block.
+
+Letters: ``n``, ``m`` samples; ``c``, ``d`` outputs.
+"""
+
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from typing import Any
+
+import torch
+from backpack import backpack, disable, extend, memory_cleanup
+from backpack.context import CTX
+from backpack.custom_module.slicing import Slicing
+from torch import Size, Tensor
+from torch.func import vjp
+from torch.nn import Flatten, Module, MSELoss, Parameter
+from torch.nn.modules.loss import _Loss
+from vivit.extensions.secondorder.vivit import ViViTGGNExact
+
+from ggn_ntk.checks import (
+    BATCH_STATISTICS,
+    OTHER_METHOD,
+    PROBE_TOLERANCES,
+    VIVIT_CHECKS,
+    Problem,
+    UnsupportedModelError,
+    check_model,
+    eager,
+    find,
+    is_out_of_memory,
+)
+from ggn_ntk.isolation import isolated
+from ggn_ntk.layout import finish
+from ggn_ntk.request import Request
+
+_SAVEFIELD = "vivit_ggn_exact"
+_ROUTE = "empirical NTK through ViViT"
+
+
+class AccumulateGramHook:
+    """BackPACK extension hook that sums ViViT's Gram matrices over parameters.
+
+    It takes no part in the gradients and leaves other extensions' quantities alone, so the kernel can be
+    read off a backward pass that is run anyway::
+
+        hook = AccumulateGramHook()
+        with backpack(ViViTGGNExact(), BatchGrad(), extension_hook=hook):
+            loss_func(model(x), y).backward()
+        ntk = hook.ntk(loss=loss_func)
+
+    Every backward pass starts afresh, at its loss. Frozen parameters are skipped.
+
+    Attributes:
+        gram: The Gram matrix ``[C, N, C, N]``, summed over parameters; ``None`` before the backward pass.
+        delete_buffers: Whether ViViT's buffers are deleted from each parameter once its Gram matrix is added.
+    """
+
+    def __init__(self, delete_buffers: bool = True) -> None:
+        """Set up the hook.
+
+        Args:
+            delete_buffers: Delete ViViT's buffers from each parameter as the backward pass moves on.
+        """
+        self.delete_buffers = delete_buffers
+        self.gram: Tensor | None = None
+        self._pass_id: int | None = None
+        self._seen: set[int] = set()
+        self._loss: tuple[type[Module], str] | None = None
+        self._loss_numel = 0
+
+    def __call__(self, module: Module) -> None:
+        """Add a module's Gram matrices. BackPACK calls this in the backward pass.
+
+        Args:
+            module: The module that BackPACK has just finished with.
+
+        Raises:
+            RuntimeError: If the backward pass has more than one extended loss (BackPACK adds up what they
+                backpropagate), or a parameter has no Gram matrix.
+            UnsupportedModelError: If samples interact in the module, it has options that BackPACK ignores, or
+                a parameter is used a second time.
+        """
+        try:
+            if isinstance(module, _Loss):
+                self._start(module)
+            else:
+                self._add(module)
+        except Exception:
+            self.gram = None  # a part of a sum must not be taken for it
+            raise
+
+    def _start(self, loss: Any) -> None:
+        """Begin a backward pass.
+
+        Args:
+            loss: The extended loss it begins at.
+
+        Raises:
+            RuntimeError: If it began before, at another loss.
+        """
+        pass_id = torch._C._current_graph_task_id()
+        if pass_id == self._pass_id:
+            raise RuntimeError(
+                "More than one extended loss in a backward pass: BackPACK adds up what they backpropagate, so the "
+                "Gram matrix is that of none of them. Extend one loss only, or run one backward pass for each."
+            )
+        self.gram, self._seen, self._pass_id = None, set(), pass_id
+        self._loss, self._loss_numel = (type(loss), loss.reduction), loss.input0.numel()
+
+    def _add(self, module: Module) -> None:
+        """Add the Gram matrices of a module's own parameters.
+
+        Args:
+            module: The module.
+
+        Raises:
+            RuntimeError: If a parameter has no Gram matrix.
+            UnsupportedModelError: If the module's Gram matrix is not that of its Jacobian.
+        """
+        kind = type(module).__name__
+        problems = list(find([BATCH_STATISTICS, *VIVIT_CHECKS], module, kind))
+        params = {f"{kind}.{name}": p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
+        for name, param in params.items():
+            if id(param) in self._seen:
+                what = "it is used more than once, and ViViT drops the cross-terms"
+                problems.append(Problem(name, what, "Use ggn_ntk.empirical_ntk"))
+        if problems:
+            raise UnsupportedModelError(problems, "NTK from this backward pass")
+        for name, param in params.items():
+            self._seen.add(id(param))
+            self._accumulate(param, self._gram_of(param, name))
+
+    def _gram_of(self, param: Tensor, name: str) -> Tensor:
+        """Evaluate a parameter's Gram matrix, and free what ViViT stored for it.
+
+        Args:
+            param: The parameter.
+            name: What to call it in a message.
+
+        Returns:
+            Its Gram matrix ``[C, N, C, N]``.
+
+        Raises:
+            RuntimeError: If ViViT has stored nothing for it.
+        """
+        if not hasattr(param, _SAVEFIELD):
+            raise RuntimeError(
+                f"No Gram matrix for {name}. Activate ViViT beside this hook: "
+                "backpack(ViViTGGNExact(), extension_hook=hook); for a layer of your own, register how with "
+                "ViViTGGNExact.set_module_extension, or freeze the parameter."
+            )
+        gram: Tensor = getattr(param, _SAVEFIELD)["gram_mat"]().detach()
+        if self.delete_buffers:
+            delattr(param, _SAVEFIELD)
+        return gram
+
+    def _accumulate(self, param: Tensor, gram: Tensor) -> None:
+        """Add one parameter's Gram matrix to the sum.
+
+        Args:
+            param: The parameter.
+            gram: Its Gram matrix ``[C, N, C, N]``.
+        """
+        self.gram = gram if self.gram is None else self.gram.add_(gram)
+
+    def ntk(self, n1: int | None = None, *, loss: Module) -> Tensor:
+        """Turn the Gram matrix into the NTK.
+
+        The Gram matrix of ``MSELoss`` is h J J^T with h = 2 for reduction ``"sum"``, and h = 2 / (N C) for
+        ``"mean"`` (its Hessian h I, from differentiating the loss twice).
+
+        Args:
+            n1: How many leading samples of the batch are x1, the others x2. ``None``: all of them are both.
+            loss: The loss of the backward pass.
+
+        Returns:
+            The NTK ``[N1, N2, C, C]``; for ``n1=None`` ``[N, N, C, C]``, exactly symmetric.
+
+        Raises:
+            RuntimeError: If there was no backward pass.
+            TypeError: If ``n1`` is not an integer.
+            ValueError: If ``loss`` is not the ``MSELoss`` of the backward pass with reduction ``"sum"`` or
+                ``"mean"``, or ``n1`` is not between 1 and N - 1.
+        """
+        if self.gram is None or self._loss is None:
+            raise RuntimeError(
+                "No Gram matrix yet: run a backward pass through an extended model and loss inside "
+                "`with backpack(ViViTGGNExact(), extension_hook=hook):` first."
+            )
+        if type(loss) is not MSELoss or loss.reduction not in ("sum", "mean"):
+            raise ValueError(
+                f"loss must be MSELoss with reduction 'sum' or 'mean', got {loss}: the Gram matrix of any other loss "
+                "is weighted by the loss Hessian, and is not the NTK."
+            )
+        if self._loss != (type(loss), loss.reduction):
+            kind, reduction = self._loss
+            raise ValueError(
+                f"loss must be that of the backward pass, {kind.__name__} with reduction {reduction!r}, got {loss}."
+            )
+        hessian = 2 if loss.reduction == "sum" else 2 / self._loss_numel
+        num_outputs, n = self.gram.shape[:2]
+        if n1 is not None:
+            _check_split(n1, n)
+        return finish(_kernel_block(self.gram, n1, hessian), Size([num_outputs]), symmetric=n1 is None)
+
+
+def _check_split(n1: int, n: int) -> None:
+    """Check where a batch is to be split.
+
+    Args:
+        n1: Size of the first part.
+        n: Size of the batch.
+
+    Raises:
+        TypeError: If ``n1`` is not an integer.
+        ValueError: If a part would be empty.
+    """
+    if not isinstance(n1, int) or isinstance(n1, bool):
+        raise TypeError(f"n1 must be an integer or None, got {type(n1).__name__}.")
+    if not 0 < n1 < n:
+        raise ValueError(f"n1 must be between 1 and {n - 1} for a batch of {n} samples, got {n1}.")
+
+
+def _kernel_block(gram: Tensor, n1: int | None, hessian: float) -> Tensor:
+    """Reorder, slice and rescale a Gram matrix.
+
+    Args:
+        gram: ``[C, N, C, N]``.
+        n1: How many samples are x1; ``None`` for all.
+        hessian: The number h in the loss Hessian h I.
+
+    Returns:
+        ``[N1, N2, C, C]``, or ``[N, N, C, C]`` for ``n1=None``.
+    """
+    kernel = gram.permute(1, 3, 0, 2)  # cndm -> nmcd
+    return (kernel if n1 is None else kernel[:n1, n1:]) / hessian
+
+
+def empirical_ntk_vivit(
+    model: Module,
+    x1: Any,
+    x2: Any = None,
+    *,
+    compute: str = "full",
+    params: Iterable[str] | None = None,
+    per_parameter: bool = False,
+) -> Tensor | dict[str, Tensor]:
+    """Compute the empirical NTK of a Sequential model from ViViT's GGN Gram matrices.
+
+    One backward pass yields the Gram matrix of all (N1 + N2)^2 pairs, of which the N1 N2 wanted ones are kept:
+    ViViT has no way to leave out the others. With ``x2=None``, x1 is not stacked on itself. For ``"diagonal"``
+    and ``"trace"``, one backward pass for each output yields a Gram matrix ``[1, N, 1, N]``, so pairs of
+    different outputs are never formed.
+
+    Args:
+        model: Built from ``nn.Sequential`` and the layers of ``ViViTGGNExact``.
+        x1: N1 samples, a tensor ``[N1, ...]`` of the model's dtype (float32 or float64) on its device.
+        x2: N2 samples, or ``None`` for x1.
+        compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
+        params: Names of the parameters to sum over; ``None`` for all that require a gradient.
+        per_parameter: Return one kernel for each parameter, by name.
+
+    Returns:
+        ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``, or a dict of such kernels.
+    """
+    request = Request.parse(model, x1, x2, compute=compute, params=params, per_parameter=per_parameter)
+    with isolated(model):
+        out_shape = check_vivit(request)
+        return request.assemble(gram_kernels(request), out_shape)
+
+
+def check_vivit(request: Request) -> Size:
+    """Raise unless ViViT gets the model's kernel right. Call it inside ``isolated(request.model)``.
+
+    Args:
+        request: The request.
+
+    Returns:
+        The shape ``[*out]`` of one sample's output.
+
+    Raises:
+        UnsupportedModelError: If there is any problem.
+    """
+    out_shape = check_model(request, vivit=True)
+    problems = list(_probe_kernels(request, out_shape))
+    if problems:
+        raise UnsupportedModelError(problems, _ROUTE)
+    return out_shape
+
+
+def _probe_kernels(request: Request, out_shape: Size) -> Iterator[Problem]:
+    """Compare the kernel of one random sample with autograd, since not every option can be read off a layer.
+
+    For a sample x and a vector v, each parameter's kernel must satisfy v^T Theta(x, x) v = |J(x)^T v|^2. Both
+    are drawn at random, so that nothing special about the user's samples hides a difference.
+
+    Args:
+        request: The request.
+        out_shape: The shape ``[*out]`` of one sample's output.
+
+    Yields:
+        A problem for each parameter whose kernel differs.
+    """
+    generator = torch.Generator().manual_seed(0)
+
+    def random_like(x: Tensor) -> Tensor:
+        return torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device)
+
+    sample = request.x1[:1].map(random_like)
+    vector = random_like(sample.args[0].new_empty(out_shape.numel()))
+    _, pullback, *_ = vjp(lambda primals: request.evaluate(primals, sample).flatten(), request.primals)
+    expected = {name: gradient.square().sum() for name, gradient in pullback(vector)[0].items()}
+    tolerance = PROBE_TOLERANCES[vector.dtype]
+    negligible = tolerance * sum(expected.values())
+    for name, kernel in gram_kernels(replace(request, x1=sample, x2=None, compute="full", per_parameter=True)):
+        error = (vector @ kernel[0, 0] @ vector - expected[name]).abs() / expected[name].maximum(negligible)
+        if not (error <= tolerance or expected[name] == kernel.norm() == 0):
+            what = f"its kernel by ViViT differs from autograd's (by {error:.1e} on a random sample)"
+            yield Problem(name, what, OTHER_METHOD)
+
+
+def gram_kernels(request: Request) -> Iterator[tuple[str, Tensor]]:
+    """Compute kernels from Gram matrices, on a twin of the model.
+
+    Args:
+        request: A request for a model that ViViT supports.
+
+    Yields:
+        Names of parameters (empty for their sum) and kernels over flattened outputs. For ``"trace"``,
+        each name comes once for each output.
+    """
+    n1 = None if request.symmetric else len(request.x1)
+    samples = request.x1.stack(request.x2).args[0]
+    params: dict[str, Parameter] = {}
+    twin = _twin(eager(request.model), {id(p): name for name, p in request.params.items()}, params)
+    with _backpack_session(twin, samples.dtype):
+        output = twin(samples)
+        output = extend(Flatten())(output) if output.ndim > 2 else output
+        if request.compute == "full":
+            for name, gram in _grams(output, params, request.per_parameter):
+                yield name, _kernel_block(gram, n1, 2)
+            return
+        diagonal: dict[str, list[Tensor]] = defaultdict(list)
+        for c in range(output.shape[1]):
+            column = extend(Slicing((slice(None), slice(c, c + 1))))(output)
+            for name, gram in _grams(column, params, request.per_parameter, retain_graph=True):
+                entry = _kernel_block(gram, n1, 2)[:, :, 0, 0]
+                if request.compute == "trace":
+                    yield name, entry
+                else:
+                    diagonal[name].append(entry)
+        for name, entries in diagonal.items():
+            yield name, torch.stack(entries, dim=2)
+
+
+def _grams(
+    output: Tensor, params: dict[str, Parameter], per_parameter: bool, retain_graph: bool = False
+) -> Iterator[tuple[str, Tensor]]:
+    """Run one backward pass with ViViT.
+
+    Args:
+        output: Output ``[N, C]`` of extended modules.
+        params: The parameters, by name.
+        per_parameter: Keep the Gram matrices of parameters apart.
+        retain_graph: Whether another backward pass through the same graph follows.
+
+    Yields:
+        Names of parameters (empty for their sum) and Gram matrices ``[C, N, C, N]``.
+    """
+    hook = _GramsByParameter() if per_parameter else AccumulateGramHook()
+    loss_func = extend(MSELoss(reduction="sum"))
+    with backpack(ViViTGGNExact(), extension_hook=hook, retain_graph=retain_graph):
+        loss = loss_func(output, torch.zeros_like(output))  # the target plays no part in the Hessian
+        torch.autograd.grad(loss, list(params.values()), retain_graph=retain_graph)
+    if isinstance(hook, _GramsByParameter):
+        yield from ((name, hook.grams[id(p)]) for name, p in params.items())
+    elif hook.gram is not None:
+        yield "", hook.gram
+
+
+class _GramsByParameter(AccumulateGramHook):
+    """Keeps the Gram matrices of parameters apart.
+
+    Attributes:
+        grams: The Gram matrices ``[C, N, C, N]`` by the parameter's id.
+    """
+
+    def __init__(self) -> None:
+        """Set up the hook."""
+        super().__init__()
+        self.grams: dict[int, Tensor] = {}
+
+    def _accumulate(self, param: Tensor, gram: Tensor) -> None:
+        """Keep one parameter's Gram matrix.
+
+        Args:
+            param: The parameter.
+            gram: Its Gram matrix ``[C, N, C, N]``.
+        """
+        self.grams[id(param)] = gram
+
+
+def _twin(module: Module, wanted: dict[int, str], params: dict[str, Parameter]) -> Module:
+    """Build a twin of a module: the same layers on the same data, without hooks, gradients or flags.
+
+    BackPACK's hooks and flags, the inputs and outputs it stores, gradients and Gram matrices all land on the
+    twin, so the model itself is never touched.
+
+    Args:
+        module: The module.
+        wanted: Names of the wanted parameters, by id; the twin's other parameters are frozen.
+        params: Takes the twin's wanted parameters, by name.
+
+    Returns:
+        The twin.
+    """
+    twin = type(module).__new__(type(module))
+    Module.__init__(twin)
+    own_state = set(vars(twin)) | {"_backpack_extend"}
+    vars(twin).update((name, value) for name, value in vars(module).items() if name not in own_state)
+    memory_cleanup(twin)
+    twin.training = module.training
+    twin._buffers.update(module._buffers)
+    for key, param in module._parameters.items():
+        name = wanted.get(id(param))
+        twin._parameters[key] = own = None if param is None else Parameter(param.detach(), name is not None)
+        if name is not None and own is not None:
+            params[name] = own
+    for key, child in module._modules.items():
+        twin._modules[key] = None if child is None else _twin(child, wanted, params)
+    return twin
+
+
+@contextmanager
+def _backpack_session(twin: Module, dtype: torch.dtype) -> Iterator[None]:
+    """Extend a model and let BackPACK store its inputs and outputs; undo what that does to the process.
+
+    Args:
+        twin: The model to extend.
+        dtype: Its dtype. BackPACK's average pooling builds layers of the default dtype.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UnsupportedModelError: If BackPACK raises an error.
+    """
+    store_io, default_dtype, handles = disable.store_io, torch.get_default_dtype(), len(CTX.hook_handles)
+    disable.store_io = True
+    torch.set_default_dtype(dtype)
+    try:
+        extend(twin)
+        yield
+    except Exception as error:
+        if isinstance(error, UnsupportedModelError) or is_out_of_memory(error):
+            raise
+        problem = Problem("", f"BackPACK raised {type(error).__name__}: {error}", OTHER_METHOD)
+        raise UnsupportedModelError([problem], _ROUTE) from error
+    finally:
+        disable.store_io = store_io
+        torch.set_default_dtype(default_dtype)
+        del CTX.hook_handles[handles:]
+        for module in twin.modules():
+            memory_cleanup(module)

@@ -1,0 +1,332 @@
+"""One list of small models and inputs that every test walks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+
+@dataclass(frozen=True)
+class Case:
+    """A model, its inputs, and whether ViViT supports it.
+
+    ``inputs(n)`` returns n samples. Both callables draw from the global generator, seeded by the test.
+    """
+
+    name: str
+    model: Callable[[], nn.Module]
+    inputs: Callable[[int], Any]
+    vivit: bool = True
+    n1: int = 3
+    n2: int = 2
+
+    def build(self, dtype: torch.dtype = torch.float64, device: str = "cpu") -> tuple[nn.Module, Any, Any]:
+        """Return the model in eval mode, x1 and x2."""
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            model = self.model().eval()
+            for module in model.modules():
+                _randomize_norm(module)
+            x1, x2 = self.inputs(self.n1), self.inputs(self.n2)
+        return model.to(device, dtype), cast(x1, dtype, device), cast(x2, dtype, device)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def _randomize_norm(module: nn.Module) -> None:
+    """Give normalisation layers weights and statistics that a trained network could have."""
+    if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
+        nn.init.uniform_(module.weight, 0.5, 1.5)
+        nn.init.normal_(module.bias)
+    if getattr(module, "running_mean", None) is not None:
+        nn.init.normal_(module.running_mean)
+        nn.init.uniform_(module.running_var, 0.5, 2.0)
+
+
+def cast(x: Any, dtype: torch.dtype, device: str) -> Any:
+    """Move inputs to a device, and those that are real to a dtype."""
+    if isinstance(x, Tensor):
+        return x.to(device, dtype) if x.is_floating_point() else x.to(device)
+    if isinstance(x, tuple):
+        return tuple(cast(t, dtype, device) for t in x)
+    return {key: cast(t, dtype, device) for key, t in x.items()}
+
+
+def normal(*shape: int) -> Callable[[int], Tensor]:
+    """Normal samples of a shape."""
+    return lambda n: torch.randn(n, *shape)
+
+
+def tokens(length: int, vocabulary: int = 7) -> Callable[[int], Tensor]:
+    """Token sequences."""
+    return lambda n: torch.randint(vocabulary, (n, length))
+
+
+def sequential(*layers: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """Build a Sequential when called, so that weights are drawn under the case's seed."""
+    return lambda: nn.Sequential(*(layer() for layer in layers))
+
+
+def conv_net(dim: int, features: int, head: int, transpose: bool = False, **options: Any) -> Callable[[], nn.Module]:
+    """A convolution on two channels of an image, a nonlinearity and a linear layer on ``head`` features."""
+    layer = getattr(nn, f"Conv{'Transpose' if transpose else ''}{dim}d")
+    kernel = options.pop("kernel_size", 3)
+    return sequential(lambda: layer(2, features, kernel, **options), nn.Tanh, nn.Flatten, lambda: nn.Linear(head, 3))
+
+
+def pool_net(pool: nn.Module, head: int, dim: int = 2) -> Callable[[], nn.Module]:
+    """A convolution to three channels, pooling and a linear layer on ``head`` features."""
+    layer = getattr(nn, f"Conv{dim}d")
+    return sequential(lambda: layer(2, 3, 3), nn.ReLU, lambda: pool, nn.Flatten, lambda: nn.Linear(head, 3))
+
+
+def mlp(activation: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """Two hidden layers."""
+    return sequential(lambda: nn.Linear(5, 6), activation, lambda: nn.Linear(6, 4), activation, lambda: nn.Linear(4, 3))
+
+
+def frozen(model: Callable[[], nn.Module], *names: str) -> Callable[[], nn.Module]:
+    """Freeze some parameters of a model."""
+
+    def build() -> nn.Module:
+        built = model()
+        for name in names:
+            built.get_parameter(name).requires_grad_(False)
+        return built
+
+    return build
+
+
+class Residual(nn.Module):
+    """A skip connection, added outside of any module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.head = nn.Linear(5, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.first(x).tanh()
+        return self.head(h + F.relu(self.second(h)))
+
+
+class TiedTransformer(nn.Module):
+    """A language model whose embedding is its output layer. Returns logits for each position."""
+
+    def __init__(self, vocabulary: int = 7, width: int = 8) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocabulary, width)
+        self.position = nn.Parameter(torch.randn(4, width))
+        self.block = nn.TransformerEncoderLayer(width, 2, 16, dropout=0.0, batch_first=True)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.embedding.weight
+
+    def forward(self, tokens: Tensor, mask: Tensor | None = None) -> Tensor:
+        h = self.embedding(tokens) + self.position[: tokens.shape[1]]
+        return self.head(self.block(h, src_key_padding_mask=mask))
+
+
+class TwoInputs(nn.Module):
+    """Takes two tensors."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(3, 4)
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return self.a(a).sigmoid() * self.b(b)
+
+
+class Recurrent(nn.Module):
+    """An LSTM classifier, which vmap does not go through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.lstm, self.head = nn.LSTM(4, 5, batch_first=True), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.lstm(x)[0][:, -1])
+
+
+class DataDependent(nn.Module):
+    """Control flow that depends on the data, which vmap does not go through."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer, self.head = nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = [self.layer(row) if row.sum() > 0 else self.layer(-row).relu() for row in x]
+        return self.head(torch.stack(rows))
+
+
+class CustomParameter(nn.Module):
+    """A scale that is no layer, one that is unused, and one that is a scalar."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+        self.scale = nn.Parameter(torch.rand(3))
+        self.unused = nn.Parameter(torch.rand(2, 2))
+        self.temperature = nn.Parameter(torch.tensor(0.7))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.layer(x).tanh() * self.scale / self.temperature
+
+
+def tied_mlp() -> nn.Module:
+    """Two layers that share their weight."""
+    model = nn.Sequential(nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 5), nn.Tanh(), nn.Linear(5, 3))
+    model[2].weight = model[0].weight
+    return model
+
+
+def twice_called() -> nn.Module:
+    """A module that is called twice."""
+    layer = nn.Linear(5, 5)
+    return nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(5, 3))
+
+
+def weight_norm() -> nn.Module:
+    """A parametrized layer."""
+    return nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Linear(5, 4)), nn.Tanh(), nn.Linear(4, 2))
+
+
+ACTIVATIONS = [nn.ReLU, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.LogSigmoid, nn.ELU, nn.SELU, nn.Identity]
+
+CASES = [
+    # fully-connected
+    Case("linear", lambda: nn.Linear(5, 3), normal(5)),
+    *(Case(f"mlp_{a.__name__}", mlp(a), normal(5)) for a in ACTIVATIONS),
+    Case("mlp_no_bias", sequential(lambda: nn.Linear(5, 4, bias=False), nn.Tanh, lambda: nn.Linear(4, 3)), normal(5)),
+    Case("mlp_frozen_first", frozen(mlp(nn.Tanh), "0.weight", "0.bias"), normal(5)),
+    Case("mlp_frozen_middle", frozen(mlp(nn.Tanh), "2.weight", "4.bias"), normal(5)),
+    Case("mlp_one_sample", mlp(nn.Tanh), normal(5), n1=1, n2=1),
+    Case("mlp_one_against_many", mlp(nn.Tanh), normal(5), n1=1, n2=6),
+    Case("mlp_one_output", sequential(lambda: nn.Linear(5, 4), nn.Tanh, lambda: nn.Linear(4, 1)), normal(5)),
+    Case("mlp_dropout_eval", sequential(lambda: nn.Linear(5, 4), nn.Dropout, lambda: nn.Linear(4, 3)), normal(5)),
+    Case("mlp_image_input", sequential(nn.Flatten, lambda: nn.Linear(12, 4), nn.ReLU), normal(3, 4)),
+    Case(
+        "nested", sequential(mlp(nn.Tanh), nn.ReLU, lambda: nn.Sequential(nn.Linear(3, 2), nn.Sequential())), normal(5)
+    ),
+    Case("linear_3d", sequential(lambda: nn.Linear(4, 5), nn.Tanh, nn.Flatten, lambda: nn.Linear(10, 3)), normal(2, 4)),
+    # convolutions
+    Case("conv1d", conv_net(1, 4, 16, stride=2, padding=1), normal(2, 8)),
+    Case("conv2d", conv_net(2, 4, 64), normal(2, 6, 6)),
+    Case("conv2d_options", conv_net(2, 4, 32, stride=2, padding=(2, 1), dilation=2, groups=2), normal(2, 7, 5)),
+    Case("conv2d_rectangular", conv_net(2, 3, 36, kernel_size=(1, 3), bias=False), normal(2, 3, 6)),
+    Case("conv3d", conv_net(3, 2, 16, kernel_size=2, stride=(1, 2, 1)), normal(2, 3, 4, 3)),
+    Case("conv_transpose1d", conv_net(1, 2, 22, transpose=True, stride=2, dilation=2), normal(2, 4)),
+    Case("conv_transpose2d", conv_net(2, 4, 100, transpose=True, stride=2, padding=1, groups=2), normal(2, 3, 3)),
+    Case("conv_transpose3d", conv_net(3, 2, 54, transpose=True, kernel_size=2, bias=False), normal(2, 2, 2, 2)),
+    Case(
+        "tutorial_cnn_small",
+        sequential(
+            lambda: nn.Conv2d(3, 4, 3),
+            nn.ReLU,
+            lambda: nn.Conv2d(4, 4, 3),
+            nn.ReLU,
+            lambda: nn.Conv2d(4, 4, 3),
+            nn.Flatten,
+            lambda: nn.Linear(16, 10),
+        ),
+        normal(3, 8, 8),
+        n1=4,
+        n2=3,
+    ),
+    # pooling, padding, normalisation
+    Case("max_pool1d", pool_net(nn.MaxPool1d(2), 9, dim=1), normal(2, 8)),
+    Case("max_pool2d", pool_net(nn.MaxPool2d(3, 2, padding=1), 27), normal(2, 7, 7)),
+    Case("max_pool2d_ceil", pool_net(nn.MaxPool2d(2, ceil_mode=True), 27), normal(2, 7, 7)),
+    Case("max_pool3d", pool_net(nn.MaxPool3d(2), 3, dim=3), normal(2, 4, 4, 4)),
+    Case("avg_pool1d", pool_net(nn.AvgPool1d(2), 9, dim=1), normal(2, 8)),
+    Case("avg_pool2d", pool_net(nn.AvgPool2d(3, 2, padding=1), 27), normal(2, 7, 7)),
+    Case("avg_pool3d", pool_net(nn.AvgPool3d(2), 3, dim=3), normal(2, 4, 4, 4)),
+    Case(
+        "zero_pad2d",
+        sequential(
+            nn.Identity, lambda: nn.ZeroPad2d(1), lambda: nn.Conv2d(2, 3, 3), nn.Flatten, lambda: nn.Linear(48, 2)
+        ),
+        normal(2, 4, 4),
+    ),
+    Case("batch_norm1d", sequential(lambda: nn.Linear(5, 4), lambda: nn.BatchNorm1d(4), nn.ReLU), normal(5)),
+    Case(
+        "batch_norm2d",
+        sequential(
+            lambda: nn.Conv2d(2, 3, 3), lambda: nn.BatchNorm2d(3), nn.ReLU, nn.Flatten, lambda: nn.Linear(12, 3)
+        ),
+        normal(2, 4, 4),
+    ),
+    Case(
+        "batch_norm3d",
+        sequential(lambda: nn.Conv3d(1, 2, 2), lambda: nn.BatchNorm3d(2), nn.Flatten),
+        normal(1, 2, 2, 3),
+    ),
+    # outputs with several axes, or none
+    Case("output_sequence", sequential(lambda: nn.Linear(4, 3), nn.Tanh, lambda: nn.Linear(3, 2)), normal(3, 4)),
+    Case("output_image", sequential(lambda: nn.Conv2d(2, 3, 2), nn.ReLU, lambda: nn.Conv2d(3, 2, 2)), normal(2, 4, 3)),
+    Case("output_scalar", sequential(lambda: nn.Linear(5, 1), lambda: nn.Flatten(0)), normal(5), vivit=False),
+    # what ViViT gets wrong without a word
+    Case("tied", tied_mlp, normal(5), vivit=False),
+    Case("padding_reflect", conv_net(2, 4, 64, padding=1, padding_mode="reflect"), normal(2, 4, 4), vivit=False),
+    Case("padding_same", conv_net(2, 4, 64, padding="same"), normal(2, 4, 4), vivit=False),
+    Case("divisor_override", pool_net(nn.AvgPool2d(2, divisor_override=3), 12), normal(2, 6, 6), vivit=False),
+    # what it refuses
+    Case("twice_called", twice_called, normal(5), vivit=False),
+    Case("avg_pool_ceil", pool_net(nn.AvgPool2d(2, ceil_mode=True), 27), normal(2, 7, 7), vivit=False),
+    Case("avg_pool_pad", pool_net(nn.AvgPool2d(3, 2, 1, count_include_pad=False), 27), normal(2, 7, 7), vivit=False),
+    Case(
+        "conv_transpose_output_padding",
+        conv_net(2, 3, 192, transpose=True, stride=2, output_padding=1),
+        normal(2, 3, 3),
+        vivit=False,
+    ),
+    Case(
+        "batch_norm_no_affine",
+        sequential(lambda: nn.Linear(5, 4), lambda: nn.BatchNorm1d(4, affine=False), lambda: nn.Linear(4, 2)),
+        normal(5),
+        vivit=False,
+    ),
+    Case(
+        "inplace",
+        sequential(lambda: nn.Linear(5, 4), lambda: nn.ReLU(inplace=True), lambda: nn.Linear(4, 2)),
+        normal(5),
+        vivit=False,
+    ),
+    Case(
+        "layer_norm_gelu",
+        sequential(lambda: nn.Linear(5, 4), lambda: nn.LayerNorm(4), nn.GELU, lambda: nn.Linear(4, 2)),
+        normal(5),
+        vivit=False,
+    ),
+    Case(
+        "group_norm_silu",
+        sequential(
+            lambda: nn.Conv2d(2, 4, 3), lambda: nn.GroupNorm(2, 4), nn.SiLU, nn.Flatten, lambda: nn.Linear(16, 2)
+        ),
+        normal(2, 4, 4),
+        vivit=False,
+    ),
+    Case(
+        "adaptive_pool",
+        sequential(lambda: nn.Conv2d(2, 4, 3), lambda: nn.AdaptiveAvgPool2d(1), nn.Flatten, lambda: nn.Linear(4, 2)),
+        normal(2, 4, 4),
+        vivit=False,
+    ),
+    Case("residual", Residual, normal(5), vivit=False),
+    Case("tied_transformer", TiedTransformer, tokens(4), vivit=False),
+    Case(
+        "mapping_inputs",
+        TiedTransformer,
+        lambda n: {"tokens": tokens(4)(n), "mask": torch.arange(4).expand(n, 4) > 2},
+        vivit=False,
+    ),
+    Case("tuple_inputs", TwoInputs, lambda n: (torch.randn(n, 5), torch.randn(n, 3)), vivit=False),
+    Case("recurrent", Recurrent, normal(3, 4), vivit=False),
+    Case("data_dependent", DataDependent, normal(4), vivit=False),
+    Case("custom_parameter", CustomParameter, normal(5), vivit=False),
+    Case("weight_norm", weight_norm, normal(5), vivit=False),
+]

@@ -1,0 +1,108 @@
+"""Fixtures, the oracle and the comparison that all tests share."""
+
+from functools import cache
+from typing import Any
+
+import pytest
+import torch
+from cases import CASES, Case
+from torch import Tensor
+
+from ggn_ntk.checks import TOLERANCES
+
+METHODS = ["vivit", "jacobian_contraction", "ntk_vector_products", "auto"]
+COMPUTES = ["full", "diagonal", "trace"]
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+def _without_gpu(device: str) -> Any:
+    skip = pytest.mark.skipif(device == "cuda" and not torch.cuda.is_available(), reason="no GPU")
+    return pytest.param(device, marks=skip)
+
+
+@pytest.fixture(params=[_without_gpu("cpu"), _without_gpu("cuda")])
+def device(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=CASES, ids=str)
+def case(request: pytest.FixtureRequest) -> Case:
+    return request.param
+
+
+@pytest.fixture(params=COMPUTES)
+def compute(request: pytest.FixtureRequest) -> str:
+    return request.param
+
+
+def first_samples(x: Any, index: slice) -> Any:
+    if isinstance(x, Tensor):
+        return x[index]
+    return tuple(t[index] for t in x) if isinstance(x, tuple) else {key: t[index] for key, t in x.items()}
+
+
+def num_samples(x: Any) -> int:
+    return len(x if isinstance(x, Tensor) else x[0] if isinstance(x, tuple) else next(iter(x.values())))
+
+
+def call(model: torch.nn.Module, x: Any) -> Tensor:
+    if isinstance(x, Tensor):
+        return model(x)
+    return model(*x) if isinstance(x, tuple) else model(**x)
+
+
+def loop_jacobians(model: torch.nn.Module, x: Any) -> dict[str, Tensor]:
+    """The Jacobians [N, C, P] as nobody can get them wrong: one sample and one output at a time."""
+    params = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    jacobians: dict[str, list[Tensor]] = {name: [] for name in params}
+    for n in range(num_samples(x)):
+        output = call(model, first_samples(x, slice(n, n + 1))).flatten()
+        rows = [
+            torch.autograd.grad(
+                entry, list(params.values()), retain_graph=True, allow_unused=True, materialize_grads=True
+            )
+            for entry in output
+        ]
+        for name, column in zip(params, zip(*rows, strict=True), strict=True):
+            jacobians[name].append(torch.stack([g.flatten() for g in column]))
+    return {name: torch.stack(js) for name, js in jacobians.items()}
+
+
+@cache
+def oracle(name: str, symmetric: bool = False, compute: str = "full") -> dict[str, Tensor]:
+    """Each parameter's float64 kernel of a case."""
+    model, x1, x2 = BY_NAME[name].build()
+    out = call(model, x1).shape[1:]
+    first, second = loop_jacobians(model, x1), loop_jacobians(model, x1 if symmetric else x2)
+    kernels = {}
+    for name, j1 in first.items():
+        kernel = torch.einsum("ncp,mdp->nmcd", j1, second[name])
+        shape = kernel.shape[:2] + out
+        if compute == "full":
+            kernels[name] = kernel.reshape(shape + out)
+        else:
+            diagonal = kernel.diagonal(dim1=2, dim2=3)
+            kernels[name] = diagonal.reshape(shape) if compute == "diagonal" else diagonal.sum(-1)
+    return kernels
+
+
+def oracle_sum(case: Case, symmetric: bool = False, compute: str = "full") -> Tensor:
+    """The float64 kernel of a case."""
+    return sum(oracle(case.name, symmetric, compute).values())
+
+
+def assert_close(actual: Tensor, expected: Tensor, scale: Tensor | None = None) -> None:
+    """Compare by relative Frobenius error with the tolerance of the actual dtype."""
+    assert actual.shape == expected.shape
+    assert not actual.requires_grad
+    norm = torch.linalg.vector_norm
+    error = norm(actual.double().cpu() - expected.double().cpu()).item()
+    scale = norm(expected if scale is None else scale).item()
+    tolerance = TOLERANCES[actual.dtype]
+    assert error <= tolerance * scale, f"relative error {error / scale if scale else error:.1e} > {tolerance:.0e}"

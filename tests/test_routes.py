@@ -1,0 +1,41 @@
+"""Every route against the float64 oracle, over all cases."""
+
+import pytest
+import torch
+from conftest import METHODS, assert_close, oracle, oracle_sum
+
+from ggn_ntk import empirical_ntk
+
+pytestmark = pytest.mark.parametrize("method", METHODS)
+
+
+@pytest.fixture(autouse=True)
+def _supported(request):
+    case, method = request.getfixturevalue("case"), request.getfixturevalue("method")
+    if method == "vivit" and not case.vivit:
+        pytest.skip("refused by ViViT: see test_vivit")
+
+
+def test_kernel(case, method, compute, dtype, device):
+    model, x1, x2 = case.build(dtype, device)
+    assert_close(empirical_ntk(model, x1, x2, compute=compute, method=method), oracle_sum(case, compute=compute))
+
+
+def test_symmetric_kernel(case, method, compute, dtype, device):
+    model, x1, _ = case.build(dtype, device)
+    kernel = empirical_ntk(model, x1, compute=compute, method=method)
+    assert_close(kernel, oracle_sum(case, symmetric=True, compute=compute))
+    transposed = kernel.transpose(0, 1)
+    if compute == "full" and kernel.ndim > 2:
+        k = (kernel.ndim - 2) // 2
+        transposed = transposed.permute(0, 1, *range(2 + k, 2 + 2 * k), *range(2, 2 + k))
+    assert torch.equal(kernel, transposed)
+
+
+def test_per_parameter(case, method, compute, dtype, device):
+    model, x1, x2 = case.build(dtype, device)
+    kernels = empirical_ntk(model, x1, x2, compute=compute, method=method, per_parameter=True)
+    expected = oracle(case.name, compute=compute)
+    assert list(kernels) == list(expected)
+    for name, kernel in kernels.items():
+        assert_close(kernel, expected[name], scale=oracle_sum(case, compute=compute))
