@@ -1,6 +1,6 @@
 """The front door: one function for every model and every route."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
 from enum import Enum
 from typing import Any
@@ -45,8 +45,8 @@ class _Route:
     """
 
     check: Callable[[Request], Size]
-    kernels: Callable[[Request], Iterator[tuple[str, Tensor]]]
-    oracle: Callable[[Request], Iterator[tuple[str, Tensor]]] = multiply_vectors
+    kernels: Callable[[Request], Iterable[tuple[str, Tensor]]]
+    oracle: Callable[[Request], Iterable[tuple[str, Tensor]]] = multiply_vectors
 
 
 _ROUTES = {

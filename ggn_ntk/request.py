@@ -187,8 +187,9 @@ class Request:
             The kernel, or one kernel for each parameter by name.
         """
         sums = sum_kernels(kernels, self.per_parameter)
-        finished = {name: finish(kernel, out_shape, self.symmetric) for name, kernel in sums.items()}
-        return finished if self.per_parameter else finished[""]
+        if not self.per_parameter:
+            return finish(sums[""], out_shape, self.symmetric)
+        return {name: finish(sums[name], out_shape, self.symmetric) for name in self.params}
 
 
 def _kind(value: Any) -> str:

@@ -10,9 +10,10 @@ Letters: ``n``, ``m`` samples; ``c``, ``d`` outputs.
 """
 
 from collections import defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ from ggn_ntk.checks import (
     is_out_of_memory,
 )
 from ggn_ntk.isolation import isolated
-from ggn_ntk.layout import finish
+from ggn_ntk.layout import finish, sum_kernels
 from ggn_ntk.request import Request
 
 _SAVEFIELD = "vivit_ggn_exact"
@@ -327,63 +328,98 @@ def _probe_kernels(request: Request, out_shape: Size) -> Iterator[Problem]:
             yield Problem(name, what, OTHER_METHOD)
 
 
-def gram_kernels(request: Request) -> Iterator[tuple[str, Tensor]]:
+def gram_kernels(request: Request) -> Iterable[tuple[str, Tensor]]:
     """Compute kernels from Gram matrices, on a twin of the model.
 
     Args:
         request: A request for a model that ViViT supports.
 
-    Yields:
-        Names of parameters (empty for their sum) and kernels over flattened outputs. For ``"trace"``,
-        each name comes once for each output.
+    Returns:
+        Names of parameters (empty for their sum) and kernels over flattened outputs.
     """
     n1 = None if request.symmetric else len(request.x1)
     samples = request.x1.stack(request.x2).args[0]
     params: dict[str, Parameter] = {}
     twin = _twin(eager(request.model), {id(p): name for name, p in request.params.items()}, params)
-    with _backpack_session(twin, samples.dtype):
-        output = twin(samples)
-        output = extend(Flatten())(output) if output.ndim > 2 else output
+    with _backpack_session(samples.dtype) as extended:
+        output = extended(twin)(samples)
+        output = extended(Flatten())(output) if output.ndim > 2 else output
+        backward = partial(_backward, extended, params, _NamingViViT(twin), request.per_parameter)
         if request.compute == "full":
-            for name, gram in _grams(output, params, request.per_parameter):
-                yield name, _kernel_block(gram, n1, 2)
-            return
-        diagonal: dict[str, list[Tensor]] = defaultdict(list)
-        for c in range(output.shape[1]):
-            column = extend(Slicing((slice(None), slice(c, c + 1))))(output)
-            for name, gram in _grams(column, params, request.per_parameter, retain_graph=True):
-                entry = _kernel_block(gram, n1, 2)[:, :, 0, 0]
-                if request.compute == "trace":
-                    yield name, entry
-                else:
-                    diagonal[name].append(entry)
-        for name, entries in diagonal.items():
-            yield name, torch.stack(entries, dim=2)
+            return [(name, _kernel_block(gram, n1, 2)) for name, gram in backward(output)]
+        columns = (extended(Slicing((slice(None), slice(c, c + 1))))(output) for c in range(output.shape[1]))
+        grams = (pair for column in columns for pair in backward(column, retain_graph=True))
+        entries = ((name, _kernel_block(gram, n1, 2)[..., 0, 0]) for name, gram in grams)
+        if request.compute == "trace":
+            return sum_kernels(entries, request.per_parameter).items()
+        diagonals: dict[str, list[Tensor]] = defaultdict(list)
+        for name, entry in entries:
+            diagonals[name].append(entry)
+        return [(name, torch.stack(diagonal, dim=2)) for name, diagonal in diagonals.items()]
 
 
-def _grams(
-    output: Tensor, params: dict[str, Parameter], per_parameter: bool, retain_graph: bool = False
+def _backward(
+    extended: Callable[[Module], Module],
+    params: dict[str, Parameter],
+    extension: ViViTGGNExact,
+    per_parameter: bool,
+    output: Tensor,
+    retain_graph: bool = False,
 ) -> Iterator[tuple[str, Tensor]]:
     """Run one backward pass with ViViT.
 
     Args:
-        output: Output ``[N, C]`` of extended modules.
-        params: The parameters, by name.
+        extended: Extends a module.
+        params: Parameters of the extended model, by name.
+        extension: ViViT's extension.
         per_parameter: Keep the Gram matrices of parameters apart.
+        output: The model's output ``[N, C]``, possibly through further extended modules.
         retain_graph: Whether another backward pass through the same graph follows.
 
     Yields:
         Names of parameters (empty for their sum) and Gram matrices ``[C, N, C, N]``.
     """
     hook = _GramsByParameter() if per_parameter else AccumulateGramHook()
-    loss_func = extend(MSELoss(reduction="sum"))
-    with backpack(ViViTGGNExact(), extension_hook=hook, retain_graph=retain_graph):
+    loss_func = extended(MSELoss(reduction="sum"))
+    with backpack(extension, extension_hook=hook, retain_graph=retain_graph):
         loss = loss_func(output, torch.zeros_like(output))  # the target plays no part in the Hessian
         torch.autograd.grad(loss, list(params.values()), retain_graph=retain_graph)
     if isinstance(hook, _GramsByParameter):
         yield from ((name, hook.grams[id(p)]) for name, p in params.items())
     elif hook.gram is not None:
         yield "", hook.gram
+
+
+class _NamingViViT(ViViTGGNExact):
+    """ViViT's extension, with errors that name the module they come from."""
+
+    def __init__(self, model: Module) -> None:
+        """Set up the extension.
+
+        Args:
+            model: The model whose modules it names.
+        """
+        super().__init__()
+        self._names = {module: name for name, module in model.named_modules()}
+
+    def __call__(self, module: Module, g_inp: tuple[Tensor, ...], g_out: tuple[Tensor, ...]) -> None:
+        """Backpropagate through a module.
+
+        Args:
+            module: The module.
+            g_inp: Gradients with respect to its inputs.
+            g_out: Gradients with respect to its output.
+
+        Raises:
+            UnsupportedModelError: If BackPACK raises an error.
+        """
+        try:
+            super().__call__(module, g_inp, g_out)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            what = f"BackPACK raised {type(error).__name__}: {error}".rstrip(".")
+            raise UnsupportedModelError([Problem(self._names.get(module, ""), what, OTHER_METHOD)], _ROUTE) from error
 
 
 class _GramsByParameter(AccumulateGramHook):
@@ -409,7 +445,7 @@ class _GramsByParameter(AccumulateGramHook):
 
 
 def _twin(module: Module, wanted: dict[int, str], params: dict[str, Parameter]) -> Module:
-    """Build a twin of a module: the same layers on the same data, without hooks, gradients or flags.
+    """Build a twin of a module: the same layers on the same data, without its hooks.
 
     BackPACK's hooks and flags, the inputs and outputs it stores, gradients and Gram matrices all land on the
     twin, so the model itself is never touched.
@@ -424,7 +460,7 @@ def _twin(module: Module, wanted: dict[int, str], params: dict[str, Parameter]) 
     """
     twin = type(module).__new__(type(module))
     Module.__init__(twin)
-    own_state = set(vars(twin)) | {"_backpack_extend"}
+    own_state = {*vars(twin), "_backpack_extend", "_compiled_call_impl"}
     vars(twin).update((name, value) for name, value in vars(module).items() if name not in own_state)
     memory_cleanup(twin)
     twin.training = module.training
@@ -440,33 +476,32 @@ def _twin(module: Module, wanted: dict[int, str], params: dict[str, Parameter]) 
 
 
 @contextmanager
-def _backpack_session(twin: Module, dtype: torch.dtype) -> Iterator[None]:
-    """Extend a model and let BackPACK store its inputs and outputs; undo what that does to the process.
+def _backpack_session(dtype: torch.dtype) -> Iterator[Callable[[Module], Module]]:
+    """Let BackPACK extend modules and store their inputs and outputs; undo what that does to the process.
 
     Args:
-        twin: The model to extend.
-        dtype: Its dtype. BackPACK's average pooling builds layers of the default dtype.
+        dtype: The model's dtype. BackPACK's average pooling builds layers of the default dtype.
 
     Yields:
-        Nothing.
-
-    Raises:
-        UnsupportedModelError: If BackPACK raises an error.
+        A function that extends a module. What BackPACK stores on it is deleted at the end: it would keep the
+        graph alive, and the graph the module.
     """
     store_io, default_dtype, handles = disable.store_io, torch.get_default_dtype(), len(CTX.hook_handles)
+    roots: list[Module] = []
+
+    def extended(module: Module) -> Module:
+        roots.append(module)
+        extend(module)
+        return module
+
     disable.store_io = True
     torch.set_default_dtype(dtype)
     try:
-        extend(twin)
-        yield
-    except Exception as error:
-        if isinstance(error, UnsupportedModelError) or is_out_of_memory(error):
-            raise
-        problem = Problem("", f"BackPACK raised {type(error).__name__}: {error}", OTHER_METHOD)
-        raise UnsupportedModelError([problem], _ROUTE) from error
+        yield extended
     finally:
         disable.store_io = store_io
         torch.set_default_dtype(default_dtype)
         del CTX.hook_handles[handles:]
-        for module in twin.modules():
-            memory_cleanup(module)
+        for root in roots:
+            for module in root.modules():
+                memory_cleanup(module)

@@ -330,3 +330,5 @@ CASES = [
     Case("custom_parameter", CustomParameter, normal(5), vivit=False),
     Case("weight_norm", weight_norm, normal(5), vivit=False),
 ]
+
+BY_NAME = {case.name: case for case in CASES}

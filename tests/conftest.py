@@ -5,15 +5,15 @@ from typing import Any
 
 import pytest
 import torch
-from cases import CASES, Case
+from cases import BY_NAME, CASES, Case
 from torch import Tensor
 
 from ggn_ntk.checks import TOLERANCES
 
+torch.set_num_threads(1)  # the models are tiny, and test processes run side by side
+
 METHODS = ["vivit", "jacobian_contraction", "ntk_vector_products", "auto"]
 COMPUTES = ["full", "diagonal", "trace"]
-
-BY_NAME = {case.name: case for case in CASES}
 
 
 def _without_gpu(device: str) -> Any:

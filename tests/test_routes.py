@@ -2,18 +2,15 @@
 
 import pytest
 import torch
+from cases import CASES
 from conftest import METHODS, assert_close, oracle, oracle_sum
 
 from ggn_ntk import empirical_ntk
 
-pytestmark = pytest.mark.parametrize("method", METHODS)
-
-
-@pytest.fixture(autouse=True)
-def _supported(request):
-    case, method = request.getfixturevalue("case"), request.getfixturevalue("method")
-    if method == "vivit" and not case.vivit:
-        pytest.skip("refused by ViViT: see test_vivit")
+# What ViViT does not support is refused: see test_vivit.
+pytestmark = pytest.mark.parametrize(
+    ("case", "method"), [(c, m) for c in CASES for m in METHODS if c.vivit or m != "vivit"], ids=str
+)
 
 
 def test_kernel(case, method, compute, dtype, device):

@@ -1,0 +1,146 @@
+"""Every problem of a model is found and named."""
+
+import pytest
+import torch
+from cases import mlp
+from torch import nn
+from torch.nn import functional as F
+
+from ggn_ntk import UnsupportedModelError, empirical_ntk, empirical_ntk_vivit
+from ggn_ntk.checks import relative_error
+from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
+
+X = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
+
+each_function = pytest.mark.parametrize(
+    "function", [empirical_ntk, empirical_ntk_vivit, jacobian_contraction, ntk_vector_products]
+)
+
+
+class Wrapped(nn.Module):
+    """A linear layer, then a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.layer, self.function = nn.Linear(5, 3), function
+
+    def forward(self, x):
+        return self.function(self.layer(x))
+
+
+class Attention(nn.Module):
+    """Attends across samples, by reading the sample axis as the sequence."""
+
+    def __init__(self, **options):
+        super().__init__()
+        self.attention = nn.MultiheadAttention(5, 1, **options)
+
+    def forward(self, x):
+        return self.attention(x, x, x)[0]
+
+
+@each_function
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3)), "1: BatchNorm1d normalises by batch statistics"),
+        (
+            lambda: nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3, track_running_stats=False)).eval(),
+            r"1: BatchNorm1d normalises by batch statistics.* give it running statistics",
+        ),
+        (lambda: nn.Sequential(nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.1))), r"0.1: Dropout drops activations"),
+        (lambda: nn.Sequential(nn.Linear(5, 3), nn.AlphaDropout(0.1)), "1: AlphaDropout drops activations at random"),
+        (lambda: nn.Sequential(nn.Linear(5, 3), nn.RReLU()), "1: RReLU draws its slopes at random"),
+        (lambda: nn.Sequential(nn.FractionalMaxPool2d(2, 1)), "0: FractionalMaxPool2d draws its windows at random"),
+        (lambda: nn.LSTM(5, 3, 2, dropout=0.1), "the model: LSTM drops activations at random"),
+        (lambda: nn.MultiheadAttention(5, 1, dropout=0.1), "MultiheadAttention drops activations at random"),
+        (lambda: nn.Sequential(nn.Embedding(4, 3, max_norm=1.0)), r"0: Embedding rewrites its weight .*max_norm"),
+        (lambda: nn.EmbeddingBag(4, 3, scale_grad_by_freq=True), "EmbeddingBag scales gradients by the batch"),
+        (lambda: nn.Sequential(nn.Linear(5, 3)).requires_grad_(False), "the model: it has no trainable parameter"),
+        (lambda: nn.Sequential(nn.Tanh()), "the model: it has no trainable parameter"),
+        (lambda: nn.Sequential(nn.LazyLinear(3)), "0.weight: has no shape yet, as are 1 others. Run one forward"),
+    ],
+)
+def test_configuration(function, build, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        function(build(), X)
+
+
+@pytest.mark.parametrize("function", [empirical_ntk, jacobian_contraction, ntk_vector_products])
+@pytest.mark.parametrize(
+    ("build", "message"),
+    [
+        (lambda: Wrapped(lambda h: h - h.mean(0)), "the model: samples influence one another"),
+        (lambda: Attention(), "the model: samples influence one another"),
+        (lambda: Wrapped(lambda h: h.cumsum(0)), "the model: samples influence one another"),
+        (lambda: Wrapped(F.dropout), "the model: its forward pass draws random numbers"),
+        (lambda: Wrapped(lambda h: h + torch.randn_like(h)), "the model: its forward pass draws random numbers"),
+        (lambda: Wrapped(lambda h: (h, h)), "the model: it returns tuple, not a tensor"),
+        (lambda: Wrapped(lambda h: h.argmax(1)), "the model: its output is torch.int64"),
+        (lambda: Wrapped(lambda h: torch.complex(h, h)), "the model: its output is torch.complex64"),
+        (lambda: Wrapped(lambda h: h.bfloat16()), "the model: its output is torch.bfloat16"),
+        (lambda: Wrapped(lambda h: h.sum()), r"the model: its output for 3 samples has shape \[\]"),
+        (lambda: Wrapped(lambda h: h.T), r"one sample alone has shape \[3, 1\], in a batch \[1, 3\]"),
+        (lambda: Wrapped(lambda h: h.flatten()), r"the model: its output for 3 samples has shape \[9\]"),
+        (lambda: Wrapped(lambda h: h[:, :1].squeeze()), r"one sample alone has shape \[\], in a batch \[1\]"),
+    ],
+)
+def test_forward_pass(function, build, message):
+    with pytest.raises(UnsupportedModelError, match=message):
+        function(build(), X)
+
+
+@each_function
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_half_precision(function, dtype):
+    with pytest.raises(UnsupportedModelError, match=rf"0.weight: is {dtype}, as are 5 others. .* convert with model"):
+        function(mlp(nn.Tanh)().to(dtype), X.to(dtype))
+
+
+@each_function
+def test_meta_device(function):
+    with pytest.raises(UnsupportedModelError, match="weight: holds no data"):
+        function(nn.Linear(5, 3, device="meta"), X.to("meta"))
+
+
+def test_parameters_made_in_inference_mode():
+    with torch.inference_mode():
+        model = nn.Linear(5, 3)
+    with pytest.raises(UnsupportedModelError, match="weight: was created in inference mode, as are 1 others"):
+        empirical_ntk(model, X)
+
+
+def test_all_problems_are_listed_with_their_places():
+    model = nn.Sequential(
+        nn.Linear(5, 3), nn.Sequential(nn.Dropout(), nn.BatchNorm1d(3)), nn.Linear(3, 2).bfloat16(), nn.RReLU()
+    )
+    with pytest.raises(UnsupportedModelError) as info:
+        empirical_ntk(model, X)
+    assert [problem.where for problem in info.value.problems] == ["1.0", "1.1", "3", "2.weight"]
+    assert str(info.value).splitlines()[0] == "No empirical NTK of this model:"
+    assert len(str(info.value).splitlines()) == 5
+    assert isinstance(info.value, ValueError)
+
+
+def test_train_mode_without_randomness_is_fine():
+    model = nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.0), nn.LayerNorm(3)).train()
+    assert empirical_ntk(model, X).shape == (4, 4, 3, 3)
+
+
+def test_outputs_masked_by_infinity_are_fine():
+    model = Wrapped(lambda h: h.masked_fill(torch.tensor([True, False, False]), -torch.inf))
+    kernel = empirical_ntk(model, X)
+    assert kernel[:, :, 0].count_nonzero() == 0
+    assert kernel.isfinite().all()
+
+
+def test_errors_of_the_users_forward_pass_are_left_alone():
+    with pytest.raises(RuntimeError, match="mat1 and mat2 shapes cannot be multiplied"):
+        empirical_ntk(nn.Linear(4, 3), X)
+
+
+def test_relative_error():
+    ones = torch.ones(4)
+    assert relative_error(ones, ones) == relative_error(0 * ones, 0 * ones) == 0
+    assert relative_error(1.5 * ones, ones) == 0.5
+    assert relative_error(ones, 0 * ones) == float("inf")

@@ -1,0 +1,156 @@
+"""The oracle: chunks, outputs, fallbacks, and what it does not compute twice."""
+
+import pytest
+import torch
+from backpack import extend
+from cases import BY_NAME, mlp
+from conftest import COMPUTES, assert_close, loop_jacobians, oracle_sum
+from torch import nn
+
+from ggn_ntk import reference
+from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
+
+each_function = pytest.mark.parametrize("function", [jacobian_contraction, ntk_vector_products])
+each_compute = pytest.mark.parametrize("compute", COMPUTES)
+
+
+@pytest.fixture
+def forbid(monkeypatch):
+    """Make a function of the module unavailable."""
+
+    def forbidden(*args, **kwargs):
+        raise AssertionError("not to be called")
+
+    return lambda name: monkeypatch.setattr(reference, name, forbidden)
+
+
+@each_function
+@each_compute
+@pytest.mark.parametrize("chunk_size", [1, 2, 100])
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("name", ["mlp_Tanh", "tied_transformer", "output_image", "tuple_inputs"])
+def test_chunks(function, compute, chunk_size, symmetric, name):
+    case = BY_NAME[name]
+    model, x1, x2 = case.build()
+    kernel = function(model, x1, None if symmetric else x2, compute=compute, chunk_size=chunk_size)
+    assert_close(kernel, oracle_sum(case, symmetric, compute))
+
+
+@each_function
+def test_output_picks_a_tensor(function):
+    class Returns(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(5, 3)
+
+        def forward(self, x):
+            return {"logits": self.layer(x), "hidden": x}
+
+    model, x = Returns(), torch.randn(3, 5)
+    kernel = function(model, x, output=lambda out: out["logits"].reshape(-1, 3, 1))
+    assert kernel.shape == (3, 3, 3, 1, 3, 1)
+    assert_close(kernel.squeeze(), jacobian_contraction(model.layer, x))
+
+
+@each_function
+@each_compute
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("name", ["recurrent", "data_dependent"])
+def test_plain_autograd_takes_over_where_vmap_fails(function, compute, symmetric, name, monkeypatch):
+    loops = []
+    original = reference._autograd_jacobian
+    monkeypatch.setattr(reference, "_autograd_jacobian", lambda *args: loops.append(0) or original(*args))
+    case = BY_NAME[name]
+    model, x1, x2 = case.build()
+    kernel = function(model, x1, None if symmetric else x2, compute=compute)
+    assert_close(kernel, oracle_sum(case, symmetric, compute))
+    assert len(loops) == (3 if symmetric else 5)
+
+
+@pytest.mark.parametrize("name", ["recurrent", "data_dependent", "tied_transformer", "custom_parameter"])
+def test_params_and_per_parameter_where_vmap_fails(name, monkeypatch):
+    monkeypatch.setattr(reference, "vmap", lambda *args, **kwargs: 1 / 0)
+    model, x, _ = BY_NAME[name].build()
+    jacobians = loop_jacobians(model, x)
+    name = list(jacobians)[-1]
+    for function in (jacobian_contraction, ntk_vector_products):
+        kernels = function(model, x, per_parameter=True)
+        assert list(kernels) == list(jacobians)
+        expected = torch.einsum("ncp,mdp->nmcd", jacobians[name], jacobians[name])
+        assert_close(kernels[name].reshape(expected.shape), expected)
+        assert_close(function(model, x, params=[name]).reshape(expected.shape), expected)
+
+
+@each_function
+def test_running_out_of_memory_is_not_a_reason_to_loop(function, monkeypatch, forbid):
+    def out_of_memory(*args, **kwargs):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(reference, "vmap", out_of_memory)
+    forbid("_autograd_jacobian")
+    with pytest.raises(torch.OutOfMemoryError):
+        function(mlp(nn.Tanh)(), torch.randn(3, 5))
+
+
+@each_function
+def test_parameters_that_the_output_does_not_depend_on(function, monkeypatch):
+    model = nn.Module()
+    model.forward = lambda x: x.sin()
+    model.unused = nn.Parameter(torch.randn(3))
+    assert torch.equal(function(model, torch.randn(2, 4)), torch.zeros(2, 2, 4, 4))
+    monkeypatch.setattr(reference, "vmap", lambda *args, **kwargs: 1 / 0)
+    assert torch.equal(function(model, torch.randn(2, 4)), torch.zeros(2, 2, 4, 4))
+
+
+def test_jacobian_is_computed_once_for_one_set(monkeypatch):
+    calls = []
+    original = reference._jacobians
+    monkeypatch.setattr(reference, "_jacobians", lambda *args: calls.append(0) or original(*args))
+    model, x = mlp(nn.Tanh)(), torch.randn(3, 5)
+    jacobian_contraction(model, x)
+    assert len(calls) == 1
+    jacobian_contraction(model, x, x)
+    assert len(calls) == 3
+
+
+def test_products_mirror_the_pairs_of_one_set(monkeypatch):
+    sizes = []
+    original = reference._column
+    monkeypatch.setattr(reference, "_column", lambda r, x1, y: sizes.append(len(x1)) or original(r, x1, y))
+    ntk_vector_products(mlp(nn.Tanh)(), torch.randn(4, 5))
+    assert sizes == [4, 3, 2, 1]
+
+
+@each_function
+@pytest.mark.filterwarnings("error:There is a performance drop")
+def test_models_that_backpack_has_extended(function, forbid):
+    forbid("_autograd_jacobian")
+    model, x = mlp(nn.Tanh)().double(), torch.randn(3, 5).double()
+    expected = function(model, x)
+    assert torch.equal(function(extend(model), x), expected)
+
+
+@each_function
+def test_custom_function_without_forward_mode(function):
+    class Cube(torch.autograd.Function):
+        generate_vmap_rule = True
+
+        @staticmethod
+        def forward(x):
+            return x**3
+
+        @staticmethod
+        def setup_context(ctx, inputs, output):
+            ctx.save_for_backward(*inputs)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return 3 * ctx.saved_tensors[0] ** 2 * grad
+
+    class Cubes(nn.Linear):
+        def forward(self, x):
+            return Cube.apply(super().forward(x))
+
+    model, x = Cubes(5, 3).double(), torch.randn(3, 5).double()
+    jacobian = torch.cat(list(loop_jacobians(model, x).values()), dim=2)
+    assert_close(function(model, x), torch.einsum("ncp,mdp->nmcd", jacobian, jacobian))
