@@ -112,8 +112,7 @@ def check_model(request: Request, *, vivit: bool = False) -> Size:
     Raises:
         UnsupportedModelError: If there is any problem; it lists all of them.
     """
-    problems = [p for name, m in request.model.named_modules() for p in find(MODULE_CHECKS, m, name)]
-    problems += _parameter_problems(request)
+    problems = configuration_problems(request)
     route = "empirical NTK"
     if vivit:
         route = "empirical NTK through ViViT"
@@ -130,6 +129,19 @@ def check_model(request: Request, *, vivit: bool = False) -> Size:
 
 
 # ---------------------------------------------------------------- problems on every route
+
+
+def configuration_problems(request: Request) -> list[Problem]:
+    """Find what can be read off modules and parameters.
+
+    Args:
+        request: The request.
+
+    Returns:
+        The problems.
+    """
+    modules = request.model.named_modules()
+    return [p for name, m in modules for p in find(MODULE_CHECKS, m, name)] + list(_parameter_problems(request))
 
 
 class ModuleCheck(NamedTuple):
@@ -251,23 +263,20 @@ def _probe_forward(request: Request) -> tuple[Size, list[Problem]]:
         The shape ``[*out]`` of one sample's output, and the problems found.
     """
     samples = request.x1[:2].stack(request.second[-1:])
-    random_state = _random_state(request.model)
+    before = random_state(request.model)
     together = request.evaluate(request.primals, samples)
-    if random_state != _random_state(request.model):
-        remedy = "Call eval(), or make its forward pass deterministic"
-        return Size(), [Problem("", "its forward pass draws random numbers", remedy)]
-    problem = _output_problem(together, len(samples))
+    problem = output_problem(together, before == random_state(request.model), len(samples))
     if problem is not None:
         return Size(), [problem]
     for i in range(len(samples)):
         alone = request.evaluate(request.primals, samples[i : i + 1])
-        problem = _row_problem(together[i : i + 1], alone)
+        problem = row_problem(together[i : i + 1], alone)
         if problem is not None:
             return Size(), [problem]
     return together.shape[1:], []
 
 
-def _random_state(model: Module) -> list[bytes]:
+def random_state(model: Module) -> list[bytes]:
     """Read the state of the random number generators a forward pass may draw from.
 
     Args:
@@ -281,16 +290,20 @@ def _random_state(model: Module) -> list[bytes]:
     return [state.numpy().tobytes() for state in states]
 
 
-def _output_problem(output: Any, n: int) -> Problem | None:
+def output_problem(output: Any, deterministic: bool, n: int) -> Problem | None:
     """Find what is wrong with the model's output.
 
     Args:
         output: What the model returned.
+        deterministic: Whether it drew no random numbers.
         n: Number of samples it was given.
 
     Returns:
         The problem, or ``None``.
     """
+    if not deterministic:
+        remedy = "Call eval(), or make its forward pass deterministic"
+        return Problem("", "its forward pass draws random numbers", remedy)
     if not isinstance(output, Tensor):
         remedy = "Wrap it in a module that returns one tensor [N, ...]"
         return Problem("", f"it returns {type(output).__name__}, not a tensor", remedy)
@@ -302,7 +315,7 @@ def _output_problem(output: Any, n: int) -> Problem | None:
     return None
 
 
-def _row_problem(row: Tensor, alone: Tensor) -> Problem | None:
+def row_problem(row: Tensor, alone: Tensor) -> Problem | None:
     """Compare a sample's output in a batch with its output alone.
 
     Args:

@@ -153,6 +153,11 @@ class Request:
         return self.x1 if self.x2 is None else self.x2
 
     @property
+    def sizes(self) -> list[int]:
+        """How many samples there are in x1, and in x2 if it is another set."""
+        return [len(x) for x in (self.x1, self.x2) if x is not None]
+
+    @property
     def primals(self) -> dict[str, Tensor]:
         """The wanted parameters as plain tensors without a graph: where derivatives are taken."""
         return {name: p.detach() for name, p in self.params.items()}

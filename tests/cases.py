@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its inputs, and whether ViViT supports it.
+    """A model, its inputs, and whether the routes for Sequential models support it.
 
     ``inputs(n)`` returns n samples. Both callables draw from the global generator, seeded by the test.
     """
@@ -20,6 +20,7 @@ class Case:
     model: Callable[[], nn.Module]
     inputs: Callable[[int], Any]
     vivit: bool = True
+    structured: bool = True
     n1: int = 3
     n2: int = 2
 
@@ -32,6 +33,10 @@ class Case:
                 _randomize_norm(module)
             x1, x2 = self.inputs(self.n1), self.inputs(self.n2)
         return model.to(device, dtype), cast(x1, dtype, device), cast(x2, dtype, device)
+
+    def supports(self, method: str) -> bool:
+        """Whether a method does not refuse the model."""
+        return getattr(self, method, True)
 
     def __str__(self) -> str:
         return self.name
@@ -316,19 +321,19 @@ CASES = [
         normal(2, 4, 4),
         vivit=False,
     ),
-    Case("residual", Residual, normal(5), vivit=False),
-    Case("tied_transformer", TiedTransformer, tokens(4), vivit=False),
+    Case("residual", Residual, normal(5), vivit=False, structured=False),
+    Case("tied_transformer", TiedTransformer, tokens(4), vivit=False, structured=False),
     Case(
         "mapping_inputs",
         TiedTransformer,
         lambda n: {"tokens": tokens(4)(n), "mask": torch.arange(4).expand(n, 4) > 2},
-        vivit=False,
+        vivit=False, structured=False,
     ),
-    Case("tuple_inputs", TwoInputs, lambda n: (torch.randn(n, 5), torch.randn(n, 3)), vivit=False),
-    Case("recurrent", Recurrent, normal(3, 4), vivit=False),
-    Case("data_dependent", DataDependent, normal(4), vivit=False),
-    Case("custom_parameter", CustomParameter, normal(5), vivit=False),
-    Case("weight_norm", weight_norm, normal(5), vivit=False),
+    Case("tuple_inputs", TwoInputs, lambda n: (torch.randn(n, 5), torch.randn(n, 3)), vivit=False, structured=False),
+    Case("recurrent", Recurrent, normal(3, 4), vivit=False, structured=False),
+    Case("data_dependent", DataDependent, normal(4), vivit=False, structured=False),
+    Case("custom_parameter", CustomParameter, normal(5), vivit=False, structured=False),
+    Case("weight_norm", weight_norm, normal(5), vivit=False, structured=False),
 ]
 
 BY_NAME = {case.name: case for case in CASES}

@@ -12,7 +12,7 @@ from ggn_ntk.checks import TOLERANCES
 
 torch.set_num_threads(1)  # the models are tiny, and test processes run side by side
 
-METHODS = ["vivit", "jacobian_contraction", "ntk_vector_products", "auto"]
+METHODS = ["structured", "vivit", "jacobian_contraction", "ntk_vector_products", "auto"]
 COMPUTES = ["full", "diagonal", "trace"]
 
 

@@ -7,9 +7,9 @@ from conftest import METHODS, assert_close, oracle, oracle_sum
 
 from ggn_ntk import empirical_ntk
 
-# What ViViT does not support is refused: see test_vivit.
+# What a route does not support is refused: see test_vivit and test_structured.
 pytestmark = pytest.mark.parametrize(
-    ("case", "method"), [(c, m) for c in CASES for m in METHODS if c.vivit or m != "vivit"], ids=str
+    ("case", "method"), [(c, m) for c in CASES for m in METHODS if c.supports(m)], ids=str
 )
 
 

@@ -1,0 +1,505 @@
+"""From two factored Jacobians to a block of the kernel.
+
+*Doubling* writes the product of two Jacobians as one einsum: ``cno,ni->cnoi`` with itself becomes
+``cno,ni,dmo,mi->nmcd``. The order in which its operands are contracted is the algorithm: form both Jacobians, or both
+Gram matrices, or anything between. ``opt_einsum`` finds the order with the fewest operations from the shapes alone
+(Novak, Sohl-Dickstein, Schoenholz: "Fast Finite Width Neural Tangent Kernel", ICML 2022, section 3, compare some
+orders by hand).
+
+Letters: ``c``, ``d`` outputs; ``n``, ``m`` samples of x1 and x2; all others are renamed so that a letter
+means the same everywhere in an einsum.
+"""
+
+import string
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from itertools import pairwise
+from math import ceil, prod
+from typing import NamedTuple
+
+import opt_einsum
+import torch
+from opt_einsum.contract import PathInfo
+from torch import Tensor
+
+from ggn_ntk.layout import transpose
+from ggn_ntk.rules import Factored
+
+#: Numbers that an intermediate result of x1 may hold before x1 is taken in blocks.
+BUDGET = 2**24
+
+#: Numbers that the intermediate results of x2 may hold, which are kept while blocks of x1 pass.
+KEPT = 2**26
+
+RESULTS = {"full": "nmcd", "diagonal": "nmc", "trace": "nm"}
+
+
+class Operand(NamedTuple):
+    """A tensor with a letter for each axis.
+
+    Attributes:
+        letters: The letters.
+        tensor: The tensor.
+        key: What it was computed from: operands of equal keys hold equal numbers.
+    """
+
+    letters: str
+    tensor: Tensor
+    key: Hashable
+
+
+@dataclass(frozen=True)
+class Doubled:
+    """The product of two Jacobians of a parameter, as one einsum.
+
+    Attributes:
+        first: Operands of the Jacobian of x1, over all samples; letter ``n``.
+        second: Operands of the Jacobian of x2, over all samples; letter ``m``.
+        result: Letters of the kernel.
+    """
+
+    first: tuple[Operand, ...]
+    second: tuple[Operand, ...]
+    result: str
+
+
+def double(first: Factored, second: Factored, compute: str) -> Doubled:
+    """Write the product of two Jacobians of one parameter as one einsum.
+
+    The letters of the parameter's axes are matched by position. Where the two split these axes differently,
+    both Jacobians are formed first.
+
+    Args:
+        first: The Jacobian of x1.
+        second: The Jacobian of x2.
+        compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
+
+    Returns:
+        The einsum and its operands.
+    """
+    if _parameter_sizes(first) != _parameter_sizes(second):
+        first, second = expand(first), expand(second)
+    names = iter(letter for letter in string.ascii_letters if letter not in "cdnm")
+    axes = [next(names) for _ in first.result[2:]]
+    output = "d" if compute == "full" else "c"
+    return Doubled(
+        tuple(_rename(first, dict(zip(first.result, ["c", "n", *axes], strict=True)), names)),
+        tuple(_rename(second, dict(zip(second.result, [output, "m", *axes], strict=True)), names)),
+        RESULTS[compute],
+    )
+
+
+def _parameter_sizes(factored: Factored) -> list[int]:
+    """Read how a Jacobian splits the parameter's axes.
+
+    Args:
+        factored: The Jacobian.
+
+    Returns:
+        The sizes of its letters behind ``cn``.
+    """
+    return [factored.sizes[letter] for letter in factored.result[2:]]
+
+
+def expand(factored: Factored) -> Factored:
+    """Form a Jacobian.
+
+    Args:
+        factored: The Jacobian.
+
+    Returns:
+        The same Jacobian as one operand ``[C, N, P]``.
+    """
+    n = factored.sizes["n"]
+    operands = [as_operand(term, tensor) for term, tensor in zip(factored.terms, factored.operands, strict=True)]
+    jacobian = contract(operands, factored.result, Memo(symmetric=False))
+    tensor = aligned(jacobian, factored.result)
+    shape = [factored.sizes[letter] for letter in factored.result]
+    return Factored("cnk->cnk", (tensor.expand(shape).reshape(shape[0], n, -1),))
+
+
+def combine(factored: Factored, weights: Tensor, samples: list[int]) -> Tensor:
+    """Sum a Jacobian over outputs and some samples, with weights.
+
+    Args:
+        factored: The Jacobian.
+        weights: ``[C, len(samples)]``.
+        samples: Which samples.
+
+    Returns:
+        The sum, with an axis for each letter of the parameter.
+    """
+    operands = [
+        as_operand(t, x.index_select(t.index("n"), torch.tensor(samples, device=x.device)) if "n" in t else x)
+        for t, x in zip(factored.terms, factored.operands, strict=True)
+    ]
+    letters = factored.result[2:]
+    return aligned(contract([*operands, Operand("cn", weights, None)], letters, Memo(symmetric=False)), letters)
+
+
+def _rename(factored: Factored, names: dict[str, str], fresh: Iterator[str]) -> Iterator[Operand]:
+    """Rename the letters of a Jacobian.
+
+    Args:
+        factored: The Jacobian.
+        names: The new letters of its result.
+        fresh: New letters for those that are summed.
+
+    Yields:
+        Its operands.
+    """
+    for term, tensor in zip(factored.terms, factored.operands, strict=True):
+        for letter in term:
+            if letter not in names:
+                names[letter] = next(fresh)
+        yield as_operand("".join(names[letter] for letter in term), tensor)
+
+
+def as_operand(letters: str, tensor: Tensor) -> Operand:
+    """Give a tensor letters, without the axes along which it has one value.
+
+    Args:
+        letters: A letter for each axis.
+        tensor: The tensor.
+
+    Returns:
+        The operand; it lacks the letter of samples where the tensor is the same for all of them.
+    """
+    key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+    for axis in reversed(range(tensor.ndim)):
+        same_for_samples = letters[axis] in "nm" and tensor.stride(axis) == 0
+        if same_for_samples:
+            tensor, letters = tensor.select(axis, 0), letters[:axis] + letters[axis + 1 :]
+    return Operand(letters, tensor, key)
+
+
+@lru_cache(maxsize=4096)
+def path_info(equation: str, shapes: tuple[tuple[int, ...], ...]) -> PathInfo:
+    """Find the order of contraction with the fewest operations.
+
+    Args:
+        equation: The einsum.
+        shapes: The shapes of its operands.
+
+    Returns:
+        The order, with its cost.
+    """
+    _, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="optimal")
+    return info
+
+
+def path_of(operands: Sequence[Operand], result: str) -> PathInfo:
+    """Find the order in which to contract operands.
+
+    Args:
+        operands: The operands.
+        result: The letters to keep, of which operands may lack some.
+
+    Returns:
+        The order, with its cost.
+    """
+    present = set().union(*(o.letters for o in operands))
+    kept = "".join(letter for letter in result if letter in present)
+    equation = ",".join(o.letters for o in operands) + "->" + kept
+    return path_info(equation, tuple(tuple(o.tensor.shape) for o in operands))
+
+
+def contract(operands: Sequence[Operand], result: str, memo: "Memo") -> Operand:
+    """Contract operands in the cheapest order.
+
+    Args:
+        operands: The operands.
+        result: The letters to keep.
+        memo: Keeps intermediate results.
+
+    Returns:
+        The result, its letters in any order; those that no operand has are left out.
+    """
+    remaining = list(operands)
+    for step in path_of(operands, result).path:
+        taken = [remaining.pop(i) for i in sorted(step, reverse=True)][::-1]
+        needed = set(result).union(*(o.letters for o in remaining))
+        remaining.append(_step(taken, needed, memo))
+    return remaining[0]
+
+
+def _step(taken: list[Operand], needed: set[str], memo: "Memo") -> Operand:
+    """Contract one or two operands, unless it was done before.
+
+    Args:
+        taken: The operands.
+        needed: Letters that must remain.
+        memo: Intermediate results.
+
+    Returns:
+        The result.
+    """
+    taken = [_sum_out(o, set(needed).union(*(other.letters for other in taken if other is not o))) for o in taken]
+    if len(taken) == 1:
+        return taken[0]
+    a, b = taken
+    letters = _result_letters(a, b, needed)
+    names: dict[str, int] = {}
+    pattern = tuple(
+        tuple(names.setdefault(letter, len(names)) for letter in t) for t in (a.letters, b.letters, letters)
+    )
+    key = (a.key, b.key, pattern)
+    return Operand(letters, memo.get(key, letters, lambda: _multiply(a, b, letters, needed)), key)
+
+
+def _sum_out(operand: Operand, needed: set[str]) -> Operand:
+    """Sum over the letters that nothing else has.
+
+    Args:
+        operand: The operand.
+        needed: Letters that must remain.
+
+    Returns:
+        The sum.
+    """
+    axes = [axis for axis, letter in enumerate(operand.letters) if letter not in needed]
+    if not axes:
+        return operand
+    letters = "".join(letter for letter in operand.letters if letter in needed)
+    return Operand(letters, operand.tensor.sum(axes), (operand.key, tuple(axes)))
+
+
+def _result_letters(a: Operand, b: Operand, needed: set[str]) -> str:
+    """Order the letters of a product as matrix products leave them in memory.
+
+    Args:
+        a: The left factor.
+        b: The right factor.
+        needed: Letters that must remain.
+
+    Returns:
+        Letters of both, then of the left, then of the right, each as they lie in memory.
+    """
+    batch = [letter for letter in _by_stride(a) if letter in b.letters and letter in needed]
+    left = [letter for letter in _by_stride(a) if letter not in b.letters]
+    right = [letter for letter in _by_stride(b) if letter not in a.letters]
+    return "".join(batch + left + right)
+
+
+def _by_stride(operand: Operand) -> list[str]:
+    """List an operand's letters as they lie in memory.
+
+    Args:
+        operand: The operand.
+
+    Returns:
+        Its letters, outermost first.
+    """
+    strides = dict(zip(operand.letters, operand.tensor.stride(), strict=True))
+    return sorted(operand.letters, key=lambda letter: -strides[letter])
+
+
+def _multiply(a: Operand, b: Operand, letters: str, needed: set[str]) -> Tensor:
+    """Multiply two operands: entry by entry where no letter is summed, else as matrices.
+
+    Args:
+        a: The left factor.
+        b: The right factor.
+        letters: The letters of the result, from :func:`_result_letters`.
+        needed: Letters that must remain.
+
+    Returns:
+        The product.
+    """
+    shared = [letter for letter in _by_stride(max(a, b, key=lambda o: o.tensor.numel())) if letter in a.letters]
+    summed = [letter for letter in shared if letter in b.letters and letter not in needed]
+    if not summed:
+        return aligned(a, letters) * aligned(b, letters)
+    batch = [letter for letter in letters if letter in a.letters and letter in b.letters]
+    left = [letter for letter in letters if letter not in b.letters]
+    right = [letter for letter in letters if letter not in a.letters]
+    product = torch.bmm(_as_matrices(a, batch, left, summed), _as_matrices(b, batch, summed, right))
+    sizes = dict(zip(a.letters + b.letters, a.tensor.shape + b.tensor.shape, strict=True))
+    return product.reshape([sizes[letter] for letter in letters])
+
+
+def _as_matrices(operand: Operand, batch: list[str], rows: list[str], columns: list[str]) -> Tensor:
+    """Merge the letters of an operand to three axes, without a copy where its memory allows.
+
+    Args:
+        operand: The operand.
+        batch: Letters of the first axis.
+        rows: Letters of the second axis.
+        columns: Letters of the third axis.
+
+    Returns:
+        The matrices.
+    """
+    axes = [operand.letters.index(letter) for letter in batch + rows + columns]
+    tensor = operand.tensor.permute(axes)
+    ends = [len(batch), len(batch) + len(rows)]
+    return tensor.reshape(
+        prod(tensor.shape[: ends[0]]), prod(tensor.shape[ends[0] : ends[1]]), prod(tensor.shape[ends[1] :])
+    )
+
+
+def aligned(operand: Operand, letters: str) -> Tensor:
+    """Order an operand's axes, with an axis of length one for each letter it lacks.
+
+    Args:
+        operand: The operand.
+        letters: The wanted letters.
+
+    Returns:
+        A view that broadcasts.
+    """
+    tensor = operand.tensor.permute([operand.letters.index(letter) for letter in letters if letter in operand.letters])
+    for axis, letter in enumerate(letters):
+        if letter not in operand.letters:
+            tensor = tensor.unsqueeze(axis)
+    return tensor
+
+
+# ---------------------------------------------------------------- blocks of the kernel
+
+
+class Memo:
+    """Intermediate results, kept for as long as something may use them again.
+
+    Attributes:
+        symmetric: Whether x1 and x2 are the same samples, so that what depends on one serves for the other.
+    """
+
+    def __init__(self, symmetric: bool) -> None:
+        """Set up.
+
+        Args:
+            symmetric: Whether x1 and x2 are the same samples.
+        """
+        self.symmetric = symmetric
+        self._of_block: dict[Hashable, Tensor] = {}
+        self._of_samples: dict[Hashable, Tensor] = {}
+
+    def get(self, key: Hashable, letters: str, compute: Callable[[], Tensor]) -> Tensor:
+        """Look a result up, or compute it.
+
+        Args:
+            key: Its key.
+            letters: Its letters.
+            compute: Computes it.
+
+        Returns:
+            The result.
+        """
+        short_lived = "n" in letters and ("m" in letters or not self.symmetric)
+        kept = self._of_block if short_lived else self._of_samples
+        if key not in kept:
+            kept[key] = compute()
+        return kept[key]
+
+    def end_block(self) -> None:
+        """Forget what depends on the pair of blocks, and the rest if it has grown too large."""
+        self._of_block.clear()
+        if sum(tensor.numel() for tensor in self._of_samples.values()) > KEPT:
+            self._of_samples.clear()
+
+
+def add_products(kernels: dict[str, Tensor], products: Sequence[tuple[str, Doubled]], n1: int | None) -> None:
+    """Add products of Jacobians to kernels, in blocks of samples that keep intermediate results small.
+
+    Products are taken together, so that they share intermediate results: the weight and bias of a layer the Gram
+    matrix of ``s``, and x1 and x2 the Jacobian where they are the same samples.
+
+    Args:
+        kernels: The kernels, by name; changed in place.
+        products: Which product to add to which kernel. Operands are over all samples.
+        n1: How many samples are x1, the others x2; ``None`` where all are both: then only pairs of blocks on and
+            above the diagonal are computed, and mirrored.
+    """
+    n, m = next(iter(kernels.values())).shape[:2]
+    symmetric, offset = n1 is None, n1 or 0
+    rows = _blocks(n, "n", BUDGET, products)
+    columns = rows if symmetric else _blocks(m, "m", KEPT, products)
+    memo = Memo(symmetric)
+    for column in columns:
+        shifted = slice(column.start + offset, column.stop + offset)
+        for row in rows:
+            if symmetric and row.start > column.start:
+                break
+            for name, product in products:
+                operands = [_sliced(o, "n", row) for o in product.first]
+                operands += [_sliced(o, "m", shifted) for o in product.second]
+                block = aligned(contract(operands, product.result, memo), product.result)
+                kernels[name][row, column] += block
+                if symmetric and row.start < column.start:
+                    kernels[name][column, row] += transpose(block)
+            memo.end_block()
+
+
+def _blocks(size: int, letter: str, budget: int, products: Sequence[tuple[str, Doubled]]) -> list[slice]:
+    """Split samples so that no intermediate result of one set alone exceeds a budget.
+
+    Args:
+        size: The number of samples.
+        letter: ``"n"`` or ``"m"``.
+        budget: Numbers that a result may hold.
+        products: The products to compute.
+
+    Returns:
+        The blocks.
+    """
+    largest = max((_largest_per_sample(product, letter) for _, product in products), default=1)
+    block = max(1, min(size, budget // largest))
+    count = ceil(size / block)
+    edges = [i * size // count for i in range(count + 1)]
+    return [slice(start, stop) for start, stop in pairwise(edges)]
+
+
+def _largest_per_sample(product: Doubled, letter: str) -> int:
+    """Find the largest intermediate result on the way to a product, for one sample.
+
+    Args:
+        product: The product.
+        letter: Consider results with this letter.
+
+    Returns:
+        Its number of entries for one sample.
+    """
+    largest = 1
+    for letters, sizes in intermediates(product):
+        if letter in letters:
+            largest = max(largest, prod(sizes[other] for other in letters if other not in "nm"))
+    return largest
+
+
+def intermediates(product: Doubled) -> Iterator[tuple[str, dict[str, int]]]:
+    """List the intermediate results on the way to a product.
+
+    Args:
+        product: The product.
+
+    Yields:
+        The letters of each, and the size of every letter.
+    """
+    operands = [*product.first, *product.second]
+    sizes = {letter: size for o in operands for letter, size in zip(o.letters, o.tensor.shape, strict=True)}
+    remaining = [o.letters for o in operands]
+    for step in path_of(operands, product.result).path:
+        taken = "".join(remaining.pop(i) for i in sorted(step, reverse=True))
+        needed = set("".join(remaining) + product.result)
+        letters = "".join(sorted(set(taken) & needed))
+        remaining.append(letters)
+        yield letters, sizes
+
+
+def _sliced(operand: Operand, letter: str, samples: slice) -> Operand:
+    """Select samples of an operand.
+
+    Args:
+        operand: The operand.
+        letter: The letter of its samples; it may lack it.
+        samples: Which samples.
+
+    Returns:
+        The selection.
+    """
+    if letter not in operand.letters:
+        return operand
+    tensor = operand.tensor.narrow(operand.letters.index(letter), samples.start, samples.stop - samples.start)
+    return operand._replace(tensor=tensor, key=(operand.key, samples.start, samples.stop))

@@ -1,0 +1,42 @@
+"""Rules: what a layer's parameter Jacobians are, and how a Jacobian passes back through a layer.
+
+A parameter rule writes the Jacobian of the network's outputs with respect to each parameter of one layer as an
+unevaluated einsum of the layer's input and of the backpropagated Jacobian ``s``. It says what the Jacobian is and
+never how to contract it. A layer is one function in a file of this package::
+
+    @register_rule(nn.Linear)
+    def linear(module, x, s):
+        return {"weight": Factored("cno,ni->cnoi", (s, x)), "bias": Factored("cno->cno", (s,))}
+
+Letters: ``c`` output, ``n`` sample; the other letters of the result stand, in order, for the parameter's own
+axes (adjacent axes may be merged or split), and all remaining letters are summed.
+"""
+
+from ggn_ntk.rules.registry import (
+    Backpropagation,
+    Factored,
+    Rule,
+    backpropagation_for,
+    register_backpropagation,
+    register_rule,
+    rule_for,
+)
+
+from ggn_ntk.rules import activation, convolution, embedding, linear, normalization, pooling, shape  # isort: skip
+
+__all__ = [
+    "Backpropagation",
+    "Factored",
+    "Rule",
+    "activation",
+    "backpropagation_for",
+    "convolution",
+    "embedding",
+    "linear",
+    "normalization",
+    "pooling",
+    "register_backpropagation",
+    "register_rule",
+    "rule_for",
+    "shape",
+]

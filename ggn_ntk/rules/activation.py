@@ -1,0 +1,72 @@
+"""Nonlinearities that act on each entry by itself."""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ggn_ntk.rules.registry import Factored, register_backpropagation, register_rule
+
+
+@register_backpropagation(
+    nn.CELU,
+    nn.ELU,
+    nn.GELU,
+    nn.Hardshrink,
+    nn.Hardsigmoid,
+    nn.Hardswish,
+    nn.Hardtanh,
+    nn.LeakyReLU,
+    nn.LogSigmoid,
+    nn.Mish,
+    nn.PReLU,
+    nn.ReLU,
+    nn.ReLU6,
+    nn.RReLU,
+    nn.SELU,
+    nn.SiLU,
+    nn.Sigmoid,
+    nn.Softplus,
+    nn.Softshrink,
+    nn.Softsign,
+    nn.Tanh,
+    nn.Tanhshrink,
+    nn.Threshold,
+)
+def elementwise_transposed(module: Any, x: Tensor, s: Tensor) -> Tensor:
+    """Multiply by the derivative of each entry, which one backward pass yields for all of them.
+
+    Args:
+        module: The layer.
+        x: Its input ``[N, ...]``.
+        s: ``[C, N, ...]``.
+
+    Returns:
+        ``[C, N, ...]``, in place of ``s`` where ``s`` differs between samples.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        entries = torch.func.functional_call(module, {}, (x.clone(),))  # a clone, for layers that work in place
+        (derivative,) = torch.autograd.grad(entries.sum(), x)
+    if s.stride(1) == 0:
+        return (s.transpose(0, 1) * derivative.unsqueeze(1)).transpose(0, 1)
+    return s.mul_(derivative)
+
+
+@register_rule(nn.PReLU)
+def prelu(module: nn.PReLU, x: Tensor, s: Tensor) -> dict[str, Factored]:
+    """Write the Jacobian of ``y = x where x > 0 else weight * x``.
+
+    Args:
+        module: The layer.
+        x: ``[N, K, *positions]``, or anything for a single weight.
+        s: ``[C, N, K, *positions]``.
+
+    Returns:
+        The Jacobian of weight ``[K]``.
+    """
+    negative = x.clamp(max=0)
+    channels = module.num_parameters
+    negative = negative.reshape(len(x), channels, -1)
+    s = s.reshape(*s.shape[:2], channels, -1)
+    return {"weight": Factored("cnkp,nkp->cnk", (s, negative))}

@@ -1,0 +1,178 @@
+"""Convolutions and transposed convolutions of any dimension.
+
+A convolution is linear in its weight at each position, with the window of its input there as features (einconv:
+Dangel, "Convolutions and More as Einsum", NeurIPS 2024, section 3). Windows are views of the padded input: nothing
+is unfolded before a contraction needs it, and only as much of it as it needs.
+
+Letters: ``g`` groups; ``o``, ``i`` output and input channels of a group; ``x``, ``y``, ``z`` positions;
+``u``, ``v``, ``w`` places in the kernel.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ggn_ntk.rules.registry import Factored, register_backpropagation, register_rule, stack_outputs, unstack_outputs
+
+_POSITIONS, _KERNEL = "xyz", "uvw"
+_CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+_CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
+_CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
+
+
+@register_rule(*_CONVOLUTIONS)
+def convolution(module: Any, x: Tensor, s: Tensor) -> dict[str, Factored]:
+    """Write the Jacobians of a convolution.
+
+    Args:
+        module: The layer.
+        x: ``[N, I, *spatial]``, with all groups in I.
+        s: ``[C, N, O, *positions]``.
+
+    Returns:
+        The Jacobians of weight ``[O, I / groups, *kernel]`` and bias ``[O]``.
+    """
+    windows = _windows(_pad(module, x), module, s.shape[3:])
+    p, k = _POSITIONS[: s.ndim - 3], _KERNEL[: s.ndim - 3]
+    s = s.unflatten(2, (module.groups, -1))
+    return {
+        "weight": Factored(f"cngo{p},ngi{k}{p}->cngoi{k}", (s, windows)),
+        "bias": Factored(f"cngo{p}->cngo", (s,)),
+    }
+
+
+@register_rule(*_TRANSPOSED)
+def transposed_convolution(module: Any, x: Tensor, s: Tensor) -> dict[str, Factored]:
+    """Write the Jacobians of a transposed convolution: input and output change places.
+
+    Args:
+        module: The layer.
+        x: ``[N, I, *positions]``, with all groups in I.
+        s: ``[C, N, O, *spatial]``.
+
+    Returns:
+        The Jacobians of weight ``[I, O / groups, *kernel]`` and bias ``[O]``.
+    """
+    p, k = _POSITIONS[: x.ndim - 2], _KERNEL[: x.ndim - 2]
+    padding = [pad for amount in reversed(module.padding) for pad in (amount, amount)]
+    windows = _windows(F.pad(stack_outputs(s), padding), module, x.shape[2:])
+    windows = windows.unflatten(0, (s.shape[1], s.shape[0])).transpose(0, 1)
+    s = s.unflatten(2, (module.groups, -1)).flatten(4)
+    return {
+        "weight": Factored(f"cngo{k}{p},ngi{p}->cngio{k}", (windows, x.unflatten(1, (module.groups, -1)))),
+        "bias": Factored("cngox->cngo", (s,)),
+    }
+
+
+def _pad(module: Any, x: Tensor) -> Tensor:
+    """Pad an input as a convolution does.
+
+    Args:
+        module: The convolution.
+        x: Its input.
+
+    Returns:
+        The padded input.
+    """
+    padding = module._reversed_padding_repeated_twice  # also for padding="same"
+    mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
+    return F.pad(x, padding, mode=mode) if any(padding) else x
+
+
+def _windows(x: Tensor, module: Any, positions: Any) -> Tensor:
+    """View an input as the windows a kernel slides over.
+
+    Channels come last in memory, so that what a contraction copies out of it are long runs.
+
+    Args:
+        x: Padded input ``[N, I, *spatial]``.
+        module: The layer, for its groups, stride and dilation.
+        positions: How often the window moves along each axis.
+
+    Returns:
+        A view ``[N, G, I / G, *kernel, *positions]``.
+    """
+    x = x.movedim(1, -1).contiguous().movedim(-1, 1)
+    x = x.unflatten(1, (module.groups, -1))
+    spatial = x.stride()[3:]
+    kernel = [step * dilation for step, dilation in zip(spatial, module.dilation, strict=True)]
+    position = [step * stride for step, stride in zip(spatial, module.stride, strict=True)]
+    shape = (*x.shape[:3], *module.kernel_size, *positions)
+    return x.as_strided(shape, (*x.stride()[:3], *kernel, *position))
+
+
+@register_backpropagation(*_CONVOLUTIONS, linear=True)
+def convolution_transposed(module: Any, x: Tensor, s: Tensor) -> Tensor:
+    """Multiply by a convolution's transposed Jacobian: a transposed convolution, and the padding undone.
+
+    Args:
+        module: The layer.
+        x: Its input ``[N, I, *spatial]``.
+        s: ``[C, N, O, *positions]``.
+
+    Returns:
+        ``[C, N, I, *spatial]``.
+    """
+    dim = s.ndim - 3
+    if module.padding_mode == "zeros" and not isinstance(module.padding, str):
+        padding, padded = module.padding, x.shape[2:]
+    else:
+        padding, padded = (0,) * dim, _pad(module, x[:1]).shape[2:]
+    full = [
+        (p - 1) * stride - 2 * pad + dilation * (k - 1) + 1
+        for p, stride, pad, dilation, k in zip(
+            s.shape[3:], module.stride, padding, module.dilation, module.kernel_size, strict=True
+        )
+    ]
+    missing = [wanted - size for wanted, size in zip(padded, full, strict=True)]
+    product: Tensor = _CONV_TRANSPOSE[dim](
+        stack_outputs(s),
+        module.weight,
+        stride=module.stride,
+        padding=padding,
+        output_padding=missing,
+        groups=module.groups,
+        dilation=module.dilation,
+    )
+    if padded != x.shape[2:]:
+        product = _unpad(module, x, product)
+    return unstack_outputs(product, like=s)
+
+
+def _unpad(module: Any, x: Tensor, product: Tensor) -> Tensor:
+    """Multiply by the transposed Jacobian of a padding.
+
+    Args:
+        module: The convolution that pads.
+        x: Its input ``[N, I, *spatial]``.
+        product: ``[M, I, *padded]``.
+
+    Returns:
+        ``[M, I, *spatial]``.
+    """
+    with torch.enable_grad():
+        inputs = x.new_zeros(len(product), *x.shape[1:]).requires_grad_()
+        (unpadded,) = torch.autograd.grad(_pad(module, inputs), inputs, product)
+    return unpadded
+
+
+@register_backpropagation(*_TRANSPOSED, linear=True)
+def transposed_convolution_transposed(module: Any, x: Tensor, s: Tensor) -> Tensor:
+    """Multiply by a transposed convolution's transposed Jacobian: a convolution.
+
+    Args:
+        module: The layer.
+        x: Its input ``[N, I, *positions]``.
+        s: ``[C, N, O, *spatial]``.
+
+    Returns:
+        ``[C, N, I, *positions]``.
+    """
+    options = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "groups")}
+    product: Tensor = _CONV[s.ndim - 3](stack_outputs(s), module.weight, **options)
+    for axis, size in enumerate(x.shape[2:], start=2):
+        product = product.narrow(axis, 0, size)  # output_padding adds no positions
+    return unstack_outputs(product, like=s)

@@ -1,0 +1,195 @@
+"""The registry of rules, and the form in which they state a Jacobian."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+_F = TypeVar("_F", bound=Callable[..., Any])
+
+
+@dataclass(frozen=True)
+class Factored:
+    """A parameter Jacobian as an unevaluated einsum.
+
+    Attributes:
+        equation: Say ``"cno,ni->cnoi"``. The result starts with ``cn`` (output, sample), in this order; its
+            other letters stand, in order, for the parameter's axes, of which adjacent ones may be merged or
+            split.
+        operands: One tensor for each term on the left. Each letter has one size everywhere.
+    """
+
+    equation: str
+    operands: tuple[Tensor, ...]
+
+    def __post_init__(self) -> None:
+        """Check that the equation fits the operands.
+
+        Raises:
+            ValueError: If it does not.
+        """
+        terms, result = self.terms, self.result
+        fits = len(terms) == len(self.operands) and all(
+            len(t) == o.ndim for t, o in zip(terms, self.operands, strict=True)
+        )
+        if not fits or not result.startswith("cn") or not set(result) <= {"n", *"".join(terms)}:
+            shapes = [list(o.shape) for o in self.operands]
+            raise ValueError(
+                f"Factored('{self.equation}') with operands of shapes {shapes}: the equation needs one letter for each "
+                "axis of each operand, and a result that starts with 'cn' and has no letters of its own."
+            )
+
+    @property
+    def terms(self) -> list[str]:
+        """The letters of each operand."""
+        return self.equation.split("->")[0].split(",")
+
+    @property
+    def result(self) -> str:
+        """The letters of the Jacobian."""
+        return self.equation.split("->")[1]
+
+    @property
+    def sizes(self) -> dict[str, int]:
+        """The size of each letter."""
+        sizes: dict[str, int] = {}
+        for term, operand in zip(self.terms, self.operands, strict=True):
+            sizes.update(zip(term, operand.shape, strict=True))
+        return sizes
+
+
+Rule = Callable[[Any, Any, Tensor], dict[str, Factored]]
+
+_RULES: dict[type[Module], Rule] = {}
+
+
+def register_rule(*layer_types: type[Module]) -> Callable[[_F], _F]:
+    """Register how the parameter Jacobians of layers are written.
+
+    The decorated function takes the layer, its input ``x`` (a tensor ``[N, ...]``, or a tuple where the layer takes
+    several) and ``s`` ``[C, N, *layer output]``, the Jacobian of the network's outputs with respect to the
+    layer's output. It returns a :class:`Factored` for each parameter, by its name on the layer; extra
+    entries, say for a bias that is ``None``, are ignored.
+
+    Args:
+        *layer_types: The exact types of the layers; a subclass may override ``forward``, so it does not match.
+
+    Returns:
+        The decorator.
+
+    Raises:
+        TypeError: If an argument is not a type of layer.
+    """
+    for layer_type in layer_types:
+        if not (isinstance(layer_type, type) and issubclass(layer_type, Module)):
+            raise TypeError(f"register_rule takes types of torch.nn.Module, got {layer_type!r}.")
+
+    def register(rule: _F) -> _F:
+        _RULES.update(dict.fromkeys(layer_types, rule))
+        return rule
+
+    return register
+
+
+def rule_for(module: Module) -> Rule | None:
+    """Look up a layer's rule by its exact type.
+
+    Args:
+        module: The layer.
+
+    Returns:
+        Its rule, or ``None``.
+    """
+    return _RULES.get(type(module))
+
+
+class Backpropagation(NamedTuple):
+    """How a Jacobian passes back through a layer.
+
+    Attributes:
+        function: Takes the layer, its input ``x`` and ``s`` ``[C, N, *layer output]``; returns
+            ``[C, N, *layer input]``. It may overwrite ``s``.
+        linear: Whether the layer's Jacobian is the same for all samples, so that an ``s`` that is the same
+            for all samples stays so.
+    """
+
+    function: Callable[[Any, Tensor, Tensor], Tensor]
+    linear: bool
+
+
+_BACKPROPAGATIONS: dict[type[Module], Backpropagation] = {}
+
+
+def register_backpropagation(*layer_types: type[Module], linear: bool = False) -> Callable[[_F], _F]:
+    """Register how a Jacobian passes back through layers, faster than by :func:`batched_vjp`.
+
+    Args:
+        *layer_types: The exact types of the layers.
+        linear: Whether their Jacobian is the same for all samples.
+
+    Returns:
+        The decorator of a function as in :class:`Backpropagation`.
+    """
+
+    def register(function: _F) -> _F:
+        _BACKPROPAGATIONS.update(dict.fromkeys(layer_types, Backpropagation(function, linear)))
+        return function
+
+    return register
+
+
+def backpropagation_for(module: Module) -> Backpropagation:
+    """Look up how a Jacobian passes back through a layer.
+
+    Args:
+        module: The layer.
+
+    Returns:
+        What is registered for its exact type, else :func:`batched_vjp`.
+    """
+    return _BACKPROPAGATIONS.get(type(module), Backpropagation(batched_vjp, False))
+
+
+def batched_vjp(module: Module, x: Tensor, s: Tensor) -> Tensor:
+    """Multiply by any layer's transposed Jacobian with autograd.
+
+    Args:
+        module: The layer.
+        x: Its input ``[N, ...]``.
+        s: ``[C, N, *layer output]``.
+
+    Returns:
+        ``[C, N, *layer input]``.
+    """
+    with torch.enable_grad():
+        x = x.detach().requires_grad_()
+        (product,) = torch.autograd.grad(module(x), x, s, is_grads_batched=True)
+    return product
+
+
+def stack_outputs(s: Tensor) -> Tensor:
+    """Treat the outputs of a sample as so many samples, for layers that are the same for all samples.
+
+    Args:
+        s: ``[C, N, ...]``; in the memory order ``[N, C, ...]`` there is no copy.
+
+    Returns:
+        ``[N * C, ...]``.
+    """
+    return s.transpose(0, 1).flatten(0, 1)
+
+
+def unstack_outputs(stacked: Tensor, like: Tensor) -> Tensor:
+    """Undo :func:`stack_outputs`.
+
+    Args:
+        stacked: ``[N * C, ...]``.
+        like: ``[C, N, ...]``.
+
+    Returns:
+        ``[C, N, ...]``, in the memory order ``[N, C, ...]``, in which the outputs of a sample make up a matrix.
+    """
+    return stacked.reshape(like.shape[1], like.shape[0], *stacked.shape[1:]).transpose(0, 1)

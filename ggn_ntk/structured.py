@@ -1,0 +1,344 @@
+"""The structured route: layer by layer, the x1-x2 block alone, in the cheapest order.
+
+From the output back to the input, ``s = d f / d (layer output)`` passes through one layer after the other. At each
+layer with wanted parameters, a rule writes their Jacobians as einsums of the layer's input and ``s``, and these are
+contracted to the block of the kernel; then ``s`` moves on, and what belongs to the layer is freed. Up to the last
+nonlinearity ``s`` is the same for all samples, and is kept once.
+
+No rule is trusted: on a few samples, the Jacobians that the rules write are compared with autograd's.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Iterator
+from typing import Any, NamedTuple
+
+import torch
+from torch import Size, Tensor, nn
+from torch.nn import Module
+
+from ggn_ntk.checks import (
+    OTHER_METHOD,
+    PROBE_TOLERANCES,
+    Problem,
+    UnsupportedModelError,
+    configuration_problems,
+    eager,
+    output_problem,
+    random_state,
+    row_problem,
+)
+from ggn_ntk.contraction import Doubled, add_products, combine, double
+from ggn_ntk.request import Request
+from ggn_ntk.rules import Factored, backpropagation_for, rule_for
+
+_ROUTE = "structured empirical NTK"
+
+
+class Use(NamedTuple):
+    """One call of a layer.
+
+    Attributes:
+        module: The layer.
+        x: Its input ``[N, ...]``; a tuple where it takes several.
+        params: Its wanted parameters: their names on the layer, and those users know them by.
+    """
+
+    module: Module
+    x: Any
+    params: dict[str, str]
+
+
+def structured_kernels(request: Request) -> tuple[Size, Iterable[tuple[str, Tensor]]]:
+    """Compute kernels layer by layer. Call it inside ``isolated(request.model)``.
+
+    Args:
+        request: The request.
+
+    Returns:
+        The shape ``[*out]`` of one sample's output; names of parameters (empty for their sum) and kernels over
+        flattened outputs.
+
+    Raises:
+        UnsupportedModelError: If the model has no exact kernel, or this route does not get it right.
+    """
+    problems = [*configuration_problems(request), *_structure_problems(request)]
+    if problems:
+        raise UnsupportedModelError(problems, _ROUTE)
+    with torch.no_grad():
+        before = random_state(request.model)
+        uses, output = _forward(request)
+        problem = output_problem(output, before == random_state(request.model), sum(request.sizes))
+        if problem is not None:
+            raise UnsupportedModelError([problem], _ROUTE)
+        probe = _Probe(request, output)
+        kernels = _backward(request, uses, output, probe)
+        probe.conclude()
+    return output.shape[1:], kernels.items()
+
+
+def _structure_problems(request: Request) -> Iterator[Problem]:
+    """Find what keeps a model from being taken apart into layers.
+
+    Args:
+        request: The request.
+
+    Yields:
+        The problems.
+    """
+    wanted = {id(p) for p in request.params.values()}
+    for name, module in _named_layers(eager(request.model)):
+        has_wanted = any(id(p) in wanted for p in module.parameters(recurse=_is_layer(module)))
+        if not has_wanted:
+            continue
+        kind = type(module).__name__
+        if not _is_layer(module):
+            yield Problem(name, f"{kind} has a parameter of its own", OTHER_METHOD)
+        elif rule_for(module) is None and any(True for _ in module.children()):
+            what = f"{kind} may compute between its modules what the route cannot see"
+            yield Problem(name, what, "Build the model from nn.Sequential alone, or use another method")
+        elif rule_for(module) is None:
+            what = f"no rule is registered for {kind}"
+            yield Problem(name, what, f"Write one with ggn_ntk.register_rule({kind}), or use another method")
+
+
+def _is_layer(module: Module) -> bool:
+    """Tell layers from containers that call their children one after the other.
+
+    Args:
+        module: The module.
+
+    Returns:
+        Whether it is a layer.
+    """
+    return not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward
+
+
+def _named_layers(module: Module, name: str = "") -> Iterator[tuple[str, Module]]:
+    """List a model's containers and layers, these in the order of their calls.
+
+    Args:
+        module: The model.
+        name: Its dotted name.
+
+    Yields:
+        Dotted names and modules; a layer that is called several times comes as often.
+    """
+    yield name, module
+    if not _is_layer(module):
+        for key, child in module._modules.items():
+            if child is not None:
+                yield from _named_layers(child, f"{name}.{key}".lstrip("."))
+
+
+def _forward(request: Request) -> tuple[list[Use], Any]:
+    """Evaluate the model on all samples and record the input of each layer.
+
+    Args:
+        request: The request.
+
+    Returns:
+        The uses of layers in the order of their calls, and the output.
+    """
+    names = {id(p): name for name, p in request.params.items()}
+    args = request.x1.stack(request.x2).args
+    uses, x = [], args[0] if len(args) == 1 else args
+    for _, layer in _named_layers(eager(request.model)):
+        if _is_layer(layer):
+            params = layer.named_parameters(recurse=False, remove_duplicate=False)
+            uses.append(Use(layer, x, {key: names[id(p)] for key, p in params if id(p) in names}))
+            overwrites = getattr(layer, "inplace", False)
+            x = layer(*x) if isinstance(x, tuple) else layer(x.clone() if overwrites else x)
+    return uses, x
+
+
+def _backward(request: Request, uses: list[Use], output: Tensor, probe: "_Probe") -> dict[str, Tensor]:
+    """Pass ``s`` back and contract Jacobians on the way.
+
+    Args:
+        request: The request.
+        uses: The uses of layers; emptied, so that inputs are freed on the way.
+        output: The model's output ``[N, *out]``.
+        probe: Compares each Jacobian.
+
+    Returns:
+        Kernels over flattened outputs by name (empty for their sum).
+    """
+    counts = Counter(name for use in uses for name in use.params.values())
+    n1 = None if request.symmetric else len(request.x1)
+    accumulator = Accumulator(request.compute, n1, request.per_parameter, counts)
+    s = identity(output)
+    while any(use.params for use in uses):
+        use = uses.pop()
+        if use.params:
+            jacobians = _jacobians(use, s)
+            probe.compare(jacobians)
+            accumulator.add(jacobians)
+            del jacobians  # frees its operands, but for those of parameters that are used again
+        if any(earlier.params for earlier in uses):
+            s = backpropagate(use, s)
+    return accumulator.kernels
+
+
+def _jacobians(use: Use, s: Tensor) -> dict[str, Factored]:
+    """Write the Jacobians of a layer's wanted parameters.
+
+    Args:
+        use: The layer and its input.
+        s: ``[C, N, *layer output]``.
+
+    Returns:
+        The Jacobians, by the name users know the parameter by.
+    """
+    rule = rule_for(use.module)
+    assert rule is not None
+    factored = rule(use.module, use.x, s)
+    return {name: factored[key] for key, name in use.params.items()}
+
+
+def identity(output: Tensor) -> Tensor:
+    """Start ``s`` at the output.
+
+    Args:
+        output: ``[N, *out]``.
+
+    Returns:
+        The Jacobian of the flattened output with respect to the output, ``[C, N, *out]``: the same for all samples,
+        and kept once.
+    """
+    n, *out = output.shape
+    eye = torch.eye(output[0].numel(), dtype=output.dtype, device=output.device)
+    return eye.reshape(-1, 1, *out).expand(-1, n, *out)
+
+
+def backpropagate(use: Use, s: Tensor) -> Tensor:
+    """Pass ``s`` back through a layer.
+
+    Args:
+        use: The layer and its input.
+        s: ``[C, N, *layer output]``; may be overwritten.
+
+    Returns:
+        ``[C, N, *layer input]``; kept once where it is the same for all samples.
+    """
+    function, linear = backpropagation_for(use.module)
+    if linear and s.stride(1) == 0:
+        return function(use.module, use.x[:1], s[:, :1]).expand(-1, s.shape[1], *use.x.shape[1:])
+    return function(use.module, use.x, s)
+
+
+class Accumulator:
+    """Sums kernels over the uses of parameters.
+
+    A parameter that is used once is contracted at once. The Jacobian of one that is used several times is the
+    sum over its uses, so its kernel is the sum over all pairs of uses, and they wait for the last of them.
+
+    Attributes:
+        kernels: The kernels so far, by name (empty for their sum).
+    """
+
+    def __init__(self, compute: str, n1: int | None, per_parameter: bool, counts: Counter[str]) -> None:
+        """Set up.
+
+        Args:
+            compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
+            n1: How many samples are x1; ``None`` where all are both x1 and x2.
+            per_parameter: Whether to keep kernels of parameters apart.
+            counts: How often each parameter is used.
+        """
+        self.compute, self.n1, self.per_parameter, self.counts = compute, n1, per_parameter, counts
+        self.kernels: dict[str, Tensor] = {}
+        self._waiting: dict[str, list[Factored]] = defaultdict(list)
+
+    def add(self, jacobians: dict[str, Factored]) -> None:
+        """Add one use of a layer.
+
+        Args:
+            jacobians: The Jacobian of each wanted parameter, by name.
+        """
+        products: list[tuple[str, Doubled]] = []
+        for name, jacobian in jacobians.items():
+            terms = self._waiting[name]
+            terms.append(jacobian)
+            if len(terms) == self.counts[name]:
+                key = name if self.per_parameter else ""
+                if key not in self.kernels:
+                    self.kernels[key] = self._zeros(jacobian)
+                products += [(key, double(a, b, self.compute)) for a in terms for b in terms]
+        if products:
+            add_products(self.kernels, products, self.n1)
+        for name in jacobians:
+            if len(self._waiting[name]) == self.counts[name]:
+                del self._waiting[name]
+
+    def _zeros(self, jacobian: Factored) -> Tensor:
+        """Allocate a kernel.
+
+        Args:
+            jacobian: A Jacobian.
+
+        Returns:
+            ``[N1, N2, C, C]``, ``[N1, N2, C]`` or ``[N1, N2]``.
+        """
+        c, n = (jacobian.sizes[letter] for letter in "cn")
+        samples = (n, n) if self.n1 is None else (self.n1, n - self.n1)
+        return jacobian.operands[0].new_zeros(*samples, *[c] * {"full": 2, "diagonal": 1, "trace": 0}[self.compute])
+
+
+class _Probe:
+    """Compares the Jacobians that rules write with autograd, on a few samples.
+
+    For random numbers v, the rules' ``sum v[c, n] J[c, n]`` over these samples must be autograd's gradient of
+    ``sum v[c, n] f[n, c]``, with f evaluated on these samples by themselves.
+    """
+
+    def __init__(self, request: Request, output: Tensor) -> None:
+        """Compute what autograd makes of it.
+
+        Args:
+            request: The request.
+            output: The outputs ``[N, *out]`` of all samples as the layers, called one by one, gave them.
+
+        Raises:
+            UnsupportedModelError: If the model gives other outputs for the samples by themselves.
+        """
+        generator = torch.Generator().manual_seed(int(torch.Generator().seed()))
+        n = len(output)
+        self.samples = sorted(torch.randperm(n, generator=generator)[:2].tolist())
+        v = torch.randn(len(self.samples), *output.shape[1:], dtype=output.dtype, generator=generator).to(output.device)
+        with torch.enable_grad():
+            primals = {name: p.requires_grad_() for name, p in request.primals.items()}
+            alone = request.evaluate(primals, request.x1.stack(request.x2)[self.samples])
+            problem = row_problem(output[self.samples], alone.detach())
+            if problem is not None:
+                raise UnsupportedModelError([problem], _ROUTE)
+            gradients = torch.autograd.grad(alone, list(primals.values()), v, materialize_grads=True, allow_unused=True)
+        self.missing = dict(zip(primals, gradients, strict=True))
+        self.scales = {name: gradient.norm() for name, gradient in self.missing.items()}
+        self.v = v.reshape(len(v), -1).T
+
+    def compare(self, jacobians: dict[str, Factored]) -> None:
+        """Subtract the part of one use of a layer.
+
+        Args:
+            jacobians: The Jacobian of each wanted parameter, by name.
+        """
+        for name, jacobian in jacobians.items():
+            part = combine(jacobian, self.v, self.samples)
+            self.missing[name] = self.missing[name] - part.reshape(self.missing[name].shape)
+
+    def conclude(self) -> None:
+        """Judge.
+
+        Raises:
+            UnsupportedModelError: If anything is missing.
+        """
+        tolerance = PROBE_TOLERANCES[self.v.dtype]
+        negligible = tolerance * sum(self.scales.values())
+        problems = []
+        for name, missing in self.missing.items():
+            error = missing.norm() / max(self.scales[name], negligible)
+            if not (error <= tolerance or missing.norm() == 0):
+                what = f"its Jacobian by the layer's rule differs from autograd's (relative error {error:.1e})"
+                problems.append(Problem(name, what, OTHER_METHOD))
+        if problems:
+            raise UnsupportedModelError(problems, _ROUTE)
