@@ -1,10 +1,14 @@
 """Every problem of a model, found before work starts and reported at once."""
 
+import math
+import random
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from backpack import hook_store_io
 from torch import Size, Tensor, nn
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -14,12 +18,15 @@ from torch.nn.modules.loss import _Loss
 from torch.nn.parameter import UninitializedParameter
 from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
-from ggn_ntk.request import Request
+from ggn_ntk.request import Inputs, Request
 
 #: Largest relative Frobenius error of a kernel against the oracle, by dtype.
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 OTHER_METHOD = "Use another method ('auto' finds one)"
+
+#: How often a probe must fail to count.
+TRIES = 3
 
 #: The same for probes on a few samples, where rounding does not average out.
 PROBE_TOLERANCES = {dtype: 10 * tolerance for dtype, tolerance in TOLERANCES.items()}
@@ -119,7 +126,7 @@ def check_model(request: Request, *, vivit: bool = False) -> Size:
         problems += vivit_problems(request)
     if problems:
         raise UnsupportedModelError(problems, route)
-    out_shape, problems = _probe_forward(request)
+    out_shape, problems = _probe_samples(request)
     if vivit and not problems and not out_shape:
         remedy = "Drop the layer that removes the output axis, or use another method"
         problems = [Problem("", "its output has no axis behind the samples, and MSELoss in BackPACK needs one", remedy)]
@@ -204,6 +211,11 @@ MODULE_CHECKS = [
         "Call eval() on it, or set its probability to 0",
     ),
     ModuleCheck(
+        lambda m: isinstance(m, torch.jit.ScriptModule | nn.DataParallel),
+        "is no function of its parameters to torch.func",
+        "Pass the module it was made from",
+    ),
+    ModuleCheck(
         lambda m: isinstance(m, nn.RReLU) and m.training and m.lower != m.upper,
         "draws its slopes at random",
         "Call eval() on it",
@@ -243,7 +255,9 @@ def _parameter_problems(request: Request) -> Iterator[Problem]:
             names["holds no data (meta device)", "Load the weights first"].append(name)
         elif p.is_inference():
             names["was created in inference mode", "Create the model outside torch.inference_mode()"].append(name)
-        elif (p.is_floating_point() or p.is_complex()) and p.dtype not in TOLERANCES:
+        elif p.is_complex():
+            names[f"is {p.dtype}", "Write the model in terms of real and imaginary parts"].append(name)
+        elif p.is_floating_point() and p.dtype not in TOLERANCES:
             remedy = "Kernels are exact in float32 and float64 only: convert with model.float() or model.double()"
             names[f"is {p.dtype}", remedy].append(name)
     for (what, remedy), places in names.items():
@@ -253,8 +267,12 @@ def _parameter_problems(request: Request) -> Iterator[Problem]:
         yield Problem("", "it has no trainable parameter", "Call requires_grad_() on those the kernel should sum over")
 
 
-def _probe_forward(request: Request) -> tuple[Size, list[Problem]]:
-    """Send up to three samples through the model, together and one by one.
+def _probe_samples(request: Request) -> tuple[Size, list[Problem]]:
+    """Send up to three samples through the model and back, together and one by one.
+
+    Samples do not influence one another exactly if, for any numbers v, the gradient of ``sum v[n, c] f[n, c]``
+    is the same when each sample is by itself. Rounding may take one of them to the other side of a kink, so a
+    difference must show again and again.
 
     Args:
         request: The request.
@@ -264,19 +282,118 @@ def _probe_forward(request: Request) -> tuple[Size, list[Problem]]:
     """
     samples = request.x1[:2].stack(request.second[-1:])
     before = random_state(request.model)
-    together = request.evaluate(request.primals, samples)
-    problem = output_problem(together, before == random_state(request.model), len(samples))
+    output = request.evaluate(None, samples)
+    problem = output_problem(output, before == random_state(request.model), len(samples))
     if problem is not None:
         return Size(), [problem]
-    for i in range(len(samples)):
-        alone = request.evaluate(request.primals, samples[i : i + 1])
-        problem = row_problem(together[i : i + 1], alone)
-        if problem is not None:
-            return Size(), [problem]
-    return together.shape[1:], []
+    for seed in range(TRIES):
+        v = cotangent(output, seed)
+        together = gradients(request, samples, v)
+        each = [gradients(request, samples[i : i + 1], v[i : i + 1]) for i in range(len(samples))]
+        alone = {name: torch.stack([gradient[name] for gradient in each]).sum(0) for name in together}
+        problems = _sample_problems(together, alone)
+        if not problems:
+            break
+    return output.shape[1:], problems
 
 
-def random_state(model: Module) -> list[bytes]:
+def cotangent(output: Tensor, seed: int) -> Tensor:
+    """Draw the numbers v of a probe.
+
+    Args:
+        output: ``[N, *out]``.
+        seed: Seed of a generator of their own.
+
+    Returns:
+        Normal numbers like the output.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(output.shape, dtype=output.dtype, device="cpu", generator=generator).to(output.device)
+
+
+def gradients(
+    request: Request, inputs: Inputs, v: Tensor, primals: dict[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """Compute a gradient with plain autograd.
+
+    Args:
+        request: The request.
+        inputs: N samples.
+        v: Numbers like the output, ``[N, *out]``.
+        primals: Parameters that require a gradient; ``None`` for the model's own.
+
+    Returns:
+        The gradient of ``sum v f`` with respect to each wanted parameter, by name.
+
+    Raises:
+        UnsupportedModelError: If the output has another shape.
+    """
+    leaves = request.params if primals is None else primals
+    with torch.enable_grad():
+        output = request.evaluate(primals, inputs)
+        if output.shape != v.shape:
+            what = f"its output for {len(v)} of the samples alone has shape {list(output.shape)}, not {list(v.shape)}"
+            remedy = "Keep the sample axis also for a single sample (say squeeze(-1), not squeeze())"
+            raise UnsupportedModelError([Problem("", what, remedy)])
+        if not output.requires_grad:
+            return {name: torch.zeros_like(p) for name, p in leaves.items()}
+        tensors = list(leaves.values())
+        found = torch.autograd.grad(output, tensors, v, allow_unused=True, materialize_grads=True)
+    return dict(zip(leaves, found, strict=True))
+
+
+def gradient_error(actual: Tensor, expected: Tensor, total: float) -> float:
+    """Measure how far one parameter's gradient is off.
+
+    A gradient that is zero but for rounding (say of a bias in front of a normalisation) is off by rounding of
+    the others' size, so the error is relative to at least a hundredth of the total.
+
+    Args:
+        actual: The gradient.
+        expected: What it should be.
+        total: The norm over all parameters.
+
+    Returns:
+        The relative error.
+    """
+    error = torch.linalg.vector_norm(actual - expected).item()
+    scale = max(torch.linalg.vector_norm(expected).item(), total / 100)
+    return 0.0 if error == 0 else error / scale if scale else float("inf")
+
+
+def total_norm(tensors: Iterable[Tensor]) -> float:
+    """Compute the norm over several tensors.
+
+    Args:
+        tensors: The tensors.
+
+    Returns:
+        The norm.
+    """
+    return math.hypot(*(torch.linalg.vector_norm(t).item() for t in tensors))
+
+
+def _sample_problems(together: dict[str, Tensor], alone: dict[str, Tensor]) -> list[Problem]:
+    """Compare gradients of samples together and one by one.
+
+    Args:
+        together: Gradient of the samples in a batch.
+        alone: The sum of their gradients by themselves.
+
+    Returns:
+        A problem, or nothing.
+    """
+    if not all(gradient.isfinite().all() for gradient in together.values()):
+        return [Problem("", "its gradients are not finite", "Look for overflow in its weights and inputs")]
+    total = total_norm(alone.values())
+    error = max((gradient_error(g, alone[name], total) for name, g in together.items()), default=0.0)
+    if error <= PROBE_TOLERANCES[next(iter(together.values())).dtype]:
+        return []
+    what = f"samples influence one another (gradients alone and in a batch differ by {error:.1e})"
+    return [Problem("", what, "Remove what mixes the leading axis, e.g. use batch_first=True, or eval()")]
+
+
+def random_state(model: Module) -> list[Any]:
     """Read the state of the random number generators a forward pass may draw from.
 
     Args:
@@ -287,7 +404,8 @@ def random_state(model: Module) -> list[bytes]:
     """
     devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
     states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
-    return [state.numpy().tobytes() for state in states]
+    of_numpy = np.random.get_state(legacy=False)["state"]
+    return [*(s.numpy().tobytes() for s in states), random.getstate(), of_numpy["key"].tobytes(), of_numpy["pos"]]
 
 
 def output_problem(output: Any, deterministic: bool, n: int) -> Problem | None:
@@ -307,32 +425,11 @@ def output_problem(output: Any, deterministic: bool, n: int) -> Problem | None:
     if not isinstance(output, Tensor):
         remedy = "Wrap it in a module that returns one tensor [N, ...]"
         return Problem("", f"it returns {type(output).__name__}, not a tensor", remedy)
-    if output.ndim == 0 or len(output) != n:
+    if output.ndim == 0 or len(output) != n or output.numel() == 0:
         what = f"its output for {n} samples has shape {list(output.shape)}"
-        return Problem("", what, "Its leading axis must be the samples")
+        return Problem("", what, "Its leading axis must be the samples, and it must not be empty")
     if output.dtype not in TOLERANCES:
         return Problem("", f"its output is {output.dtype}", "Outputs must be float32 or float64")
-    return None
-
-
-def row_problem(row: Tensor, alone: Tensor) -> Problem | None:
-    """Compare a sample's output in a batch with its output alone.
-
-    Args:
-        row: Its row of the batch's output, ``[1, *out]``.
-        alone: The output of the sample by itself.
-
-    Returns:
-        The problem, or ``None``.
-    """
-    if row.shape != alone.shape:
-        what = f"its output for one sample alone has shape {list(alone.shape)}, in a batch {list(row.shape)}"
-        return Problem("", what, "Keep the sample axis also for a single sample (say squeeze(-1), not squeeze())")
-    ignored = ~row.isfinite() & ((row == alone) | (row.isnan() & alone.isnan()))  # say, logits masked by -inf
-    error = relative_error(alone.masked_fill(ignored, 0), row.masked_fill(ignored, 0))
-    if not error <= PROBE_TOLERANCES[row.dtype]:
-        what = f"samples influence one another (one sample's output alone and in a batch differ by {error:.1e})"
-        return Problem("", what, "Remove what mixes the leading axis, e.g. use batch_first=True, or eval()")
     return None
 
 
@@ -349,11 +446,13 @@ def vivit_problems(request: Request) -> list[Problem]:
         The problems.
     """
     model = eager(request.model)
-    problems = [] if len(request.x1.args) == 1 else [Problem("", "ViViT takes one input tensor", OTHER_METHOD)]
+    problems = []
+    if len(request.x1.args) != 1 or not request.x1.args[0].is_floating_point():
+        problems.append(Problem("", "ViViT takes one input tensor of real numbers", OTHER_METHOD))
     owners: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         owners[id(module)].append(name)
-        problems += vivit_module_problems(module, name)
+        problems += [*vivit_module_problems(module, name), *hidden_computation(module, name)]
         for p_name, p in module.named_parameters(recurse=False, remove_duplicate=False):
             owners[id(p)].append(f"{name}.{p_name}".lstrip("."))
     for first, *others in owners.values():
@@ -361,6 +460,22 @@ def vivit_problems(request: Request) -> list[Problem]:
             what = f"it is used {len(others) + 1} times (again as {', '.join(others)}), and ViViT drops the cross-terms"
             problems.append(Problem(first, what, OTHER_METHOD))
     return problems
+
+
+def hidden_computation(module: Module, name: str) -> Iterator[Problem]:
+    """Find computation that does not show in a module's type.
+
+    Args:
+        module: The module.
+        name: Its dotted name.
+
+    Yields:
+        The problems.
+    """
+    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
+    if any(hook is not hook_store_io for hook in hooks) or "forward" in vars(module):
+        what = f"{type(module).__name__} has forward hooks or a forward of its own, which its type does not tell"
+        yield Problem(name, what, f"Remove them, or: {OTHER_METHOD}")
 
 
 def eager(model: Module) -> Module:

@@ -5,20 +5,22 @@ and set back when it exits, also when it raises.
 """
 
 import copy
+import random
 import sys
 import warnings
-from collections import OrderedDict
+from collections import deque
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import numpy as np
 import torch
 from backpack import disable
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-_CONTAINERS = (dict, OrderedDict, list, set)
+_CONTAINERS = (dict, list, set, deque)
 
 
 @contextmanager
@@ -28,8 +30,8 @@ def isolated(model: Module) -> Iterator[None]:
     Inside, gradients are recorded whatever the caller's grad or inference mode, compiled models run
     eagerly, autocast and TF32 are off, attention uses the backend that batched gradients support, and
     the model's backward hooks are set aside (``torch.func`` fails on BackPACK's). On exit, all of it is
-    set back, and so is everything a forward pass may have changed on the model or drawn from the
-    random number generators.
+    set back, and so are the attributes of all modules (with the contents of those that are dicts, lists, sets
+    or deques) and the random number generators of torch, NumPy and Python.
 
     Args:
         model: The model that is evaluated inside.
@@ -41,7 +43,7 @@ def isolated(model: Module) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        stack.enter_context(torch.random.fork_rng([d for d in devices if d.type == "cuda"]))
+        stack.enter_context(_random_state_restored([d for d in devices if d.type == "cuda"]))
         for device_type in {d.type for d in devices} - {"meta"}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.enter_context(full_precision())
@@ -68,8 +70,27 @@ def _tensors(model: Module) -> Iterator[Tensor]:
 
 
 @contextmanager
+def _random_state_restored(devices: list[torch.device]) -> Iterator[None]:
+    """Restore the random number generators that a forward pass may draw from.
+
+    Args:
+        devices: The GPUs among them.
+
+    Yields:
+        Nothing.
+    """
+    of_python, of_numpy = random.getstate(), np.random.get_state()
+    try:
+        with torch.random.fork_rng(devices):
+            yield
+    finally:
+        random.setstate(of_python)
+        np.random.set_state(of_numpy)
+
+
+@contextmanager
 def _state_restored(model: Module) -> Iterator[None]:
-    """Set the model's backward hooks aside, and restore every attribute of its modules on exit.
+    """Set the backward hooks of modules and parameters aside, and restore every attribute of its modules on exit.
 
     Args:
         model: The model to restore.
@@ -79,12 +100,20 @@ def _state_restored(model: Module) -> Iterator[None]:
     """
     modules = list(model.modules())
     before = [(m, dict(vars(m)), _contents(m)) for m in modules]
+    tensor_hooks = [(p._backward_hooks, dict(p._backward_hooks)) for p in model.parameters() if p._backward_hooks]
     for module in modules:
         module._backward_hooks.clear()
         module._backward_pre_hooks.clear()
+    for hooks, _ in tensor_hooks:
+        hooks.clear()
+    copies = {id(buffer): buffer.clone() for buffer in model.buffers()}  # forward passes may update these
+    for module in modules:
+        module._buffers.update({key: copies[id(b)] for key, b in module._buffers.items() if b is not None})
     try:
         yield
     finally:
+        for hooks, content in tensor_hooks:
+            hooks.update(content)
         for module, attributes, contents in before:
             vars(module).clear()
             vars(module).update(attributes)
@@ -101,18 +130,18 @@ def _contents(module: Module) -> dict[str, Any]:
     Returns:
         Shallow copies of the module's attributes that are containers, by attribute name.
     """
-    return {name: copy.copy(value) for name, value in vars(module).items() if type(value) in _CONTAINERS}
+    return {name: copy.copy(value) for name, value in vars(module).items() if isinstance(value, _CONTAINERS)}
 
 
 def _refill(container: Any, content: Any) -> None:
     """Give a container, in place, the content it had.
 
     Args:
-        container: A dict, list or set.
+        container: A dict, list, set or deque.
         content: A container of the same type.
     """
     container.clear()
-    if isinstance(container, list):
+    if isinstance(container, list | deque):
         container.extend(content)
     else:
         container.update(content)

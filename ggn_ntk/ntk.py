@@ -95,6 +95,8 @@ def empirical_ntk(
         ValueError: If an argument has a value that is not accepted.
     """
     wanted = _parse_method(method)
+    if not isinstance(check, bool):
+        raise TypeError(f"check must be True or False, got {type(check).__name__}.")
     request = Request.parse(model, x1, x2, compute=compute, params=params, per_parameter=per_parameter)
     with isolated(model):
         taken, out_shape, kernels = _take_route(request, wanted)
@@ -153,7 +155,7 @@ def _compare_with_oracle(request: Request, result: Tensor | dict[str, Tensor], m
     Raises:
         NTKMismatchError: If they differ by more than the tolerance for the dtype.
     """
-    rows, columns = (torch.randperm(len(x))[:_BLOCK].tolist() for x in (request.x1, request.second))
+    rows, columns = (torch.randperm(len(x), device="cpu")[:_BLOCK].tolist() for x in (request.x1, request.second))
     block = replace(request, x1=request.x1[rows], x2=request.second[columns])
     oracle = contract_jacobians if method is Method.NTK_VECTOR_PRODUCTS else multiply_vectors
     expected = block.assemble(oracle(block), out_shape)

@@ -14,7 +14,15 @@ from torch import Tensor, einsum
 from torch.func import jacrev, jvp, vjp, vmap
 from torch.nn import Module
 
-from ggn_ntk.checks import check_model, is_out_of_memory
+from ggn_ntk.checks import (
+    PROBE_TOLERANCES,
+    check_model,
+    cotangent,
+    gradient_error,
+    gradients,
+    is_out_of_memory,
+    total_norm,
+)
 from ggn_ntk.isolation import isolated
 from ggn_ntk.layout import transpose
 from ggn_ntk.request import Inputs, Request
@@ -170,15 +178,50 @@ def _jacobians(request: Request, inputs: Inputs) -> dict[str, Tensor]:
     Returns:
         The Jacobian ``[N, C, P]`` of each parameter (with P entries), by name.
     """
+    if not _is_function_of_primals(request):
+        return _loop_jacobians(request, inputs)
     try:
         jacobian = jacrev(lambda primals, sample: _sample_output(request, primals, sample))
         jacobians = _over_samples(lambda x: jacobian(request.primals, x), inputs, request.chunk_size)
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        rows = [_autograd_jacobian(request, inputs[i : i + 1]) for i in range(len(inputs))]
-        jacobians = {name: torch.stack([row[name] for row in rows]) for name in request.params}
+        return _loop_jacobians(request, inputs)
     return {name: j.reshape(*j.shape[:2], -1) for name, j in jacobians.items()}
+
+
+def _is_function_of_primals(request: Request) -> bool:
+    """Tell whether ``torch.func`` can exchange the parameters wherever the model uses them.
+
+    It cannot where the model keeps references to them elsewhere than in its modules.
+
+    Args:
+        request: The request.
+
+    Returns:
+        Whether the gradient for one sample is that with respect to the model's own parameters.
+    """
+    sample = request.x1[:1]
+    v = cotangent(request.evaluate(None, sample), seed=0)
+    expected = gradients(request, sample, v)
+    actual = gradients(request, sample, v, {name: p.requires_grad_() for name, p in request.primals.items()})
+    total = total_norm(expected.values())
+    errors = [gradient_error(actual[name], gradient, total) for name, gradient in expected.items()]
+    return max(errors) <= PROBE_TOLERANCES[v.dtype]
+
+
+def _loop_jacobians(request: Request, inputs: Inputs) -> dict[str, Tensor]:
+    """Compute the Jacobians of all samples with plain autograd, one after the other.
+
+    Args:
+        request: The request.
+        inputs: N samples.
+
+    Returns:
+        The Jacobian ``[N, C, P]`` of each parameter, by name.
+    """
+    rows = [_autograd_jacobian(request, inputs[i : i + 1]) for i in range(len(inputs))]
+    return {name: torch.stack([row[name] for row in rows]) for name in request.params}
 
 
 def _autograd_jacobian(request: Request, sample: Inputs) -> dict[str, Tensor]:
@@ -189,14 +232,18 @@ def _autograd_jacobian(request: Request, sample: Inputs) -> dict[str, Tensor]:
         sample: The sample, with a sample axis of length one.
 
     Returns:
-        The Jacobian ``[C, *parameter]`` of each parameter, by name.
+        The Jacobian ``[C, P]`` of each parameter, by name.
     """
-    primals = {name: p.requires_grad_() for name, p in request.primals.items()}
-    output = request.evaluate(primals, sample).flatten()
-    leaves = list(primals.values())
-    output = output + sum(p.flatten()[:0].sum() for p in leaves)  # a graph, also where it depends on none of them
-    rows = [torch.autograd.grad(entry, leaves, retain_graph=True) for entry in output]
-    return {name: torch.stack(column) for name, column in zip(primals, zip(*rows, strict=True), strict=True)}
+    output = request.evaluate(None, sample).flatten()
+    if not output.requires_grad:
+        return {name: output.new_zeros(len(output), p.numel()) for name, p in request.params.items()}
+    params = list(request.params.values())
+    rows = [
+        torch.autograd.grad(entry, params, retain_graph=True, allow_unused=True, materialize_grads=True)
+        for entry in output
+    ]
+    columns = zip(*rows, strict=True)
+    return {n: torch.stack([g.flatten() for g in c]) for n, c in zip(request.params, columns, strict=True)}
 
 
 def multiply_vectors(request: Request) -> Iterator[tuple[str, Tensor]]:
@@ -213,13 +260,36 @@ def multiply_vectors(request: Request) -> Iterator[tuple[str, Tensor]]:
             yield from multiply_vectors(replace(request, params={name: param}, per_parameter=False))
         return
     try:
-        kernel = _kernel_from_products(request)
+        kernel = _kernel_from_products(request) if _forward_mode_agrees(request) else None
     except Exception as error:
         if is_out_of_memory(error):
             raise
+        kernel = None
+    if kernel is None:
         yield from contract_jacobians(request)
     else:
         yield next(iter(request.params)), kernel
+
+
+def _forward_mode_agrees(request: Request) -> bool:
+    """Tell whether forward mode has the Jacobian of reverse mode.
+
+    It has not where the model computes under ``torch.no_grad()``, which forward mode ignores, or where
+    ``torch.func`` does not reach its parameters.
+
+    Args:
+        request: The request.
+
+    Returns:
+        Whether ``v^T (J w)`` by forward mode is ``(J^T v)^T w`` by plain autograd, for one sample, random v, and
+        ``w = J^T v``.
+    """
+    sample = request.x1[:1]
+    v = cotangent(request.evaluate(None, sample), seed=0)
+    gradient = gradients(request, sample, v)
+    product = _pushforward(request, sample.map(lambda x: x.squeeze(0)), gradient)
+    actual, expected = (v.flatten() @ product).item(), total_norm(gradient.values()) ** 2
+    return abs(actual - expected) <= PROBE_TOLERANCES[v.dtype] * expected
 
 
 def _kernel_from_products(request: Request) -> Tensor:

@@ -1,12 +1,12 @@
 """What a call asks for: its arguments, checked and brought to one form."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Size, Tensor
-from torch.func import functional_call
 from torch.nn import Module
 
 from ggn_ntk.layout import COMPUTES, finish, sum_kernels
@@ -133,14 +133,16 @@ class Request:
             raise ValueError(f"compute must be one of {', '.join(map(repr, COMPUTES))}, got {compute!r}.")
         if output is not None and not callable(output):
             raise TypeError(f"output must be a callable or None, got {_kind(output)}.")
-        if chunk_size is not None and (not isinstance(chunk_size, int) or chunk_size < 1):
+        if not isinstance(per_parameter, bool):
+            raise TypeError(f"per_parameter must be True or False, got {_kind(per_parameter)}.")
+        if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
             raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}.")
         first = _parse_inputs(x1, "x1", model)
         second = None if x2 is None else _parse_inputs(x2, "x2", model)
         if second is not None:
             _check_alike(first, second)
         wanted = _parse_params(model, params)
-        return cls(model, first, second, compute, wanted, bool(per_parameter), output, chunk_size)
+        return cls(model, first, second, compute, wanted, per_parameter, output, chunk_size)
 
     @property
     def symmetric(self) -> bool:
@@ -162,23 +164,26 @@ class Request:
         """The wanted parameters as plain tensors without a graph: where derivatives are taken."""
         return {name: p.detach() for name, p in self.params.items()}
 
-    def evaluate(self, primals: dict[str, Tensor], inputs: Inputs) -> Tensor:
+    def evaluate(self, primals: dict[str, Tensor] | None, inputs: Inputs) -> Tensor:
         """Evaluate the model as a pure function of the wanted parameters and the inputs.
 
         The other parameters are constants, and buffers are passed as copies, so that a layer that
         updates them in its forward pass leaves the model's own alone.
 
         Args:
-            primals: Values of the wanted parameters.
+            primals: Values of the wanted parameters; ``None`` for the parameters themselves, which also
+                reaches a model that keeps references to them elsewhere than in its modules.
             inputs: N samples.
 
         Returns:
             Outputs ``[N, *out]``.
         """
-        wanted = {id(p) for p in self.params.values()}
-        constants = {name: p.detach() for name, p in self.model.named_parameters() if id(p) not in wanted}
-        buffers = {name: b.detach().clone() for name, b in self.model.named_buffers()}
-        result = functional_call(self.model, {**constants, **buffers, **primals}, inputs.args, inputs.kwargs)
+        values = {id(b): b.detach().clone() for b in self.model.buffers()}
+        if primals is not None:
+            values |= {id(p): p.detach() for p in self.model.parameters()}
+            values |= {id(self.params[name]): value for name, value in primals.items()}
+        with _exchanged(self.model, values):
+            result = self.model(*inputs.args, **inputs.kwargs)
         return result if self.output is None else self.output(result)
 
     def assemble(self, kernels: Iterable[tuple[str, Tensor]], out_shape: Size) -> Tensor | dict[str, Tensor]:
@@ -195,6 +200,33 @@ class Request:
         if not self.per_parameter:
             return finish(sums[""], out_shape, self.symmetric)
         return {name: finish(sums[name], out_shape, self.symmetric) for name in self.params}
+
+
+@contextmanager
+def _exchanged(model: Module, values: dict[int, Tensor]) -> Iterator[None]:
+    """Exchange parameters and buffers of a model, wherever its modules hold them.
+
+    ``torch.func.functional_call`` does the same, but leaves a plain tensor where the parameter was if a module is held
+    in two places.
+
+    Args:
+        model: The model.
+        values: The tensors to put in, by the id of those they replace.
+
+    Yields:
+        Nothing.
+    """
+    stores: list[dict[str, Any]] = [
+        store for module in model.modules() for store in (module._parameters, module._buffers)
+    ]
+    places = [(store, key, t) for store in stores for key, t in store.items() if id(t) in values]
+    try:
+        for store, key, tensor in places:
+            store[key] = values[id(tensor)]
+        yield
+    finally:
+        for store, key, tensor in places:
+            store[key] = tensor
 
 
 def _kind(value: Any) -> str:
@@ -248,10 +280,12 @@ def _check_tensors(inputs: Inputs, argument: str, model: Module) -> None:
         model: The model they are for.
 
     Raises:
-        TypeError: If one is not a tensor.
+        TypeError: If one is not a tensor, or a key not a string.
         ValueError: If there is none, one has no sample axis, the leading axes differ or are empty, or
             a dtype or device is not the model's.
     """
+    if not all(isinstance(key, str) for key in inputs.kwargs):
+        raise TypeError(f"The keys of {argument} must be strings, the names of the model's arguments.")
     if not inputs.args and not inputs.kwargs:
         raise ValueError(f"{argument} is empty: it must hold at least one tensor.")
     for label, tensor in inputs.tensors.items():

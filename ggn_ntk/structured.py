@@ -19,19 +19,27 @@ from torch.nn import Module
 from ggn_ntk.checks import (
     OTHER_METHOD,
     PROBE_TOLERANCES,
+    TRIES,
     Problem,
     UnsupportedModelError,
     configuration_problems,
+    cotangent,
     eager,
+    gradient_error,
+    gradients,
+    hidden_computation,
     output_problem,
     random_state,
-    row_problem,
+    total_norm,
 )
 from ggn_ntk.contraction import Doubled, add_products, combine, double
 from ggn_ntk.request import Request
 from ggn_ntk.rules import Factored, backpropagation_for, rule_for
 
 _ROUTE = "structured empirical NTK"
+
+# How many samples the probe takes.
+_PROBED = 2
 
 
 class Use(NamedTuple):
@@ -64,16 +72,35 @@ def structured_kernels(request: Request) -> tuple[Size, Iterable[tuple[str, Tens
     problems = [*configuration_problems(request), *_structure_problems(request)]
     if problems:
         raise UnsupportedModelError(problems, _ROUTE)
-    with torch.no_grad():
-        before = random_state(request.model)
-        uses, output = _forward(request)
-        problem = output_problem(output, before == random_state(request.model), sum(request.sizes))
-        if problem is not None:
-            raise UnsupportedModelError([problem], _ROUTE)
-        probe = _Probe(request, output)
-        kernels = _backward(request, uses, output, probe)
-        probe.conclude()
-    return output.shape[1:], kernels.items()
+    for seed in range(TRIES):
+        out_shape, kernels, problems = _attempt(request, seed)
+        if not problems:
+            return out_shape, kernels.items()
+    raise UnsupportedModelError(problems, _ROUTE)
+
+
+@torch.no_grad()
+def _attempt(request: Request, seed: int) -> tuple[Size, dict[str, Tensor], list[Problem]]:
+    """Compute kernels and probe them. Rounding may take a probed sample to the other side of a kink.
+
+    Args:
+        request: The request.
+        seed: Seed of the probe.
+
+    Returns:
+        The shape ``[*out]`` of one sample's output, kernels by name (empty for their sum), and problems.
+
+    Raises:
+        UnsupportedModelError: If the output cannot be differentiated.
+    """
+    before = random_state(request.model)
+    uses, output = _forward(request)
+    problem = output_problem(output, before == random_state(request.model), sum(request.sizes))
+    if problem is not None:
+        raise UnsupportedModelError([problem], _ROUTE)
+    probe = _Probe(request, output, seed)
+    kernels = _backward(request, uses, output, probe)
+    return output.shape[1:], kernels, list(probe.problems())
 
 
 def _structure_problems(request: Request) -> Iterator[Problem]:
@@ -87,6 +114,7 @@ def _structure_problems(request: Request) -> Iterator[Problem]:
     """
     wanted = {id(p) for p in request.params.values()}
     for name, module in _named_layers(eager(request.model)):
+        yield from hidden_computation(module, name)
         has_wanted = any(id(p) in wanted for p in module.parameters(recurse=_is_layer(module)))
         if not has_wanted:
             continue
@@ -171,7 +199,7 @@ def _backward(request: Request, uses: list[Use], output: Tensor, probe: "_Probe"
         use = uses.pop()
         if use.params:
             jacobians = _jacobians(use, s)
-            probe.compare(jacobians)
+            probe.add(jacobians)
             accumulator.add(jacobians)
             del jacobians  # frees its operands, but for those of parameters that are used again
         if any(earlier.params for earlier in uses):
@@ -287,58 +315,44 @@ class Accumulator:
 class _Probe:
     """Compares the Jacobians that rules write with autograd, on a few samples.
 
-    For random numbers v, the rules' ``sum v[c, n] J[c, n]`` over these samples must be autograd's gradient of
-    ``sum v[c, n] f[n, c]``, with f evaluated on these samples by themselves.
+    For random numbers v, the rules' ``sum v[n, c] J[c, n]`` over these samples must be autograd's gradient of
+    ``sum v[n, c] f[n, c]``, with f evaluated on these samples by themselves. So this also finds samples that
+    influence one another.
     """
 
-    def __init__(self, request: Request, output: Tensor) -> None:
+    def __init__(self, request: Request, output: Tensor, seed: int) -> None:
         """Compute what autograd makes of it.
 
         Args:
             request: The request.
-            output: The outputs ``[N, *out]`` of all samples as the layers, called one by one, gave them.
-
-        Raises:
-            UnsupportedModelError: If the model gives other outputs for the samples by themselves.
+            output: The outputs ``[N, *out]`` of all samples.
+            seed: Decides on the samples and on v.
         """
-        generator = torch.Generator().manual_seed(int(torch.Generator().seed()))
-        n = len(output)
-        self.samples = sorted(torch.randperm(n, generator=generator)[:2].tolist())
-        v = torch.randn(len(self.samples), *output.shape[1:], dtype=output.dtype, generator=generator).to(output.device)
-        with torch.enable_grad():
-            primals = {name: p.requires_grad_() for name, p in request.primals.items()}
-            alone = request.evaluate(primals, request.x1.stack(request.x2)[self.samples])
-            problem = row_problem(output[self.samples], alone.detach())
-            if problem is not None:
-                raise UnsupportedModelError([problem], _ROUTE)
-            gradients = torch.autograd.grad(alone, list(primals.values()), v, materialize_grads=True, allow_unused=True)
-        self.missing = dict(zip(primals, gradients, strict=True))
-        self.scales = {name: gradient.norm() for name, gradient in self.missing.items()}
+        generator = torch.Generator().manual_seed(seed)
+        self.samples = torch.randperm(len(output), generator=generator, device="cpu")[:_PROBED].tolist()
+        v = cotangent(output[self.samples], seed)
+        self.expected = gradients(request, request.x1.stack(request.x2)[self.samples], v)
+        self.actual = {name: torch.zeros_like(gradient) for name, gradient in self.expected.items()}
         self.v = v.reshape(len(v), -1).T
 
-    def compare(self, jacobians: dict[str, Factored]) -> None:
-        """Subtract the part of one use of a layer.
+    def add(self, jacobians: dict[str, Factored]) -> None:
+        """Add the part of one use of a layer.
 
         Args:
             jacobians: The Jacobian of each wanted parameter, by name.
         """
         for name, jacobian in jacobians.items():
-            part = combine(jacobian, self.v, self.samples)
-            self.missing[name] = self.missing[name] - part.reshape(self.missing[name].shape)
+            self.actual[name] += combine(jacobian, self.v, self.samples).reshape(self.actual[name].shape)
 
-    def conclude(self) -> None:
+    def problems(self) -> Iterator[Problem]:
         """Judge.
 
-        Raises:
-            UnsupportedModelError: If anything is missing.
+        Yields:
+            A problem for each parameter whose Jacobian differs.
         """
-        tolerance = PROBE_TOLERANCES[self.v.dtype]
-        negligible = tolerance * sum(self.scales.values())
-        problems = []
-        for name, missing in self.missing.items():
-            error = missing.norm() / max(self.scales[name], negligible)
-            if not (error <= tolerance or missing.norm() == 0):
+        total = total_norm(self.expected.values())
+        for name, expected in self.expected.items():
+            error = gradient_error(self.actual[name], expected, total)
+            if not error <= PROBE_TOLERANCES[self.v.dtype]:
                 what = f"its Jacobian by the layer's rule differs from autograd's (relative error {error:.1e})"
-                problems.append(Problem(name, what, OTHER_METHOD))
-        if problems:
-            raise UnsupportedModelError(problems, _ROUTE)
+                yield Problem(name, what, OTHER_METHOD)

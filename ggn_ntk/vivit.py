@@ -9,6 +9,7 @@ layer by layer in one backward pass, as ``[C, N, C, N]``. The NTK of x1 and x2 i
 Letters: ``n``, ``m`` samples; ``c``, ``d`` outputs.
 """
 
+import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -20,8 +21,8 @@ import torch
 from backpack import backpack, disable, extend, memory_cleanup
 from backpack.context import CTX
 from backpack.custom_module.slicing import Slicing
+from backpack.extensions.saved_quantities import SavedQuantities
 from torch import Size, Tensor
-from torch.func import vjp
 from torch.nn import Flatten, Module, MSELoss, Parameter
 from torch.nn.modules.loss import _Loss
 from vivit.extensions.secondorder.vivit import ViViTGGNExact
@@ -34,8 +35,11 @@ from ggn_ntk.checks import (
     Problem,
     UnsupportedModelError,
     check_model,
+    cotangent,
     eager,
     find,
+    gradient_error,
+    gradients,
     is_out_of_memory,
 )
 from ggn_ntk.isolation import isolated
@@ -57,10 +61,12 @@ class AccumulateGramHook:
             loss_func(model(x), y).backward()
         ntk = hook.ntk(loss=loss_func)
 
-    Every backward pass starts afresh, at its loss. Frozen parameters are skipped.
+    Every backward pass starts afresh, at its loss. Frozen parameters are skipped. The kernel is that of the
+    parameters and the network that took part in the pass: of extended modules only, and with active dropout of the
+    network without what was dropped.
 
     Attributes:
-        gram: The Gram matrix ``[C, N, C, N]``, summed over parameters; ``None`` before the backward pass.
+        gram: The Gram matrix ``[C, N, C, N]``, summed over parameters; ``None`` until a backward pass has ended.
         delete_buffers: Whether ViViT's buffers are deleted from each parameter once its Gram matrix is added.
     """
 
@@ -74,6 +80,7 @@ class AccumulateGramHook:
         self.gram: Tensor | None = None
         self._pass_id: int | None = None
         self._seen: set[int] = set()
+        self._sum: Tensor | None = None
         self._loss: tuple[type[Module], str] | None = None
         self._loss_numel = 0
 
@@ -89,14 +96,10 @@ class AccumulateGramHook:
             UnsupportedModelError: If samples interact in the module, it has options that BackPACK ignores, or
                 a parameter is used a second time.
         """
-        try:
-            if isinstance(module, _Loss):
-                self._start(module)
-            else:
-                self._add(module)
-        except Exception:
-            self.gram = None  # a part of a sum must not be taken for it
-            raise
+        if isinstance(module, _Loss):
+            self._start(module)
+        else:
+            self._add(module)
 
     def _start(self, loss: Any) -> None:
         """Begin a backward pass.
@@ -105,16 +108,40 @@ class AccumulateGramHook:
             loss: The extended loss it begins at.
 
         Raises:
-            RuntimeError: If it began before, at another loss.
+            RuntimeError: If it began before, at another loss, or ViViT is not active, or holds quantities of
+                another pass.
         """
+        self.gram = None
         pass_id = torch._C._current_graph_task_id()
         if pass_id == self._pass_id:
             raise RuntimeError(
                 "More than one extended loss in a backward pass: BackPACK adds up what they backpropagate, so the "
                 "Gram matrix is that of none of them. Extend one loss only, or run one backward pass for each."
             )
-        self.gram, self._seen, self._pass_id = None, set(), pass_id
+        extensions = [e for e in CTX.get_active_exts() if isinstance(e, ViViTGGNExact)]
+        if not extensions:
+            raise RuntimeError(
+                "ViViT is not active. Activate it beside this hook: backpack(ViViTGGNExact(), extension_hook=hook)."
+            )
+        if any(len(extension.saved_quantities._saved_quantities) != 1 for extension in extensions):
+            raise RuntimeError(
+                "The ViViTGGNExact object holds quantities of another pass, which BackPACK would add to this one's. "
+                "Create a new one for each pass."
+            )
+        self._sum, self._seen, self._pass_id = None, set(), pass_id
         self._loss, self._loss_numel = (type(loss), loss.reduction), loss.input0.numel()
+        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._finish(extensions))
+
+    def _finish(self, extensions: list[ViViTGGNExact]) -> None:
+        """Publish the sum at the end of a backward pass; one that fails half-way never gets here.
+
+        Args:
+            extensions: The active ViViT extensions. What BackPACK has saved for inputs that require a gradient
+                is cleared, or the next pass with the same extension would add to it.
+        """
+        self.gram = self._sum
+        for extension in extensions:
+            extension.saved_quantities = SavedQuantities()
 
     def _add(self, module: Module) -> None:
         """Add the Gram matrices of a module's own parameters.
@@ -154,8 +181,7 @@ class AccumulateGramHook:
         """
         if not hasattr(param, _SAVEFIELD):
             raise RuntimeError(
-                f"No Gram matrix for {name}. Activate ViViT beside this hook: "
-                "backpack(ViViTGGNExact(), extension_hook=hook); for a layer of your own, register how with "
+                f"ViViT has no Gram matrix for {name}. Register how to compute it with "
                 "ViViTGGNExact.set_module_extension, or freeze the parameter."
             )
         gram: Tensor = getattr(param, _SAVEFIELD)["gram_mat"]().detach()
@@ -170,7 +196,7 @@ class AccumulateGramHook:
             param: The parameter.
             gram: Its Gram matrix ``[C, N, C, N]``.
         """
-        self.gram = gram if self.gram is None else self.gram.add_(gram)
+        self._sum = gram if self._sum is None else self._sum.add_(gram)
 
     def ntk(self, n1: int | None = None, *, loss: Module) -> Tensor:
         """Turn the Gram matrix into the NTK.
@@ -224,8 +250,10 @@ def _check_split(n1: int, n: int) -> None:
         TypeError: If ``n1`` is not an integer.
         ValueError: If a part would be empty.
     """
-    if not isinstance(n1, int) or isinstance(n1, bool):
-        raise TypeError(f"n1 must be an integer or None, got {type(n1).__name__}.")
+    try:
+        operator.index(n1)
+    except TypeError:
+        raise TypeError(f"n1 must be an integer or None, got {type(n1).__name__}.") from None
     if not 0 < n1 < n:
         raise ValueError(f"n1 must be between 1 and {n - 1} for a batch of {n} samples, got {n1}.")
 
@@ -310,21 +338,14 @@ def _probe_kernels(request: Request, out_shape: Size) -> Iterator[Problem]:
     Yields:
         A problem for each parameter whose kernel differs.
     """
-    generator = torch.Generator().manual_seed(0)
-
-    def random_like(x: Tensor) -> Tensor:
-        return torch.randn(x.shape, dtype=x.dtype, generator=generator).to(x.device)
-
-    sample = request.x1[:1].map(random_like)
-    vector = random_like(sample.args[0].new_empty(out_shape.numel()))
-    _, pullback, *_ = vjp(lambda primals: request.evaluate(primals, sample).flatten(), request.primals)
-    expected = {name: gradient.square().sum() for name, gradient in pullback(vector)[0].items()}
-    tolerance = PROBE_TOLERANCES[vector.dtype]
-    negligible = tolerance * sum(expected.values())
+    sample = request.x1[:1].map(lambda x: cotangent(x, seed=0))
+    v = cotangent(sample.args[0].new_empty(1, *out_shape), seed=1)
+    expected = {name: gradient.square().sum() for name, gradient in gradients(request, sample, v).items()}
+    total, v = sum(e.item() for e in expected.values()), v.flatten()
     for name, kernel in gram_kernels(replace(request, x1=sample, x2=None, compute="full", per_parameter=True)):
-        error = (vector @ kernel[0, 0] @ vector - expected[name]).abs() / expected[name].maximum(negligible)
-        if not (error <= tolerance or expected[name] == kernel.norm() == 0):
-            what = f"its kernel by ViViT differs from autograd's (by {error:.1e} on a random sample)"
+        error = gradient_error(v @ kernel[0, 0] @ v, expected[name], total)
+        if not error <= PROBE_TOLERANCES[v.dtype]:
+            what = f"its kernel by ViViT differs from autograd's (relative error {error:.1e} on a random sample)"
             yield Problem(name, what, OTHER_METHOD)
 
 
@@ -386,7 +407,8 @@ def _backward(
         torch.autograd.grad(loss, list(params.values()), retain_graph=retain_graph)
     if isinstance(hook, _GramsByParameter):
         yield from ((name, hook.grams[id(p)]) for name, p in params.items())
-    elif hook.gram is not None:
+    else:
+        assert hook.gram is not None
         yield "", hook.gram
 
 

@@ -220,13 +220,21 @@ CASES = [
     Case("linear_3d", sequential(lambda: nn.Linear(4, 5), nn.Tanh, nn.Flatten, lambda: nn.Linear(10, 3)), normal(2, 4)),
     # convolutions
     Case("conv1d", conv_net(1, 4, 16, stride=2, padding=1), normal(2, 8)),
+    Case("conv1d_options", conv_net(1, 4, 28, dilation=2, groups=2, padding=1), normal(2, 9)),
     Case("conv2d", conv_net(2, 4, 64), normal(2, 6, 6)),
     Case("conv2d_options", conv_net(2, 4, 32, stride=2, padding=(2, 1), dilation=2, groups=2), normal(2, 7, 5)),
     Case("conv2d_rectangular", conv_net(2, 3, 36, kernel_size=(1, 3), bias=False), normal(2, 3, 6)),
     Case("conv3d", conv_net(3, 2, 16, kernel_size=2, stride=(1, 2, 1)), normal(2, 3, 4, 3)),
+    Case("conv3d_options", conv_net(3, 4, 128, kernel_size=2, padding=1, dilation=2, groups=2), normal(2, 2, 4, 4)),
     Case("conv_transpose1d", conv_net(1, 2, 22, transpose=True, stride=2, dilation=2), normal(2, 4)),
+    Case("conv_transpose1d_options", conv_net(1, 4, 28, transpose=True, padding=1, groups=2, stride=2), normal(2, 4)),
     Case("conv_transpose2d", conv_net(2, 4, 100, transpose=True, stride=2, padding=1, groups=2), normal(2, 3, 3)),
     Case("conv_transpose3d", conv_net(3, 2, 54, transpose=True, kernel_size=2, bias=False), normal(2, 2, 2, 2)),
+    Case(
+        "conv_transpose3d_options",
+        conv_net(3, 4, 180, transpose=True, kernel_size=2, stride=(2, 1, 1), padding=(0, 1, 0), dilation=2, groups=2),
+        normal(2, 1, 3, 3),
+    ),
     Case(
         "tutorial_cnn_small",
         sequential(
@@ -327,7 +335,8 @@ CASES = [
         "mapping_inputs",
         TiedTransformer,
         lambda n: {"tokens": tokens(4)(n), "mask": torch.arange(4).expand(n, 4) > 2},
-        vivit=False, structured=False,
+        vivit=False,
+        structured=False,
     ),
     Case("tuple_inputs", TwoInputs, lambda n: (torch.randn(n, 5), torch.randn(n, 3)), vivit=False, structured=False),
     Case("recurrent", Recurrent, normal(3, 4), vivit=False, structured=False),

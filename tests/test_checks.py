@@ -1,5 +1,8 @@
 """Every problem of a model is found and named."""
 
+import random
+
+import numpy as np
 import pytest
 import torch
 from cases import mlp
@@ -79,10 +82,14 @@ def test_configuration(function, build, message):
         (lambda: Wrapped(lambda h: h.argmax(1)), "the model: its output is torch.int64"),
         (lambda: Wrapped(lambda h: torch.complex(h, h)), "the model: its output is torch.complex64"),
         (lambda: Wrapped(lambda h: h.bfloat16()), "the model: its output is torch.bfloat16"),
+        (lambda: Wrapped(lambda h: h[:, :0]), r"the model: its output for 3 samples has shape \[3, 0\]"),
+        (lambda: Wrapped(lambda h: h * random.random()), "the model: its forward pass draws random numbers"),
+        (lambda: Wrapped(lambda h: h * np.random.rand()), "the model: its forward pass draws random numbers"),
+        (lambda: Wrapped(lambda h: h / 0), "the model: its gradients are not finite"),
         (lambda: Wrapped(lambda h: h.sum()), r"the model: its output for 3 samples has shape \[\]"),
-        (lambda: Wrapped(lambda h: h.T), r"one sample alone has shape \[3, 1\], in a batch \[1, 3\]"),
+        (lambda: Wrapped(lambda h: h.T), r"1 of the samples alone has shape \[3, 1\], not \[1, 3\]"),
         (lambda: Wrapped(lambda h: h.flatten()), r"the model: its output for 3 samples has shape \[9\]"),
-        (lambda: Wrapped(lambda h: h[:, :1].squeeze()), r"one sample alone has shape \[\], in a batch \[1\]"),
+        (lambda: Wrapped(lambda h: h[:, :1].squeeze()), r"of the samples alone has shape \[.*\], not \[\d\]"),
     ],
 )
 def test_forward_pass(function, build, message):
@@ -132,6 +139,52 @@ def test_outputs_masked_by_infinity_are_fine():
     kernel = empirical_ntk(model, X)
     assert kernel[:, :, 0].count_nonzero() == 0
     assert kernel.isfinite().all()
+
+
+class Centred(nn.Module):
+    """Centres hidden units over the batch, in front of a head that starts at zero."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 4), nn.Linear(4, 2)
+        nn.init.zeros_(self.head.weight)
+
+    def forward(self, x):
+        h = self.body(x)
+        return self.head(h - h.mean(0))
+
+
+def test_samples_that_interact_where_no_output_shows_it():
+    with pytest.raises(UnsupportedModelError, match="samples influence one another"):
+        empirical_ntk(Centred(), X)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_outputs_that_cancel_are_no_sign_of_interaction(seed):
+    """Two copies of a network whose outputs cancel at initialisation, a usual set-up in NTK studies."""
+    torch.manual_seed(seed)
+    hidden, head = nn.Linear(64, 512), nn.Linear(512, 1)
+    with torch.no_grad():
+        hidden.weight[256:], hidden.bias[256:] = hidden.weight[:256].clone(), hidden.bias[:256].clone()
+        head.weight[:, 256:], head.bias[:] = -head.weight[:, :256], 0
+    model, x = nn.Sequential(hidden, nn.ReLU(), head), torch.randn(8, 64)
+    expected = jacobian_contraction(model.double(), x.double())
+    model.float()
+    for method in ("structured", "vivit", "jacobian_contraction", "ntk_vector_products"):
+        assert relative_error(empirical_ntk(model, x, method=method), expected) < 1e-5
+
+
+@pytest.mark.parametrize("wrap", [torch.jit.trace, nn.DataParallel])
+@pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
+def test_modules_that_are_no_functions(wrap):
+    model = wrap(nn.Linear(5, 3), X) if wrap is torch.jit.trace else wrap(nn.Linear(5, 3))
+    with pytest.raises(UnsupportedModelError, match="Pass the module it was made from"):
+        empirical_ntk(model, X)
+
+
+def test_complex_parameters():
+    with pytest.raises(UnsupportedModelError, match=r"weight: is torch.complex64.*real and imaginary parts"):
+        empirical_ntk(nn.Linear(5, 3, dtype=torch.complex64), X.to(torch.complex64))
 
 
 def test_errors_of_the_users_forward_pass_are_left_alone():

@@ -3,7 +3,8 @@
 import copy
 import random
 import sys
-from contextlib import contextmanager
+from collections import Counter, deque
+from contextlib import contextmanager, suppress
 
 import numpy as np
 import pytest
@@ -28,7 +29,7 @@ def module_state(model):
     for name, module in model.named_modules():
         for key, value in vars(module).items():
             entries = [(k, id(v)) for k, v in value.items()] if isinstance(value, dict) else []
-            entries += [id(v) for v in value] if isinstance(value, list | set) else []
+            entries += [id(v) for v in value] if isinstance(value, list | set | deque) else []
             state.append((name, key, id(value), entries))
     for name, p in [*model.named_parameters(), *model.named_buffers()]:
         state.append((name, id(p), p.requires_grad, id(p.grad), p._version, sorted(vars(p)), p.tolist()))
@@ -123,11 +124,9 @@ def test_an_exception_half_way_changes_nothing(method, n):
     model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), Failing(n), nn.Linear(4, 2)).eval()
     x1, x2 = torch.randn(3, 5), torch.randn(2, 5)
     Failing.calls = 0
-    with unchanged(model):
-        try:  # in torch.func's share of the calls, plain autograd takes over
-            empirical_ntk(model, x1, x2, method=method)
-        except ArithmeticError:
-            assert n <= 4
+    with unchanged(model), suppress(ArithmeticError):  # in torch.func's share of calls, plain autograd takes over
+        empirical_ntk(model, x1, x2, method=method)
+    assert Failing.calls >= n
 
 
 @pytest.mark.parametrize("n", range(1, 12))
@@ -187,7 +186,8 @@ def test_model_that_the_user_extended_stays_extended(method):
     loss_func = extend(nn.MSELoss(reduction="sum"))
     seen = []
     model[0].register_full_backward_hook(lambda *args: seen.append("backward"))
-    model[0].register_forward_hook(lambda *args: seen.append("forward"))
+    if method not in ("vivit", "structured"):  # which refuse the forward hooks of users
+        model[0].register_forward_hook(lambda *args: seen.append("forward"))
     expected = jacobian_contraction(model, x)
     model(x[:1])  # leaves BackPACK's input0 and output behind
     with backpack(BatchGrad()):
@@ -293,6 +293,7 @@ class Counting(nn.Module):
         self.layer = nn.Linear(5, 4)
         self.register_buffer("calls", torch.zeros(()))
         self.seen, self.by_name, self.names, self.count = [], {}, set(), 0
+        self.recent, self.counter = deque(), Counter()
 
     def forward(self, x):
         self.calls += 1
@@ -300,6 +301,8 @@ class Counting(nn.Module):
         self.seen.append(x)
         self.by_name[str(self.count)] = x
         self.names.add(str(self.count))
+        self.recent.append(x)
+        self.counter[self.count] += 1
         self.cached = x
         return self.layer(x)
 

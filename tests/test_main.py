@@ -17,9 +17,9 @@ def test_all_routes_agree(capsys, tmp_path):
     output, picture = tmp_path / "kernel.npy", tmp_path / "trace.png"
     assert demo.main([*FAST, "--output", str(output), "--picture", str(picture)]) == 0
     printed = capsys.readouterr().out
-    for method in ("vivit", "jacobian_contraction", "ntk_vector_products"):
+    for method in ("structured", "vivit", "jacobian_contraction", "ntk_vector_products"):
         assert method in printed
-    assert printed.count("yes") == 3
+    assert printed.count("yes") == 4
     assert picture.stat().st_size > 0
     kernel = np.load(output)
     torch.manual_seed(0)

@@ -154,3 +154,35 @@ def test_custom_function_without_forward_mode(function):
     model, x = Cubes(5, 3).double(), torch.randn(3, 5).double()
     jacobian = torch.cat(list(loop_jacobians(model, x).values()), dim=2)
     assert_close(function(model, x), torch.einsum("ncp,mdp->nmcd", jacobian, jacobian))
+
+
+class KeepsReference(nn.Module):
+    """Uses a parameter past the module that holds it, where functional_call does not reach."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 3)
+        self.weights = [self.layer.weight]
+
+    def forward(self, x):
+        return self.layer(x).tanh() @ self.weights[0]
+
+
+@each_function
+def test_parameters_that_are_used_past_their_module(function):
+    model, x = KeepsReference().double(), torch.randn(3, 5).double()
+    jacobian = torch.cat(list(loop_jacobians(model, x).values()), dim=2)
+    assert_close(function(model, x), torch.einsum("ncp,mdp->nmcd", jacobian, jacobian))
+
+
+@each_function
+def test_no_grad_in_the_forward_pass(function):
+    class Gated(nn.Linear):
+        def forward(self, x):
+            with torch.no_grad():
+                gate = super().forward(x).sigmoid()
+            return super().forward(x) * gate
+
+    model, x = Gated(5, 3).double(), torch.randn(3, 5).double()
+    jacobian = torch.cat(list(loop_jacobians(model, x).values()), dim=2)
+    assert_close(function(model, x), torch.einsum("ncp,mdp->nmcd", jacobian, jacobian))

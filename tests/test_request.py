@@ -20,11 +20,14 @@ def model():
     ("arguments", "error", "message"),
     [
         ({"compute": "sum"}, ValueError, "compute must be one of 'full', 'diagonal', 'trace', got 'sum'"),
-        ({"method": "fast"}, ValueError, "method must be one of 'auto', 'vivit', .*, got 'fast'"),
+        ({"method": "fast"}, ValueError, "method must be one of 'auto', 'structured', 'vivit', .*, got 'fast'"),
         ({"method": None}, ValueError, "method must be one of"),
         ({"params": "0.weight"}, TypeError, r"params must be an iterable of parameter names, .* got str"),
         ({"params": 3}, TypeError, "params must be an iterable of parameter names, .* got int"),
         ({"params": [3]}, TypeError, "params must hold names of parameters, got int"),
+        ({"per_parameter": "no"}, TypeError, "per_parameter must be True or False, got str"),
+        ({"check": 1}, TypeError, "check must be True or False, got int"),
+        ({"x1": {1: X}}, TypeError, "The keys of x1 must be strings"),
         ({"params": []}, ValueError, "params is empty"),
         (
             {"params": ["7.weight"]},

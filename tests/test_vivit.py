@@ -177,9 +177,56 @@ def test_hook_without_vivit(model):
     loss_func = extend(nn.MSELoss())
     with (
         backpack(BatchGrad(), extension_hook=AccumulateGramHook()),
-        pytest.raises(RuntimeError, match=r"No Gram matrix for Linear.weight.*Activate ViViT beside this hook"),
+        pytest.raises(RuntimeError, match=r"ViViT is not active. Activate it beside this hook"),
     ):
         loss_func(extend(model)(torch.randn(3, 5).double()), torch.zeros(3, 3).double()).backward()
+
+
+def test_hook_publishes_no_partial_sum():
+    model = nn.Sequential(nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 3))
+    hook = AccumulateGramHook()
+    with pytest.raises(NotImplementedError):
+        backward(model, torch.randn(3, 5), hook)
+    assert hook.gram is None
+    with pytest.raises(RuntimeError, match="No Gram matrix yet"):
+        hook.ntk(loss=nn.MSELoss(reduction="sum"))
+
+
+def test_hook_with_one_extension_over_many_passes():
+    body, head = nn.Linear(5, 4).double(), extend(nn.Sequential(nn.Linear(4, 3)).double())
+    extension, hook, loss_func = ViViTGGNExact(), AccumulateGramHook(), extend(nn.MSELoss(reduction="sum"))
+    for _ in range(20):
+        features = body(torch.randn(3, 5).double())  # require a gradient, so BackPACK saves a quantity for them
+        with backpack(extension, extension_hook=hook):
+            loss_func(head(features), torch.zeros(3, 3).double()).backward()
+        assert_close(hook.ntk(loss=loss_func), jacobian_contraction(head, features.detach()))
+
+
+def test_hook_refuses_an_extension_left_over_from_a_failed_pass():
+    model = nn.Sequential(nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    extension, loss_func, hook = ViViTGGNExact(), extend(nn.MSELoss()), AccumulateGramHook()
+    with backpack(extension, extension_hook=hook), pytest.raises(NotImplementedError):
+        loss_func(extend(model)(torch.randn(3, 5)), torch.zeros(3, 3)).backward()
+    extension.saved_quantities._saved_quantities[-1] = torch.zeros(1)  # what a failed pass may leave
+    with (
+        backpack(extension, extension_hook=hook),
+        pytest.raises(RuntimeError, match="holds quantities of another pass"),
+    ):
+        loss_func(extend(nn.Sequential(nn.Linear(5, 3)))(torch.randn(3, 5)), torch.zeros(3, 3)).backward()
+
+
+def test_hook_does_not_take_buffers_of_an_earlier_pass_for_its_own(model):
+    x, hook = torch.randn(3, 5).double(), AccumulateGramHook(delete_buffers=False)
+    loss_func = backward(model, x, hook)
+    with backpack(BatchGrad(), extension_hook=hook), pytest.raises(RuntimeError, match="ViViT is not active"):
+        loss_func(model(x), torch.zeros(3, 3).double()).backward()
+    assert hook.gram is None
+
+
+def test_hook_and_a_parameter_without_a_gram_matrix(model):
+    model[0].register_parameter("extra", nn.Parameter(torch.ones(1).double()))
+    with pytest.raises(RuntimeError, match=r"ViViT has no Gram matrix for Linear.extra"):
+        backward(model, torch.randn(3, 5).double(), AccumulateGramHook())
 
 
 # ---------------------------------------------------------------- what the route refuses
@@ -259,11 +306,18 @@ def test_errors_of_backpack_are_turned_into_ours(name, monkeypatch):
         empirical_ntk(model, x1, x2, method="vivit")
 
 
-def test_a_forward_hook_that_changes_the_output_is_seen(model):
-    x = torch.randn(3, 5).double()
-    model[1].register_forward_hook(lambda module, args, output: 2 * output)
-    with pytest.raises(UnsupportedModelError, match="differs from autograd's"):
-        empirical_ntk(model, x, method="vivit")
+@pytest.mark.parametrize("method", ["vivit", "structured"])
+@pytest.mark.parametrize("change", ["hook", "pre-hook", "forward"])
+def test_computation_that_types_do_not_tell_is_refused(model, method, change):
+    x = 50 * torch.randn(3, 5).double()
+    if change == "hook":
+        model[1].register_forward_hook(lambda module, args, output: output.clamp(max=6))
+    elif change == "pre-hook":
+        model.register_forward_pre_hook(lambda module, args: (args[0].clamp(-10, 10),))
+    else:
+        model[3].forward = lambda x: x.relu()
+    with pytest.raises(UnsupportedModelError, match="has forward hooks or a forward of its own"):
+        empirical_ntk(model, x, method=method)
     assert_close(empirical_ntk(model, x), jacobian_contraction(model, x))
 
 
