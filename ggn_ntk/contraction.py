@@ -119,23 +119,40 @@ def expand(factored: Factored) -> Factored:
     return Factored("cnk->cnk", (tensor.expand(shape).reshape(shape[0], n, -1),))
 
 
-def combine(factored: Factored, weights: Tensor, samples: list[int]) -> Tensor:
-    """Sum a Jacobian over outputs and some samples, with weights.
+def squared_norm(terms: Sequence[Factored], weights: Tensor) -> Tensor:
+    """Compute ``|sum_cn v[c, n] J[c, n]|^2`` for a Jacobian that is the sum of terms.
+
+    Args:
+        terms: The terms.
+        weights: The numbers v, ``[C, N]``.
+
+    Returns:
+        The squared norm, a scalar.
+    """
+    memo, total = Memo(symmetric=False), weights.new_zeros(())
+    for a in terms:
+        for b in terms:
+            product = double(a, b, "full")
+            first, second = Operand("cn", weights, "first"), Operand("dm", weights, "second")
+            total += contract([*product.first, first, *product.second, second], "", memo).tensor
+    return total
+
+
+def select_samples(factored: Factored, samples: Sequence[int]) -> Factored:
+    """Restrict a Jacobian to some samples.
 
     Args:
         factored: The Jacobian.
-        weights: ``[C, len(samples)]``.
         samples: Which samples.
 
     Returns:
-        The sum, with an axis for each letter of the parameter.
+        The Jacobian of these samples.
     """
-    operands = [
-        as_operand(t, x.index_select(t.index("n"), torch.tensor(samples, device=x.device)) if "n" in t else x)
-        for t, x in zip(factored.terms, factored.operands, strict=True)
-    ]
-    letters = factored.result[2:]
-    return aligned(contract([*operands, Operand("cn", weights, None)], letters, Memo(symmetric=False)), letters)
+    operands = (
+        torch.stack([tensor.select(term.index("n"), i) for i in samples], term.index("n")) if "n" in term else tensor
+        for term, tensor in zip(factored.terms, factored.operands, strict=True)
+    )
+    return Factored(factored.equation, tuple(operands))
 
 
 def _rename(factored: Factored, names: dict[str, str], fresh: Iterator[str]) -> Iterator[Operand]:
@@ -311,32 +328,39 @@ def _multiply(a: Operand, b: Operand, letters: str, needed: set[str]) -> Tensor:
     summed = [letter for letter in shared if letter in b.letters and letter not in needed]
     if not summed:
         return aligned(a, letters) * aligned(b, letters)
+    sizes = dict(zip(a.letters + b.letters, a.tensor.shape + b.tensor.shape, strict=True))
     batch = [letter for letter in letters if letter in a.letters and letter in b.letters]
     left = [letter for letter in letters if letter not in b.letters]
     right = [letter for letter in letters if letter not in a.letters]
-    product = torch.bmm(_as_matrices(a, batch, left, summed), _as_matrices(b, batch, summed, right))
-    sizes = dict(zip(a.letters + b.letters, a.tensor.shape + b.tensor.shape, strict=True))
+    strides = dict(zip(a.letters, a.tensor.stride(), strict=True))
+    outermost = max(strides[letter] for letter in summed)
+    outer = [letter for letter in left if strides[letter] > outermost]
+    inner = [letter for letter in left if letter not in outer]
+    if not inner:
+        outer, inner = [], outer
+    first, second = _merged(a, batch, outer, inner, summed), _merged(b, batch, summed, right)
+    if not outer:
+        product = torch.bmm(first.squeeze(1), second)
+    else:  # say outputs outside, channels inside of positions: no copy is needed that would put them together
+        product = first.new_empty(*first.shape[:3], second.shape[2])
+        for matrices, matrix, out in zip(first, second, product, strict=True):
+            torch.bmm(matrices, matrix.expand(len(matrices), -1, -1), out=out)
     return product.reshape([sizes[letter] for letter in letters])
 
 
-def _as_matrices(operand: Operand, batch: list[str], rows: list[str], columns: list[str]) -> Tensor:
-    """Merge the letters of an operand to three axes, without a copy where its memory allows.
+def _merged(operand: Operand, *groups: list[str]) -> Tensor:
+    """Merge groups of letters to one axis each, without a copy where the operand's memory allows.
 
     Args:
         operand: The operand.
-        batch: Letters of the first axis.
-        rows: Letters of the second axis.
-        columns: Letters of the third axis.
+        *groups: Its letters.
 
     Returns:
-        The matrices.
+        A tensor with an axis for each group.
     """
-    axes = [operand.letters.index(letter) for letter in batch + rows + columns]
-    tensor = operand.tensor.permute(axes)
-    ends = [len(batch), len(batch) + len(rows)]
-    return tensor.reshape(
-        prod(tensor.shape[: ends[0]]), prod(tensor.shape[ends[0] : ends[1]]), prod(tensor.shape[ends[1] :])
-    )
+    tensor = operand.tensor.permute([operand.letters.index(letter) for group in groups for letter in group])
+    sizes = dict(zip(operand.letters, operand.tensor.shape, strict=True))
+    return tensor.reshape([prod(sizes[letter] for letter in group) for group in groups])
 
 
 def aligned(operand: Operand, letters: str) -> Tensor:

@@ -30,11 +30,10 @@ from ggn_ntk.checks import (
     hidden_computation,
     output_problem,
     random_state,
-    total_norm,
 )
-from ggn_ntk.contraction import Doubled, add_products, combine, double
+from ggn_ntk.contraction import Doubled, add_products, double, select_samples, squared_norm
 from ggn_ntk.request import Request
-from ggn_ntk.rules import Factored, backpropagation_for, rule_for
+from ggn_ntk.rules import Factored, backpropagation_for, channels_last, rule_for
 
 _ROUTE = "structured empirical NTK"
 
@@ -168,7 +167,7 @@ def _forward(request: Request) -> tuple[list[Use], Any]:
         The uses of layers in the order of their calls, and the output.
     """
     names = {id(p): name for name, p in request.params.items()}
-    args = request.x1.stack(request.x2).args
+    args = tuple(channels_last(x) for x in request.x1.stack(request.x2).args)
     uses, x = [], args[0] if len(args) == 1 else args
     for _, layer in _named_layers(eager(request.model)):
         if _is_layer(layer):
@@ -315,9 +314,10 @@ class Accumulator:
 class _Probe:
     """Compares the Jacobians that rules write with autograd, on a few samples.
 
-    For random numbers v, the rules' ``sum v[n, c] J[c, n]`` over these samples must be autograd's gradient of
-    ``sum v[n, c] f[n, c]``, with f evaluated on these samples by themselves. So this also finds samples that
-    influence one another.
+    For random numbers v, the norm of the rules' ``sum v[n, c] J[c, n]`` over these samples must be that of autograd's
+    gradient of ``sum v[n, c] f[n, c]``, with f evaluated on these samples by themselves. So this also finds samples
+    that influence one another. Norms suffice, since the kernel does not change when a Jacobian is rotated; they are
+    computed like kernels, without a tensor of the parameter's size.
     """
 
     def __init__(self, request: Request, output: Tensor, seed: int) -> None:
@@ -331,18 +331,19 @@ class _Probe:
         generator = torch.Generator().manual_seed(seed)
         self.samples = torch.randperm(len(output), generator=generator, device="cpu")[:_PROBED].tolist()
         v = cotangent(output[self.samples], seed)
-        self.expected = gradients(request, request.x1.stack(request.x2)[self.samples], v)
-        self.actual = {name: torch.zeros_like(gradient) for name, gradient in self.expected.items()}
+        found = gradients(request, request.x1.stack(request.x2)[self.samples], v)
+        self.expected = {name: gradient.flatten().dot(gradient.flatten()) for name, gradient in found.items()}
+        self.terms: dict[str, list[Factored]] = {name: [] for name in found}
         self.v = v.reshape(len(v), -1).T
 
     def add(self, jacobians: dict[str, Factored]) -> None:
-        """Add the part of one use of a layer.
+        """Take down one use of a layer.
 
         Args:
             jacobians: The Jacobian of each wanted parameter, by name.
         """
         for name, jacobian in jacobians.items():
-            self.actual[name] += combine(jacobian, self.v, self.samples).reshape(self.actual[name].shape)
+            self.terms[name].append(select_samples(jacobian, self.samples))
 
     def problems(self) -> Iterator[Problem]:
         """Judge.
@@ -350,9 +351,9 @@ class _Probe:
         Yields:
             A problem for each parameter whose Jacobian differs.
         """
-        total = total_norm(self.expected.values())
+        total = sum(expected.item() for expected in self.expected.values())
         for name, expected in self.expected.items():
-            error = gradient_error(self.actual[name], expected, total)
+            error = gradient_error(squared_norm(self.terms[name], self.v), expected, total)
             if not error <= PROBE_TOLERANCES[self.v.dtype]:
                 what = f"its Jacobian by the layer's rule differs from autograd's (relative error {error:.1e})"
                 yield Problem(name, what, OTHER_METHOD)

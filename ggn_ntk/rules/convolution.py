@@ -14,7 +14,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ggn_ntk.rules.registry import Factored, register_backpropagation, register_rule, stack_outputs, unstack_outputs
+from ggn_ntk.rules.registry import (
+    Factored,
+    channels_last,
+    register_backpropagation,
+    register_rule,
+    stack_outputs,
+    unstack_outputs,
+)
 
 _POSITIONS, _KERNEL = "xyz", "uvw"
 _CONVOLUTIONS = (nn.Conv1d, nn.Conv2d, nn.Conv3d)
@@ -129,7 +136,7 @@ def convolution_transposed(module: Any, x: Tensor, s: Tensor) -> Tensor:
     ]
     missing = [wanted - size for wanted, size in zip(padded, full, strict=True)]
     product: Tensor = _CONV_TRANSPOSE[dim](
-        stack_outputs(s),
+        channels_last(stack_outputs(s)),
         module.weight,
         stride=module.stride,
         padding=padding,
@@ -172,7 +179,7 @@ def transposed_convolution_transposed(module: Any, x: Tensor, s: Tensor) -> Tens
         ``[C, N, I, *positions]``.
     """
     options = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "groups")}
-    product: Tensor = _CONV[s.ndim - 3](stack_outputs(s), module.weight, **options)
+    product: Tensor = _CONV[s.ndim - 3](channels_last(stack_outputs(s)), module.weight, **options)
     for axis, size in enumerate(x.shape[2:], start=2):
         product = product.narrow(axis, 0, size)  # output_padding adds no positions
     return unstack_outputs(product, like=s)

@@ -3,10 +3,11 @@
 from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ggn_ntk.rules.registry import register_backpropagation
+from ggn_ntk.rules.registry import channels_last, register_backpropagation, stack_outputs, unstack_outputs
 
 _MAX_POOL = {3: F.max_pool1d, 4: F.max_pool2d, 5: F.max_pool3d}
 
@@ -23,9 +24,50 @@ def max_pool_transposed(module: Any, x: Tensor, s: Tensor) -> Tensor:
     Returns:
         ``[C, N, K, *spatial]``.
     """
-    options = {name: getattr(module, name) for name in ("kernel_size", "stride", "padding", "dilation", "ceil_mode")}
-    _, places = _MAX_POOL[x.ndim](x, **options, return_indices=True)
+    names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
+    _, places = _MAX_POOL[x.ndim](x, **{name: getattr(module, name) for name in names}, return_indices=True)
     c, (n, k, *spatial) = s.shape[0], x.shape
+    if _tiles(module, spatial):
+        is_maximum = channels_last(torch.zeros_like(x).flatten(2).scatter_(2, places.flatten(2), 1).reshape(x.shape))
+        return _spread(is_maximum, s)
     product = s.new_zeros(n, c, k, prod(spatial))
     product.scatter_add_(3, places.flatten(2).unsqueeze(1).expand(-1, c, -1, -1), s.transpose(0, 1).flatten(3))
     return product.reshape(n, c, k, *spatial).transpose(0, 1)
+
+
+def _tiles(module: Any, spatial: list[int]) -> bool:
+    """Tell whether each entry of the input lies in exactly one window.
+
+    Args:
+        module: The pooling layer.
+        spatial: Spatial shape of its input.
+
+    Returns:
+        Whether windows tile the input.
+    """
+
+    def each(value: int | tuple[int, ...]) -> tuple[int, ...]:
+        return value if isinstance(value, tuple) else (value,) * len(spatial)
+
+    sizes = each(module.kernel_size)
+    plain = not any(each(module.padding)) and all(d == 1 for d in each(module.dilation))
+    return plain and sizes == each(module.stride) and not any(n % k for n, k in zip(spatial, sizes, strict=True))
+
+
+def _spread(is_maximum: Tensor, s: Tensor) -> Tensor:
+    """Copy each entry of ``s`` to its window, and keep it where the maximum was: one pass over the result.
+
+    Args:
+        is_maximum: ``[N, K, *spatial]``, one where a window has its maximum and zero elsewhere.
+        s: ``[C, N, K, *positions]``.
+
+    Returns:
+        ``[C, N, K, *spatial]``.
+    """
+    few = s[:, :1] if s.stride(1) == 0 else s
+    entries = unstack_outputs(channels_last(stack_outputs(few)), like=few).expand_as(s).transpose(0, 1)
+    windows = is_maximum.unsqueeze(1)
+    for axis in range(s.ndim - 1, 2, -1):
+        windows = windows.unflatten(axis, (s.shape[axis], -1))
+        entries = entries.unsqueeze(axis + 1)
+    return (entries * windows).reshape(s.shape[1], s.shape[0], *is_maximum.shape[1:]).transpose(0, 1)

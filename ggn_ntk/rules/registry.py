@@ -170,6 +170,18 @@ def batched_vjp(module: Module, x: Tensor, s: Tensor) -> Tensor:
     return product
 
 
+def channels_last(x: Tensor) -> Tensor:
+    """Put channels last in memory, where convolutions are fastest and their windows long runs.
+
+    Args:
+        x: Any input ``[N, ...]``.
+
+    Returns:
+        The input; images with their channels last in memory.
+    """
+    return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
+
+
 def stack_outputs(s: Tensor) -> Tensor:
     """Treat the outputs of a sample as so many samples, for layers that are the same for all samples.
 
