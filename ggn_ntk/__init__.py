@@ -3,15 +3,18 @@
 from ggn_ntk import reference
 from ggn_ntk.checks import NTKMismatchError, UnsupportedModelError
 from ggn_ntk.ntk import empirical_ntk
+from ggn_ntk.rules import Factored, register_rule
 from ggn_ntk.vivit import AccumulateGramHook, empirical_ntk_vivit
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AccumulateGramHook",
+    "Factored",
     "NTKMismatchError",
     "UnsupportedModelError",
     "empirical_ntk",
     "empirical_ntk_vivit",
     "reference",
+    "register_rule",
 ]

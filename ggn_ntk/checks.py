@@ -211,11 +211,6 @@ MODULE_CHECKS = [
         "Call eval() on it, or set its probability to 0",
     ),
     ModuleCheck(
-        lambda m: isinstance(m, torch.jit.ScriptModule | nn.DataParallel),
-        "is no function of its parameters to torch.func",
-        "Pass the module it was made from",
-    ),
-    ModuleCheck(
         lambda m: isinstance(m, nn.RReLU) and m.training and m.lower != m.upper,
         "draws its slopes at random",
         "Call eval() on it",
@@ -361,6 +356,23 @@ def gradient_error(actual: Tensor, expected: Tensor, total: float) -> float:
     return 0.0 if error == 0 else error / scale if scale else float("inf")
 
 
+def gradients_agree(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+    """Tell whether gradients agree, parameter by parameter.
+
+    Args:
+        actual: Gradients by name.
+        expected: What they should be.
+
+    Returns:
+        Whether they do, up to the tolerance of probes.
+    """
+    total = total_norm(expected.values())
+    errors = [gradient_error(actual[name], gradient, total) for name, gradient in expected.items()]
+    return all(
+        error <= PROBE_TOLERANCES[gradient.dtype] for error, gradient in zip(errors, actual.values(), strict=True)
+    )
+
+
 def total_norm(tensors: Iterable[Tensor]) -> float:
     """Compute the norm over several tensors.
 
@@ -385,12 +397,10 @@ def _sample_problems(together: dict[str, Tensor], alone: dict[str, Tensor]) -> l
     """
     if not all(gradient.isfinite().all() for gradient in together.values()):
         return [Problem("", "its gradients are not finite", "Look for overflow in its weights and inputs")]
-    total = total_norm(alone.values())
-    error = max((gradient_error(g, alone[name], total) for name, g in together.items()), default=0.0)
-    if error <= PROBE_TOLERANCES[next(iter(together.values())).dtype]:
+    if gradients_agree(together, alone):
         return []
-    what = f"samples influence one another (gradients alone and in a batch differ by {error:.1e})"
-    return [Problem("", what, "Remove what mixes the leading axis, e.g. use batch_first=True, or eval()")]
+    remedy = "Remove what mixes the leading axis, e.g. use batch_first=True, or eval()"
+    return [Problem("", "samples influence one another (gradients alone and in a batch differ)", remedy)]
 
 
 def random_state(model: Module) -> list[Any]:

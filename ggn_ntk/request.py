@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Size, Tensor
-from torch.nn import Module
+from torch.jit import ScriptModule
+from torch.nn import DataParallel, Module
 
 from ggn_ntk.layout import COMPUTES, finish, sum_kernels
 
@@ -129,6 +130,10 @@ class Request:
         """
         if not isinstance(model, Module):
             raise TypeError(f"model must be a torch.nn.Module, got {_kind(model)}.")
+        for name, module in model.named_modules():
+            if isinstance(module, ScriptModule | DataParallel):
+                where = f" holds a {_kind(module)} at {name!r}" if name else f" is a {_kind(module)}"
+                raise TypeError(f"model{where}, whose parameters cannot be exchanged: use the module it was made from.")
         if compute not in COMPUTES:
             raise ValueError(f"compute must be one of {', '.join(map(repr, COMPUTES))}, got {compute!r}.")
         if output is not None and not callable(output):

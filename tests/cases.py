@@ -46,6 +46,7 @@ def _randomize_norm(module: nn.Module) -> None:
     """Give normalisation layers weights and statistics that a trained network could have."""
     if "Norm" in type(module).__name__ and getattr(module, "weight", None) is not None:
         nn.init.uniform_(module.weight, 0.5, 1.5)
+    if "Norm" in type(module).__name__ and getattr(module, "bias", None) is not None:
         nn.init.normal_(module.bias)
     if getattr(module, "running_mean", None) is not None:
         nn.init.normal_(module.running_mean)
@@ -202,6 +203,80 @@ def weight_norm() -> nn.Module:
 
 ACTIVATIONS = [nn.ReLU, nn.Sigmoid, nn.Tanh, nn.LeakyReLU, nn.LogSigmoid, nn.ELU, nn.SELU, nn.Identity]
 
+
+def only_structured(name: str, *layers: Callable[[], nn.Module], inputs: Callable[[int], Any]) -> "Case":
+    """A Sequential model with a layer that the structured route knows and ViViT does not."""
+    return Case(name, sequential(*layers), inputs, vivit=False)
+
+
+def image_net(layer: Callable[[], nn.Module], head: int) -> tuple[Callable[[], nn.Module], ...]:
+    """A convolution to four channels, a layer, a nonlinearity and a linear layer on ``head`` features."""
+    return lambda: nn.Conv2d(2, 4, 3), layer, nn.Tanh, nn.Flatten, lambda: nn.Linear(head, 2)
+
+
+def hidden_net(layer: Callable[[], nn.Module]) -> tuple[Callable[[], nn.Module], ...]:
+    """A layer on six hidden units, between linear ones."""
+    return lambda: nn.Linear(5, 6), layer, lambda: nn.Linear(6, 3)
+
+
+# Elementwise nonlinearities that ViViT does not know.
+OTHER_ACTIVATIONS = [
+    nn.CELU, nn.GELU, nn.Hardshrink, nn.Hardsigmoid, nn.Hardswish, nn.Hardtanh, nn.Mish, nn.PReLU, nn.ReLU6, nn.RReLU,
+    nn.SiLU, nn.Softplus, nn.Softshrink, nn.Softsign, nn.Tanhshrink,
+]  # fmt: skip
+
+
+# Layers without parameters whose Jacobian is the same for all samples, by the number of spatial axes of their input.
+LINEAR_MAPS = {
+    1: [
+        lambda: nn.ZeroPad1d(1), lambda: nn.ConstantPad1d((0, 2), 0.5), lambda: nn.ReflectionPad1d(1),
+        lambda: nn.ReplicationPad1d((2, 0)), lambda: nn.CircularPad1d(1), lambda: nn.AdaptiveAvgPool1d(2),
+        nn.Dropout1d, nn.AlphaDropout, nn.FeatureAlphaDropout, lambda: nn.AvgPool1d(2, ceil_mode=True),
+    ],
+    2: [
+        lambda: nn.ZeroPad2d((1, 0, 2, -1)), lambda: nn.ConstantPad2d((1, 0, 2, 1), 0.5), lambda: nn.ReflectionPad2d(1),
+        lambda: nn.ReplicationPad2d(1), lambda: nn.CircularPad2d(1), lambda: nn.AdaptiveAvgPool2d((2, 1)),
+        nn.Dropout2d, lambda: nn.PixelShuffle(2), lambda: nn.PixelUnshuffle(2), lambda: nn.ChannelShuffle(2),
+    ],
+    3: [
+        lambda: nn.ZeroPad3d(1), lambda: nn.ConstantPad3d(1, 0.5), lambda: nn.ReflectionPad3d(1),
+        lambda: nn.ReplicationPad3d(1), lambda: nn.CircularPad3d(1), lambda: nn.AdaptiveAvgPool3d(1), nn.Dropout3d,
+    ],
+}  # fmt: skip
+
+
+def between(layer: Callable[[], nn.Module], dim: int) -> Callable[[], nn.Module]:
+    """A layer between a convolution to four channels and a nonlinearity, on inputs of two channels and size 4."""
+
+    def build() -> nn.Module:
+        body = nn.Sequential(getattr(nn, f"Conv{dim}d")(2, 4, 3, padding=1), layer(), nn.Tanh(), nn.Flatten()).eval()
+        return nn.Sequential(*body, nn.Linear(body(torch.zeros(1, 2, *[4] * dim)).shape[1], 2))
+
+    return build
+
+
+def tied_embedding() -> nn.Module:
+    """A language model on single tokens whose embedding is its output layer."""
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Tanh(), nn.Linear(4, 7, bias=False))
+    model[2].weight = model[0].weight
+    return model
+
+
+def tied_convolutions() -> nn.Module:
+    """A weight shared by a convolution in one group, one in two groups, and a transposed one."""
+    model = nn.Sequential(
+        nn.Conv2d(2, 4, 2, bias=False),
+        nn.Tanh(),
+        nn.Conv2d(4, 4, 2, groups=2, bias=False),
+        nn.Tanh(),
+        nn.ConvTranspose2d(4, 2, 2, bias=False),
+        nn.Flatten(),
+        nn.Linear(32, 2),
+    )
+    model[2].weight = model[4].weight = model[0].weight
+    return model
+
+
 CASES = [
     # fully-connected
     Case("linear", lambda: nn.Linear(5, 3), normal(5)),
@@ -343,6 +418,93 @@ CASES = [
     Case("data_dependent", DataDependent, normal(4), vivit=False, structured=False),
     Case("custom_parameter", CustomParameter, normal(5), vivit=False, structured=False),
     Case("weight_norm", weight_norm, normal(5), vivit=False, structured=False),
+    # what the structured route knows besides
+    *(only_structured(f"hidden_{a.__name__}", *hidden_net(a), inputs=normal(5)) for a in OTHER_ACTIVATIONS),
+    only_structured("threshold", *hidden_net(lambda: nn.Threshold(0.1, 2.0)), inputs=normal(5)),
+    only_structured("softmax", *hidden_net(lambda: nn.Softmax(-1)), inputs=normal(5)),
+    only_structured("prelu_channels", *image_net(lambda: nn.PReLU(4), 16), inputs=normal(2, 4, 4)),
+    only_structured("rms_norm", *hidden_net(lambda: nn.RMSNorm(6)), inputs=normal(5)),
+    only_structured("layer_norm_2d", *image_net(lambda: nn.LayerNorm((2, 2)), 16), inputs=normal(2, 4, 4)),
+    only_structured(
+        "layer_norm_no_affine", *hidden_net(lambda: nn.LayerNorm(6, elementwise_affine=False)), inputs=normal(5)
+    ),
+    only_structured(
+        "instance_norm1d",
+        lambda: nn.Conv1d(2, 4, 3),
+        lambda: nn.InstanceNorm1d(4, affine=True),
+        nn.Flatten,
+        lambda: nn.Linear(12, 2),
+        inputs=normal(2, 5),
+    ),
+    only_structured(
+        "instance_norm2d", *image_net(lambda: nn.InstanceNorm2d(4, affine=True), 16), inputs=normal(2, 4, 4)
+    ),
+    only_structured(
+        "instance_norm3d",
+        lambda: nn.Conv3d(2, 4, 2),
+        lambda: nn.InstanceNorm3d(4, affine=True, track_running_stats=True),
+        nn.Flatten,
+        lambda: nn.Linear(32, 2),
+        inputs=normal(2, 3, 3, 3),
+    ),
+    only_structured(
+        "embedding",
+        lambda: nn.Embedding(7, 4, padding_idx=2),
+        nn.Tanh,
+        nn.Flatten,
+        lambda: nn.Linear(12, 3),
+        inputs=tokens(3),
+    ),
+    only_structured(
+        "embedding_single",
+        lambda: nn.Embedding(7, 4),
+        nn.Tanh,
+        lambda: nn.Linear(4, 3),
+        inputs=lambda n: torch.randint(7, (n,)),
+    ),
+    Case("bilinear", lambda: nn.Bilinear(5, 4, 3), lambda n: (torch.randn(n, 5), torch.randn(n, 4)), vivit=False),
+    Case(
+        "bilinear_3d", lambda: nn.Bilinear(5, 4, 3), lambda n: (torch.randn(n, 2, 5), torch.randn(n, 2, 4)), vivit=False
+    ),
+    Case("tied_embedding", tied_embedding, lambda n: torch.randint(7, (n,)), vivit=False),
+    Case("tied_convolutions", tied_convolutions, normal(2, 5, 5), vivit=False),
+    only_structured(
+        "reshaping",
+        lambda: nn.Linear(6, 8),
+        lambda: nn.Unflatten(1, (2, 2, 2)),
+        lambda: nn.PixelShuffle(1),
+        lambda: nn.Conv2d(2, 3, 2),
+        nn.Flatten,
+        inputs=normal(6),
+    ),
+    only_structured("upsample", *image_net(lambda: nn.Upsample(scale_factor=2), 64), inputs=normal(2, 4, 4)),
+    only_structured("adaptive_max_pool", *image_net(lambda: nn.AdaptiveMaxPool2d(1), 4), inputs=normal(2, 5, 5)),
+    *(
+        only_structured(
+            f"conv2d_{mode}",
+            *image_net(lambda mode=mode: nn.Conv2d(4, 4, 3, padding=(2, 1), padding_mode=mode), 96),
+            inputs=normal(2, 6, 6),
+        )
+        for mode in ("reflect", "replicate", "circular")
+    ),
+    only_structured("pad_reflect", *image_net(lambda: nn.ReflectionPad2d(1), 64), inputs=normal(2, 4, 4)),
+    only_structured(
+        "pad_constant", *image_net(lambda: nn.ConstantPad2d((1, 0, 2, 1), 0.5), 60), inputs=normal(2, 4, 4)
+    ),
+    Case("conv1d_same_dilated", conv_net(1, 3, 24, padding="same", dilation=2), normal(2, 8), vivit=False),
+    Case(
+        "frozen_first_block", frozen(mlp(nn.GELU), "0.weight", "0.bias", "2.weight", "2.bias"), normal(5), vivit=False
+    ),
+    Case(
+        "max_pool_shared_s",
+        sequential(lambda: nn.Conv2d(2, 4, 3), lambda: nn.MaxPool2d(2), nn.Flatten, lambda: nn.Linear(16, 2)),
+        normal(2, 6, 6),
+    ),
+    *(
+        Case(f"linear_map_{dim}_{i}", between(layer, dim), normal(2, *[4] * dim), vivit=False)
+        for dim, layers in LINEAR_MAPS.items()
+        for i, layer in enumerate(layers)
+    ),
 ]
 
 BY_NAME = {case.name: case for case in CASES}

@@ -154,7 +154,7 @@ def backpropagation_for(module: Module) -> Backpropagation:
 
 
 def batched_vjp(module: Module, x: Tensor, s: Tensor) -> Tensor:
-    """Multiply by any layer's transposed Jacobian with autograd.
+    """Multiply by any layer's transposed Jacobian with autograd, output by output where ``vmap`` fails.
 
     Args:
         module: The layer.
@@ -166,8 +166,11 @@ def batched_vjp(module: Module, x: Tensor, s: Tensor) -> Tensor:
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        (product,) = torch.autograd.grad(module(x), x, s, is_grads_batched=True)
-    return product
+        output = module(x)
+    try:
+        return torch.autograd.grad(output, x, s, retain_graph=True, is_grads_batched=True)[0]
+    except RuntimeError:
+        return torch.stack([torch.autograd.grad(output, x, entry, retain_graph=True)[0] for entry in s])
 
 
 def channels_last(x: Tensor) -> Tensor:

@@ -1,0 +1,267 @@
+"""The structured route: its rules, its contractions, and the probe that trusts neither."""
+
+import pytest
+import torch
+from backpack.custom_module.branching import SumModule
+from cases import BY_NAME, CASES
+from conftest import COMPUTES, assert_close, oracle_sum
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ggn_ntk import Factored, UnsupportedModelError, contraction, empirical_ntk, register_rule
+from ggn_ntk.checks import relative_error
+from ggn_ntk.reference import jacobian_contraction
+from ggn_ntk.rules import registry
+from ggn_ntk.structured import Use, backpropagate, identity
+
+
+@pytest.mark.parametrize("registered", [registry._RULES, registry._BACKPROPAGATIONS], ids=["rules", "backpropagations"])
+def test_every_registered_layer_has_a_case(registered):
+    covered = {type(module) for case in CASES if case.structured for module in case.model().modules()}
+    assert not set(registered) - covered
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if not case.structured], ids=str)
+def test_refused_and_right_by_auto(case):
+    model, x1, x2 = case.build()
+    with pytest.raises(UnsupportedModelError, match="No structured empirical NTK"):
+        empirical_ntk(model, x1, x2, method="structured")
+    assert_close(empirical_ntk(model, x1, x2), oracle_sum(case))
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.vivit], ids=str)
+def test_agrees_with_vivit(case):
+    model, x1, x2 = case.build()
+    structured = empirical_ntk(model, x1, x2, method="structured")
+    assert_close(structured, empirical_ntk(model, x1, x2, method="vivit"))
+
+
+# ---------------------------------------------------------------- convolution geometry
+
+
+@st.composite
+def convolutions(draw):
+    """A convolution of any dimension and the spatial shape of its input."""
+    dim, transpose = draw(st.integers(1, 3)), draw(st.booleans())
+
+    def each(low, high):
+        return tuple(draw(st.integers(low, high)) for _ in range(dim))
+
+    groups, spatial, stride, dilation = draw(st.integers(1, 2)), each(1, 6 if dim < 3 else 4), each(1, 3), each(1, 2)
+    options = {"kernel_size": each(1, 3), "stride": stride, "dilation": dilation, "groups": groups}
+    options |= {"bias": draw(st.booleans()), "padding": each(0, 2)}
+    if transpose:
+        padded = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
+        options["output_padding"] = padded
+    else:
+        options["padding_mode"] = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
+        if all(s == 1 for s in stride) and draw(st.booleans()):
+            options["padding"] = "same"
+    layer = getattr(nn, f"Conv{'Transpose' if transpose else ''}{dim}d")
+    return lambda i, o: layer(i * groups, o * groups, **options), groups, spatial
+
+
+@settings(deadline=None, max_examples=80)
+@given(drawn=convolutions(), compute=st.sampled_from(COMPUTES), symmetric=st.booleans())
+@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
+def test_convolutions_of_any_geometry(drawn, compute, symmetric):
+    layer, groups, spatial = drawn
+    torch.manual_seed(0)
+    model = nn.Sequential(layer(1, 2), nn.Tanh(), nn.Flatten()).double()
+    x1, x2 = torch.randn(2, groups, *spatial).double(), torch.randn(3, groups, *spatial).double()
+    try:
+        outputs = model(x1).shape[1]
+    except (RuntimeError, ValueError):  # no such convolution
+        assume(False)
+    assume(0 < outputs <= 200)
+    model.append(nn.Linear(outputs, 2).double())
+    x2 = None if symmetric else x2
+    kernel = empirical_ntk(model, x1, x2, compute=compute, method="structured")
+    assert_close(kernel, jacobian_contraction(model, x1, x2, compute=compute))
+
+
+# ---------------------------------------------------------------- contraction
+
+
+@pytest.mark.parametrize("compute", COMPUTES)
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    "name", ["tutorial_cnn_small", "linear_3d", "tied", "conv2d_options", "max_pool2d", "embedding"]
+)
+def test_blocks_of_samples(name, symmetric, compute, monkeypatch):
+    case = BY_NAME[name]
+    model, x1, x2 = case.build()
+    for budget, kept in [(1, 1), (500, 1), (1, 500)]:
+        monkeypatch.setattr(contraction, "BUDGET", budget)
+        monkeypatch.setattr(contraction, "KEPT", kept)
+        kernel = empirical_ntk(model, x1, None if symmetric else x2, compute=compute, method="structured")
+        assert_close(kernel, oracle_sum(case, symmetric, compute))
+
+
+def count_products(monkeypatch):
+    """Record the shapes of the matrices that are multiplied."""
+    shapes = []
+    original = contraction._multiply
+    monkeypatch.setattr(
+        contraction, "_multiply", lambda a, b, *r: shapes.append((a.letters, b.letters)) or original(a, b, *r)
+    )
+    return shapes
+
+
+def test_weight_and_bias_share_the_gram_matrix_of_s(monkeypatch):
+    products = count_products(monkeypatch)
+    n, c, features = 8, 3, 500
+    s, x = torch.randn(c, n, features), torch.randn(n, features)
+    jacobians = {"weight": Factored("cno,ni->cnoi", (s, x)), "bias": Factored("cno->cno", (s,))}
+    kernels = {"": torch.zeros(4, 4, c, c)}
+    contraction.add_products(kernels, [("", contraction.double(j, j, "full")) for j in jacobians.values()], n1=4)
+    assert len(products) == 3  # x with x, s with s, and their product
+    expected = torch.einsum("cno,ni,dmo,mi->nmcd", s[:, :4], x[:4], s[:, 4:], x[4:])
+    torch.testing.assert_close(kernels[""], expected + torch.einsum("cno,dmo->nmcd", s[:, :4], s[:, 4:]))
+
+
+def test_the_jacobian_of_one_set_is_formed_once(monkeypatch):
+    products = count_products(monkeypatch)
+    s, x = torch.randn(2, 4, 3, 50), torch.randn(4, 5, 50)
+    jacobian = Factored("cnop,nip->cnoi", (s, x))
+    for n1, count in [(None, 2), (2, 3)]:
+        products.clear()
+        kernel = torch.zeros((4, 4, 2, 2) if n1 is None else (2, 2, 2, 2))
+        contraction.add_products({"": kernel}, [("", contraction.double(jacobian, jacobian, "full"))], n1)
+        assert len(products) == count
+
+
+def test_different_factorisations_are_matched_by_position():
+    torch.manual_seed(0)
+    embedding = Factored("cnpk,npv->cnvk", (torch.randn(2, 3, 4, 5).double(), torch.randn(3, 4, 6).double()))
+    linear = Factored("cno,ni->cnoi", (torch.randn(2, 3, 6).double(), torch.randn(3, 5).double()))
+    grouped = Factored("cngo,ngi->cngoi", (torch.randn(2, 3, 2, 3).double(), torch.randn(3, 2, 5).double()))
+    dense = [torch.einsum(f.equation, *f.operands).reshape(2, 3, 30) for f in (embedding, linear, grouped)]
+    for a, i in zip((embedding, linear, grouped), dense, strict=True):
+        for b, j in zip((embedding, linear, grouped), dense, strict=True):
+            kernel = torch.zeros(1, 2, 2, 2).double()
+            contraction.add_products({"": kernel}, [("", contraction.double(a, b, "full"))], n1=1)
+            assert relative_error(kernel, torch.einsum("cnz,dmz->nmcd", i[:, :1], j[:, 1:])) < 1e-14
+
+
+def test_s_is_kept_once_up_to_the_last_nonlinearity():
+    layers = [nn.Conv2d(2, 3, 3), nn.BatchNorm2d(3).eval(), nn.AvgPool2d(2), nn.Flatten(), nn.Linear(12, 5)]
+    x, uses = torch.randn(4, 2, 6, 6), []
+    for layer in layers:
+        uses.append(Use(layer, x, {}))
+        x = layer(x)
+    with torch.no_grad():
+        s = identity(x)
+        for use in reversed(uses):
+            assert s.stride(1) == 0
+            s = backpropagate(use, s)
+        assert s.stride(1) == 0
+        assert s.shape == (5, 4, 2, 6, 6)
+        assert backpropagate(Use(nn.Tanh(), torch.randn(4, 2, 6, 6), {}), s).stride(1) != 0
+
+
+def test_nothing_passes_below_the_first_wanted_parameter(monkeypatch):
+    class Untouched(nn.Tanh):
+        def forward(self, x):
+            if x.requires_grad:
+                pytest.fail("differentiated")
+            return super().forward(x)
+
+    model = nn.Sequential(nn.Linear(5, 4), Untouched(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 2))
+    model[0].requires_grad_(False)
+    x = torch.randn(3, 5)
+    expected = jacobian_contraction(model, x)
+    torch.testing.assert_close(empirical_ntk(model, x, method="structured"), expected)
+
+
+# ---------------------------------------------------------------- rules of users, and wrong ones
+
+
+@pytest.fixture
+def registered():
+    before = dict(registry._RULES)
+    yield
+    registry._RULES.clear()
+    registry._RULES.update(before)
+
+
+class Scale(nn.Module):
+    """A layer of a user."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4))
+
+    def forward(self, x):
+        return self.weight * x
+
+
+def scale_net():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(5, 4), Scale(), nn.Tanh(), nn.Linear(4, 2)).double()
+
+
+def test_a_layer_of_the_users_own(registered):
+    model, x = scale_net(), torch.randn(3, 5).double()
+    with pytest.raises(UnsupportedModelError, match=r"1: no rule is registered for Scale.*register_rule\(Scale\)"):
+        empirical_ntk(model, x, method="structured")
+
+    @register_rule(Scale)
+    def scale(module, x, s):
+        return {"weight": Factored("cnk,nk->cnk", (s, x))}
+
+    assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
+
+
+@pytest.mark.parametrize("factor", [1.001, 0.0, -2.0])
+def test_a_wrong_rule_is_caught(registered, factor):
+    @register_rule(Scale)
+    def scale(module, x, s):
+        return {"weight": Factored("cnk,nk->cnk", (factor * s, x))}
+
+    model, x = scale_net(), torch.randn(3, 5).double()
+    with pytest.raises(
+        UnsupportedModelError, match=r"1.weight: its Jacobian by the layer's rule differs from autograd's"
+    ):
+        empirical_ntk(model, x, method="structured")
+    assert_close(empirical_ntk(model, x), jacobian_contraction(model, x))
+
+
+def test_register_rule_takes_layers():
+    with pytest.raises(TypeError, match=r"register_rule takes types of torch.nn.Module, got 'Linear'"):
+        register_rule("Linear")
+
+
+@pytest.mark.parametrize("equation", ["cno->cno", "cno,no->nco", "cn,no->cno", "cno,nk->cnoz"])
+def test_equations_that_do_not_fit(equation):
+    operands = (torch.zeros(2, 3, 4), torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"operands of shapes \[\[2, 3, 4\], \[3, 4\]\]: the equation needs"):
+        Factored(equation, operands)
+
+
+def test_batch_statistics_behind_the_back_of_the_checks():
+    class Sneaky(nn.Module):
+        def forward(self, x):
+            return x - x.mean(0)
+
+    model = nn.Sequential(nn.Linear(5, 4), Sneaky(), nn.Linear(4, 2))
+    with pytest.raises(UnsupportedModelError):
+        empirical_ntk(model, torch.randn(6, 5), method="structured")
+    with pytest.raises(UnsupportedModelError, match="samples influence one another"):
+        empirical_ntk(model, torch.randn(6, 5))
+
+
+def test_a_layer_with_children_and_nothing_wanted_is_a_layer():
+    block = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0, batch_first=True).requires_grad_(False).double()
+    model = nn.Sequential(nn.Linear(5, 4).double(), block, nn.Flatten(), nn.Linear(8, 2).double()).eval()
+    x = torch.randn(3, 2, 5).double()
+    assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
+    block.requires_grad_(True)
+    with pytest.raises(UnsupportedModelError, match="1: TransformerEncoderLayer may compute between its modules"):
+        empirical_ntk(model, x, method="structured")
+
+
+def test_modules_that_need_several_inputs_elsewhere_than_first():
+    model = nn.Sequential(nn.Linear(5, 4), SumModule())
+    assert empirical_ntk(model, torch.randn(3, 5)).shape == (3, 3, 4, 4)
