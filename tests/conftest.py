@@ -5,6 +5,7 @@ from typing import Any
 
 import pytest
 import torch
+from backpack.context import CTX
 from cases import BY_NAME, CASES, Case
 from torch import Tensor
 
@@ -14,6 +15,15 @@ torch.set_num_threads(1)  # the models are tiny, and test processes run side by 
 
 METHODS = ["structured", "vivit", "jacobian_contraction", "ntk_vector_products", "auto"]
 COMPUTES = ["full", "diagonal", "trace"]
+
+
+@pytest.fixture(autouse=True)
+def _seed():
+    """Fix the random numbers, and forget the hooks of modules that the test extended."""
+    torch.manual_seed(0)
+    handles = list(CTX.hook_handles)
+    yield
+    CTX.hook_handles[:] = handles
 
 
 def _without_gpu(device: str) -> Any:

@@ -70,14 +70,6 @@ def unchanged(model):
     assert process_state() == before[1]
 
 
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-    handles = list(CTX.hook_handles)
-    yield
-    CTX.hook_handles[:] = handles
-
-
 def test_a_call_changes_nothing(case):
     model, x1, x2 = case.build()
     model.get_parameter(next(iter(dict(model.named_parameters())))).grad = None

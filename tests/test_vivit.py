@@ -5,7 +5,6 @@ import gc
 import pytest
 import torch
 from backpack import backpack, extend
-from backpack.context import CTX
 from backpack.extensions import BatchGrad, DiagGGNExact
 from cases import BY_NAME, CASES, mlp, tied_mlp
 from conftest import assert_close, oracle_sum
@@ -14,14 +13,6 @@ from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
 from ggn_ntk import AccumulateGramHook, UnsupportedModelError, checks, empirical_ntk, empirical_ntk_vivit, vivit
 from ggn_ntk.reference import jacobian_contraction
-
-
-@pytest.fixture(autouse=True)
-def _seed():
-    torch.manual_seed(0)
-    handles = list(CTX.hook_handles)
-    yield
-    CTX.hook_handles[:] = handles
 
 
 @pytest.fixture
