@@ -2,6 +2,7 @@
 
 from ggn_ntk import reference
 from ggn_ntk.checks import NTKMismatchError, UnsupportedModelError
+from ggn_ntk.extension import EmpiricalNTK
 from ggn_ntk.ntk import empirical_ntk
 from ggn_ntk.rules import Factored, register_rule
 from ggn_ntk.vivit import AccumulateGramHook, empirical_ntk_vivit
@@ -10,6 +11,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AccumulateGramHook",
+    "EmpiricalNTK",
     "Factored",
     "NTKMismatchError",
     "UnsupportedModelError",

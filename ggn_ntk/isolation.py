@@ -121,6 +121,28 @@ def _state_restored(model: Module) -> Iterator[None]:
                 _refill(attributes[name], content)
 
 
+@contextmanager
+def without_hooks(module: Module) -> Iterator[None]:
+    """Set all hooks of a module aside, say BackPACK's, to call it as the function it is.
+
+    Args:
+        module: The module.
+
+    Yields:
+        Nothing.
+    """
+    names = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+    hooks = [getattr(m, name) for m in module.modules() for name in names]
+    before = [dict(h) for h in hooks]
+    for h in hooks:
+        h.clear()
+    try:
+        yield
+    finally:
+        for h, content in zip(hooks, before, strict=True):
+            h.update(content)
+
+
 def _contents(module: Module) -> dict[str, Any]:
     """Copy what a module's containers hold: parameters, buffers, hooks, a user's lists.
 

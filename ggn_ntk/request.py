@@ -1,5 +1,6 @@
 """What a call asks for: its arguments, checked and brought to one form."""
 
+import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -388,3 +389,22 @@ def _parse_params(model: Module, names: Iterable[str] | None) -> dict[str, Tenso
     if not params:
         raise ValueError("params is empty: name at least one parameter, or pass None for all that require a gradient.")
     return params
+
+
+def check_split(n1: int, n: int) -> None:
+    """Check where a batch is to be split.
+
+    Args:
+        n1: Size of the first part.
+        n: Size of the batch.
+
+    Raises:
+        TypeError: If ``n1`` is not an integer.
+        ValueError: If a part would be empty.
+    """
+    try:
+        operator.index(n1)
+    except TypeError:
+        raise TypeError(f"n1 must be an integer or None, got {type(n1).__name__}.") from None
+    if not 0 < n1 < n:
+        raise ValueError(f"n1 must be between 1 and {n - 1} for a batch of {n} samples, got {n1}.")

@@ -263,16 +263,17 @@ class Accumulator:
         kernels: The kernels so far, by name (empty for their sum).
     """
 
-    def __init__(self, compute: str, n1: int | None, per_parameter: bool, counts: Counter[str]) -> None:
+    def __init__(self, compute: str, n1: int | None, per_parameter: bool, counts: Counter[str] | None = None) -> None:
         """Set up.
 
         Args:
             compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
             n1: How many samples are x1; ``None`` where all are both x1 and x2.
             per_parameter: Whether to keep kernels of parameters apart.
-            counts: How often each parameter is used.
+            counts: How often each parameter is used; ``None`` for once.
         """
-        self.compute, self.n1, self.per_parameter, self.counts = compute, n1, per_parameter, counts
+        self.compute, self.n1, self.per_parameter = compute, n1, per_parameter
+        self._counts = Counter() if counts is None else counts
         self.kernels: dict[str, Tensor] = {}
         self._waiting: dict[str, list[Factored]] = defaultdict(list)
 
@@ -284,18 +285,16 @@ class Accumulator:
         """
         products: list[tuple[str, Doubled]] = []
         for name, jacobian in jacobians.items():
-            terms = self._waiting[name]
-            terms.append(jacobian)
-            if len(terms) == self.counts[name]:
-                key = name if self.per_parameter else ""
-                if key not in self.kernels:
-                    self.kernels[key] = self._zeros(jacobian)
-                products += [(key, double(a, b, self.compute)) for a in terms for b in terms]
+            self._waiting[name].append(jacobian)
+            if len(self._waiting[name]) < self._counts[name]:
+                continue
+            terms = self._waiting.pop(name)
+            key = name if self.per_parameter else ""
+            if key not in self.kernels:
+                self.kernels[key] = self._zeros(jacobian)
+            products += [(key, double(a, b, self.compute)) for a in terms for b in terms]
         if products:
             add_products(self.kernels, products, self.n1)
-        for name in jacobians:
-            if len(self._waiting[name]) == self.counts[name]:
-                del self._waiting[name]
 
     def _zeros(self, jacobian: Factored) -> Tensor:
         """Allocate a kernel.

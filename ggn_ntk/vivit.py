@@ -9,7 +9,6 @@ layer by layer in one backward pass, as ``[C, N, C, N]``. The NTK of x1 and x2 i
 Letters: ``n``, ``m`` samples; ``c``, ``d`` outputs.
 """
 
-import operator
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
@@ -44,7 +43,7 @@ from ggn_ntk.checks import (
 )
 from ggn_ntk.isolation import isolated
 from ggn_ntk.layout import finish, sum_kernels
-from ggn_ntk.request import Request
+from ggn_ntk.request import Request, check_split
 
 _SAVEFIELD = "vivit_ggn_exact"
 _ROUTE = "empirical NTK through ViViT"
@@ -235,27 +234,8 @@ class AccumulateGramHook:
         hessian = 2 if loss.reduction == "sum" else 2 / self._loss_numel
         num_outputs, n = self.gram.shape[:2]
         if n1 is not None:
-            _check_split(n1, n)
+            check_split(n1, n)
         return finish(_kernel_block(self.gram, n1, hessian), Size([num_outputs]), symmetric=n1 is None)
-
-
-def _check_split(n1: int, n: int) -> None:
-    """Check where a batch is to be split.
-
-    Args:
-        n1: Size of the first part.
-        n: Size of the batch.
-
-    Raises:
-        TypeError: If ``n1`` is not an integer.
-        ValueError: If a part would be empty.
-    """
-    try:
-        operator.index(n1)
-    except TypeError:
-        raise TypeError(f"n1 must be an integer or None, got {type(n1).__name__}.") from None
-    if not 0 < n1 < n:
-        raise ValueError(f"n1 must be between 1 and {n - 1} for a batch of {n} samples, got {n1}.")
 
 
 def _kernel_block(gram: Tensor, n1: int | None, hessian: float) -> Tensor:
