@@ -9,7 +9,7 @@ import torch
 from torch import Size, Tensor
 from torch.nn import Module
 
-from ggn_ntk.checks import TOLERANCES, NTKMismatchError, UnsupportedModelError, check_model
+from ggn_ntk.checks import TOLERANCES, NTKMismatchError, check_model, is_out_of_memory
 from ggn_ntk.isolation import isolated
 from ggn_ntk.reference import contract_jacobians, multiply_vectors
 from ggn_ntk.request import Request
@@ -139,7 +139,9 @@ def _take_route(request: Request, method: Method) -> tuple[Method, Size, _Kernel
         return method, *_ROUTES[method](request)
     try:
         return Method.STRUCTURED, *_ROUTES[Method.STRUCTURED](request)
-    except UnsupportedModelError:
+    except Exception as error:  # what is wrong with the model itself, the other route will raise again
+        if is_out_of_memory(error):
+            raise
         return Method.JACOBIAN_CONTRACTION, *_ROUTES[Method.JACOBIAN_CONTRACTION](request)
 
 

@@ -165,17 +165,36 @@ def _forward(request: Request) -> tuple[list[Use], Any]:
 
     Returns:
         The uses of layers in the order of their calls, and the output.
+
+    Raises:
+        UnsupportedModelError: If a layer in between returns no tensor.
     """
     names = {id(p): name for name, p in request.params.items()}
     args = tuple(channels_last(x) for x in request.x1.stack(request.x2).args)
-    uses, x = [], args[0] if len(args) == 1 else args
-    for _, layer in _named_layers(eager(request.model)):
-        if _is_layer(layer):
-            params = layer.named_parameters(recurse=False, remove_duplicate=False)
-            uses.append(Use(layer, x, {key: names[id(p)] for key, p in params if id(p) in names}))
-            overwrites = getattr(layer, "inplace", False)
-            x = layer(*x) if isinstance(x, tuple) else layer(x.clone() if overwrites else x)
-    return uses, x
+    uses: list[Use] = []
+    for name, layer in _named_layers(eager(request.model)):
+        if not _is_layer(layer):
+            continue
+        if not all(isinstance(x, Tensor) for x in args):
+            what = f"{type(layer).__name__} takes {type(args[0]).__name__}, not a tensor, from the layer before"
+            raise UnsupportedModelError([Problem(name, what, OTHER_METHOD)], _ROUTE)
+        params = layer.named_parameters(recurse=False, remove_duplicate=False)
+        wanted = {key: names[id(p)] for key, p in params if id(p) in names}
+        uses.append(Use(layer, args[0] if len(args) == 1 else args, wanted))
+        args = (layer(*(x.clone() if _may_overwrite(layer) else x for x in args)),)
+    return uses, args[0]
+
+
+def _may_overwrite(layer: Module) -> bool:
+    """Tell whether a layer may work in place, on the recorded output of the layer before.
+
+    Args:
+        layer: The layer.
+
+    Returns:
+        Whether it is set to, or is not one of torch's.
+    """
+    return getattr(layer, "inplace", False) or not type(layer).__module__.startswith("torch.nn.")
 
 
 def _backward(request: Request, uses: list[Use], output: Tensor, probe: "_Probe") -> dict[str, Tensor]:

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from backpack.custom_module.branching import SumModule
 from cases import BY_NAME, CASES
 from conftest import COMPUTES, assert_close, oracle_sum
 from hypothesis import assume, given, settings
@@ -262,6 +261,42 @@ def test_a_layer_with_children_and_nothing_wanted_is_a_layer():
         empirical_ntk(model, x, method="structured")
 
 
-def test_modules_that_need_several_inputs_elsewhere_than_first():
-    model = nn.Sequential(nn.Linear(5, 4), SumModule())
-    assert empirical_ntk(model, torch.randn(3, 5)).shape == (3, 3, 4, 4)
+def test_layers_of_users_that_work_in_place():
+    class SinInPlace(nn.Module):
+        def forward(self, x):
+            return x.sin_()
+
+    model, x = nn.Sequential(nn.Linear(5, 4), SinInPlace(), nn.Linear(4, 2)).double(), torch.randn(3, 5).double()
+    expected = jacobian_contraction(nn.Sequential(model[0], Function(torch.sin), model[2]), x)
+    assert_close(empirical_ntk(model, x, method="structured"), expected)
+
+
+class Function(nn.Module):
+    """Applies a function."""
+
+    def __init__(self, function):
+        super().__init__()
+        self.function = function
+
+    def forward(self, x):
+        return self.function(x)
+
+
+def test_tuples_between_layers():
+    model = nn.Sequential(nn.LSTM(5, 4, batch_first=True), Function(lambda x: x[0][:, -1]), nn.Linear(4, 2)).double()
+    model[0].requires_grad_(False)
+    x = torch.randn(3, 2, 5).double()
+    with pytest.raises(UnsupportedModelError, match="1: Function takes tuple, not a tensor, from the layer before"):
+        empirical_ntk(model, x, method="structured")
+    assert_close(empirical_ntk(model, x), jacobian_contraction(model, x))
+
+
+def test_auto_takes_another_route_where_this_one_fails(registered):
+    @register_rule(Scale)
+    def broken(module, x, s):
+        raise ArithmeticError
+
+    model, x = scale_net(), torch.randn(3, 5).double()
+    with pytest.raises(ArithmeticError):
+        empirical_ntk(model, x, method="structured")
+    assert_close(empirical_ntk(model, x), jacobian_contraction(model, x))

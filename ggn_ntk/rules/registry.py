@@ -166,7 +166,7 @@ def batched_vjp(module: Module, x: Tensor, s: Tensor) -> Tensor:
     """
     with torch.enable_grad():
         x = x.detach().requires_grad_()
-        output = module(x)
+        output = module(x.clone())  # a clone, for layers that work in place
     try:
         return torch.autograd.grad(output, x, s, retain_graph=True, is_grads_batched=True)[0]
     except RuntimeError:
