@@ -2,6 +2,7 @@
 
 from ggn_ntk import reference
 from ggn_ntk.checks import NTKMismatchError, UnsupportedModelError
+from ggn_ntk.explain import explain
 from ggn_ntk.extension import EmpiricalNTK
 from ggn_ntk.ntk import empirical_ntk
 from ggn_ntk.rules import Factored, register_rule
@@ -17,6 +18,7 @@ __all__ = [
     "UnsupportedModelError",
     "empirical_ntk",
     "empirical_ntk_vivit",
+    "explain",
     "reference",
     "register_rule",
 ]

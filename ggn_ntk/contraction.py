@@ -80,6 +80,8 @@ def double(first: Factored, second: Factored, compute: str) -> Doubled:
     """
     if _parameter_sizes(first) != _parameter_sizes(second):
         first, second = expand(first), expand(second)
+    same, first = second is first, sum_private_letters(first)
+    second = first if same else sum_private_letters(second)
     names = iter(letter for letter in string.ascii_letters if letter not in "cdnm")
     axes = [next(names) for _ in first.result[2:]]
     output = "d" if compute == "full" else "c"
@@ -88,6 +90,44 @@ def double(first: Factored, second: Factored, compute: str) -> Doubled:
         tuple(_rename(second, dict(zip(second.result, [output, "m", *axes], strict=True)), names)),
         RESULTS[compute],
     )
+
+
+def sum_private_letters(factored: Factored) -> Factored:
+    """Sum over the letters that only one operand has, say over positions for a bias.
+
+    Args:
+        factored: The Jacobian.
+
+    Returns:
+        The same Jacobian.
+    """
+    terms, operands = [], []
+    for i, (term, tensor) in enumerate(zip(factored.terms, factored.operands, strict=True)):
+        needed = {*factored.result, *"".join(factored.terms[:i] + factored.terms[i + 1 :])}
+        axes = [axis for axis, letter in enumerate(term) if letter not in needed]
+        if axes:
+            term, tensor = "".join(letter for letter in term if letter in needed), _sum_once(term, tensor, axes)
+        terms.append(term)
+        operands.append(tensor)
+    return Factored(f"{','.join(terms)}->{factored.result}", tuple(operands))
+
+
+def _sum_once(term: str, tensor: Tensor, axes: list[int]) -> Tensor:
+    """Sum over axes, for one sample only where all have the same values.
+
+    Args:
+        term: A letter for each axis.
+        tensor: The tensor.
+        axes: The axes to sum over.
+
+    Returns:
+        The sum, the same for all samples where the tensor was.
+    """
+    n = term.find("n")
+    if n < 0 or tensor.stride(n) != 0:
+        return tensor.sum(axes)
+    kept = [size for axis, size in enumerate(tensor.shape) if axis not in axes]
+    return tensor.narrow(n, 0, 1).sum(axes).expand(kept)
 
 
 def _parameter_sizes(factored: Factored) -> list[int]:
@@ -111,7 +151,7 @@ def expand(factored: Factored) -> Factored:
     Returns:
         The same Jacobian as one operand ``[C, N, P]``.
     """
-    n = factored.sizes["n"]
+    factored, n = sum_private_letters(factored), factored.sizes["n"]
     operands = [as_operand(term, tensor) for term, tensor in zip(factored.terms, factored.operands, strict=True)]
     jacobian = contract(operands, factored.result, Memo(symmetric=False))
     tensor = aligned(jacobian, factored.result)
@@ -252,7 +292,6 @@ def _step(taken: list[Operand], needed: set[str], memo: "Memo") -> Operand:
     Returns:
         The result.
     """
-    taken = [_sum_out(o, set(needed).union(*(other.letters for other in taken if other is not o))) for o in taken]
     if len(taken) == 1:
         return taken[0]
     a, b = taken
@@ -263,23 +302,6 @@ def _step(taken: list[Operand], needed: set[str], memo: "Memo") -> Operand:
     )
     key = (a.key, b.key, pattern)
     return Operand(letters, memo.get(key, letters, lambda: _multiply(a, b, letters, needed)), key)
-
-
-def _sum_out(operand: Operand, needed: set[str]) -> Operand:
-    """Sum over the letters that nothing else has.
-
-    Args:
-        operand: The operand.
-        needed: Letters that must remain.
-
-    Returns:
-        The sum.
-    """
-    axes = [axis for axis, letter in enumerate(operand.letters) if letter not in needed]
-    if not axes:
-        return operand
-    letters = "".join(letter for letter in operand.letters if letter in needed)
-    return Operand(letters, operand.tensor.sum(axes), (operand.key, tuple(axes)))
 
 
 def _result_letters(a: Operand, b: Operand, needed: set[str]) -> str:
@@ -447,13 +469,27 @@ def add_products(kernels: dict[str, Tensor], products: Sequence[tuple[str, Doubl
             if symmetric and row.start > column.start:
                 break
             for name, product in products:
-                operands = [_sliced(o, "n", row) for o in product.first]
-                operands += [_sliced(o, "m", shifted) for o in product.second]
+                operands = restrict(product, row, shifted)
                 block = aligned(contract(operands, product.result, memo), product.result)
                 kernels[name][row, column] += block
                 if symmetric and row.start < column.start:
                     kernels[name][column, row] += transpose(block)
             memo.end_block()
+
+
+def restrict(product: Doubled, rows: slice, columns: slice) -> list[Operand]:
+    """Select samples of the operands of a product.
+
+    Args:
+        product: The product, over all samples.
+        rows: Samples of x1.
+        columns: Samples of x2.
+
+    Returns:
+        The operands.
+    """
+    first = [_sliced(o, "n", rows) for o in product.first]
+    return first + [_sliced(o, "m", columns) for o in product.second]
 
 
 def _blocks(size: int, letter: str, budget: int, products: Sequence[tuple[str, Doubled]]) -> list[slice]:

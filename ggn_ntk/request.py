@@ -156,6 +156,11 @@ class Request:
         return self.x2 is None
 
     @property
+    def n1(self) -> int | None:
+        """How many of the stacked samples are x1; ``None`` where all are both x1 and x2."""
+        return None if self.symmetric else len(self.x1)
+
+    @property
     def second(self) -> Inputs:
         """x2, or x1 where they are the same."""
         return self.x1 if self.x2 is None else self.x2

@@ -98,8 +98,31 @@ def _attempt(request: Request, seed: int) -> tuple[Size, dict[str, Tensor], list
     if problem is not None:
         raise UnsupportedModelError([problem], _ROUTE)
     probe = _Probe(request, output, seed)
-    kernels = _backward(request, uses, output, probe)
-    return output.shape[1:], kernels, list(probe.problems())
+    accumulator = Accumulator(request.compute, request.n1, request.per_parameter, _counts(uses))
+    _backward(uses, output, probe, accumulator)
+    return output.shape[1:], accumulator.kernels, list(probe.problems())
+
+
+def recorded_products(request: Request) -> list[tuple[str, Doubled]]:
+    """List the products of Jacobians that :func:`structured_kernels` would contract.
+
+    Args:
+        request: The request.
+
+    Returns:
+        Names of parameters and products; none is contracted.
+
+    Raises:
+        UnsupportedModelError: If this route does not support the model.
+    """
+    problems = [*configuration_problems(request), *_structure_problems(request)]
+    if problems:
+        raise UnsupportedModelError(problems, _ROUTE)
+    with torch.no_grad():
+        uses, output = _forward(request)
+        recorder = _Recorder(request.compute, request.n1, True, _counts(uses))
+        _backward(uses, output, None, recorder)
+    return recorder.products
 
 
 def _structure_problems(request: Request) -> Iterator[Problem]:
@@ -197,32 +220,38 @@ def _may_overwrite(layer: Module) -> bool:
     return getattr(layer, "inplace", False) or not type(layer).__module__.startswith("torch.nn.")
 
 
-def _backward(request: Request, uses: list[Use], output: Tensor, probe: "_Probe") -> dict[str, Tensor]:
+def _counts(uses: list[Use]) -> Counter[str]:
+    """Count the uses of parameters.
+
+    Args:
+        uses: The uses of layers.
+
+    Returns:
+        How often each wanted parameter is used, by name.
+    """
+    return Counter(name for use in uses for name in use.params.values())
+
+
+def _backward(uses: list[Use], output: Tensor, probe: "_Probe | None", accumulator: "Accumulator") -> None:
     """Pass ``s`` back and contract Jacobians on the way.
 
     Args:
-        request: The request.
         uses: The uses of layers; emptied, so that inputs are freed on the way.
         output: The model's output ``[N, *out]``.
-        probe: Compares each Jacobian.
-
-    Returns:
-        Kernels over flattened outputs by name (empty for their sum).
+        probe: Compares each Jacobian, if there is one.
+        accumulator: Takes each Jacobian.
     """
-    counts = Counter(name for use in uses for name in use.params.values())
-    n1 = None if request.symmetric else len(request.x1)
-    accumulator = Accumulator(request.compute, n1, request.per_parameter, counts)
     s = identity(output)
     while any(use.params for use in uses):
         use = uses.pop()
         if use.params:
             jacobians = _jacobians(use, s)
-            probe.add(jacobians)
+            if probe is not None:
+                probe.add(jacobians)
             accumulator.add(jacobians)
             del jacobians  # frees its operands, but for those of parameters that are used again
         if any(earlier.params for earlier in uses):
             s = backpropagate(use, s)
-    return accumulator.kernels
 
 
 def _jacobians(use: Use, s: Tensor) -> dict[str, Factored]:
@@ -313,7 +342,15 @@ class Accumulator:
                 self.kernels[key] = self._zeros(jacobian)
             products += [(key, double(a, b, self.compute)) for a in terms for b in terms]
         if products:
-            add_products(self.kernels, products, self.n1)
+            self._contract(products)
+
+    def _contract(self, products: list[tuple[str, Doubled]]) -> None:
+        """Contract products of Jacobians.
+
+        Args:
+            products: Which product to add to which kernel.
+        """
+        add_products(self.kernels, products, self.n1)
 
     def _zeros(self, jacobian: Factored) -> Tensor:
         """Allocate a kernel.
@@ -327,6 +364,34 @@ class Accumulator:
         c, n = (jacobian.sizes[letter] for letter in "cn")
         samples = (n, n) if self.n1 is None else (self.n1, n - self.n1)
         return jacobian.operands[0].new_zeros(*samples, *[c] * {"full": 2, "diagonal": 1, "trace": 0}[self.compute])
+
+
+class _Recorder(Accumulator):
+    """Takes products of Jacobians down instead of contracting them.
+
+    Attributes:
+        products: Names of parameters and products.
+    """
+
+    def __init__(self, compute: str, n1: int | None, per_parameter: bool, counts: Counter[str]) -> None:
+        """Set up.
+
+        Args:
+            compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
+            n1: How many samples are x1; ``None`` where all are both x1 and x2.
+            per_parameter: Whether to keep parameters apart.
+            counts: How often each parameter is used.
+        """
+        super().__init__(compute, n1, per_parameter, counts)
+        self.products: list[tuple[str, Doubled]] = []
+
+    def _contract(self, products: list[tuple[str, Doubled]]) -> None:
+        """Take products down.
+
+        Args:
+            products: Which product belongs to which parameter.
+        """
+        self.products += products
 
 
 class _Probe:

@@ -338,7 +338,7 @@ def gram_kernels(request: Request) -> Iterable[tuple[str, Tensor]]:
     Returns:
         Names of parameters (empty for their sum) and kernels over flattened outputs.
     """
-    n1 = None if request.symmetric else len(request.x1)
+    n1 = request.n1
     samples = request.x1.stack(request.x2).args[0]
     params: dict[str, Parameter] = {}
     twin = _twin(eager(request.model), {id(p): name for name, p in request.params.items()}, params)

@@ -1,0 +1,135 @@
+"""What the structured route does for a model, and what it costs."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+from torch.nn import Module
+
+from ggn_ntk.checks import Problem, UnsupportedModelError, eager
+from ggn_ntk.contraction import path_of, restrict
+from ggn_ntk.isolation import isolated
+from ggn_ntk.request import Request
+from ggn_ntk.structured import recorded_products
+
+
+@dataclass(frozen=True)
+class Contraction:
+    """How one parameter's part of the kernel is computed.
+
+    Attributes:
+        parameter: Its name.
+        layer: The type of its layer.
+        equation: The einsum of the kernel.
+        order: The steps of the contraction, each an einsum.
+        flops: Operations of all steps, a multiplication and an addition counted as two.
+        memory: Bytes of the largest intermediate result, if samples are not taken in blocks.
+    """
+
+    parameter: str
+    layer: str
+    equation: str
+    order: tuple[str, ...]
+    flops: float
+    memory: float
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """How a kernel is computed; ``print`` shows it as a table.
+
+    Attributes:
+        method: The route that is taken.
+        contractions: For the structured route, one for each pair of uses of each parameter, from the output back.
+        problems: Why the structured route is not taken.
+    """
+
+    method: str
+    contractions: tuple[Contraction, ...]
+    problems: tuple[Problem, ...]
+
+    def __str__(self) -> str:
+        """Format as a table.
+
+        Returns:
+            The table.
+        """
+        if self.problems:
+            return "\n".join([f"method: {self.method}, since:", *(f"  - {problem}" for problem in self.problems)])
+        rows = [("parameter", "layer", "GFLOP", "MB", "order of contraction")]
+        rows += [
+            (c.parameter, c.layer, f"{c.flops / 1e9:.3g}", f"{c.memory / 1e6:.3g}", "; ".join(c.order))
+            for c in self.contractions
+        ]
+        total = sum(c.flops for c in self.contractions)
+        rows.append(("total", "", f"{total / 1e9:.3g}", f"{max(c.memory for c in self.contractions) / 1e6:.3g}", ""))
+        widths = [max(len(row[i]) for row in rows) for i in range(4)]
+        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
+        return "\n".join([f"method: {self.method}", *(line.rstrip() for line in lines)])
+
+
+def explain(
+    model: Module,
+    x1: Any,
+    x2: Any = None,
+    *,
+    compute: str = "full",
+    method: str = "auto",
+    params: Iterable[str] | None = None,
+) -> Explanation:
+    """Tell how :func:`ggn_ntk.empirical_ntk` computes a kernel, without contracting it.
+
+    The costs are those of the contractions alone, each by itself: what parameters share, say the Gram matrix of
+    ``s`` for weight and bias, is counted for both, and passing ``s`` back is not counted.
+
+    Args:
+        model: The model.
+        x1: N1 samples, as for :func:`ggn_ntk.empirical_ntk`.
+        x2: N2 samples, or ``None`` for x1.
+        compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
+        method: ``"structured"``, or ``"auto"``: then a model that the structured route does not support is no error.
+        params: Names of the parameters to sum over; ``None`` for all that require a gradient.
+
+    Returns:
+        The explanation.
+
+    Raises:
+        ValueError: If ``method`` is another route, which has nothing to choose.
+        UnsupportedModelError: For ``method="structured"``, if it does not support the model.
+    """
+    if method not in ("auto", "structured"):
+        raise ValueError(f"method must be 'auto' or 'structured', the routes with a choice to explain, got {method!r}.")
+    request = Request.parse(model, x1, x2, compute=compute, params=params, per_parameter=True)
+    with isolated(model):
+        try:
+            contractions = tuple(_contractions(request))
+        except UnsupportedModelError as error:
+            if method == "structured":
+                raise
+            return Explanation("jacobian_contraction", (), tuple(error.problems))
+    return Explanation("structured", contractions, ())
+
+
+def _contractions(request: Request) -> Iterable[Contraction]:
+    """Describe each product of Jacobians.
+
+    Args:
+        request: The request.
+
+    Yields:
+        The descriptions.
+    """
+    owners = {id(p): type(m).__name__ for m in eager(request.model).modules() for p in m.parameters(recurse=False)}
+    total, n1 = sum(request.sizes), request.n1
+    rows, columns = slice(0, n1 or total), slice(n1 or 0, total)
+    for name, product in recorded_products(request):
+        operands = restrict(product, rows, columns)
+        info = path_of(operands, product.result)
+        yield Contraction(
+            parameter=name,
+            layer=owners[id(request.params[name])],
+            equation=info.eq,
+            order=tuple(step[2] for step in info.contraction_list),
+            flops=float(info.opt_cost),
+            memory=float(info.largest_intermediate) * operands[0].tensor.element_size(),
+        )

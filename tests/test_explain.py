@@ -1,0 +1,65 @@
+"""What explain says is what the route does."""
+
+import pytest
+import torch
+from cases import BY_NAME, Residual, mlp
+from torch import nn
+
+from ggn_ntk import UnsupportedModelError, explain
+
+
+def wide_mlp():
+    return nn.Sequential(nn.Linear(300, 200), nn.ReLU(), nn.Linear(200, 4))
+
+
+def test_gram_matrices_for_wide_layers():
+    explanation = explain(wide_mlp(), torch.randn(6, 300), torch.randn(5, 300))
+    assert explanation.method == "structured"
+    assert [c.parameter for c in explanation.contractions] == ["2.weight", "2.bias", "0.weight", "0.bias"]
+    weight = explanation.contractions[2]
+    assert weight.layer == "Linear"
+    assert len(weight.order) == 3
+    # the Gram matrices of x and of s, and their product
+    assert weight.flops == 2 * 6 * 5 * 300 + 2 * (6 * 4) * (5 * 4) * 200 + 6 * 5 * 4 * 4
+    assert weight.memory == 4 * 6 * 5 * 4 * 4
+
+
+def test_jacobians_for_convolutions():
+    model, x1, x2 = BY_NAME["tutorial_cnn_small"].build(torch.float32)
+    by_name = {c.parameter: c for c in explain(model, x1, x2).contractions}
+    assert by_name["2.weight"].layer == "Conv2d"
+    assert len(by_name["2.weight"].order) == 3
+    assert by_name["2.bias"].flops == 2 * 4 * 3 * 10 * 10 * 4  # positions are summed first
+
+
+def test_all_pairs_of_uses():
+    model, x1, _ = BY_NAME["tied"].build()
+    assert [c.parameter for c in explain(model, x1).contractions].count("0.weight") == 4
+
+
+def test_printed():
+    printed = str(explain(mlp(nn.Tanh)(), torch.randn(3, 5), compute="trace")).splitlines()
+    assert printed[0] == "method: structured"
+    assert printed[1].split() == ["parameter", "layer", "GFLOP", "MB", "order", "of", "contraction"]
+    assert printed[2].startswith("4.weight   Linear")
+    assert printed[-1].startswith("total")
+
+
+def test_models_that_take_another_route():
+    x = torch.randn(3, 5)
+    explanation = explain(Residual(), x)
+    assert explanation.method == "jacobian_contraction"
+    assert str(explanation).startswith("method: jacobian_contraction, since:")
+    assert "Residual may compute between its modules" in str(explanation)
+    with pytest.raises(UnsupportedModelError):
+        explain(Residual(), x, method="structured")
+
+
+def test_methods_without_a_choice():
+    with pytest.raises(ValueError, match=r"method must be 'auto' or 'structured'.* got 'vivit'"):
+        explain(mlp(nn.Tanh)(), torch.randn(3, 5), method="vivit")
+
+
+def test_params_are_selected():
+    explanation = explain(wide_mlp(), torch.randn(3, 300), params=["0.bias"])
+    assert [c.parameter for c in explanation.contractions] == ["0.bias"]
