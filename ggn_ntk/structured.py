@@ -68,9 +68,7 @@ def structured_kernels(request: Request) -> tuple[Size, Iterable[tuple[str, Tens
     Raises:
         UnsupportedModelError: If the model has no exact kernel, or this route does not get it right.
     """
-    problems = [*configuration_problems(request), *_structure_problems(request)]
-    if problems:
-        raise UnsupportedModelError(problems, _ROUTE)
+    _check_structure(request)
     for seed in range(TRIES):
         out_shape, kernels, problems = _attempt(request, seed)
         if not problems:
@@ -112,17 +110,27 @@ def recorded_products(request: Request) -> list[tuple[str, Doubled]]:
     Returns:
         Names of parameters and products; none is contracted.
 
-    Raises:
-        UnsupportedModelError: If this route does not support the model.
     """
-    problems = [*configuration_problems(request), *_structure_problems(request)]
-    if problems:
-        raise UnsupportedModelError(problems, _ROUTE)
+    _check_structure(request)
     with torch.no_grad():
         uses, output = _forward(request)
         recorder = _Recorder(request.compute, request.n1, True, _counts(uses))
         _backward(uses, output, None, recorder)
     return recorder.products
+
+
+def _check_structure(request: Request) -> None:
+    """Raise unless the model can be taken apart into layers that have rules.
+
+    Args:
+        request: The request.
+
+    Raises:
+        UnsupportedModelError: If it cannot.
+    """
+    problems = [*configuration_problems(request), *_structure_problems(request)]
+    if problems:
+        raise UnsupportedModelError(problems, _ROUTE)
 
 
 def _structure_problems(request: Request) -> Iterator[Problem]:
@@ -134,6 +142,8 @@ def _structure_problems(request: Request) -> Iterator[Problem]:
     Yields:
         The problems.
     """
+    if request.x1.kwargs:
+        yield Problem("", "it is called with keyword arguments, which layers do not pass on", OTHER_METHOD)
     wanted = {id(p) for p in request.params.values()}
     for name, module in _named_layers(eager(request.model)):
         yield from hidden_computation(module, name)
@@ -251,7 +261,8 @@ def _backward(uses: list[Use], output: Tensor, probe: "_Probe | None", accumulat
             accumulator.add(jacobians)
             del jacobians  # frees its operands, but for those of parameters that are used again
         if any(earlier.params for earlier in uses):
-            s = backpropagate(use, s)
+            waits = any(accumulator.is_reused(name) for name in use.params.values()) and s.stride(1) != 0
+            s = backpropagate(use, s.clone() if waits else s)  # which may overwrite it
 
 
 def _jacobians(use: Use, s: Tensor) -> dict[str, Factored]:
@@ -324,6 +335,17 @@ class Accumulator:
         self._counts = Counter() if counts is None else counts
         self.kernels: dict[str, Tensor] = {}
         self._waiting: dict[str, list[Factored]] = defaultdict(list)
+
+    def is_reused(self, name: str) -> bool:
+        """Tell whether Jacobians of a parameter wait for others.
+
+        Args:
+            name: The parameter.
+
+        Returns:
+            Whether it is used more than once.
+        """
+        return self._counts[name] > 1
 
     def add(self, jacobians: dict[str, Factored]) -> None:
         """Add one use of a layer.

@@ -8,6 +8,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ggn_ntk import Factored, register_rule
+
 
 @dataclass(frozen=True)
 class Case:
@@ -262,6 +264,33 @@ def tied_embedding() -> nn.Module:
     return model
 
 
+class Shift(nn.Module):
+    """A layer whose transposed Jacobian is the identity, so that s passes through as it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shift = nn.Parameter(torch.rand(5))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.shift
+
+
+@register_rule(Shift)
+def shift(module: Shift, x: Tensor, s: Tensor) -> dict[str, Factored]:
+    """The Jacobian of the shift."""
+    return {"shift": Factored("cnk->cnk", (s,))}
+
+
+def reused(layer: Callable[[], nn.Module]) -> Callable[[], nn.Module]:
+    """A layer that is called twice, behind a nonlinearity that could overwrite what passes back through it."""
+
+    def build() -> nn.Module:
+        twice = layer()
+        return nn.Sequential(nn.Linear(5, 5), nn.Tanh(), twice, nn.Tanh(), twice, nn.Tanh(), nn.Linear(5, 2))
+
+    return build
+
+
 def tied_convolutions() -> nn.Module:
     """A weight shared by a convolution in one group, one in two groups, and a transposed one."""
     model = nn.Sequential(
@@ -467,6 +496,9 @@ CASES = [
         "bilinear_3d", lambda: nn.Bilinear(5, 4, 3), lambda n: (torch.randn(n, 2, 5), torch.randn(n, 2, 4)), vivit=False
     ),
     Case("tied_embedding", tied_embedding, lambda n: torch.randint(7, (n,)), vivit=False),
+    Case("reused_prelu", reused(nn.PReLU), normal(5), vivit=False),
+    Case("reused_shift", reused(Shift), normal(5), vivit=False),
+    Case("reused_layer_norm", reused(lambda: nn.LayerNorm(5)), normal(5), vivit=False),
     Case("tied_convolutions", tied_convolutions, normal(2, 5, 5), vivit=False),
     only_structured(
         "reshaping",

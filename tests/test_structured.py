@@ -282,6 +282,13 @@ class Function(nn.Module):
         return self.function(x)
 
 
+def test_keyword_arguments():
+    model, x = nn.Sequential(nn.Linear(5, 2)), torch.randn(3, 5)
+    with pytest.raises(UnsupportedModelError, match="it is called with keyword arguments"):
+        empirical_ntk(model, {"input": x}, method="structured")
+    assert torch.equal(empirical_ntk(model, {"input": x}), jacobian_contraction(model, x))
+
+
 def test_tuples_between_layers():
     model = nn.Sequential(nn.LSTM(5, 4, batch_first=True), Function(lambda x: x[0][:, -1]), nn.Linear(4, 2)).double()
     model[0].requires_grad_(False)
