@@ -169,12 +169,13 @@ def squared_norm(terms: Sequence[Factored], weights: Tensor) -> Tensor:
     Returns:
         The squared norm, a scalar.
     """
-    memo, total = Memo(symmetric=False), weights.new_zeros(())
+    total = weights.new_zeros(())
+    first, second = Operand("cn", weights, "first"), Operand("dm", weights, "second")
     for a in terms:
         for b in terms:
             product = double(a, b, "full")
-            first, second = Operand("cn", weights, "first"), Operand("dm", weights, "second")
-            total += contract([*product.first, first, *product.second, second], "", memo).tensor
+            operands = [*product.first, first, *product.second, second]
+            total += contract(operands, "", Memo(symmetric=False)).tensor
     return total
 
 
@@ -407,6 +408,8 @@ def aligned(operand: Operand, letters: str) -> Tensor:
 
 class Memo:
     """Intermediate results, kept for as long as something may use them again.
+
+    Results are known by the addresses of the tensors they were computed from, so a memo must not outlive these.
 
     Attributes:
         symmetric: Whether x1 and x2 are the same samples, so that what depends on one serves for the other.

@@ -10,6 +10,7 @@ from cases import BY_NAME, CASES, Case
 from torch import Tensor
 
 from ggn_ntk.checks import TOLERANCES
+from ggn_ntk.rules import registry
 
 torch.set_num_threads(1)  # the models are tiny, and test processes run side by side
 
@@ -19,11 +20,13 @@ COMPUTES = ["full", "diagonal", "trace"]
 
 @pytest.fixture(autouse=True)
 def _seed():
-    """Fix the random numbers, and forget the hooks of modules that the test extended."""
+    """Fix the random numbers; forget the rules that the test registered and the hooks of modules that it extended."""
     torch.manual_seed(0)
-    handles = list(CTX.hook_handles)
+    handles, rules = list(CTX.hook_handles), dict(registry._RULES)
     yield
     CTX.hook_handles[:] = handles
+    registry._RULES.clear()
+    registry._RULES.update(rules)
 
 
 def _without_gpu(device: str) -> Any:

@@ -177,14 +177,6 @@ def test_nothing_passes_below_the_first_wanted_parameter(monkeypatch):
 # ---------------------------------------------------------------- rules of users, and wrong ones
 
 
-@pytest.fixture
-def registered():
-    before = dict(registry._RULES)
-    yield
-    registry._RULES.clear()
-    registry._RULES.update(before)
-
-
 class Scale(nn.Module):
     """A layer of a user."""
 
@@ -201,7 +193,7 @@ def scale_net():
     return nn.Sequential(nn.Linear(5, 4), Scale(), nn.Tanh(), nn.Linear(4, 2)).double()
 
 
-def test_a_layer_of_the_users_own(registered):
+def test_a_layer_of_the_users_own():
     model, x = scale_net(), torch.randn(3, 5).double()
     with pytest.raises(UnsupportedModelError, match=r"1: no rule is registered for Scale.*register_rule\(Scale\)"):
         empirical_ntk(model, x, method="structured")
@@ -214,7 +206,7 @@ def test_a_layer_of_the_users_own(registered):
 
 
 @pytest.mark.parametrize("factor", [1.001, 0.0, -2.0])
-def test_a_wrong_rule_is_caught(registered, factor):
+def test_a_wrong_rule_is_caught(factor):
     @register_rule(Scale)
     def scale(module, x, s):
         return {"weight": Factored("cnk,nk->cnk", (factor * s, x))}
@@ -298,7 +290,7 @@ def test_tuples_between_layers():
     assert_close(empirical_ntk(model, x), jacobian_contraction(model, x))
 
 
-def test_auto_takes_another_route_where_this_one_fails(registered):
+def test_auto_takes_another_route_where_this_one_fails():
     @register_rule(Scale)
     def broken(module, x, s):
         raise ArithmeticError
