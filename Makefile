@@ -1,5 +1,6 @@
 # Each target does all its own set-up, in .venv.
 PYTHON ?= python3
+PYTHON_OLDEST ?= python3.10
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 
@@ -26,7 +27,7 @@ test: check
 	$(BIN)/python -m pytest
 
 test-oldest:
-	python3.10 -m venv .venv-oldest
+	$(PYTHON_OLDEST) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet torch==2.6.0 torchvision==0.21.0 --editable ".[test]"
 	.venv-oldest/bin/python -m pytest
 
