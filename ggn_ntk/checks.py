@@ -54,6 +54,13 @@ class Problem(NamedTuple):
         return f"{self.where or 'the model'}: {self.what}. {self.remedy}."
 
 
+INTERACTION = Problem(
+    "",
+    "samples influence one another (gradients alone and in a batch differ)",
+    "Remove what mixes the leading axis, e.g. use batch_first=True, or eval()",
+)
+
+
 class UnsupportedModelError(ValueError):
     """A kernel cannot be computed for a model; the message lists every problem and its remedy.
 
@@ -399,8 +406,7 @@ def _sample_problems(together: dict[str, Tensor], alone: dict[str, Tensor]) -> l
         return [Problem("", "its gradients are not finite", "Look for overflow in its weights and inputs")]
     if gradients_agree(together, alone):
         return []
-    remedy = "Remove what mixes the leading axis, e.g. use batch_first=True, or eval()"
-    return [Problem("", "samples influence one another (gradients alone and in a batch differ)", remedy)]
+    return [INTERACTION]
 
 
 def random_state(model: Module) -> list[Any]:
@@ -433,7 +439,7 @@ def output_problem(output: Any, deterministic: bool, n: int) -> Problem | None:
         remedy = "Call eval(), or make its forward pass deterministic"
         return Problem("", "its forward pass draws random numbers", remedy)
     if not isinstance(output, Tensor):
-        remedy = "Wrap it in a module that returns one tensor [N, ...]"
+        remedy = "Pass output=, a function that picks the tensor [N, ...] to differentiate"
         return Problem("", f"it returns {type(output).__name__}, not a tensor", remedy)
     if output.ndim == 0 or len(output) != n or output.numel() == 0:
         what = f"its output for {n} samples has shape {list(output.shape)}"
@@ -457,6 +463,8 @@ def vivit_problems(request: Request) -> list[Problem]:
     """
     model = eager(request.model)
     problems = []
+    if request.output is not None:
+        problems.append(Problem("", "what it returns is not its last layer's output (output=)", OTHER_METHOD))
     if len(request.x1.args) != 1 or not request.x1.args[0].is_floating_point():
         problems.append(Problem("", "ViViT takes one input tensor of real numbers", OTHER_METHOD))
     owners: dict[int, list[str]] = defaultdict(list)

@@ -122,7 +122,7 @@ def _contractions(request: Request) -> Iterable[Contraction]:
     owners = {id(p): type(m).__name__ for m in eager(request.model).modules() for p in m.parameters(recurse=False)}
     total, n1 = sum(request.sizes), request.n1
     rows, columns = slice(0, n1 or total), slice(n1 or 0, total)
-    for name, product in recorded_products(request):
+    for name, product in recorded_products(request)[1]:
         operands = restrict(product, rows, columns)
         info = path_of(operands, product.result)
         yield Contraction(

@@ -19,7 +19,8 @@ from ggn_ntk.isolation import without_hooks
 from ggn_ntk.layout import COMPUTES, finish
 from ggn_ntk.request import check_split
 from ggn_ntk.rules import rule_for
-from ggn_ntk.structured import Accumulator, Use, backpropagate, identity
+from ggn_ntk.structured import Accumulator
+from ggn_ntk.walk import Use, backpropagate, identity
 
 _ROUTE = "NTK from this backward pass"
 _REMEDY = "Use ggn_ntk.empirical_ntk"

@@ -63,6 +63,8 @@ def empirical_ntk(
     params: Iterable[str] | None = None,
     per_parameter: bool = False,
     check: bool = False,
+    capture: str = "auto",
+    output: Callable[[Any], Tensor] | None = None,
 ) -> Tensor | dict[str, Tensor]:
     """Compute the empirical neural tangent kernel of a model.
 
@@ -83,6 +85,11 @@ def empirical_ntk(
             once. ``None`` for all that require a gradient.
         per_parameter: Return one kernel for each parameter, by name, instead of their sum.
         check: Compare a small random block with an independent ``torch.func`` computation.
+        capture: How the structured route takes the model apart: ``"backpack"`` walks through a Sequential model layer
+            by layer, as the BackPACK extension does; ``"autograd"`` records the layers of any model. ``"auto"`` takes
+            the first where it can. Another value forces the structured route.
+        output: Turns what the model returns into the tensor ``[N, *out]`` to differentiate, say
+            ``lambda out: out.logits``.
 
     Returns:
         ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]`` for a model with outputs ``[N, *out]``, or a
@@ -97,7 +104,11 @@ def empirical_ntk(
     wanted = _parse_method(method)
     if not isinstance(check, bool):
         raise TypeError(f"check must be True or False, got {type(check).__name__}.")
-    request = Request.parse(model, x1, x2, compute=compute, params=params, per_parameter=per_parameter)
+    request = Request.parse(
+        model, x1, x2, compute=compute, params=params, per_parameter=per_parameter, capture=capture, output=output
+    )
+    if capture != "auto":
+        wanted = _structured(wanted)
     with isolated(model):
         taken, out_shape, kernels = _take_route(request, wanted)
         result = request.assemble(kernels, out_shape)
@@ -123,6 +134,23 @@ def _parse_method(method: str) -> Method:
     except ValueError:
         accepted = ", ".join(repr(m.value) for m in Method)
         raise ValueError(f"method must be one of {accepted}, got {method!r}.") from None
+
+
+def _structured(method: Method) -> Method:
+    """Take the structured route, of which a capture was asked for.
+
+    Args:
+        method: The method asked for.
+
+    Returns:
+        The structured route.
+
+    Raises:
+        ValueError: If another was asked for.
+    """
+    if method not in (Method.AUTO, Method.STRUCTURED):
+        raise ValueError(f"capture is for method='structured' alone, got method={method.value!r}.")
+    return Method.STRUCTURED
 
 
 def _take_route(request: Request, method: Method) -> tuple[Method, Size, _Kernels]:

@@ -13,6 +13,8 @@ from torch.nn import DataParallel, Module
 
 from ggn_ntk.layout import COMPUTES, finish, sum_kernels
 
+CAPTURES = ("auto", "backpack", "autograd")
+
 
 @dataclass(frozen=True)
 class Inputs:
@@ -86,6 +88,7 @@ class Request:
         per_parameter: Whether one kernel per parameter is wanted instead of their sum.
         output: Turns what the model returns into the tensor ``[N, *out]``; ``None`` where it is that tensor.
         chunk_size: How many samples or vectors ``vmap`` takes at once; ``None`` for all.
+        capture: How the structured route takes the model apart: ``"auto"``, ``"backpack"`` or ``"autograd"``.
     """
 
     model: Module
@@ -96,6 +99,7 @@ class Request:
     per_parameter: bool
     output: Callable[[Any], Tensor] | None = None
     chunk_size: int | None = None
+    capture: str = "auto"
 
     @classmethod
     def parse(
@@ -109,6 +113,7 @@ class Request:
         per_parameter: bool,
         output: Callable[[Any], Tensor] | None = None,
         chunk_size: int | None = None,
+        capture: str = "auto",
     ) -> "Request":
         """Check the arguments of a call and bring them to one form.
 
@@ -121,6 +126,7 @@ class Request:
             per_parameter: One kernel per parameter.
             output: Turns what the model returns into a tensor.
             chunk_size: How much to do at once.
+            capture: How the structured route takes the model apart.
 
         Returns:
             The checked request.
@@ -137,6 +143,8 @@ class Request:
                 raise TypeError(f"model{where}, whose parameters cannot be exchanged: use the module it was made from.")
         if compute not in COMPUTES:
             raise ValueError(f"compute must be one of {', '.join(map(repr, COMPUTES))}, got {compute!r}.")
+        if capture not in CAPTURES:
+            raise ValueError(f"capture must be one of {', '.join(map(repr, CAPTURES))}, got {capture!r}.")
         if output is not None and not callable(output):
             raise TypeError(f"output must be a callable or None, got {_kind(output)}.")
         if not isinstance(per_parameter, bool):
@@ -148,7 +156,7 @@ class Request:
         if second is not None:
             _check_alike(first, second)
         wanted = _parse_params(model, params)
-        return cls(model, first, second, compute, wanted, per_parameter, output, chunk_size)
+        return cls(model, first, second, compute, wanted, per_parameter, output, chunk_size, capture)
 
     @property
     def symmetric(self) -> bool:

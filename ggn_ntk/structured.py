@@ -1,58 +1,62 @@
 """The structured route: layer by layer, the x1-x2 block alone, in the cheapest order.
 
-From the output back to the input, ``s = d f / d (layer output)`` passes through one layer after the other. At each
-layer with wanted parameters, a rule writes their Jacobians as einsums of the layer's input and ``s``, and these are
-contracted to the block of the kernel; then ``s`` moves on, and what belongs to the layer is freed. Up to the last
-nonlinearity ``s`` is the same for all samples, and is kept once.
+A capture yields, layer by layer, the layer's input and ``s = d f / d (layer output)``; a rule writes the Jacobians of
+the layer's parameters as einsums of the two, and these are contracted to the block of the kernel. There are two
+captures: a walk through a Sequential model (:mod:`ggn_ntk.walk`), and autograd for any other (:mod:`ggn_ntk.capture`).
 
-No rule is trusted: on a few samples, the Jacobians that the rules write are compared with autograd's.
+No rule is trusted (:mod:`ggn_ntk.probe`). Parameters whose Jacobian no rule gives, or not the right one, are the
+*remainder*: they, and only they, are contracted from Jacobians of each sample by :mod:`ggn_ntk.reference`.
 """
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
-from torch import Size, Tensor, nn
-from torch.nn import Module
+from torch import Size, Tensor
 
+from ggn_ntk.capture import Capture, Recording, record
 from ggn_ntk.checks import (
-    OTHER_METHOD,
+    INTERACTION,
     PROBE_TOLERANCES,
     TRIES,
-    Problem,
     UnsupportedModelError,
+    check_model,
     configuration_problems,
     cotangent,
-    eager,
-    gradient_error,
-    gradients,
-    hidden_computation,
+    is_out_of_memory,
     output_problem,
-    random_state,
 )
-from ggn_ntk.contraction import Doubled, add_products, double, select_samples, squared_norm
+from ggn_ntk.contraction import Doubled, add_products, double
+from ggn_ntk.probe import Probe, try_rules
+from ggn_ntk.reference import contract_jacobians
 from ggn_ntk.request import Request
-from ggn_ntk.rules import Factored, backpropagation_for, channels_last, rule_for
+from ggn_ntk.rules import Factored
+from ggn_ntk.walk import Walk, structure_problems
 
 _ROUTE = "structured empirical NTK"
 
-# How many samples the probe takes.
-_PROBED = 2
+# Numbers that the Jacobians of one output may hold in the remainder before parameters are taken one after the other.
+_BUDGET = 2**24
+
+# How many samples the remainder differentiates at once.
+_CHUNK = 16
 
 
-class Use(NamedTuple):
-    """One call of a layer.
+class Prepared(NamedTuple):
+    """A model that has been evaluated, and is to be differentiated.
 
     Attributes:
-        module: The layer.
-        x: Its input ``[N, ...]``; a tuple where it takes several.
-        params: Its wanted parameters: their names on the layer, and those users know them by.
+        capture: Yields the Jacobians that rules write.
+        probe: What they are compared with.
+        missed: Why rules do not give the Jacobian of a parameter, by name.
     """
 
-    module: Module
-    x: Any
-    params: dict[str, str]
+    capture: Walk | Capture
+    probe: Probe
+    missed: dict[str, str]
 
 
 def structured_kernels(request: Request) -> tuple[Size, Iterable[tuple[str, Tensor]]]:
@@ -64,252 +68,241 @@ def structured_kernels(request: Request) -> tuple[Size, Iterable[tuple[str, Tens
     Returns:
         The shape ``[*out]`` of one sample's output; names of parameters (empty for their sum) and kernels over
         flattened outputs.
-
-    Raises:
-        UnsupportedModelError: If the model has no exact kernel, or this route does not get it right.
     """
-    _check_structure(request)
-    for seed in range(TRIES):
-        out_shape, kernels, problems = _attempt(request, seed)
-        if not problems:
-            return out_shape, kernels.items()
-    raise UnsupportedModelError(problems, _ROUTE)
+    prepared, kernels = _probed_kernels(request)
+    if prepared.missed:
+        check_model(request)  # that samples leave one another alone, the remainder takes for granted
+    return prepared.capture.output.shape[1:], chain(kernels.items(), _remainder(request, prepared.missed))
 
 
 @torch.no_grad()
-def _attempt(request: Request, seed: int) -> tuple[Size, dict[str, Tensor], list[Problem]]:
-    """Compute kernels and probe them. Rounding may take a probed sample to the other side of a kink.
+def _probed_kernels(request: Request) -> tuple[Prepared, dict[str, Tensor]]:
+    """Compute kernels of the parameters for which rules give the right Jacobians.
+
+    Args:
+        request: The request.
+
+    Returns:
+        The evaluated model, which knows the other parameters, and kernels by name (empty for their sum).
+
+    Raises:
+        UnsupportedModelError: If the model has no exact kernel, or the capture that was asked for does not support it.
+    """
+    suspects = dict.fromkeys(request.params, "")
+    mixed = True
+    for seed in range(TRIES):
+        prepared = prepare(request, seed)
+        kernels = _contract(prepared, request)
+        failures = prepared.probe.judge()
+        suspects = {n: why for n, why in failures.items() if n in suspects and n not in prepared.missed}
+        tolerance = PROBE_TOLERANCES[prepared.capture.output.dtype]
+        mixed = mixed and not prepared.probe.output_error(prepared.capture.output) <= tolerance
+        if not suspects and not mixed:
+            return prepared, kernels
+        if seed == 0:
+            check_model(request)
+    if mixed:
+        raise UnsupportedModelError([INTERACTION])
+    prepared = prepare(request, 0, suspects)
+    return prepared, _contract(prepared, request)
+
+
+def prepare(request: Request, seed: int = 0, missed: dict[str, str] | None = None) -> Prepared:
+    """Evaluate a model, by the capture that was asked for or suits it, and find out which parameters rules get right.
 
     Args:
         request: The request.
         seed: Seed of the probe.
+        missed: Why rules do not give the Jacobian of a parameter, by name, for those where this is known.
 
     Returns:
-        The shape ``[*out]`` of one sample's output, kernels by name (empty for their sum), and problems.
+        The evaluated model.
+
+    Raises:
+        UnsupportedModelError: If the model has no exact kernel, or the capture that was asked for does not support it.
+    """
+    problems = configuration_problems(request)
+    if problems:
+        raise UnsupportedModelError(problems, _ROUTE)
+    probe = Probe(request, seed)
+    missed = probe.failures | (missed or {})
+    walk = None if request.capture == "autograd" else _walk(request, missed)
+    if walk is not None:
+        return Prepared(walk, probe, missed)
+    recording = _record_all(request, probe)
+    t = cotangent(recording.output[:1], seed)
+    r = cotangent(recording.output.flatten(1)[:, 0] if recording.output.ndim > 1 else recording.output, seed + TRIES)
+    trial = try_rules(request, recording, t, r)
+    missed = trial.failures | missed
+    return Prepared(Capture(_without(request, missed), trial.calls, recording.output), probe, missed)
+
+
+def _record_all(request: Request, probe: Probe) -> Recording:
+    """Evaluate the model on all samples.
+
+    Args:
+        request: The request.
+        probe: Samples by themselves.
+
+    Returns:
+        The recording.
 
     Raises:
         UnsupportedModelError: If the output cannot be differentiated.
     """
-    before = random_state(request.model)
-    uses, output = _forward(request)
-    problem = output_problem(output, before == random_state(request.model), sum(request.sizes))
+    inputs = request.x1.stack(request.x2)
+    try:
+        recording = record(request, inputs, probe.alone)
+        problem = output_problem(recording.output, recording.deterministic, len(inputs))
+        right = problem is None and probe.output_error(recording.output) <= PROBE_TOLERANCES[recording.output.dtype]
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        right = False
+    if not right:  # perhaps since an output was repeated
+        recording = record(request, inputs, probe.alone, repeat=False)
+        problem = output_problem(recording.output, recording.deterministic, len(inputs))
     if problem is not None:
-        raise UnsupportedModelError([problem], _ROUTE)
-    probe = _Probe(request, output, seed)
-    accumulator = Accumulator(request.compute, request.n1, request.per_parameter, _counts(uses))
-    _backward(uses, output, probe, accumulator)
-    return output.shape[1:], accumulator.kernels, list(probe.problems())
+        raise UnsupportedModelError([problem])
+    return recording
 
 
-def recorded_products(request: Request) -> list[tuple[str, Doubled]]:
+def _walk(request: Request, missed: dict[str, str]) -> Walk | None:
+    """Evaluate a model layer by layer, if it is a sequence of layers.
+
+    Args:
+        request: The request.
+        missed: Parameters to leave out, by name.
+
+    Returns:
+        The walk, or ``None``.
+
+    Raises:
+        UnsupportedModelError: If this capture was asked for, and does not support the model.
+    """
+    try:
+        problems = list(structure_problems(request))
+        if problems:
+            raise UnsupportedModelError(problems, _ROUTE)
+        return Walk(_without(request, missed))
+    except UnsupportedModelError:
+        if request.capture == "backpack":
+            raise
+        return None
+
+
+def _without(request: Request, names: Iterable[str]) -> Request:
+    """Leave parameters out.
+
+    Args:
+        request: The request.
+        names: Their names.
+
+    Returns:
+        The request for the others.
+    """
+    return replace(request, params={name: p for name, p in request.params.items() if name not in names})
+
+
+def _contract(prepared: Prepared, request: Request) -> dict[str, Tensor]:
+    """Contract the Jacobians that rules write, and show them to the probe.
+
+    Args:
+        prepared: The evaluated model.
+        request: The request.
+
+    Returns:
+        Kernels by name (empty for their sum).
+    """
+    capture, probe, missed = prepared
+    kernels: dict[str, Tensor] = {}
+    for outputs in capture.pieces(request.compute):
+        accumulator = Accumulator(request.compute, request.n1, request.per_parameter, capture.counts)
+        probe.begin(outputs)
+        for jacobians in capture.jacobians(outputs):
+            probe.add(jacobians)
+            accumulator.add(jacobians)
+            del jacobians  # frees its operands, but for those of parameters that are used again
+        _place(kernels, accumulator.kernels, outputs, capture.output[0].numel())
+    covered = [name for name in request.params if name not in missed]
+    for key in covered if request.per_parameter else covered and [""]:
+        if key not in kernels:
+            kernels[key] = _zeros(request, capture.output)
+    return kernels
+
+
+def _place(kernels: dict[str, Tensor], blocks: dict[str, Tensor], outputs: Tensor, total: int) -> None:
+    """Put kernels over some outputs into kernels over all of them.
+
+    Args:
+        kernels: The kernels over all outputs, by name; changed in place.
+        blocks: The kernels over some.
+        outputs: The numbers of these.
+        total: The number of all outputs.
+    """
+    for name, block in blocks.items():
+        if len(outputs) == total or (block.ndim == 2 and name not in kernels):
+            kernels[name] = block
+        elif block.ndim == 2:
+            kernels[name] += block
+        else:
+            if name not in kernels:
+                kernels[name] = block.new_zeros(*block.shape[:2], *[total] * (block.ndim - 2))
+            chosen: Any = (..., outputs) if block.ndim == 3 else (..., outputs.unsqueeze(1), outputs)
+            kernels[name][chosen] = block
+
+
+def _zeros(request: Request, output: Tensor) -> Tensor:
+    """Make the kernel of parameters that are not used.
+
+    Args:
+        request: The request.
+        output: The model's output ``[N, *out]``.
+
+    Returns:
+        ``[N1, N2, C, C]``, ``[N1, N2, C]`` or ``[N1, N2]``.
+    """
+    outputs = [output[0].numel()] * {"full": 2, "diagonal": 1, "trace": 0}[request.compute]
+    return output.new_zeros(len(request.x1), len(request.second), *outputs)
+
+
+def _remainder(request: Request, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+    """Compute kernels of parameters that rules do not cover, from their Jacobians.
+
+    Args:
+        request: The request.
+        names: The parameters.
+
+    Yields:
+        The name of a parameter and its kernel over flattened outputs.
+    """
+    group: dict[str, Tensor] = {}
+    largest = _BUDGET // sum(request.sizes)
+    for name in names:
+        if group and sum(p.numel() for p in group.values()) + request.params[name].numel() > largest:
+            yield from contract_jacobians(replace(request, params=group, chunk_size=_CHUNK))
+            group = {}
+        group[name] = request.params[name]
+    if group:
+        yield from contract_jacobians(replace(request, params=group, chunk_size=_CHUNK))
+
+
+def recorded_products(request: Request) -> tuple[Prepared, list[tuple[str, Doubled]]]:
     """List the products of Jacobians that :func:`structured_kernels` would contract.
 
     Args:
         request: The request.
 
     Returns:
-        Names of parameters and products; none is contracted.
-
+        The evaluated model, and names of parameters with products, of which none is contracted.
     """
-    _check_structure(request)
     with torch.no_grad():
-        uses, output = _forward(request)
-        recorder = _Recorder(request.compute, request.n1, True, _counts(uses))
-        _backward(uses, output, None, recorder)
-    return recorder.products
-
-
-def _check_structure(request: Request) -> None:
-    """Raise unless the model can be taken apart into layers that have rules.
-
-    Args:
-        request: The request.
-
-    Raises:
-        UnsupportedModelError: If it cannot.
-    """
-    problems = [*configuration_problems(request), *_structure_problems(request)]
-    if problems:
-        raise UnsupportedModelError(problems, _ROUTE)
-
-
-def _structure_problems(request: Request) -> Iterator[Problem]:
-    """Find what keeps a model from being taken apart into layers.
-
-    Args:
-        request: The request.
-
-    Yields:
-        The problems.
-    """
-    if request.x1.kwargs:
-        yield Problem("", "it is called with keyword arguments, which layers do not pass on", OTHER_METHOD)
-    wanted = {id(p) for p in request.params.values()}
-    for name, module in _named_layers(eager(request.model)):
-        yield from hidden_computation(module, name)
-        has_wanted = any(id(p) in wanted for p in module.parameters(recurse=_is_layer(module)))
-        if not has_wanted:
-            continue
-        kind = type(module).__name__
-        if not _is_layer(module):
-            yield Problem(name, f"{kind} has a parameter of its own", OTHER_METHOD)
-        elif rule_for(module) is None and any(True for _ in module.children()):
-            what = f"{kind} may compute between its modules what the route cannot see"
-            yield Problem(name, what, "Build the model from nn.Sequential alone, or use another method")
-        elif rule_for(module) is None:
-            what = f"no rule is registered for {kind}"
-            yield Problem(name, what, f"Write one with ggn_ntk.register_rule({kind}), or use another method")
-
-
-def _is_layer(module: Module) -> bool:
-    """Tell layers from containers that call their children one after the other.
-
-    Args:
-        module: The module.
-
-    Returns:
-        Whether it is a layer.
-    """
-    return not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward
-
-
-def _named_layers(module: Module, name: str = "") -> Iterator[tuple[str, Module]]:
-    """List a model's containers and layers, these in the order of their calls.
-
-    Args:
-        module: The model.
-        name: Its dotted name.
-
-    Yields:
-        Dotted names and modules; a layer that is called several times comes as often.
-    """
-    yield name, module
-    if not _is_layer(module):
-        for key, child in module._modules.items():
-            if child is not None:
-                yield from _named_layers(child, f"{name}.{key}".lstrip("."))
-
-
-def _forward(request: Request) -> tuple[list[Use], Any]:
-    """Evaluate the model on all samples and record the input of each layer.
-
-    Args:
-        request: The request.
-
-    Returns:
-        The uses of layers in the order of their calls, and the output.
-
-    Raises:
-        UnsupportedModelError: If a layer in between returns no tensor.
-    """
-    names = {id(p): name for name, p in request.params.items()}
-    args = tuple(channels_last(x) for x in request.x1.stack(request.x2).args)
-    uses: list[Use] = []
-    for name, layer in _named_layers(eager(request.model)):
-        if not _is_layer(layer):
-            continue
-        if not all(isinstance(x, Tensor) for x in args):
-            what = f"{type(layer).__name__} takes {type(args[0]).__name__}, not a tensor, from the layer before"
-            raise UnsupportedModelError([Problem(name, what, OTHER_METHOD)], _ROUTE)
-        params = layer.named_parameters(recurse=False, remove_duplicate=False)
-        wanted = {key: names[id(p)] for key, p in params if id(p) in names}
-        uses.append(Use(layer, args[0] if len(args) == 1 else args, wanted))
-        args = (layer(*(x.clone() if _may_overwrite(layer) else x for x in args)),)
-    return uses, args[0]
-
-
-def _may_overwrite(layer: Module) -> bool:
-    """Tell whether a layer may work in place, on the recorded output of the layer before.
-
-    Args:
-        layer: The layer.
-
-    Returns:
-        Whether it is set to, or is not one of torch's.
-    """
-    return getattr(layer, "inplace", False) or not type(layer).__module__.startswith("torch.nn.")
-
-
-def _counts(uses: list[Use]) -> Counter[str]:
-    """Count the uses of parameters.
-
-    Args:
-        uses: The uses of layers.
-
-    Returns:
-        How often each wanted parameter is used, by name.
-    """
-    return Counter(name for use in uses for name in use.params.values())
-
-
-def _backward(uses: list[Use], output: Tensor, probe: "_Probe | None", accumulator: "Accumulator") -> None:
-    """Pass ``s`` back and contract Jacobians on the way.
-
-    Args:
-        uses: The uses of layers; emptied, so that inputs are freed on the way.
-        output: The model's output ``[N, *out]``.
-        probe: Compares each Jacobian, if there is one.
-        accumulator: Takes each Jacobian.
-    """
-    s = identity(output)
-    while any(use.params for use in uses):
-        use = uses.pop()
-        if use.params:
-            jacobians = _jacobians(use, s)
-            if probe is not None:
-                probe.add(jacobians)
-            accumulator.add(jacobians)
-            del jacobians  # frees its operands, but for those of parameters that are used again
-        if any(earlier.params for earlier in uses):
-            waits = any(accumulator.is_reused(name) for name in use.params.values()) and s.stride(1) != 0
-            s = backpropagate(use, s.clone() if waits else s)  # which may overwrite it
-
-
-def _jacobians(use: Use, s: Tensor) -> dict[str, Factored]:
-    """Write the Jacobians of a layer's wanted parameters.
-
-    Args:
-        use: The layer and its input.
-        s: ``[C, N, *layer output]``.
-
-    Returns:
-        The Jacobians, by the name users know the parameter by.
-    """
-    rule = rule_for(use.module)
-    assert rule is not None
-    factored = rule(use.module, use.x, s)
-    return {name: factored[key] for key, name in use.params.items()}
-
-
-def identity(output: Tensor) -> Tensor:
-    """Start ``s`` at the output.
-
-    Args:
-        output: ``[N, *out]``.
-
-    Returns:
-        The Jacobian of the flattened output with respect to the output, ``[C, N, *out]``: the same for all samples,
-        and kept once.
-    """
-    n, *out = output.shape
-    eye = torch.eye(output[0].numel(), dtype=output.dtype, device=output.device)
-    return eye.reshape(-1, 1, *out).expand(-1, n, *out)
-
-
-def backpropagate(use: Use, s: Tensor) -> Tensor:
-    """Pass ``s`` back through a layer.
-
-    Args:
-        use: The layer and its input.
-        s: ``[C, N, *layer output]``; may be overwritten.
-
-    Returns:
-        ``[C, N, *layer input]``; kept once where it is the same for all samples.
-    """
-    function, linear = backpropagation_for(use.module)
-    if linear and s.stride(1) == 0:
-        return function(use.module, use.x[:1], s[:, :1]).expand(-1, s.shape[1], *use.x.shape[1:])
-    return function(use.module, use.x, s)
+        prepared = prepare(request)
+        recorder = _Recorder(request.compute, request.n1, True, prepared.capture.counts)
+        for outputs in prepared.capture.pieces(request.compute):
+            for jacobians in prepared.capture.jacobians(outputs):
+                recorder.add(jacobians)
+    return prepared, recorder.products
 
 
 class Accumulator:
@@ -414,51 +407,3 @@ class _Recorder(Accumulator):
             products: Which product belongs to which parameter.
         """
         self.products += products
-
-
-class _Probe:
-    """Compares the Jacobians that rules write with autograd, on a few samples.
-
-    For random numbers v, the norm of the rules' ``sum v[n, c] J[c, n]`` over these samples must be that of autograd's
-    gradient of ``sum v[n, c] f[n, c]``, with f evaluated on these samples by themselves. So this also finds samples
-    that influence one another. Norms suffice, since the kernel does not change when a Jacobian is rotated; they are
-    computed like kernels, without a tensor of the parameter's size.
-    """
-
-    def __init__(self, request: Request, output: Tensor, seed: int) -> None:
-        """Compute what autograd makes of it.
-
-        Args:
-            request: The request.
-            output: The outputs ``[N, *out]`` of all samples.
-            seed: Decides on the samples and on v.
-        """
-        generator = torch.Generator().manual_seed(seed)
-        self.samples = torch.randperm(len(output), generator=generator, device="cpu")[:_PROBED].tolist()
-        v = cotangent(output[self.samples], seed)
-        found = gradients(request, request.x1.stack(request.x2)[self.samples], v)
-        self.expected = {name: gradient.flatten().dot(gradient.flatten()) for name, gradient in found.items()}
-        self.terms: dict[str, list[Factored]] = {name: [] for name in found}
-        self.v = v.reshape(len(v), -1).T
-
-    def add(self, jacobians: dict[str, Factored]) -> None:
-        """Take down one use of a layer.
-
-        Args:
-            jacobians: The Jacobian of each wanted parameter, by name.
-        """
-        for name, jacobian in jacobians.items():
-            self.terms[name].append(select_samples(jacobian, self.samples))
-
-    def problems(self) -> Iterator[Problem]:
-        """Judge.
-
-        Yields:
-            A problem for each parameter whose Jacobian differs.
-        """
-        total = sum(expected.item() for expected in self.expected.values())
-        for name, expected in self.expected.items():
-            error = gradient_error(squared_norm(self.terms[name], self.v), expected, total)
-            if not error <= PROBE_TOLERANCES[self.v.dtype]:
-                what = f"its Jacobian by the layer's rule differs from autograd's (relative error {error:.1e})"
-                yield Problem(name, what, OTHER_METHOD)

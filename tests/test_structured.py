@@ -12,7 +12,7 @@ from ggn_ntk import Factored, UnsupportedModelError, contraction, empirical_ntk,
 from ggn_ntk.checks import relative_error
 from ggn_ntk.reference import jacobian_contraction
 from ggn_ntk.rules import registry
-from ggn_ntk.structured import Use, backpropagate, identity
+from ggn_ntk.walk import Use, backpropagate, identity
 
 
 @pytest.mark.parametrize("registered", [registry._RULES, registry._BACKPROPAGATIONS], ids=["rules", "backpropagations"])

@@ -1,0 +1,248 @@
+"""The probe: no rule, no capture is trusted.
+
+For numbers v, ``sum v[n, c] J[c, n]`` from the Jacobians that rules write must be autograd's gradient of
+``sum v[n, c] f[n, c]``. It is compared, parameter by parameter,
+
+- on a few samples, each by itself: is each rule right, and is every use of a parameter the call of a layer with one?
+- where layers were recorded in an arbitrary model, on all samples at once, with v that differ from sample to sample: is
+  the axis of the samples found, also where a mask or a view has moved them?
+- between the two, the Jacobians that are contracted, of these few samples among all: do samples leave one another
+  alone, and did ``s`` pass back right?
+
+In the first two, both sides come from one forward pass, so that they differ by rounding alone. In the third, rounding
+may take a unit to the other side of a kink, so a difference must show in several draws.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ggn_ntk.capture import Call, Recording, pull_back, record
+from ggn_ntk.checks import (
+    PROBE_TOLERANCES,
+    TRIES,
+    UnsupportedModelError,
+    cotangent,
+    gradient_error,
+    is_out_of_memory,
+    output_problem,
+    relative_error,
+    total_norm,
+)
+from ggn_ntk.contraction import select_samples
+from ggn_ntk.request import Request
+from ggn_ntk.rules import Factored
+
+# How many samples are evaluated by themselves.
+_PROBED = 2
+
+_DIFFERS = "its Jacobian by the layer's rule differs from autograd's (relative error {:.1e})"
+
+
+class Trial(NamedTuple):
+    """What rules make of a recording, next to autograd.
+
+    Attributes:
+        calls: The calls that the output depends on.
+        gradients: Autograd's gradient of ``sum v f`` for each wanted parameter, by name.
+        failures: Why rules do not give the Jacobian of a parameter, by name.
+    """
+
+    calls: list[Call]
+    gradients: dict[str, Tensor]
+    failures: dict[str, str]
+
+
+def try_rules(request: Request, recording: Recording, t: Tensor, r: Tensor) -> Trial:
+    """Compare rules with autograd in one forward pass, for ``v[n, c] = r[n] t[c]``.
+
+    Args:
+        request: The request.
+        recording: A forward pass of N samples.
+        t: ``[1, *out]``.
+        r: ``[N]``; only samples of different numbers are told apart.
+
+    Returns:
+        What came of it.
+    """
+    output, n = recording.output, len(recording.output)
+    found = pull_back(output, [call.output for call in recording.calls], t.expand_as(output).unsqueeze(0))
+    gradients = _gradients(request, output, r.reshape(-1, *[1] * (t.ndim - 1)) * t)
+    actual: dict[str, Tensor] = {}
+    failures, calls = {}, []
+    for call, s in zip(recording.calls, found, strict=True):
+        if s is None:
+            continue
+        calls.append(call)
+        try:
+            jacobians = _jacobians(call, s, n)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            failures.update(dict.fromkeys(call.params.values(), f"its layer's rule fails ({error})"))
+            continue
+        for name in call.params.values():
+            if name in jacobians:
+                product = weighted_sum(jacobians[name], r.unsqueeze(0))
+                actual[name] = actual[name] + product if name in actual else product
+            else:
+                failures[name] = f"the rule of {type(call.module).__name__} does not cover it"
+    covered = {name for call in recording.calls for name in call.params.values()}
+    for name, size in errors(actual, gradients).items():
+        failures.setdefault(name, _DIFFERS.format(size) if name in covered else "no layer with a rule has it")
+    return Trial(calls, gradients, failures)
+
+
+def _jacobians(call: Call, s: Tensor, n: int) -> dict[str, Factored]:
+    """Write the Jacobians of a call, and check that they are over N samples.
+
+    Args:
+        call: The call.
+        s: ``[C, *output]``.
+        n: The number of samples N.
+
+    Returns:
+        The Jacobians by name.
+
+    Raises:
+        ValueError: If they are not.
+    """
+    if call.axis is None:
+        raise ValueError(f"samples are not an axis of its output of shape {list(call.output.shape)}")
+    jacobians = call.jacobians(s)
+    for jacobian in jacobians.values():
+        if jacobian.sizes["n"] != n:
+            raise ValueError(f"its Jacobian is over {jacobian.sizes['n']} samples instead of {n}")
+    return jacobians
+
+
+def _gradients(request: Request, output: Tensor, v: Tensor) -> dict[str, Tensor]:
+    """Compute a gradient in a graph that is kept.
+
+    Args:
+        request: The request.
+        output: The model's output ``[N, *out]``.
+        v: Numbers like it.
+
+    Returns:
+        The gradient of ``sum v f`` with respect to each wanted parameter, by name.
+    """
+    if not output.requires_grad:
+        return {name: torch.zeros_like(p) for name, p in request.params.items()}
+    params = list(request.params.values())
+    found = torch.autograd.grad(output, params, v, retain_graph=True, allow_unused=True, materialize_grads=True)
+    return dict(zip(request.params, found, strict=True))
+
+
+def weighted_sum(jacobian: Factored, weights: Tensor) -> Tensor:
+    """Compute ``sum_cn v[c, n] J[c, n]``.
+
+    Args:
+        jacobian: The Jacobian.
+        weights: The numbers v, ``[C, N]``.
+
+    Returns:
+        ``[P]`` for a parameter with P entries.
+    """
+    equation = f"{','.join(jacobian.terms)},cn->{jacobian.result[2:]}"
+    return torch.einsum(equation, *jacobian.operands, weights).flatten()
+
+
+def errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+    """Find gradients that are off by more than rounding.
+
+    Args:
+        actual: Gradients by name, flattened; those that are missing are zero.
+        expected: What they should be.
+
+    Returns:
+        The relative errors that are too large, by name.
+    """
+    total = total_norm(expected.values())
+    found = {}
+    for name, gradient in expected.items():
+        flat = gradient.flatten()
+        given = actual.get(name, torch.zeros_like(flat))
+        error = gradient_error(given, flat, total) if given.shape == flat.shape else float("inf")
+        if not error <= PROBE_TOLERANCES[flat.dtype]:
+            found[name] = error
+    return found
+
+
+class Probe:
+    """A few samples, each by itself: what the Jacobians that a capture yields are compared with.
+
+    Attributes:
+        alone: The layers that one of the samples calls, with the shapes of their outputs.
+        failures: Why rules do not give the Jacobian of a parameter, by name.
+    """
+
+    def __init__(self, request: Request, seed: int) -> None:
+        """Evaluate the samples, and try the rules on them.
+
+        Args:
+            request: The request.
+            seed: Decides on the samples and on v.
+
+        Raises:
+            UnsupportedModelError: If the output cannot be differentiated.
+        """
+        inputs = request.x1.stack(request.x2)
+        generator = torch.Generator().manual_seed(seed)
+        self._samples = torch.randperm(len(inputs), generator=generator, device="cpu")[:_PROBED].tolist()
+        self._outputs, weights, gradients = [], [], []
+        self.failures: dict[str, str] = {}
+        for sample in self._samples:
+            recording = record(request, inputs[[sample]])
+            problem = output_problem(recording.output, recording.deterministic, 1)
+            if problem is not None:
+                raise UnsupportedModelError([problem])
+            v = cotangent(recording.output, seed=TRIES * sample + seed)
+            trial = try_rules(request, recording, v, v.new_ones(1))
+            self.alone = [(call.module, call.output.shape) for call in recording.calls]
+            self.failures |= trial.failures
+            self._outputs.append(recording.output.detach())
+            weights.append(v.flatten())
+            gradients.append(trial.gradients)
+        self._weights = torch.stack(weights, dim=1)
+        self._expected = {name: torch.stack([g[name] for g in gradients]).sum(0) for name in request.params}
+        self._actual: dict[str, Tensor] = {}
+
+    def output_error(self, output: Tensor) -> float:
+        """Compare outputs of the samples among others and by themselves.
+
+        Args:
+            output: The outputs ``[N, *out]`` of all samples.
+
+        Returns:
+            The relative error.
+        """
+        return relative_error(output[self._samples], torch.cat(self._outputs))
+
+    def begin(self, outputs: Tensor) -> None:
+        """Start on some outputs.
+
+        Args:
+            outputs: Their numbers. Those that have been there are not counted again.
+        """
+        self._piece = self._weights[outputs]
+        self._weights = self._weights.index_fill(0, outputs, 0)
+
+    def add(self, jacobians: dict[str, Factored]) -> None:
+        """Take down one use of a layer.
+
+        Args:
+            jacobians: The Jacobian of each wanted parameter, over all samples, by name.
+        """
+        for name, jacobian in jacobians.items():
+            product = weighted_sum(select_samples(jacobian, self._samples), self._piece)
+            self._actual[name] = self._actual[name] + product if name in self._actual else product
+
+    def judge(self) -> dict[str, str]:
+        """Compare what was taken down.
+
+        Returns:
+            Why a Jacobian is wrong, for those parameters for which it is, by name.
+        """
+        return {name: _DIFFERS.format(error) for name, error in errors(self._actual, self._expected).items()}
