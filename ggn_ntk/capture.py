@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Size, Tensor
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn import Module
 
 from ggn_ntk.checks import is_out_of_memory, random_state
@@ -40,6 +41,7 @@ class Call:
         params: Its wanted parameters: their names on the layer, and those users know them by.
         axis: The axis of the samples; ``None`` where there is none.
         rows: How many entries of that axis, one behind the other, belong to a sample.
+        sources: Nodes of the graph that its inputs come from.
     """
 
     module: Module
@@ -48,6 +50,7 @@ class Call:
     params: dict[str, str]
     axis: int | None
     rows: int
+    sources: tuple[Node, ...]
 
     def jacobians(self, s: Tensor) -> dict[str, Factored]:
         """Write the Jacobians of the layer's wanted parameters.
@@ -163,14 +166,15 @@ class _Recorder:
         first = output[0] if isinstance(output, tuple) else output
         if not (isinstance(first, Tensor) and first.requires_grad):
             return output
-        args = _map_tensors(Tensor.detach, args)
+        sources = tuple(get_gradient_edge(t).node for t in _tensors(args) if t.requires_grad)
+        args, first = _map_tensors(Tensor.detach, args), first.view_as(first)  # a node of the graph of its own
         axis, rows = _sample_axis(first.shape, self._shape_alone(module), self._n)
         if axis is None and self._repeat and first.shape == self._shape_alone(module):
             axis, rows = 0, 1
             kept = 1 if len(first) == 1 else 0  # an axis of length one stands for the samples
             args = _map_tensors(lambda t: t.expand(self._n, *t.shape[kept:]), args)
             first = first.expand(self._n, *first.shape[kept:])
-        self.calls.append(Call(module, args[0] if len(args) == 1 else args, first, params, axis, rows))
+        self.calls.append(Call(module, args[0] if len(args) == 1 else args, first, params, axis, rows, sources))
         passed = first.clone()
         return (passed, *output[1:]) if isinstance(output, tuple) else passed
 
@@ -222,6 +226,21 @@ def _map_tensors(function: Callable[[Tensor], Tensor], x: Any) -> Any:
     return function(x) if isinstance(x, Tensor) and x.ndim else x
 
 
+def _tensors(x: Any) -> Iterator[Tensor]:
+    """List the tensors among a layer's arguments.
+
+    Args:
+        x: A tensor, another argument, or a tuple of such.
+
+    Yields:
+        The tensors.
+    """
+    for entry in x if isinstance(x, tuple) else ():
+        yield from _tensors(entry)
+    if isinstance(x, Tensor):
+        yield x
+
+
 def _sample_axis(shape: Size, alone: Size, n: int) -> tuple[int | None, int]:
     """Find the samples in a layer's output.
 
@@ -261,6 +280,31 @@ def _split_rows(factored: Factored, rows: int) -> Factored:
     )
     terms = ",".join(term.replace("n", "n" + letter) for term in factored.terms)
     return Factored(f"{terms}->{factored.result}", tuple(operands))
+
+
+def used_elsewhere(recording: Recording) -> set[int]:
+    """Find the parameters that enter the output on a way that does not lead through a recorded call.
+
+    Args:
+        recording: A forward pass.
+
+    Returns:
+        The ids of parameters that are used outside of the calls of layers that have rules.
+    """
+    sources = {call.output.grad_fn: call.sources for call in recording.calls}
+    waiting = [get_gradient_edge(recording.output).node] if recording.output.requires_grad else []
+    seen, found = set(), set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if node in sources:
+            waiting += sources[node]
+            continue
+        waiting += [before for before, _ in node.next_functions if before is not None]
+        found.add(id(getattr(node, "variable", None)))
+    return found
 
 
 def pull_back(output: Tensor, tensors: Sequence[Tensor], cotangents: Tensor) -> list[Tensor | None]:

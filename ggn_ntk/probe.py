@@ -13,12 +13,10 @@ In the first two, both sides come from one forward pass, so that they differ by 
 may take a unit to the other side of a kink, so a difference must show in several draws.
 """
 
-from typing import NamedTuple
-
 import torch
 from torch import Tensor
 
-from ggn_ntk.capture import Call, Recording, pull_back, record
+from ggn_ntk.capture import Call, Recording, record, used_elsewhere
 from ggn_ntk.checks import (
     PROBE_TOLERANCES,
     TRIES,
@@ -37,61 +35,82 @@ from ggn_ntk.rules import Factored
 # How many samples are evaluated by themselves.
 _PROBED = 2
 
+_ELSEWHERE = "it is used outside of the layers that have rules"
 _DIFFERS = "its Jacobian by the layer's rule differs from autograd's (relative error {:.1e})"
 
 
-class Trial(NamedTuple):
-    """What rules make of a recording, next to autograd.
+def try_rules(request: Request, recording: Recording, v: Tensor) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """Compare rules with autograd on one sample.
 
-    Attributes:
-        calls: The calls that the output depends on.
-        gradients: Autograd's gradient of ``sum v f`` for each wanted parameter, by name.
-        failures: Why rules do not give the Jacobian of a parameter, by name.
+    Args:
+        request: The request.
+        recording: A forward pass of one sample.
+        v: Numbers like its output, ``[1, *out]``.
+
+    Returns:
+        Autograd's gradient of ``sum v f`` for each wanted parameter, and why rules do not give it where they do not,
+        by name.
     """
+    passed, gradients = _gradients(request, recording, v)
+    elsewhere = used_elsewhere(recording)
+    failures = {name: _ELSEWHERE for name, p in request.params.items() if id(p) in elsewhere}
+    actual: dict[str, Tensor] = {}
+    for call, s in zip(recording.calls, passed, strict=True):
+        try:
+            jacobians = {} if s is None else _jacobians(call, s.unsqueeze(0), 1)
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+            failures |= dict.fromkeys(call.params.values(), f"the rule of {type(call.module).__name__} fails ({error})")
+            continue
+        for name, jacobian in jacobians.items():
+            product = weighted_sum(jacobian, v.new_ones(1, 1))
+            actual[name] = actual[name] + product if name in actual else product
+        missing = (name for name in call.params.values() if name not in jacobians and s is not None)
+        failures |= dict.fromkeys(missing, f"the rule of {type(call.module).__name__} does not state its Jacobian")
+    for name, size in errors(actual, gradients).items():
+        failures.setdefault(name, _DIFFERS.format(size))
+    return gradients, failures
 
-    calls: list[Call]
-    gradients: dict[str, Tensor]
-    failures: dict[str, str]
 
+def find_samples(request: Request, recording: Recording) -> tuple[list[Call], dict[str, str]]:
+    """Check, on all samples, that calls tell samples apart, and that no use of a parameter is missing.
 
-def try_rules(request: Request, recording: Recording, t: Tensor, r: Tensor) -> Trial:
-    """Compare rules with autograd in one forward pass, for ``v[n, c] = r[n] t[c]``.
+    The gradients of ``sum r[n] t[c] f[n, c]`` and of ``sum t[c] f[n, c]`` with respect to a layer's output differ by
+    the factors r[n] along the axis of the samples, but not where samples influence one another behind the layer.
 
     Args:
         request: The request.
         recording: A forward pass of N samples.
-        t: ``[1, *out]``.
-        r: ``[N]``; only samples of different numbers are told apart.
 
     Returns:
-        What came of it.
+        The calls on which the output depends, and why calls do not give the Jacobian of a parameter where they do
+        not, by name.
     """
     output, n = recording.output, len(recording.output)
-    found = pull_back(output, [call.output for call in recording.calls], t.expand_as(output).unsqueeze(0))
-    gradients = _gradients(request, output, r.reshape(-1, *[1] * (t.ndim - 1)) * t)
-    actual: dict[str, Tensor] = {}
-    failures, calls = {}, []
-    for call, s in zip(recording.calls, found, strict=True):
-        if s is None:
+    elsewhere = used_elsewhere(recording)
+    failures = {name: _ELSEWHERE for name, p in request.params.items() if id(p) in elsewhere}
+    t, r = cotangent(output[:1], seed=0), cotangent(output.new_empty(n), seed=1)
+    outputs = [call.output for call in recording.calls]
+    same, weighted = (
+        torch.autograd.grad(output, outputs, v, retain_graph=True, allow_unused=True) if outputs else ()
+        for v in (t.expand_as(output), r.reshape(-1, *[1] * (t.ndim - 1)) * t)
+    )
+    largest = max((total_norm([w]) for w in weighted if w is not None), default=0.0)
+    calls = []
+    for call, s, w in zip(recording.calls, same, weighted, strict=True):
+        if s is None or w is None:
             continue
         calls.append(call)
-        try:
-            jacobians = _jacobians(call, s, n)
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            failures.update(dict.fromkeys(call.params.values(), f"its layer's rule fails ({error})"))
-            continue
-        for name in call.params.values():
-            if name in jacobians:
-                product = weighted_sum(jacobians[name], r.unsqueeze(0))
-                actual[name] = actual[name] + product if name in actual else product
-            else:
-                failures[name] = f"the rule of {type(call.module).__name__} does not cover it"
-    covered = {name for call in recording.calls for name in call.params.values()}
-    for name, size in errors(actual, gradients).items():
-        failures.setdefault(name, _DIFFERS.format(size) if name in covered else "no layer with a rule has it")
-    return Trial(calls, gradients, failures)
+        if call.axis is None:
+            error = float("inf")
+        else:
+            rows = r.repeat_interleave(call.rows).reshape(-1, *[1] * (s.ndim - 1 - call.axis))
+            error = gradient_error(s * rows, w, largest)
+        if not error <= PROBE_TOLERANCES[output.dtype]:
+            what = f"samples are not told apart in an output {list(call.output.shape)} of its layer"
+            failures |= dict.fromkeys(call.params.values(), what)
+    return calls, failures
 
 
 def _jacobians(call: Call, s: Tensor, n: int) -> dict[str, Factored]:
@@ -117,22 +136,25 @@ def _jacobians(call: Call, s: Tensor, n: int) -> dict[str, Factored]:
     return jacobians
 
 
-def _gradients(request: Request, output: Tensor, v: Tensor) -> dict[str, Tensor]:
-    """Compute a gradient in a graph that is kept.
+def _gradients(
+    request: Request, recording: Recording, v: Tensor
+) -> tuple[tuple[Tensor | None, ...], dict[str, Tensor]]:
+    """Compute gradients in a graph that is kept.
 
     Args:
         request: The request.
-        output: The model's output ``[N, *out]``.
-        v: Numbers like it.
+        recording: A forward pass.
+        v: Numbers like its output.
 
     Returns:
-        The gradient of ``sum v f`` with respect to each wanted parameter, by name.
+        The gradients of ``sum v f`` with respect to the outputs of calls, and to wanted parameters, by name.
     """
-    if not output.requires_grad:
-        return {name: torch.zeros_like(p) for name, p in request.params.items()}
-    params = list(request.params.values())
-    found = torch.autograd.grad(output, params, v, retain_graph=True, allow_unused=True, materialize_grads=True)
-    return dict(zip(request.params, found, strict=True))
+    outputs, params = [call.output for call in recording.calls], list(request.params.values())
+    found: tuple[Tensor | None, ...] = (None,) * (len(outputs) + len(params))
+    if recording.output.requires_grad:
+        found = torch.autograd.grad(recording.output, [*outputs, *params], v, allow_unused=True)
+    gradients = zip(request.params.items(), found[len(outputs) :], strict=True)
+    return found[: len(outputs)], {name: torch.zeros_like(p) if g is None else g for (name, p), g in gradients}
 
 
 def weighted_sum(jacobian: Factored, weights: Tensor) -> Tensor:
@@ -199,12 +221,12 @@ class Probe:
             if problem is not None:
                 raise UnsupportedModelError([problem])
             v = cotangent(recording.output, seed=TRIES * sample + seed)
-            trial = try_rules(request, recording, v, v.new_ones(1))
+            found, failures = try_rules(request, recording, v)
             self.alone = [(call.module, call.output.shape) for call in recording.calls]
-            self.failures |= trial.failures
+            self.failures |= failures
             self._outputs.append(recording.output.detach())
             weights.append(v.flatten())
-            gradients.append(trial.gradients)
+            gradients.append(found)
         self._weights = torch.stack(weights, dim=1)
         self._expected = {name: torch.stack([g[name] for g in gradients]).sum(0) for name in request.params}
         self._actual: dict[str, Tensor] = {}

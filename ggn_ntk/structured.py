@@ -25,12 +25,11 @@ from ggn_ntk.checks import (
     UnsupportedModelError,
     check_model,
     configuration_problems,
-    cotangent,
     is_out_of_memory,
     output_problem,
 )
 from ggn_ntk.contraction import Doubled, add_products, double
-from ggn_ntk.probe import Probe, try_rules
+from ggn_ntk.probe import Probe, find_samples
 from ggn_ntk.reference import contract_jacobians
 from ggn_ntk.request import Request
 from ggn_ntk.rules import Factored
@@ -130,11 +129,9 @@ def prepare(request: Request, seed: int = 0, missed: dict[str, str] | None = Non
     if walk is not None:
         return Prepared(walk, probe, missed)
     recording = _record_all(request, probe)
-    t = cotangent(recording.output[:1], seed)
-    r = cotangent(recording.output.flatten(1)[:, 0] if recording.output.ndim > 1 else recording.output, seed + TRIES)
-    trial = try_rules(request, recording, t, r)
-    missed = trial.failures | missed
-    return Prepared(Capture(_without(request, missed), trial.calls, recording.output), probe, missed)
+    calls, failures = find_samples(request, recording)
+    missed = failures | missed
+    return Prepared(Capture(_without(request, missed), calls, recording.output), probe, missed)
 
 
 def _record_all(request: Request, probe: Probe) -> Recording:
