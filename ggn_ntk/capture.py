@@ -3,19 +3,21 @@
 Forward hooks record the input and output of each call of a layer that has a rule and wanted parameters; then autograd
 passes all output basis vectors back to the recorded outputs at once. The rest of the model may be anything.
 
-A layer's leading axis need not hold the samples. Next to a forward pass on one sample, the axis of the samples is the
-one that has grown: in front, further back (sequence first), or in front with several rows for each sample (windows).
-An output that has not grown is the same for all samples (position embeddings), and is repeated for each. That this is
-so, and that the rules are right, is for :mod:`ggn_ntk.probe` to find out.
+A layer's leading axis need not hold the samples. Their axis is the one that grows from one sample to two: in front,
+further back (sequence first), or in front with several rows for each sample (windows). An output that does not grow is
+the same for all samples (position embeddings), and is repeated for each. Whether this holds for all samples, and
+whether the rules are right, is for :mod:`ggn_ntk.probe` to find out.
 """
 
 import inspect
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import combinations
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor
@@ -36,10 +38,10 @@ class Call:
 
     Attributes:
         module: The layer.
-        x: Its input; a tuple where it took several arguments.
+        x: Its input, with the samples in front; a tuple where it took several arguments.
         output: What it returned, in the graph of the model's output.
         params: Its wanted parameters: their names on the layer, and those users know them by.
-        axis: The axis of the samples; ``None`` where there is none.
+        axis: The axis of the samples in the output; ``None`` where it is not known.
         rows: How many entries of that axis, one behind the other, belong to a sample.
         sources: Nodes of the graph that its inputs come from.
     """
@@ -59,14 +61,27 @@ class Call:
             s: ``[C, *output]``.
 
         Returns:
-            The Jacobians, by the names users know parameters by; those for which the rule has none are left out.
+            The Jacobians, by the names users know parameters by; those that the rule does not state are left out.
         """
-        rule, axis = rule_for(self.module), self.axis
+        rule = rule_for(self.module)
         assert rule is not None
-        assert axis is not None
-        x = _map_tensors(lambda t: t.movedim(axis, 0), self.x) if axis else self.x
-        factored = rule(self.module, x, s.movedim(1 + axis, 1))
+        assert self.axis is not None
+        factored = rule(self.module, self.x, s.movedim(1 + self.axis, 1))
         return {name: _split_rows(factored[key], self.rows) for key, name in self.params.items() if key in factored}
+
+
+class Layout(NamedTuple):
+    """Where the samples are in one call of a layer.
+
+    Attributes:
+        module: The layer.
+        output: The shapes of its output for one sample and for two.
+        args: The same for each of its arguments; empty for those that are no tensors.
+    """
+
+    module: Module
+    output: tuple[Size, Size]
+    args: list[tuple[Size, Size]]
 
 
 @dataclass(frozen=True)
@@ -77,118 +92,145 @@ class Recording:
         calls: The calls of layers that have rules and wanted parameters, in their order.
         output: The model's output, in a graph.
         deterministic: Whether no random numbers were drawn.
+        repeated: Whether outputs of layers were repeated for each sample.
     """
 
     calls: list[Call]
     output: Any
     deterministic: bool
+    repeated: bool
 
 
-#: Layers in the order of their calls, with the shapes of their outputs.
-Shapes = Sequence[tuple[Module, Size]]
+def learn_layouts(request: Request, sample: Inputs) -> list[Layout]:
+    """Find out where the samples are in each call of a layer.
+
+    Args:
+        request: The request.
+        sample: One sample.
+
+    Returns:
+        The layouts of the calls, in their order.
+    """
+    one, two = _shapes(request, sample), _shapes(request, sample[[0, 0]])
+    return [
+        Layout(module, (shape, shape_of_two), list(zip(args, args_of_two, strict=True)))
+        for (module, shape, args), (module_of_two, shape_of_two, args_of_two) in zip(one, two, strict=False)
+        if module is module_of_two and len(args) == len(args_of_two)
+    ]
 
 
-def record(request: Request, inputs: Inputs, alone: Shapes = (), *, repeat: bool = True) -> Recording:
+def _shapes(request: Request, inputs: Inputs) -> list[tuple[Module, Size, list[Size]]]:
+    """Evaluate the model, and note the shapes of calls.
+
+    Args:
+        request: The request.
+        inputs: N samples.
+
+    Returns:
+        The layer of each call, with the shapes of its output and its arguments.
+    """
+    found = []
+
+    def note(module: Module, args: tuple[Any, ...], output: Tensor, params: dict[str, str]) -> Tensor:
+        shapes = [x.shape if isinstance(x, Tensor) else Size() for x in args]
+        found.append((module, output.shape, shapes))
+        return output
+
+    with hooked(request, note), torch.enable_grad():
+        request.evaluate(None, inputs)
+    return found
+
+
+def record(
+    request: Request, inputs: Inputs, layouts: Sequence[Layout] | None = None, *, repeat: bool = True
+) -> Recording:
     """Evaluate the model, and record the calls of layers.
 
     Args:
         request: The request.
         inputs: N samples.
-        alone: What one sample by itself calls; not needed for N = 1.
+        layouts: Where the samples are in each call; ``None``: in front.
         repeat: Whether outputs that are the same for all samples are repeated for each.
 
     Returns:
         The recording.
     """
-    recorder = _Recorder(request, len(inputs), alone, repeat)
+    calls: list[Call] = []
+    n, repeated = len(inputs), False
+
+    def take(module: Module, args: tuple[Any, ...], output: Tensor, params: dict[str, str]) -> Tensor:
+        nonlocal repeated
+        sources = tuple(get_gradient_edge(t).node for t in _tensors(args) if t.requires_grad)
+        args, output = _map_tensors(Tensor.detach, args), output.view_as(output)  # a node of the graph of its own
+        layout = None if layouts is None else _layout_of(module, layouts[len(calls) :])
+        axis, rows = (0, len(output) // n) if layouts is None else _sample_axis(layout, output, n)
+        if layout is not None and axis is not None:
+            moved = (_to_front(x, *shapes) for x, shapes in zip(args, layout.args, strict=False))
+            args = tuple(moved)
+        elif layout is not None and repeat and layout.output[0] == layout.output[1] == output.shape:
+            kept = 1 if len(output) == 1 else 0  # an axis of length one stands for the samples
+            args = _map_tensors(lambda t: t.expand(n, *t.shape[kept:]), args)
+            output, axis, rows, repeated = output.expand(n, *output.shape[kept:]), 0, 1, True
+        calls.append(Call(module, args[0] if len(args) == 1 else args, output, params, axis, rows, sources))
+        return output.clone()  # so that the recorded output stays as it is where others work in place
+
     before = random_state(request.model)
-    handles = [handle for module in request.model.modules() for handle in recorder.attach(module)]
+    with hooked(request, take), torch.enable_grad():
+        result = request.evaluate(None, inputs)
+    return Recording(calls, result, before == random_state(request.model), repeated)
+
+
+@contextmanager
+def hooked(
+    request: Request, take: Callable[[Module, tuple[Any, ...], Tensor, dict[str, str]], Tensor]
+) -> Iterator[None]:
+    """Call a function for each call of a layer that has a rule and wanted parameters.
+
+    Args:
+        request: The request.
+        take: Takes the layer, its arguments, its output, and its wanted parameters; returns what to pass on as the
+            output.
+
+    Yields:
+        Nothing. The hooks are gone before a backward pass, in which checkpoints evaluate layers again.
+    """
+    names = {id(p): name for name, p in request.params.items()}
+    handles = []
     try:
-        with torch.enable_grad():
-            output = request.evaluate(None, inputs)
+        for module in request.model.modules():
+            params = module.named_parameters(remove_duplicate=False)
+            wanted = {key: names[id(p)] for key, p in params if id(p) in names}
+            if wanted and rule_for(module) is not None:
+                # In front of the user's hooks: what these make of the output is no longer the layer's.
+                hook = partial(_hook, take, wanted)
+                handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
+        yield
     finally:
         for handle in handles:
-            handle.remove()  # also before the backward pass, in which checkpoints evaluate layers again
-    return Recording(recorder.calls, output, before == random_state(request.model))
+            handle.remove()
 
 
-class _Recorder:
-    """Hooks that record the calls of layers.
+def _hook(
+    take: Callable[..., Tensor], params: dict[str, str], module: Module, args: Any, kwargs: dict[str, Any], output: Any
+) -> Any:
+    """Pass a call on.
 
-    Attributes:
-        calls: The calls so far.
+    Args:
+        take: See :func:`hooked`.
+        params: The wanted parameters of the layer.
+        module: The layer.
+        args: Its positional arguments.
+        kwargs: Its keyword arguments.
+        output: What it returned; of a tuple, the first entry counts.
+
+    Returns:
+        What it returns instead.
     """
-
-    def __init__(self, request: Request, n: int, alone: Shapes, repeat: bool) -> None:
-        """Set up.
-
-        Args:
-            request: The request.
-            n: The number of samples.
-            alone: What one sample by itself calls.
-            repeat: Whether outputs that are the same for all samples are repeated for each.
-        """
-        self.calls: list[Call] = []
-        self._names = {id(p): name for name, p in request.params.items()}
-        self._n, self._alone, self._repeat = n, alone, repeat
-
-    def attach(self, module: Module) -> Iterator[Any]:
-        """Record the calls of a layer from now on, if it has a rule and wanted parameters.
-
-        Args:
-            module: The layer.
-
-        Yields:
-            The hook's handle.
-        """
-        params = module.named_parameters(remove_duplicate=False)
-        wanted = {key: self._names[id(p)] for key, p in params if id(p) in self._names}
-        if wanted and rule_for(module) is not None:
-
-            def hook(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> Any:
-                return self._record(module, _positional(module, args, kwargs), output, wanted)
-
-            # In front of the user's hooks: what these make of the output is no longer the layer's.
-            yield module.register_forward_hook(hook, prepend=True, with_kwargs=True)
-
-    def _record(self, module: Module, args: tuple[Any, ...], output: Any, params: dict[str, str]) -> Any:
-        """Record a call.
-
-        Args:
-            module: The layer.
-            args: Its arguments.
-            output: What it returned.
-            params: Its wanted parameters.
-
-        Returns:
-            What to pass on: a copy, so that the recorded output stays as it is where others work in place.
-        """
-        first = output[0] if isinstance(output, tuple) else output
-        if not (isinstance(first, Tensor) and first.requires_grad):
-            return output
-        sources = tuple(get_gradient_edge(t).node for t in _tensors(args) if t.requires_grad)
-        args, first = _map_tensors(Tensor.detach, args), first.view_as(first)  # a node of the graph of its own
-        axis, rows = _sample_axis(first.shape, self._shape_alone(module), self._n)
-        if axis is None and self._repeat and first.shape == self._shape_alone(module):
-            axis, rows = 0, 1
-            kept = 1 if len(first) == 1 else 0  # an axis of length one stands for the samples
-            args = _map_tensors(lambda t: t.expand(self._n, *t.shape[kept:]), args)
-            first = first.expand(self._n, *first.shape[kept:])
-        self.calls.append(Call(module, args[0] if len(args) == 1 else args, first, params, axis, rows, sources))
-        passed = first.clone()
-        return (passed, *output[1:]) if isinstance(output, tuple) else passed
-
-    def _shape_alone(self, module: Module) -> Size:
-        """Look up what one sample alone gives.
-
-        Args:
-            module: The layer that is called now.
-
-        Returns:
-            The shape of its output in the same call; empty if there is none.
-        """
-        calls = self._alone[len(self.calls) :][:1]
-        return calls[0][1] if calls and calls[0][0] is module else Size()
+    first = output[0] if isinstance(output, tuple) else output
+    if not (isinstance(first, Tensor) and first.requires_grad):
+        return output
+    passed = take(module, _positional(module, args, kwargs), first, params)
+    return (passed, *output[1:]) if isinstance(output, tuple) else passed
 
 
 def _positional(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
@@ -241,24 +283,66 @@ def _tensors(x: Any) -> Iterator[Tensor]:
         yield x
 
 
-def _sample_axis(shape: Size, alone: Size, n: int) -> tuple[int | None, int]:
+def _layout_of(module: Module, layouts: Sequence[Layout]) -> Layout | None:
+    """Look up the layout of a call.
+
+    Args:
+        module: The layer that is called.
+        layouts: Those of this call and the following.
+
+    Returns:
+        The layout; ``None`` where another layer was called when the layouts were learned.
+    """
+    return layouts[0] if layouts and layouts[0].module is module else None
+
+
+def _sample_axis(layout: Layout | None, output: Tensor, n: int) -> tuple[int | None, int]:
     """Find the samples in a layer's output.
 
     Args:
-        shape: Its shape for N samples.
-        alone: Its shape for one of them; empty where unknown.
+        layout: The layout.
+        output: The output for N samples.
         n: The number of samples N.
 
     Returns:
         Their axis, ``None`` where there is none, and how many entries of it belong to a sample.
     """
-    if n == 1:
-        return 0, shape[0] if shape else 1
-    grown = [axis for axis, (size, one) in enumerate(zip(shape, alone, strict=False)) if size != one]
-    if len(shape) != len(alone) or len(grown) != 1:
+    axis = None if layout is None else _grown(*layout.output)
+    if layout is None or axis is None or output.ndim <= axis:
         return None, 0
-    axis, rows = grown[0], alone[grown[0]]
-    return (axis, rows) if shape[axis] == n * rows and (rows == 1 or axis == 0) else (None, 0)
+    rows = layout.output[0][axis]
+    return (axis, rows) if output.shape[axis] == n * rows and (rows == 1 or axis == 0) else (None, 0)
+
+
+def _grown(one: Size, two: Size) -> int | None:
+    """Find the axis along which a tensor for two samples is twice as long as for one.
+
+    Args:
+        one: Its shape for one sample.
+        two: Its shape for two.
+
+    Returns:
+        The axis; ``None`` if it is not a single one.
+    """
+    if len(one) != len(two):
+        return None
+    axes = [axis for axis, (a, b) in enumerate(zip(one, two, strict=True)) if a != b]
+    return axes[0] if len(axes) == 1 and two[axes[0]] == 2 * one[axes[0]] else None
+
+
+def _to_front(x: Any, one: Size, two: Size) -> Any:
+    """Move the samples of an argument to its leading axis.
+
+    Args:
+        x: The argument.
+        one: Its shape for one sample.
+        two: Its shape for two.
+
+    Returns:
+        The argument; as it is where it does not depend on the samples.
+    """
+    axis = _grown(one, two)
+    return x.movedim(axis, 0) if isinstance(x, Tensor) and axis else x
 
 
 def _split_rows(factored: Factored, rows: int) -> Factored:

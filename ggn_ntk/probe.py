@@ -13,10 +13,12 @@ In the first two, both sides come from one forward pass, so that they differ by 
 may take a unit to the other side of a kink, so a difference must show in several draws.
 """
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
-from ggn_ntk.capture import Call, Recording, record, used_elsewhere
+from ggn_ntk.capture import Call, Layout, Recording, record, used_elsewhere
 from ggn_ntk.checks import (
     PROBE_TOLERANCES,
     TRIES,
@@ -35,7 +37,6 @@ from ggn_ntk.rules import Factored
 # How many samples are evaluated by themselves.
 _PROBED = 2
 
-_ELSEWHERE = "it is used outside of the layers that have rules"
 _DIFFERS = "its Jacobian by the layer's rule differs from autograd's (relative error {:.1e})"
 
 
@@ -52,8 +53,7 @@ def try_rules(request: Request, recording: Recording, v: Tensor) -> tuple[dict[s
         by name.
     """
     passed, gradients = _gradients(request, recording, v)
-    elsewhere = used_elsewhere(recording)
-    failures = {name: _ELSEWHERE for name, p in request.params.items() if id(p) in elsewhere}
+    failures = _used_elsewhere(request, recording)
     actual: dict[str, Tensor] = {}
     for call, s in zip(recording.calls, passed, strict=True):
         try:
@@ -88,8 +88,7 @@ def find_samples(request: Request, recording: Recording) -> tuple[list[Call], di
         not, by name.
     """
     output, n = recording.output, len(recording.output)
-    elsewhere = used_elsewhere(recording)
-    failures = {name: _ELSEWHERE for name, p in request.params.items() if id(p) in elsewhere}
+    failures = _used_elsewhere(request, recording)
     t, r = cotangent(output[:1], seed=0), cotangent(output.new_empty(n), seed=1)
     outputs = [call.output for call in recording.calls]
     same, weighted = (
@@ -111,6 +110,28 @@ def find_samples(request: Request, recording: Recording) -> tuple[list[Call], di
             what = f"samples are not told apart in an output {list(call.output.shape)} of its layer"
             failures |= dict.fromkeys(call.params.values(), what)
     return calls, failures
+
+
+def _used_elsewhere(request: Request, recording: Recording) -> dict[str, str]:
+    """Find the parameters that are used outside of recorded calls.
+
+    Args:
+        request: The request.
+        recording: A forward pass.
+
+    Returns:
+        What is the matter with them, by name.
+    """
+    elsewhere = used_elsewhere(recording)
+    owners = {id(p): module for module in request.model.modules() for p in module.parameters(recurse=False)}
+    found = {}
+    for name, p in request.params.items():
+        if id(p) in elsewhere:
+            owner = owners[id(p)]
+            has_rule = any(name in call.params.values() for call in recording.calls)
+            kind = type(owner).__name__
+            found[name] = f"{kind} has no rule" if not has_rule else f"it is also used outside of a call of {kind}"
+    return found
 
 
 def _jacobians(call: Call, s: Tensor, n: int) -> dict[str, Factored]:
@@ -196,16 +217,16 @@ class Probe:
     """A few samples, each by itself: what the Jacobians that a capture yields are compared with.
 
     Attributes:
-        alone: The layers that one of the samples calls, with the shapes of their outputs.
         failures: Why rules do not give the Jacobian of a parameter, by name.
     """
 
-    def __init__(self, request: Request, seed: int) -> None:
+    def __init__(self, request: Request, seed: int, layouts: Sequence[Layout] | None) -> None:
         """Evaluate the samples, and try the rules on them.
 
         Args:
             request: The request.
             seed: Decides on the samples and on v.
+            layouts: Where the samples are in each call of a layer; ``None``: in front.
 
         Raises:
             UnsupportedModelError: If the output cannot be differentiated.
@@ -216,13 +237,12 @@ class Probe:
         self._outputs, weights, gradients = [], [], []
         self.failures: dict[str, str] = {}
         for sample in self._samples:
-            recording = record(request, inputs[[sample]])
+            recording = record(request, inputs[[sample]], layouts)
             problem = output_problem(recording.output, recording.deterministic, 1)
             if problem is not None:
                 raise UnsupportedModelError([problem])
             v = cotangent(recording.output, seed=TRIES * sample + seed)
             found, failures = try_rules(request, recording, v)
-            self.alone = [(call.module, call.output.shape) for call in recording.calls]
             self.failures |= failures
             self._outputs.append(recording.output.detach())
             weights.append(v.flatten())

@@ -9,7 +9,7 @@ No rule is trusted (:mod:`ggn_ntk.probe`). Parameters whose Jacobian no rule giv
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 from itertools import chain
 from typing import Any, NamedTuple
@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Size, Tensor
 
-from ggn_ntk.capture import Capture, Recording, record
+from ggn_ntk.capture import Capture, Layout, Recording, learn_layouts, record
 from ggn_ntk.checks import (
     INTERACTION,
     PROBE_TOLERANCES,
@@ -96,7 +96,7 @@ def _probed_kernels(request: Request) -> tuple[Prepared, dict[str, Tensor]]:
         suspects = {n: why for n, why in failures.items() if n in suspects and n not in prepared.missed}
         tolerance = PROBE_TOLERANCES[prepared.capture.output.dtype]
         mixed = mixed and not prepared.probe.output_error(prepared.capture.output) <= tolerance
-        if not suspects and not mixed:
+        if not suspects:
             return prepared, kernels
         if seed == 0:
             check_model(request)
@@ -123,23 +123,31 @@ def prepare(request: Request, seed: int = 0, missed: dict[str, str] | None = Non
     problems = configuration_problems(request)
     if problems:
         raise UnsupportedModelError(problems, _ROUTE)
-    probe = Probe(request, seed)
+    walk, layouts = _can_walk(request), None
+    if not walk:
+        layouts = learn_layouts(request, request.x1[:1])
+    probe = Probe(request, seed, layouts)
     missed = probe.failures | (missed or {})
-    walk = None if request.capture == "autograd" else _walk(request, missed)
-    if walk is not None:
-        return Prepared(walk, probe, missed)
-    recording = _record_all(request, probe)
+    if walk:
+        try:
+            return Prepared(Walk(_without(request, missed)), probe, missed)
+        except UnsupportedModelError:
+            if request.capture == "backpack":
+                raise
+            layouts = learn_layouts(request, request.x1[:1])
+    recording = _record_all(request, probe, layouts)
     calls, failures = find_samples(request, recording)
     missed = failures | missed
     return Prepared(Capture(_without(request, missed), calls, recording.output), probe, missed)
 
 
-def _record_all(request: Request, probe: Probe) -> Recording:
+def _record_all(request: Request, probe: Probe, layouts: Sequence[Layout] | None) -> Recording:
     """Evaluate the model on all samples.
 
     Args:
         request: The request.
         probe: Samples by themselves.
+        layouts: Where the samples are in each call of a layer.
 
     Returns:
         The recording.
@@ -149,43 +157,39 @@ def _record_all(request: Request, probe: Probe) -> Recording:
     """
     inputs = request.x1.stack(request.x2)
     try:
-        recording = record(request, inputs, probe.alone)
+        recording = record(request, inputs, layouts)
         problem = output_problem(recording.output, recording.deterministic, len(inputs))
-        right = problem is None and probe.output_error(recording.output) <= PROBE_TOLERANCES[recording.output.dtype]
+        right = not recording.repeated or (
+            problem is None and probe.output_error(recording.output) <= PROBE_TOLERANCES[recording.output.dtype]
+        )
     except Exception as error:
         if is_out_of_memory(error):
             raise
         right = False
     if not right:  # perhaps since an output was repeated
-        recording = record(request, inputs, probe.alone, repeat=False)
+        recording = record(request, inputs, layouts, repeat=False)
         problem = output_problem(recording.output, recording.deterministic, len(inputs))
     if problem is not None:
         raise UnsupportedModelError([problem])
     return recording
 
 
-def _walk(request: Request, missed: dict[str, str]) -> Walk | None:
-    """Evaluate a model layer by layer, if it is a sequence of layers.
+def _can_walk(request: Request) -> bool:
+    """Tell whether to walk through the model layer by layer.
 
     Args:
         request: The request.
-        missed: Parameters to leave out, by name.
 
     Returns:
-        The walk, or ``None``.
+        Whether it is a sequence of layers, and the other capture was not asked for.
 
     Raises:
         UnsupportedModelError: If this capture was asked for, and does not support the model.
     """
-    try:
-        problems = list(structure_problems(request))
-        if problems:
-            raise UnsupportedModelError(problems, _ROUTE)
-        return Walk(_without(request, missed))
-    except UnsupportedModelError:
-        if request.capture == "backpack":
-            raise
-        return None
+    problems = [] if request.capture == "autograd" else list(structure_problems(request))
+    if problems and request.capture == "backpack":
+        raise UnsupportedModelError(problems, _ROUTE)
+    return request.capture != "autograd" and not problems
 
 
 def _without(request: Request, names: Iterable[str]) -> Request:

@@ -23,13 +23,24 @@ from ggn_ntk.rules.registry import (
     rule_for,
 )
 
-from ggn_ntk.rules import activation, convolution, embedding, linear, normalization, pooling, shape  # isort: skip
+from ggn_ntk.rules import (  # isort: skip
+    activation,
+    attention,
+    convolution,
+    embedding,
+    linear,
+    normalization,
+    pooling,
+    shape,
+    third_party,
+)
 
 __all__ = [
     "Backpropagation",
     "Factored",
     "Rule",
     "activation",
+    "attention",
     "backpropagation_for",
     "channels_last",
     "convolution",
@@ -41,4 +52,5 @@ __all__ = [
     "register_rule",
     "rule_for",
     "shape",
+    "third_party",
 ]

@@ -2,6 +2,8 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -64,6 +66,7 @@ class Factored:
 Rule = Callable[[Any, Any, Tensor], dict[str, Factored]]
 
 _RULES: dict[type[Module], Rule] = {}
+_RULES_BY_NAME: dict[str, Rule] = {}
 
 
 def register_rule(*layer_types: type[Module]) -> Callable[[_F], _F]:
@@ -94,6 +97,23 @@ def register_rule(*layer_types: type[Module]) -> Callable[[_F], _F]:
     return register
 
 
+def register_rule_by_name(*patterns: str) -> Callable[[_F], _F]:
+    """Register rules of layers whose package is not imported; a rule that is registered for the type comes first.
+
+    Args:
+        *patterns: Qualified names of the layers' exact types, in which ``*`` stands for anything.
+
+    Returns:
+        The decorator.
+    """
+
+    def register(rule: _F) -> _F:
+        _RULES_BY_NAME.update(dict.fromkeys(patterns, rule))
+        return rule
+
+    return register
+
+
 def rule_for(module: Module) -> Rule | None:
     """Look up a layer's rule by its exact type.
 
@@ -103,7 +123,21 @@ def rule_for(module: Module) -> Rule | None:
     Returns:
         Its rule, or ``None``.
     """
-    return _RULES.get(type(module))
+    kind = type(module)
+    return _RULES.get(kind) or _rule_by_name(f"{kind.__module__}.{kind.__qualname__}")
+
+
+@cache
+def _rule_by_name(name: str) -> Rule | None:
+    """Look up the rule of a layer whose package may not be imported.
+
+    Args:
+        name: The qualified name of its type.
+
+    Returns:
+        Its rule, or ``None``.
+    """
+    return next((rule for pattern, rule in _RULES_BY_NAME.items() if fnmatchcase(name, pattern)), None)
 
 
 class Backpropagation(NamedTuple):
