@@ -24,7 +24,7 @@ from torch import Size, Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn import Module
 
-from ggn_ntk.checks import is_out_of_memory, random_state
+from ggn_ntk.checks import graph_nodes, is_out_of_memory, random_state
 from ggn_ntk.request import Inputs, Request
 from ggn_ntk.rules import Factored, rule_for
 
@@ -162,6 +162,7 @@ def record(
         nonlocal repeated
         sources = tuple(get_gradient_edge(t).node for t in _tensors(args) if t.requires_grad)
         args, output = _map_tensors(Tensor.detach, args), output.view_as(output)  # a node of the graph of its own
+        shape = None
         layout = None if layouts is None else _layout_of(module, layouts[len(calls) :])
         axis, rows = (0, len(output) // n) if layouts is None else _sample_axis(layout, output, n)
         if layout is not None and axis is not None:
@@ -170,9 +171,11 @@ def record(
         elif layout is not None and repeat and layout.output[0] == layout.output[1] == output.shape:
             kept = 1 if len(output) == 1 else 0  # an axis of length one stands for the samples
             args = _map_tensors(lambda t: t.expand(n, *t.shape[kept:]), args)
-            output, axis, rows, repeated = output.expand(n, *output.shape[kept:]), 0, 1, True
+            shape, output, axis, rows = output.shape, output.expand(n, *output.shape[kept:]), 0, 1
+            repeated = n > 1
         calls.append(Call(module, args[0] if len(args) == 1 else args, output, params, axis, rows, sources))
-        return output.clone()  # so that the recorded output stays as it is where others work in place
+        # A copy, so that the recorded output stays as it is where others work in place.
+        return output.clone() if n > 1 or shape is None else output.reshape(shape).clone()
 
     before = random_state(request.model)
     with hooked(request, take), torch.enable_grad():
@@ -376,19 +379,7 @@ def used_elsewhere(recording: Recording) -> set[int]:
         The ids of parameters that are used outside of the calls of layers that have rules.
     """
     sources = {call.output.grad_fn: call.sources for call in recording.calls}
-    waiting = [get_gradient_edge(recording.output).node] if recording.output.requires_grad else []
-    seen, found = set(), set()
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if node in sources:
-            waiting += sources[node]
-            continue
-        waiting += [before for before, _ in node.next_functions if before is not None]
-        found.add(id(getattr(node, "variable", None)))
-    return found
+    return {id(getattr(node, "variable", None)) for node in graph_nodes(recording.output, sources)}
 
 
 def pull_back(output: Tensor, tensors: Sequence[Tensor], cotangents: Tensor) -> list[Tensor | None]:
@@ -424,6 +415,8 @@ class Capture:
         output: The model's output ``[N, *out]``.
         counts: How often each wanted parameter is used, by name.
     """
+
+    kind = "autograd"
 
     def __init__(self, request: Request, calls: Sequence[Call], output: Tensor) -> None:
         """Set up.

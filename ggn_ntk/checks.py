@@ -3,13 +3,14 @@
 import math
 import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from backpack import hook_store_io
 from torch import Size, Tensor, nn
+from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -284,16 +285,18 @@ def _probe_samples(request: Request) -> tuple[Size, list[Problem]]:
     """
     samples = request.x1[:2].stack(request.second[-1:])
     before = random_state(request.model)
-    output = request.evaluate(None, samples)
+    with torch.enable_grad():
+        output = request.evaluate(None, samples)
     problem = output_problem(output, before == random_state(request.model), len(samples))
     if problem is not None:
         return Size(), [problem]
+    tolerance, output = probe_tolerance(output), output.detach()
     for seed in range(TRIES):
         v = cotangent(output, seed)
         together = gradients(request, samples, v)
         each = [gradients(request, samples[i : i + 1], v[i : i + 1]) for i in range(len(samples))]
         alone = {name: torch.stack([gradient[name] for gradient in each]).sum(0) for name in together}
-        problems = _sample_problems(together, alone)
+        problems = _sample_problems(together, alone, tolerance)
         if not problems:
             break
     return output.shape[1:], problems
@@ -363,21 +366,63 @@ def gradient_error(actual: Tensor, expected: Tensor, total: float) -> float:
     return 0.0 if error == 0 else error / scale if scale else float("inf")
 
 
-def gradients_agree(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> bool:
+def gradients_agree(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float | None = None) -> bool:
     """Tell whether gradients agree, parameter by parameter.
 
     Args:
         actual: Gradients by name.
         expected: What they should be.
+        tolerance: The largest relative error; ``None`` for that of probes, by dtype.
 
     Returns:
-        Whether they do, up to the tolerance of probes.
+        Whether they do.
     """
     total = total_norm(expected.values())
     errors = [gradient_error(actual[name], gradient, total) for name, gradient in expected.items()]
     return all(
-        error <= PROBE_TOLERANCES[gradient.dtype] for error, gradient in zip(errors, actual.values(), strict=True)
+        error <= (PROBE_TOLERANCES[gradient.dtype] if tolerance is None else tolerance)
+        for error, gradient in zip(errors, actual.values(), strict=True)
     )
+
+
+def probe_tolerance(output: Tensor) -> float:
+    """Choose the tolerance of a probe.
+
+    A model may convert to float32 inside, also where its parameters are in float64 (normalisation layers of Hugging
+    Face's do); then its gradients are reproducible to the rounding of float32 alone.
+
+    Args:
+        output: The model's output, in a graph.
+
+    Returns:
+        The largest relative error.
+    """
+    converts = any(node.name().startswith("ToCopyBackward") for node in graph_nodes(output))
+    return PROBE_TOLERANCES[torch.float32 if converts else output.dtype]
+
+
+def graph_nodes(output: Tensor, sources: Mapping[Any, Iterable[Node]] | None = None) -> Iterator[Node]:
+    """Walk through the graph of a tensor, from the tensor back.
+
+    Args:
+        output: The tensor.
+        sources: Where to go on behind some nodes, instead of at those they come from; such nodes are left out.
+
+    Yields:
+        Each node once.
+    """
+    waiting = [get_gradient_edge(output).node] if output.requires_grad else []
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if sources is not None and node in sources:
+            waiting += sources[node]
+        else:
+            yield node
+            waiting += [before for before, _ in node.next_functions if before is not None]
 
 
 def total_norm(tensors: Iterable[Tensor]) -> float:
@@ -392,19 +437,20 @@ def total_norm(tensors: Iterable[Tensor]) -> float:
     return math.hypot(*(torch.linalg.vector_norm(t).item() for t in tensors))
 
 
-def _sample_problems(together: dict[str, Tensor], alone: dict[str, Tensor]) -> list[Problem]:
+def _sample_problems(together: dict[str, Tensor], alone: dict[str, Tensor], tolerance: float) -> list[Problem]:
     """Compare gradients of samples together and one by one.
 
     Args:
         together: Gradient of the samples in a batch.
         alone: The sum of their gradients by themselves.
+        tolerance: The largest relative error.
 
     Returns:
         A problem, or nothing.
     """
     if not all(gradient.isfinite().all() for gradient in together.values()):
         return [Problem("", "its gradients are not finite", "Look for overflow in its weights and inputs")]
-    if gradients_agree(together, alone):
+    if gradients_agree(together, alone, tolerance):
         return []
     return [INTERACTION]
 

@@ -1,13 +1,14 @@
 """What the structured route does for a model, and what it costs."""
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
 from typing import Any
 
+from torch import Tensor
 from torch.nn import Module
 
 from ggn_ntk.checks import Problem, UnsupportedModelError, eager
-from ggn_ntk.contraction import path_of, restrict
+from ggn_ntk.contraction import Doubled, path_of, restrict
 from ggn_ntk.isolation import isolated
 from ggn_ntk.request import Request
 from ggn_ntk.structured import recorded_products
@@ -42,11 +43,19 @@ class Explanation:
         method: The route that is taken.
         contractions: For the structured route, one for each pair of uses of each parameter, from the output back.
         problems: Why the structured route is not taken.
+        capture: How the structured route takes the model apart, ``"backpack"`` or ``"autograd"``.
+        remainder: Why parameters are contracted from Jacobians of each sample, by name, where rules do not give them.
+        entries: The number of entries of all parameters.
+        covered: The number of entries of those that rules cover.
     """
 
     method: str
-    contractions: tuple[Contraction, ...]
-    problems: tuple[Problem, ...]
+    contractions: tuple[Contraction, ...] = ()
+    problems: tuple[Problem, ...] = ()
+    capture: str = ""
+    remainder: dict[str, str] = field(default_factory=dict)
+    entries: int = 0
+    covered: int = 0
 
     def __str__(self) -> str:
         """Format as a table.
@@ -61,11 +70,15 @@ class Explanation:
             (c.parameter, c.layer, f"{c.flops / 1e9:.3g}", f"{c.memory / 1e6:.3g}", "; ".join(c.order))
             for c in self.contractions
         ]
-        total = sum(c.flops for c in self.contractions)
-        rows.append(("total", "", f"{total / 1e9:.3g}", f"{max(c.memory for c in self.contractions) / 1e6:.3g}", ""))
+        total, largest = sum(c.flops for c in self.contractions), max((c.memory for c in self.contractions), default=0)
+        rows.append(("total", "", f"{total / 1e9:.3g}", f"{largest / 1e6:.3g}", ""))
         widths = [max(len(row[i]) for row in rows) for i in range(4)]
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
-        return "\n".join([f"method: {self.method}", *(line.rstrip() for line in lines)])
+        covered = f"rules cover {self.covered} of {self.entries} parameter entries ({self.covered / self.entries:.1%})"
+        head = [f"method: {self.method}, capture: {self.capture}; {covered}"]
+        tail = ["", "contracted from Jacobians of each sample:"] if self.remainder else []
+        tail += [f"  - {name}: {why}" for name, why in self.remainder.items()]
+        return "\n".join([*head, *(line.rstrip() for line in lines), *tail])
 
 
 def explain(
@@ -76,6 +89,8 @@ def explain(
     compute: str = "full",
     method: str = "auto",
     params: Iterable[str] | None = None,
+    capture: str = "auto",
+    output: Callable[[Any], Tensor] | None = None,
 ) -> Explanation:
     """Tell how :func:`ggn_ntk.empirical_ntk` computes a kernel, without contracting it.
 
@@ -89,6 +104,8 @@ def explain(
         compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
         method: ``"structured"``, or ``"auto"``: then a model that the structured route does not support is no error.
         params: Names of the parameters to sum over; ``None`` for all that require a gradient.
+        capture: How to take the model apart, as for :func:`ggn_ntk.empirical_ntk`.
+        output: Turns what the model returns into a tensor, as for :func:`ggn_ntk.empirical_ntk`.
 
     Returns:
         The explanation.
@@ -99,22 +116,34 @@ def explain(
     """
     if method not in ("auto", "structured"):
         raise ValueError(f"method must be 'auto' or 'structured', the routes with a choice to explain, got {method!r}.")
-    request = Request.parse(model, x1, x2, compute=compute, params=params, per_parameter=True)
+    request = Request.parse(
+        model, x1, x2, compute=compute, params=params, per_parameter=True, capture=capture, output=output
+    )
     with isolated(model):
         try:
-            contractions = tuple(_contractions(request))
+            prepared, products = recorded_products(request)
         except UnsupportedModelError as error:
             if method == "structured":
                 raise
-            return Explanation("jacobian_contraction", (), tuple(error.problems))
-    return Explanation("structured", contractions, ())
+            return Explanation("jacobian_contraction", problems=tuple(error.problems))
+        contractions = tuple(_contractions(request, products))
+    entries = {name: p.numel() for name, p in request.params.items()}
+    return Explanation(
+        "structured",
+        contractions,
+        capture=prepared.capture.kind,
+        remainder=prepared.missed,
+        entries=sum(entries.values()),
+        covered=sum(size for name, size in entries.items() if name not in prepared.missed),
+    )
 
 
-def _contractions(request: Request) -> Iterable[Contraction]:
+def _contractions(request: Request, products: Iterable[tuple[str, Doubled]]) -> Iterable[Contraction]:
     """Describe each product of Jacobians.
 
     Args:
         request: The request.
+        products: The products, by names of parameters.
 
     Yields:
         The descriptions.
@@ -122,7 +151,7 @@ def _contractions(request: Request) -> Iterable[Contraction]:
     owners = {id(p): type(m).__name__ for m in eager(request.model).modules() for p in m.parameters(recurse=False)}
     total, n1 = sum(request.sizes), request.n1
     rows, columns = slice(0, n1 or total), slice(n1 or 0, total)
-    for name, product in recorded_products(request)[1]:
+    for name, product in products:
         operands = restrict(product, rows, columns)
         info = path_of(operands, product.result)
         yield Contraction(

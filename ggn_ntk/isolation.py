@@ -19,6 +19,7 @@ from backpack import disable
 from torch import Tensor
 from torch.nn import Module
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import CheckpointFunction
 
 _CONTAINERS = (dict, list, set, deque)
 
@@ -51,6 +52,7 @@ def isolated(model: Module) -> Iterator[None]:
         stack.enter_context(disable())
         if "torch._dynamo" in sys.modules:  # importing it takes seconds, and without it nothing is compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(_reentrant_checkpoints_off())
         stack.enter_context(_third_party_warnings_off())
         stack.enter_context(_state_restored(model))
         yield
@@ -221,6 +223,27 @@ def _legacy_precision_highest() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = convolution
+
+
+@contextmanager
+def _reentrant_checkpoints_off() -> Iterator[None]:
+    """Keep what reentrant checkpoints would evaluate again: they support neither ``torch.func`` nor ``autograd.grad``.
+
+    Yields:
+        Nothing.
+    """
+
+    def evaluate(function: Any, preserve_rng_state: bool, *args: Any) -> Any:
+        return function(*args)
+
+    before = vars(CheckpointFunction).get("apply")
+    CheckpointFunction.apply = evaluate
+    try:
+        yield
+    finally:
+        del CheckpointFunction.apply
+        if before is not None:
+            CheckpointFunction.apply = before
 
 
 @contextmanager

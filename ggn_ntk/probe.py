@@ -20,13 +20,13 @@ from torch import Tensor
 
 from ggn_ntk.capture import Call, Layout, Recording, record, used_elsewhere
 from ggn_ntk.checks import (
-    PROBE_TOLERANCES,
     TRIES,
     UnsupportedModelError,
     cotangent,
     gradient_error,
     is_out_of_memory,
     output_problem,
+    probe_tolerance,
     relative_error,
     total_norm,
 )
@@ -34,8 +34,8 @@ from ggn_ntk.contraction import select_samples
 from ggn_ntk.request import Request
 from ggn_ntk.rules import Factored
 
-# How many samples are evaluated by themselves.
-_PROBED = 2
+# How many samples are evaluated by themselves: at most so many, and one of so many.
+_PROBED, _SHARE = 3, 16
 
 _DIFFERS = "its Jacobian by the layer's rule differs from autograd's (relative error {:.1e})"
 
@@ -52,8 +52,9 @@ def try_rules(request: Request, recording: Recording, v: Tensor) -> tuple[dict[s
         Autograd's gradient of ``sum v f`` for each wanted parameter, and why rules do not give it where they do not,
         by name.
     """
-    passed, gradients = _gradients(request, recording, v)
+    tolerance = probe_tolerance(recording.output)
     failures = _used_elsewhere(request, recording)
+    passed, gradients = _gradients(request, recording, v)
     actual: dict[str, Tensor] = {}
     for call, s in zip(recording.calls, passed, strict=True):
         try:
@@ -68,7 +69,7 @@ def try_rules(request: Request, recording: Recording, v: Tensor) -> tuple[dict[s
             actual[name] = actual[name] + product if name in actual else product
         missing = (name for name in call.params.values() if name not in jacobians and s is not None)
         failures |= dict.fromkeys(missing, f"the rule of {type(call.module).__name__} does not state its Jacobian")
-    for name, size in errors(actual, gradients).items():
+    for name, size in errors(actual, gradients, tolerance).items():
         failures.setdefault(name, _DIFFERS.format(size))
     return gradients, failures
 
@@ -90,7 +91,7 @@ def find_samples(request: Request, recording: Recording) -> tuple[list[Call], di
     output, n = recording.output, len(recording.output)
     failures = _used_elsewhere(request, recording)
     t, r = cotangent(output[:1], seed=0), cotangent(output.new_empty(n), seed=1)
-    outputs = [call.output for call in recording.calls]
+    outputs, tolerance = [call.output for call in recording.calls], probe_tolerance(output)
     same, weighted = (
         torch.autograd.grad(output, outputs, v, retain_graph=True, allow_unused=True) if outputs else ()
         for v in (t.expand_as(output), r.reshape(-1, *[1] * (t.ndim - 1)) * t)
@@ -106,7 +107,7 @@ def find_samples(request: Request, recording: Recording) -> tuple[list[Call], di
         else:
             rows = r.repeat_interleave(call.rows).reshape(-1, *[1] * (s.ndim - 1 - call.axis))
             error = gradient_error(s * rows, w, largest)
-        if not error <= PROBE_TOLERANCES[output.dtype]:
+        if not error <= tolerance:
             what = f"samples are not told apart in an output {list(call.output.shape)} of its layer"
             failures |= dict.fromkeys(call.params.values(), what)
     return calls, failures
@@ -188,16 +189,24 @@ def weighted_sum(jacobian: Factored, weights: Tensor) -> Tensor:
     Returns:
         ``[P]`` for a parameter with P entries.
     """
-    equation = f"{','.join(jacobian.terms)},cn->{jacobian.result[2:]}"
-    return torch.einsum(equation, *jacobian.operands, weights).flatten()
+    terms, operands = list(jacobian.terms), list(jacobian.operands)
+    first = next((i for i, term in enumerate(terms) if "c" in term and "n" in term), 0)
+    term, s = terms.pop(first), operands.pop(first)
+    if any("c" in other for other in terms) or not {"c", "n"} <= set(term):
+        equation = f"{','.join([term, *terms])},cn->{jacobian.result[2:]}"
+        return torch.einsum(equation, s, *operands, weights).flatten()
+    summed = term.replace("c", "")
+    terms, operands = [summed, *terms], [torch.einsum(f"{term},cn->{summed}", s, weights), *operands]
+    return torch.einsum(f"{','.join(terms)}->{jacobian.result[2:]}", *operands).flatten()
 
 
-def errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, float]:
+def errors(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> dict[str, float]:
     """Find gradients that are off by more than rounding.
 
     Args:
         actual: Gradients by name, flattened; those that are missing are zero.
         expected: What they should be.
+        tolerance: The largest relative error that rounding makes.
 
     Returns:
         The relative errors that are too large, by name.
@@ -208,7 +217,7 @@ def errors(actual: dict[str, Tensor], expected: dict[str, Tensor]) -> dict[str, 
         flat = gradient.flatten()
         given = actual.get(name, torch.zeros_like(flat))
         error = gradient_error(given, flat, total) if given.shape == flat.shape else float("inf")
-        if not error <= PROBE_TOLERANCES[flat.dtype]:
+        if not error <= tolerance:
             found[name] = error
     return found
 
@@ -233,7 +242,8 @@ class Probe:
         """
         inputs = request.x1.stack(request.x2)
         generator = torch.Generator().manual_seed(seed)
-        self._samples = torch.randperm(len(inputs), generator=generator, device="cpu")[:_PROBED].tolist()
+        count = max(1, min(_PROBED, len(inputs) // _SHARE))
+        self._samples = torch.randperm(len(inputs), generator=generator, device="cpu")[:count].tolist()
         self._outputs, weights, gradients = [], [], []
         self.failures: dict[str, str] = {}
         for sample in self._samples:
@@ -241,6 +251,7 @@ class Probe:
             problem = output_problem(recording.output, recording.deterministic, 1)
             if problem is not None:
                 raise UnsupportedModelError([problem])
+            self._tolerance = probe_tolerance(recording.output)
             v = cotangent(recording.output, seed=TRIES * sample + seed)
             found, failures = try_rules(request, recording, v)
             self.failures |= failures
@@ -251,16 +262,16 @@ class Probe:
         self._expected = {name: torch.stack([g[name] for g in gradients]).sum(0) for name in request.params}
         self._actual: dict[str, Tensor] = {}
 
-    def output_error(self, output: Tensor) -> float:
+    def outputs_agree(self, output: Tensor) -> bool:
         """Compare outputs of the samples among others and by themselves.
 
         Args:
             output: The outputs ``[N, *out]`` of all samples.
 
         Returns:
-            The relative error.
+            Whether they are equal but for rounding.
         """
-        return relative_error(output[self._samples], torch.cat(self._outputs))
+        return relative_error(output[self._samples], torch.cat(self._outputs)) <= self._tolerance
 
     def begin(self, outputs: Tensor) -> None:
         """Start on some outputs.
@@ -287,4 +298,7 @@ class Probe:
         Returns:
             Why a Jacobian is wrong, for those parameters for which it is, by name.
         """
-        return {name: _DIFFERS.format(error) for name, error in errors(self._actual, self._expected).items()}
+        return {
+            name: _DIFFERS.format(error)
+            for name, error in errors(self._actual, self._expected, self._tolerance).items()
+        }

@@ -9,10 +9,11 @@ No rule is trusted (:mod:`ggn_ntk.probe`). Parameters whose Jacobian no rule giv
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Size, Tensor
@@ -20,7 +21,6 @@ from torch import Size, Tensor
 from ggn_ntk.capture import Capture, Layout, Recording, learn_layouts, record
 from ggn_ntk.checks import (
     INTERACTION,
-    PROBE_TOLERANCES,
     TRIES,
     UnsupportedModelError,
     check_model,
@@ -34,6 +34,8 @@ from ggn_ntk.reference import contract_jacobians
 from ggn_ntk.request import Request
 from ggn_ntk.rules import Factored
 from ggn_ntk.walk import Walk, structure_problems
+
+_T = TypeVar("_T")
 
 _ROUTE = "structured empirical NTK"
 
@@ -68,21 +70,22 @@ def structured_kernels(request: Request) -> tuple[Size, Iterable[tuple[str, Tens
         The shape ``[*out]`` of one sample's output; names of parameters (empty for their sum) and kernels over
         flattened outputs.
     """
-    prepared, kernels = _probed_kernels(request)
+    prepared, kernels = _probed(request, lambda prepared: _contract(prepared, request))
     if prepared.missed:
         check_model(request)  # that samples leave one another alone, the remainder takes for granted
     return prepared.capture.output.shape[1:], chain(kernels.items(), _remainder(request, prepared.missed))
 
 
 @torch.no_grad()
-def _probed_kernels(request: Request) -> tuple[Prepared, dict[str, Tensor]]:
-    """Compute kernels of the parameters for which rules give the right Jacobians.
+def _probed(request: Request, use: Callable[[Prepared], _T]) -> tuple[Prepared, _T]:
+    """Evaluate and differentiate a model, until all Jacobians that are not missed are right.
 
     Args:
         request: The request.
+        use: Shows the probe all Jacobians, and makes something of them.
 
     Returns:
-        The evaluated model, which knows the other parameters, and kernels by name (empty for their sum).
+        The evaluated model, and what was made of it.
 
     Raises:
         UnsupportedModelError: If the model has no exact kernel, or the capture that was asked for does not support it.
@@ -91,19 +94,18 @@ def _probed_kernels(request: Request) -> tuple[Prepared, dict[str, Tensor]]:
     mixed = True
     for seed in range(TRIES):
         prepared = prepare(request, seed)
-        kernels = _contract(prepared, request)
+        result = use(prepared)
         failures = prepared.probe.judge()
         suspects = {n: why for n, why in failures.items() if n in suspects and n not in prepared.missed}
-        tolerance = PROBE_TOLERANCES[prepared.capture.output.dtype]
-        mixed = mixed and not prepared.probe.output_error(prepared.capture.output) <= tolerance
+        mixed = mixed and not prepared.probe.outputs_agree(prepared.capture.output)
         if not suspects:
-            return prepared, kernels
+            return prepared, result
         if seed == 0:
             check_model(request)
     if mixed:
         raise UnsupportedModelError([INTERACTION])
     prepared = prepare(request, 0, suspects)
-    return prepared, _contract(prepared, request)
+    return prepared, use(prepared)
 
 
 def prepare(request: Request, seed: int = 0, missed: dict[str, str] | None = None) -> Prepared:
@@ -159,9 +161,7 @@ def _record_all(request: Request, probe: Probe, layouts: Sequence[Layout] | None
     try:
         recording = record(request, inputs, layouts)
         problem = output_problem(recording.output, recording.deterministic, len(inputs))
-        right = not recording.repeated or (
-            problem is None and probe.output_error(recording.output) <= PROBE_TOLERANCES[recording.output.dtype]
-        )
+        right = not recording.repeated or (problem is None and probe.outputs_agree(recording.output))
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -215,21 +215,39 @@ def _contract(prepared: Prepared, request: Request) -> dict[str, Tensor]:
     Returns:
         Kernels by name (empty for their sum).
     """
-    capture, probe, missed = prepared
+    capture, _, missed = prepared
     kernels: dict[str, Tensor] = {}
-    for outputs in capture.pieces(request.compute):
-        accumulator = Accumulator(request.compute, request.n1, request.per_parameter, capture.counts)
-        probe.begin(outputs)
-        for jacobians in capture.jacobians(outputs):
-            probe.add(jacobians)
-            accumulator.add(jacobians)
-            del jacobians  # frees its operands, but for those of parameters that are used again
+    for outputs, accumulator in _passed(prepared, request, Accumulator):
         _place(kernels, accumulator.kernels, outputs, capture.output[0].numel())
     covered = [name for name in request.params if name not in missed]
     for key in covered if request.per_parameter else covered and [""]:
         if key not in kernels:
             kernels[key] = _zeros(request, capture.output)
     return kernels
+
+
+def _passed(
+    prepared: Prepared, request: Request, make: Callable[..., "Accumulator"]
+) -> Iterator[tuple[Tensor, "Accumulator"]]:
+    """Pass ``s`` back, a piece of the outputs at a time, and show Jacobians to the probe and to an accumulator.
+
+    Args:
+        prepared: The evaluated model.
+        request: The request.
+        make: Makes an accumulator.
+
+    Yields:
+        The numbers of the outputs, and the accumulator that has all their Jacobians.
+    """
+    capture, probe, _ = prepared
+    for outputs in capture.pieces(request.compute):
+        accumulator = make(request.compute, request.n1, request.per_parameter, capture.counts)
+        probe.begin(outputs)
+        for jacobians in capture.jacobians(outputs):
+            probe.add(jacobians)
+            accumulator.add(jacobians)
+            del jacobians  # frees its operands, but for those of parameters that are used again
+        yield outputs, accumulator
 
 
 def _place(kernels: dict[str, Tensor], blocks: dict[str, Tensor], outputs: Tensor, total: int) -> None:
@@ -297,13 +315,15 @@ def recorded_products(request: Request) -> tuple[Prepared, list[tuple[str, Doubl
     Returns:
         The evaluated model, and names of parameters with products, of which none is contracted.
     """
-    with torch.no_grad():
-        prepared = prepare(request)
-        recorder = _Recorder(request.compute, request.n1, True, prepared.capture.counts)
-        for outputs in prepared.capture.pieces(request.compute):
-            for jacobians in prepared.capture.jacobians(outputs):
-                recorder.add(jacobians)
-    return prepared, recorder.products
+    products: list[tuple[str, Doubled]] = []
+
+    def record_all(prepared: Prepared) -> None:
+        products.clear()
+        for _, accumulator in _passed(prepared, request, partial(_Recorder, products)):
+            del accumulator
+
+    prepared, _ = _probed(request, record_all)
+    return prepared, products
 
 
 class Accumulator:
@@ -383,23 +403,27 @@ class Accumulator:
 
 
 class _Recorder(Accumulator):
-    """Takes products of Jacobians down instead of contracting them.
+    """Takes products of Jacobians down instead of contracting them."""
 
-    Attributes:
-        products: Names of parameters and products.
-    """
-
-    def __init__(self, compute: str, n1: int | None, per_parameter: bool, counts: Counter[str]) -> None:
+    def __init__(
+        self,
+        products: list[tuple[str, Doubled]],
+        compute: str,
+        n1: int | None,
+        per_parameter: bool,
+        counts: Counter[str],
+    ) -> None:
         """Set up.
 
         Args:
+            products: Where to: names of parameters and products.
             compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
             n1: How many samples are x1; ``None`` where all are both x1 and x2.
             per_parameter: Whether to keep parameters apart.
             counts: How often each parameter is used.
         """
         super().__init__(compute, n1, per_parameter, counts)
-        self.products: list[tuple[str, Doubled]] = []
+        self._products = products
 
     def _contract(self, products: list[tuple[str, Doubled]]) -> None:
         """Take products down.
@@ -407,4 +431,4 @@ class _Recorder(Accumulator):
         Args:
             products: Which product belongs to which parameter.
         """
-        self.products += products
+        self._products += products

@@ -40,8 +40,9 @@ class Walk:
     Attributes:
         output: The model's output ``[N, *out]``.
         counts: How often each wanted parameter is used, by name.
-        missed: Why parameters are not covered, by name: none here.
     """
+
+    kind = "backpack"
 
     def __init__(self, request: Request) -> None:
         """Evaluate the model on all samples and record the input of each layer.
@@ -63,7 +64,6 @@ class Walk:
         if problems:
             raise UnsupportedModelError(problems)
         self.counts = Counter(name for use in self._uses for name in use.params.values())
-        self.missed: dict[str, str] = {}
 
     def pieces(self, compute: str) -> list[Tensor]:
         """Split the outputs: here they pass back together.

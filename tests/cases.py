@@ -13,7 +13,7 @@ from ggn_ntk import Factored, register_rule
 
 @dataclass(frozen=True)
 class Case:
-    """A model, its inputs, and whether the routes for Sequential models support it.
+    """A model, its inputs, and whether ViViT and a walk through Sequential models support it.
 
     ``inputs(n)`` returns n samples. Both callables draw from the global generator, seeded by the test.
     """
@@ -22,7 +22,7 @@ class Case:
     model: Callable[[], nn.Module]
     inputs: Callable[[int], Any]
     vivit: bool = True
-    structured: bool = True
+    sequential: bool = True
     n1: int = 3
     n2: int = 2
 
@@ -433,20 +433,20 @@ CASES = [
         normal(2, 4, 4),
         vivit=False,
     ),
-    Case("residual", Residual, normal(5), vivit=False, structured=False),
-    Case("tied_transformer", TiedTransformer, tokens(4), vivit=False, structured=False),
+    Case("residual", Residual, normal(5), vivit=False, sequential=False),
+    Case("tied_transformer", TiedTransformer, tokens(4), vivit=False, sequential=False),
     Case(
         "mapping_inputs",
         TiedTransformer,
         lambda n: {"tokens": tokens(4)(n), "mask": torch.arange(4).expand(n, 4) > 2},
         vivit=False,
-        structured=False,
+        sequential=False,
     ),
-    Case("tuple_inputs", TwoInputs, lambda n: (torch.randn(n, 5), torch.randn(n, 3)), vivit=False, structured=False),
-    Case("recurrent", Recurrent, normal(3, 4), vivit=False, structured=False),
-    Case("data_dependent", DataDependent, normal(4), vivit=False, structured=False),
-    Case("custom_parameter", CustomParameter, normal(5), vivit=False, structured=False),
-    Case("weight_norm", weight_norm, normal(5), vivit=False, structured=False),
+    Case("tuple_inputs", TwoInputs, lambda n: (torch.randn(n, 5), torch.randn(n, 3)), vivit=False, sequential=False),
+    Case("recurrent", Recurrent, normal(3, 4), vivit=False, sequential=False),
+    Case("data_dependent", DataDependent, normal(4), vivit=False, sequential=False),
+    Case("custom_parameter", CustomParameter, normal(5), vivit=False, sequential=False),
+    Case("weight_norm", weight_norm, normal(5), vivit=False, sequential=False),
     # what the structured route knows besides
     *(only_structured(f"hidden_{a.__name__}", *hidden_net(a), inputs=normal(5)) for a in OTHER_ACTIVATIONS),
     only_structured("threshold", *hidden_net(lambda: nn.Threshold(0.1, 2.0)), inputs=normal(5)),

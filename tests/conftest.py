@@ -22,11 +22,12 @@ COMPUTES = ["full", "diagonal", "trace"]
 def _seed():
     """Fix the random numbers; forget the rules that the test registered and the hooks of modules that it extended."""
     torch.manual_seed(0)
-    handles, rules = list(CTX.hook_handles), dict(registry._RULES)
+    handles, rules, ways = list(CTX.hook_handles), dict(registry._RULES), dict(registry._BACKPROPAGATIONS)
     yield
     CTX.hook_handles[:] = handles
-    registry._RULES.clear()
-    registry._RULES.update(rules)
+    for registered, before in ((registry._RULES, rules), (registry._BACKPROPAGATIONS, ways)):
+        registered.clear()
+        registered.update(before)
 
 
 def _without_gpu(device: str) -> Any:

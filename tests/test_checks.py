@@ -177,7 +177,7 @@ def test_outputs_that_cancel_are_no_sign_of_interaction(seed):
 @pytest.mark.parametrize("wrap", [torch.jit.trace, nn.DataParallel])
 @pytest.mark.filterwarnings("ignore:`torch.jit.*` is deprecated")
 def test_modules_that_are_no_functions(wrap):
-    model = wrap(nn.Linear(5, 3), X) if wrap is torch.jit.trace else wrap(nn.Linear(5, 3))
+    model = wrap(nn.Linear(5, 3)) if wrap is nn.DataParallel else wrap(nn.Linear(5, 3), X)
     with pytest.raises(TypeError, match=r"model is a .*: use the module it was made from"):
         empirical_ntk(model, X)
     with pytest.raises(TypeError, match=r"model holds a .* at '0'"):

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from cases import BY_NAME, Residual, mlp
+from cases import BY_NAME, CustomParameter, Residual, mlp
 from torch import nn
 
 from ggn_ntk import UnsupportedModelError, explain
@@ -39,20 +39,39 @@ def test_all_pairs_of_uses():
 
 def test_printed():
     printed = str(explain(mlp(nn.Tanh)(), torch.randn(3, 5), compute="trace")).splitlines()
-    assert printed[0] == "method: structured"
+    assert printed[0] == "method: structured, capture: backpack; rules cover 79 of 79 parameter entries (100.0%)"
     assert printed[1].split() == ["parameter", "layer", "GFLOP", "MB", "order", "of", "contraction"]
     assert printed[2].startswith("4.weight   Linear")
     assert printed[-1].startswith("total")
 
 
-def test_models_that_take_another_route():
+def test_other_models():
     x = torch.randn(3, 5)
     explanation = explain(Residual(), x)
+    assert (explanation.method, explanation.capture) == ("structured", "autograd")
+    assert [c.parameter for c in explanation.contractions] == [
+        f"{layer}.{name}" for layer in ("head", "second", "first") for name in ("weight", "bias")
+    ]
+
+
+def test_the_remainder_is_printed():
+    explanation = explain(CustomParameter(), torch.randn(3, 5))
+    assert explanation.remainder == dict.fromkeys(["scale", "temperature"], "CustomParameter has no rule")
+    assert (explanation.covered, explanation.entries) == (22, 26)
+    assert str(explanation).splitlines()[-2:] == [
+        "  - scale: CustomParameter has no rule",
+        "  - temperature: CustomParameter has no rule",
+    ]
+
+
+def test_models_that_take_another_route():
+    x = torch.randn(3, 5)
+    explanation = explain(Residual(), x, capture="backpack")
     assert explanation.method == "jacobian_contraction"
     assert str(explanation).startswith("method: jacobian_contraction, since:")
     assert "Residual may compute between its modules" in str(explanation)
     with pytest.raises(UnsupportedModelError):
-        explain(Residual(), x, method="structured")
+        explain(Residual(), x, method="structured", capture="backpack")
 
 
 def test_methods_without_a_choice():

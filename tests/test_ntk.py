@@ -90,7 +90,7 @@ def test_auto_takes_the_structured_route_where_it_can(monkeypatch):
     empirical_ntk(mlp(nn.Tanh)(), torch.randn(3, 5))
     assert taken == [Method.STRUCTURED]
     empirical_ntk(Residual(), torch.randn(3, 5))
-    assert taken[1:] == [Method.STRUCTURED, Method.JACOBIAN_CONTRACTION]
+    assert taken[1:] == [Method.STRUCTURED]
 
 
 def test_methods_are_routes():

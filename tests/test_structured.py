@@ -8,25 +8,26 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ggn_ntk import Factored, UnsupportedModelError, contraction, empirical_ntk, register_rule
+from ggn_ntk import Factored, UnsupportedModelError, contraction, empirical_ntk, explain, register_rule, structured
 from ggn_ntk.checks import relative_error
 from ggn_ntk.reference import jacobian_contraction
-from ggn_ntk.rules import registry
+from ggn_ntk.rules import register_backpropagation, registry
 from ggn_ntk.walk import Use, backpropagate, identity
 
 
 @pytest.mark.parametrize("registered", [registry._RULES, registry._BACKPROPAGATIONS], ids=["rules", "backpropagations"])
 def test_every_registered_layer_has_a_case(registered):
-    covered = {type(module) for case in CASES if case.structured for module in case.model().modules()}
+    covered = {type(module) for case in CASES for module in case.model().modules()}
     assert not set(registered) - covered
 
 
-@pytest.mark.parametrize("case", [case for case in CASES if not case.structured], ids=str)
-def test_refused_and_right_by_auto(case):
+def test_the_capture_suits_the_model(case):
     model, x1, x2 = case.build()
+    if case.sequential:
+        assert_close(empirical_ntk(model, x1, x2, capture="backpack"), oracle_sum(case))
+        return
     with pytest.raises(UnsupportedModelError, match="No structured empirical NTK"):
-        empirical_ntk(model, x1, x2, method="structured")
-    assert_close(empirical_ntk(model, x1, x2), oracle_sum(case))
+        empirical_ntk(model, x1, x2, capture="backpack")
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.vivit], ids=str)
@@ -196,13 +197,14 @@ def scale_net():
 def test_a_layer_of_the_users_own():
     model, x = scale_net(), torch.randn(3, 5).double()
     with pytest.raises(UnsupportedModelError, match=r"1: no rule is registered for Scale.*register_rule\(Scale\)"):
-        empirical_ntk(model, x, method="structured")
+        empirical_ntk(model, x, capture="backpack")
+    assert explain(model, x).remainder == {"1.weight": "Scale has no rule"}
 
     @register_rule(Scale)
     def scale(module, x, s):
         return {"weight": Factored("cnk,nk->cnk", (s, x))}
 
-    assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
+    assert_close(empirical_ntk(model, x, capture="backpack"), jacobian_contraction(model, x))
 
 
 @pytest.mark.parametrize("factor", [1.001, 0.0, -2.0])
@@ -212,11 +214,23 @@ def test_a_wrong_rule_is_caught(factor):
         return {"weight": Factored("cnk,nk->cnk", (factor * s, x))}
 
     model, x = scale_net(), torch.randn(3, 5).double()
-    with pytest.raises(
-        UnsupportedModelError, match=r"1.weight: its Jacobian by the layer's rule differs from autograd's"
-    ):
-        empirical_ntk(model, x, method="structured")
-    assert_close(empirical_ntk(model, x), jacobian_contraction(model, x))
+    (why,) = explain(model, x, capture="backpack").remainder.values()
+    assert "its Jacobian by the layer's rule differs from autograd's" in why
+    assert_close(empirical_ntk(model, x, capture="backpack"), jacobian_contraction(model, x))
+
+
+def test_a_wrong_backpropagation_is_caught():
+    @register_backpropagation(Scale)
+    def wrong(module, x, s):
+        return 2 * s
+
+    @register_rule(Scale)
+    def scale(module, x, s):
+        return {"weight": Factored("cnk,nk->cnk", (s, x))}
+
+    model, x = scale_net(), torch.randn(3, 5).double()
+    assert set(explain(model, x, capture="backpack").remainder) == {"0.weight", "0.bias"}
+    assert_close(empirical_ntk(model, x, capture="backpack"), jacobian_contraction(model, x))
 
 
 def test_register_rule_takes_layers():
@@ -237,10 +251,11 @@ def test_batch_statistics_behind_the_back_of_the_checks():
             return x - x.mean(0)
 
     model = nn.Sequential(nn.Linear(5, 4), Sneaky(), nn.Linear(4, 2))
-    with pytest.raises(UnsupportedModelError):
-        empirical_ntk(model, torch.randn(6, 5), method="structured")
+    for n in (2, 6):
+        with pytest.raises(UnsupportedModelError, match="samples influence one another"):
+            empirical_ntk(model, torch.randn(n, 5), method="structured")
     with pytest.raises(UnsupportedModelError, match="samples influence one another"):
-        empirical_ntk(model, torch.randn(6, 5))
+        empirical_ntk(nn.Sequential(nn.Linear(5, 4), nn.Softmax(0)), torch.randn(2, 5), capture="backpack")
 
 
 def test_a_layer_with_children_and_nothing_wanted_is_a_layer():
@@ -250,7 +265,8 @@ def test_a_layer_with_children_and_nothing_wanted_is_a_layer():
     assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
     block.requires_grad_(True)
     with pytest.raises(UnsupportedModelError, match="1: TransformerEncoderLayer may compute between its modules"):
-        empirical_ntk(model, x, method="structured")
+        empirical_ntk(model, x, capture="backpack")
+    assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
 
 
 def test_layers_of_users_that_work_in_place():
@@ -277,25 +293,42 @@ class Function(nn.Module):
 def test_keyword_arguments():
     model, x = nn.Sequential(nn.Linear(5, 2)), torch.randn(3, 5)
     with pytest.raises(UnsupportedModelError, match="it is called with keyword arguments"):
-        empirical_ntk(model, {"input": x}, method="structured")
-    assert torch.equal(empirical_ntk(model, {"input": x}), jacobian_contraction(model, x))
+        empirical_ntk(model, {"input": x}, capture="backpack")
+    torch.testing.assert_close(empirical_ntk(model, {"input": x}, method="structured"), jacobian_contraction(model, x))
 
 
 def test_tuples_between_layers():
     model = nn.Sequential(nn.LSTM(5, 4, batch_first=True), Function(lambda x: x[0][:, -1]), nn.Linear(4, 2)).double()
     model[0].requires_grad_(False)
     x = torch.randn(3, 2, 5).double()
-    with pytest.raises(UnsupportedModelError, match="1: Function takes tuple, not a tensor, from the layer before"):
-        empirical_ntk(model, x, method="structured")
-    assert_close(empirical_ntk(model, x), jacobian_contraction(model, x))
+    with pytest.raises(UnsupportedModelError, match="1: Function is not a layer of torch's"):
+        empirical_ntk(model, x, capture="backpack")
+    assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
 
 
-def test_auto_takes_another_route_where_this_one_fails():
-    @register_rule(Scale)
-    def broken(module, x, s):
+def test_layers_that_take_a_tuple():
+    class Last(nn.Linear):
+        def forward(self, x):
+            return super().forward(x[0][:, -1])
+
+    @register_rule(Last)
+    def last(module, x, s):
+        return {"weight": Factored("cno,ni->cnoi", (s, x[0][:, -1])), "bias": Factored("cno->cno", (s,))}
+
+    model, x = nn.Sequential(nn.LSTM(5, 4, batch_first=True), Last(4, 2)).double(), torch.randn(3, 2, 5).double()
+    model[0].requires_grad_(False)
+    with pytest.raises(UnsupportedModelError, match="1: Last takes tuple, not a tensor, from the layer before"):
+        empirical_ntk(model, x, capture="backpack")
+    assert not explain(model, x).remainder
+    assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
+
+
+def test_auto_takes_another_route_where_this_one_fails(monkeypatch):
+    def broken(*args):
         raise ArithmeticError
 
-    model, x = scale_net(), torch.randn(3, 5).double()
+    monkeypatch.setattr(structured, "add_products", broken)
+    model, x = nn.Linear(5, 2).double(), torch.randn(3, 5).double()
     with pytest.raises(ArithmeticError):
         empirical_ntk(model, x, method="structured")
     assert_close(empirical_ntk(model, x), jacobian_contraction(model, x))

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ggn_ntk.rules.embedding import embedding
 from ggn_ntk.rules.normalization import channel_norm
 from ggn_ntk.rules.registry import Factored, register_rule_by_name
 
@@ -47,6 +48,21 @@ def scaled_features(module: Any, x: Any, s: Tensor) -> dict[str, Factored]:
     )
     factor = (one - zero).flatten(1, -2) if one.ndim > 2 else (one - zero).unsqueeze(1)
     return {"weight": Factored("cnpk,npk->cnk", (s.reshape(*s.shape[:2], -1, s.shape[-1]), factor))}
+
+
+@register_rule_by_name("transformers.models.*ScaledWordEmbedding")
+def scaled_embedding(module: Any, x: Tensor, s: Tensor) -> dict[str, Factored]:
+    """Write the Jacobian of a table look-up, multiplied by a number.
+
+    Args:
+        module: The layer.
+        x: Tokens ``[N, ...]``.
+        s: ``[C, N, ..., K]``.
+
+    Returns:
+        The Jacobian of weight ``[V, K]``.
+    """
+    return embedding(module, x, s * module.embed_scale)
 
 
 @register_rule_by_name("timm.layers.*.LayerNorm2d", "torchvision.models.convnext.LayerNorm2d")

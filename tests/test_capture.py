@@ -1,0 +1,446 @@
+"""The capture by autograd, for models that are no sequence of layers: exact, or by the remainder, or refused."""
+
+import importlib.util
+from functools import cache
+
+import pytest
+import torch
+from cases import BY_NAME
+from conftest import assert_close, first_samples, num_samples, oracle, oracle_sum
+from models import LARGE, MODELS, Scaled
+from test_isolation import unchanged
+from torch import nn
+
+from ggn_ntk import Factored, UnsupportedModelError, capture, empirical_ntk, explain, register_rule
+from ggn_ntk.reference import jacobian_contraction
+from ggn_ntk.rules import rule_for
+from ggn_ntk.rules.registry import _RULES_BY_NAME
+
+BOTH = {model.name: model for model in (*MODELS, *LARGE)}
+
+
+def needs(package):
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
+
+
+def each(models):
+    return [pytest.param(model, marks=needs(model.needs), id=model.name) for model in models]
+
+
+def outputs(case, model, x):
+    """The outputs [N, *out], one sample at a time, as the user wants them."""
+    rows = []
+    for n in range(num_samples(x)):
+        sample = first_samples(x, slice(n, n + 1))
+        out = model(sample) if isinstance(sample, torch.Tensor) else None
+        if out is None:
+            out = model(*sample) if isinstance(sample, tuple) else model(**sample)
+        rows.append(out if case.output is None else case.output(out))
+    return torch.cat(rows)
+
+
+def gradients(case, model, x):
+    """The gradients of all samples and outputs, in float64, as plain as can be."""
+    params = [p for p in model.parameters() if p.requires_grad]
+    found = outputs(case, model, x)
+    rows = [
+        torch.autograd.grad(entry, params, retain_graph=True, allow_unused=True, materialize_grads=True)
+        for entry in found.flatten()
+    ]
+    return found.shape, rows
+
+
+@cache
+def expected(name):
+    """The kernels of x1 and x2, and of x1 with itself."""
+    case = BOTH[name]
+    model, x1, x2 = case.build()
+    (shape, first), (_, second) = gradients(case, model, x1), gradients(case, model, x2)
+    kernels = []
+    for other in (second, first):
+        kernel = torch.stack(
+            [torch.stack([sum((a * b).sum() for a, b in zip(r, q, strict=True)) for q in other]) for r in first]
+        )
+        n, c = len(x1 if isinstance(x1, torch.Tensor) else first) // 1, shape[1:].numel()
+        n, m = len(first) // c, len(other) // c
+        kernels.append(kernel.reshape(n, c, m, c).transpose(1, 2).reshape(n, m, *shape[1:], *shape[1:]))
+    return kernels
+
+
+def reduce(kernel, compute):
+    """The diagonal or trace of a full kernel."""
+    out = kernel.shape[2 : 2 + (kernel.ndim - 2) // 2]
+    if compute == "full":
+        return kernel
+    diagonal = kernel.reshape(*kernel.shape[:2], out.numel(), out.numel()).diagonal(dim1=2, dim2=3)
+    return diagonal.sum(-1) if compute == "trace" else diagonal.reshape(*kernel.shape[:2], *out)
+
+
+@pytest.mark.parametrize("case", each(MODELS))
+def test_exact(case, compute, dtype, device):
+    if case.rounds and dtype == torch.float64:
+        pytest.skip("computes in float32")
+    model, x1, x2 = case.build(dtype, device)
+    options = {"compute": compute, "method": "structured", "output": case.output}
+    assert_close(empirical_ntk(model, x1, x2, **options), reduce(expected(case.name)[0], compute))
+    assert_close(empirical_ntk(model, x1, **options), reduce(expected(case.name)[1], compute))
+
+
+@pytest.mark.parametrize("case", each(MODELS))
+def test_explain_names_the_remainder(case):
+    model, x1, x2 = case.build()
+    with unchanged(model):
+        explanation = explain(model, x1, x2, output=case.output)
+    assert explanation.method == "structured"
+    assert set(explanation.remainder) == set(case.missed)
+    if case.needs == "transformers" or case.name == "transformer_encoder":
+        assert explanation.covered >= 0.9 * explanation.entries
+    for name in case.missed:
+        assert name in str(explanation)
+
+
+@pytest.mark.parametrize("case", each(LARGE))
+def test_torchvision(case):
+    model, x1, x2 = case.build()
+    kernel, symmetric = expected(case.name)
+    assert_close(empirical_ntk(model, x1, x2, method="structured"), kernel)
+    model.float()
+    x1, x2 = x1.float(), x2.float()
+    assert_close(empirical_ntk(model, x1, compute="trace", method="structured"), reduce(symmetric, "trace"))
+    assert_close(empirical_ntk(model, x1, x2, compute="diagonal", method="structured"), reduce(kernel, "diagonal"))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+def test_sequential_models(case, symmetric, compute, dtype):
+    model, x1, x2 = case.build(dtype)
+    kernel = empirical_ntk(model, x1, None if symmetric else x2, compute=compute, capture="autograd")
+    assert_close(kernel, oracle_sum(case, symmetric, compute))
+
+
+@pytest.mark.parametrize("name", ["tied_transformer", "custom_parameter", "residual", "tied", "mapping_inputs"])
+def test_per_parameter(name, compute):
+    model, x1, x2 = BY_NAME[name].build()
+    kernels = empirical_ntk(model, x1, x2, compute=compute, capture="autograd", per_parameter=True)
+    assert list(kernels) == list(oracle(name))
+    for key, kernel in kernels.items():
+        assert_close(kernel, oracle(name, compute=compute)[key], scale=oracle_sum(BY_NAME[name], compute=compute))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("budget", [1, 1000, 10**4])
+def test_outputs_in_pieces(symmetric, budget, compute, monkeypatch):
+    monkeypatch.setattr(capture, "BUDGET", budget)
+    for name in ("output_sequence", "tied_embedding", "output_scalar", "mlp_one_output"):
+        model, x1, x2 = BY_NAME[name].build()
+        kernel = empirical_ntk(model, x1, None if symmetric else x2, compute=compute, capture="autograd")
+        assert_close(kernel, oracle_sum(BY_NAME[name], symmetric, compute))
+
+
+@pytest.mark.parametrize("kind", ["torch.compile", "compile()", "inner"])
+def test_compiled(kind):
+    model, x1, x2 = BY_NAME["residual"].build()
+    if kind == "torch.compile":
+        model = torch.compile(model, backend="eager")
+    elif kind == "compile()":
+        model.compile(backend="eager")
+    else:
+        model.first.compile(backend="eager")
+    model(x1)
+    with unchanged(model):
+        assert_close(empirical_ntk(model, x1, x2, method="structured"), oracle_sum(BY_NAME["residual"]))
+    assert not explain(model, x1, x2).remainder
+
+
+@pytest.mark.parametrize("method", ["structured", "jacobian_contraction"])
+def test_reentrant_checkpoints(method, compute):
+    """Which neither torch.func nor autograd.grad supports."""
+    model, x1, x2 = BOTH["checkpointed"].build()
+    model.use_reentrant = True
+    with unchanged(model):
+        kernel = empirical_ntk(model, x1, x2, compute=compute, method=method)
+        assert not explain(model, x1, x2).remainder
+    assert_close(kernel, reduce(expected("checkpointed")[0], compute))
+
+
+def test_inference_mode():
+    model, x1, x2 = BY_NAME["tied_transformer"].build()
+    with torch.inference_mode(), unchanged(model):
+        kernel = empirical_ntk(model, x1 + 0, x2 + 0, method="structured")
+    assert_close(kernel, oracle_sum(BY_NAME["tied_transformer"]))
+
+
+def test_hooks_of_the_user():
+    model, x = Scaled().double(), torch.randn(3, 5).double()
+    model.layer.register_forward_pre_hook(lambda module, args: (2 * args[0],))
+    model.layer.register_forward_hook(lambda module, args, output: output.sin())
+    with unchanged(model):
+        kernel = empirical_ntk(model, x, method="structured")
+        assert list(explain(model, x).remainder) == ["scale"]
+    assert_close(kernel, jacobian_contraction(model, x))
+
+
+@pytest.mark.parametrize("n", range(1, 8))
+def test_an_exception_half_way_changes_nothing(n):
+    calls = 0
+
+    class Failing(nn.Module):
+        def forward(self, x):
+            nonlocal calls
+            calls += 1
+            if calls == n:
+                raise ArithmeticError("half-way")
+            return x.sin()
+
+    model = nn.Sequential(nn.Linear(5, 4), Failing(), nn.Linear(4, 2))
+    x = torch.randn(20, 5)
+    with unchanged(model):
+        try:
+            empirical_ntk(model, x, method="structured")
+        except ArithmeticError:
+            assert calls == n
+        else:
+            assert calls < n or n == 4  # a pass of all samples that fails is tried again
+
+
+# ---------------------------------------------------------------- refusals
+
+
+class AcrossSamples(nn.Module):
+    """Attention whose sequence axis is that of the samples."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.TransformerEncoderLayer(4, 2, 8, dropout=0.0)
+        self.head = nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(self.inner(x).sum(1))
+
+
+class WithDropout(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm, self.dropout = nn.Linear(4, 4), nn.BatchNorm1d(4), nn.Dropout(0.1)
+
+    def forward(self, x):
+        return self.dropout(self.norm(self.layer(x))) + x
+
+
+@pytest.mark.parametrize("method", ["structured", "auto"])
+@pytest.mark.parametrize(
+    ("build", "shape", "message"),
+    [
+        (lambda: AcrossSamples().eval(), (5, 3, 4), "samples influence one another"),
+        (lambda: AcrossSamples().eval(), (2, 3, 4), "samples influence one another"),
+        (lambda: WithDropout(), (5, 4), "norm: BatchNorm1d normalises by batch statistics"),
+        (lambda: WithDropout(), (5, 4), "dropout: Dropout drops activations at random"),
+    ],
+)
+def test_refused_by_name(build, shape, message, method):
+    model, x = build(), torch.randn(shape)
+    with unchanged(model), pytest.raises(UnsupportedModelError, match=message):
+        empirical_ntk(model, x, method=method)
+
+
+@pytest.mark.parametrize("wanted", [None, ["head.weight"], ["body.weight"]])
+@pytest.mark.parametrize("n", [2, 3, 40])
+def test_samples_that_interact_in_front_of_or_behind_a_layer(wanted, n):
+    class Centred(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.head = nn.Linear(5, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            h = self.body(x)
+            return self.head(h - h.mean(0))
+
+    with pytest.raises(UnsupportedModelError, match="samples influence one another"):
+        empirical_ntk(Centred(), torch.randn(n, 5), method="structured", params=wanted)
+
+
+# ---------------------------------------------------------------- rules that are wrong
+
+
+class Wave(nn.Module):
+    """A layer of a user, whose rule is wrong."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(4))
+
+    def forward(self, x):
+        return self.weight * x
+
+
+class WithWave(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first, self.wave, self.last = nn.Linear(5, 4), Wave(), nn.Linear(4, 2)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.last(self.wave(h).tanh() + h)
+
+
+@pytest.mark.parametrize("kind", ["scaled", "negated", "permuted", "zero", "shape", "raises", "silent", "batch"])
+def test_a_wrong_rule_is_caught(kind):
+    @register_rule(Wave)
+    def wave(module, x, s):
+        if kind == "raises":
+            raise ArithmeticError("no idea")
+        if kind == "silent":
+            return {}
+        if kind == "shape":
+            return {"weight": Factored("cnk->cnk", (s.flatten(2)[..., :3],))}
+        factor = {"scaled": 1.001, "negated": -1.0, "zero": 0.0}.get(kind, 1.0)
+        if kind == "permuted":
+            s, x = s.flip(-1), x.flip(-1)
+        if kind == "batch" and len(x) > 1:
+            factor = 1.1
+        return {"weight": Factored("cnk,nk->cnk", (factor * s, x))}
+
+    torch.manual_seed(0)
+    model, x1, x2 = WithWave().double(), torch.randn(3, 5).double(), torch.randn(2, 5).double()
+    sequential = nn.Sequential(model.first, model.wave, nn.Tanh(), model.last)
+    for net, name in ((model, "wave.weight"), (sequential, "1.weight")):
+        for options in ({}, {"compute": "trace"}):
+            kernel = empirical_ntk(net, x1, x2, method="structured", **options)
+            assert_close(kernel, jacobian_contraction(net, x1, x2, **options))
+        assert list(explain(net, x1, x2).remainder) == [name]
+
+
+def test_nothing_is_left_for_rules():
+    model, x = nn.LSTM(3, 4, batch_first=True).double(), torch.randn(2, 3, 3).double()
+    kernel = empirical_ntk(model, x, method="structured", output=lambda out: out[0][:, -1])
+    assert_close(kernel, jacobian_contraction(model, x, output=lambda out: out[0][:, -1]))
+
+
+def test_vmap_fails_in_the_backward_pass():
+    class Square(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.save_for_backward(x)
+            return x**2
+
+        @staticmethod
+        def backward(ctx, s):
+            assert s.sum().item() != 0  # depends on data
+            return 2 * ctx.saved_tensors[0] * s
+
+    class Net(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(5, 4), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.b(Square.apply(self.a(x)))
+
+    model, x = Net().double(), torch.randn(3, 5).double()
+    assert not explain(model, x).remainder
+    assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
+
+
+# ---------------------------------------------------------------- arguments
+
+
+def test_captures_and_methods():
+    model, x = nn.Linear(5, 3), torch.randn(2, 5)
+    with pytest.raises(ValueError, match="capture must be one of 'auto', 'backpack', 'autograd', got 'hooks'"):
+        empirical_ntk(model, x, capture="hooks")
+    with pytest.raises(ValueError, match="capture is for method='structured' alone, got method='vivit'"):
+        empirical_ntk(model, x, method="vivit", capture="autograd")
+    with pytest.raises(UnsupportedModelError, match="Scaled may compute between its modules"):
+        empirical_ntk(Scaled(), x, capture="backpack")
+    assert_close(empirical_ntk(model, x, capture="backpack"), empirical_ntk(model, x, capture="autograd"))
+    assert [explain(model, x, capture=kind).capture for kind in ("auto", "autograd")] == ["backpack", "autograd"]
+    with pytest.raises(UnsupportedModelError, match=r"it returns tuple, not a tensor\. Pass output="):
+        empirical_ntk(nn.LSTM(5, 3), torch.randn(2, 1, 5))
+
+
+@pytest.mark.parametrize("method", ["auto", "structured", "jacobian_contraction", "ntk_vector_products"])
+def test_output_picks_a_tensor(method):
+    class Several(Scaled):
+        def forward(self, x):
+            return {"logits": super().forward(x), "other": x}
+
+    torch.manual_seed(0)
+    model, x = Several().double(), torch.randn(3, 5).double()
+    plain = Scaled().double()
+    plain.load_state_dict(model.state_dict())
+    kernel = empirical_ntk(model, x, method=method, output=lambda out: out["logits"], check=True)
+    assert_close(kernel, jacobian_contraction(plain, x))
+    with pytest.raises(UnsupportedModelError, match="what it returns is not its last layer's output"):
+        empirical_ntk(nn.Linear(5, 3), x.float(), method="vivit", output=lambda out: out)
+
+
+# ---------------------------------------------------------------- layers of other packages
+
+
+@pytest.mark.parametrize(
+    ("name", "build", "shape"),
+    [
+        ("timm.layers.norm_act.BatchNormAct2d", "batch_norm_act", (3, 4, 2, 2)),
+        ("timm.layers.norm.LayerNorm2d", "layer_norm_2d", (3, 4, 2, 2)),
+        ("timm.layers.norm.RmsNorm", "rms_norm", (3, 5, 4)),
+    ],
+)
+def test_timm(name, build, shape):
+    """Layers of the same names and attributes, since timm itself need not be there."""
+
+    class BatchNormAct2d(nn.BatchNorm2d):
+        def __init__(self):
+            super().__init__(4)
+            self.drop, self.act = nn.Identity(), nn.SiLU(inplace=True)
+
+        def forward(self, x):
+            return self.act(self.drop(super().forward(x)))
+
+    class LayerNorm2d(nn.LayerNorm):
+        def __init__(self):
+            super().__init__(4)
+
+        def forward(self, x):
+            return super().forward(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+
+    class RmsNorm(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.rand(4))
+
+        def forward(self, x):
+            return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+
+    kind = {"batch_norm_act": BatchNormAct2d, "layer_norm_2d": LayerNorm2d, "rms_norm": RmsNorm}[build]
+    kind.__module__, kind.__qualname__ = name.rsplit(".", 1)
+    layer = kind()
+    for p in layer.parameters():
+        nn.init.uniform_(p, 0.5, 1.5)
+    if build == "batch_norm_act":
+        layer.running_mean.normal_()
+        layer.running_var.uniform_(0.5, 2)
+    features = torch.Size(shape[1:]).numel()
+    model = nn.Sequential(nn.Unflatten(1, shape[1:]), layer, nn.Flatten(), nn.Linear(features, 2)).eval().double()
+    x = torch.randn(shape[0], features).double()
+    assert rule_for(layer) is not None
+    assert not explain(model, x).remainder
+    assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
+
+
+def test_every_rule_by_name_has_a_model():
+    covered = {pattern for pattern in _RULES_BY_NAME if pattern.startswith("timm")}
+    assert covered
+    assert set(_RULES_BY_NAME) - covered == {
+        "transformers.pytorch_utils.Conv1D",  # gpt2
+        "transformers.models.*RMSNorm",  # llama, gemma
+        "transformers.models.*.T5LayerNorm",
+        "transformers.models.*ScaledWordEmbedding",  # gemma
+        "torchvision.models.convnext.LayerNorm2d",  # convnext_tiny
+    }
+
+
+def test_importing_takes_no_third_party():
+    import subprocess
+    import sys
+
+    code = "import sys, ggn_ntk; assert not {'transformers', 'timm'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
