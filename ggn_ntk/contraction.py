@@ -11,11 +11,11 @@ means the same everywhere in an einsum.
 """
 
 import string
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
 from math import ceil, prod
+from types import MappingProxyType
 from typing import NamedTuple
 
 import opt_einsum
@@ -23,6 +23,7 @@ import torch
 from opt_einsum.contract import PathInfo
 from torch import Tensor
 
+from ggn_ntk.blocks import Joined, split
 from ggn_ntk.layout import transpose
 from ggn_ntk.rules import Factored
 
@@ -159,6 +160,88 @@ def expand(factored: Factored) -> Factored:
     return Factored("cnk->cnk", (tensor.expand(shape).reshape(shape[0], n, -1),))
 
 
+class Part(NamedTuple):
+    """Operands of a Jacobian that the cheapest order contracts before x1 meets x2.
+
+    Attributes:
+        operands: The operands.
+        letters: The letters of their product.
+    """
+
+    operands: tuple[Operand, ...]
+    letters: str
+
+
+def parts(jacobian: Factored, n: int, m: int, compute: str) -> list[Part] | None:
+    """Group the operands of a Jacobian by what the cheapest order does with them before x1 meets x2.
+
+    Args:
+        jacobian: The Jacobian of some samples.
+        n: The number of samples x1 in all.
+        m: The number of samples x2 in all.
+        compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
+
+    Returns:
+        The groups, or ``None`` where each is an operand by itself, or they are not the same for x1 and x2.
+    """
+    summed = sum_private_letters(jacobian)
+    groups = _groups_before_meeting(double(summed, summed, compute), n, m)
+    if groups is None or (summed.terms == jacobian.terms and len(groups) == len(summed.terms)):
+        return None
+    terms = zip(summed.terms, summed.operands, strict=True)
+    operands = [Operand(term, tensor, key=i) for i, (term, tensor) in enumerate(terms)]
+    found = []
+    for group in groups:
+        needed = {*summed.result, *"".join(o.letters for i, o in enumerate(operands) if i not in group)}
+        members = tuple(operands[i] for i in group)
+        letters = dict.fromkeys("".join(o.letters for o in members))
+        found.append(Part(members, "".join(letter for letter in letters if letter in needed)))
+    return found
+
+
+def contract_into(part: Part, whole: Joined, block: slice) -> None:
+    """Contract a part of the Jacobian of a block of samples.
+
+    Args:
+        part: The part.
+        whole: Takes the result, by its letters.
+        block: The samples.
+    """
+    taken = _contract_to_last(part.operands, part.letters, Memo(symmetric=False))
+    if len(taken) == 1:
+        whole.put(block, taken[0].letters, taken[0].tensor)
+    else:
+        a, b = taken
+        sizes = {letter: size for o in taken for letter, size in zip(o.letters, o.tensor.shape, strict=True)}
+        letters = _result_letters(a, b, set(part.letters))
+        _multiply(a, b, letters, set(part.letters), whole.room(block, letters, sizes, a.tensor))
+
+
+def _groups_before_meeting(product: Doubled, n: int, m: int) -> list[list[int]] | None:
+    """Find which operands of one Jacobian the cheapest order contracts with one another alone.
+
+    Args:
+        product: The product of a Jacobian with itself.
+        n: The number of samples x1.
+        m: The number of samples x2.
+
+    Returns:
+        Groups of places among the operands, or ``None`` if they are not the same for x1 and x2.
+    """
+    operands, half = [*product.first, *product.second], len(product.first)
+    info = path_of(operands, product.result, {"n": n, "m": m})
+    remaining = [{i} for i in range(len(operands))]
+    found = list(remaining)
+    for step in info.path:
+        merged = set().union(*(remaining.pop(i) for i in sorted(step, reverse=True)))
+        remaining.append(merged)
+        if max(merged) < half or min(merged) >= half:
+            found = [group for group in found if not group <= merged] + [merged]
+    first = sorted(sorted(group) for group in found if max(group) < half)
+    second = sorted(sorted(i - half for i in group) for group in found if min(group) >= half)
+    return first if first == second else None
+
+
 def squared_norm(terms: Sequence[Factored], weights: Tensor) -> Tensor:
     """Compute ``|sum_cn v[c, n] J[c, n]|^2`` for a Jacobian that is the sum of terms.
 
@@ -226,7 +309,7 @@ def as_operand(letters: str, tensor: Tensor) -> Operand:
     """
     key = (tensor.data_ptr(), tensor.shape, tensor.stride())
     for axis in reversed(range(tensor.ndim)):
-        same_for_samples = letters[axis] in "nm" and tensor.stride(axis) == 0
+        same_for_samples = letters[axis] in "nm" and tensor.stride(axis) == 0 and tensor.shape[axis] > 1
         if same_for_samples:
             tensor, letters = tensor.select(axis, 0), letters[:axis] + letters[axis + 1 :]
     return Operand(letters, tensor, key)
@@ -247,12 +330,13 @@ def path_info(equation: str, shapes: tuple[tuple[int, ...], ...]) -> PathInfo:
     return info
 
 
-def path_of(operands: Sequence[Operand], result: str) -> PathInfo:
+def path_of(operands: Sequence[Operand], result: str, sizes: Mapping[str, int] = MappingProxyType({})) -> PathInfo:
     """Find the order in which to contract operands.
 
     Args:
         operands: The operands.
         result: The letters to keep, of which operands may lack some.
+        sizes: The sizes of letters where they shall not be those of the operands.
 
     Returns:
         The order, with its cost.
@@ -260,7 +344,8 @@ def path_of(operands: Sequence[Operand], result: str) -> PathInfo:
     present = set().union(*(o.letters for o in operands))
     kept = "".join(letter for letter in result if letter in present)
     equation = ",".join(o.letters for o in operands) + "->" + kept
-    return path_info(equation, tuple(tuple(o.tensor.shape) for o in operands))
+    shapes = (zip(o.letters, o.tensor.shape, strict=True) for o in operands)
+    return path_info(equation, tuple(tuple(sizes.get(letter, size) for letter, size in shape) for shape in shapes))
 
 
 def contract(operands: Sequence[Operand], result: str, memo: "Memo") -> Operand:
@@ -274,12 +359,28 @@ def contract(operands: Sequence[Operand], result: str, memo: "Memo") -> Operand:
     Returns:
         The result, its letters in any order; those that no operand has are left out.
     """
+    return _step(_contract_to_last(operands, result, memo), set(result), memo)
+
+
+def _contract_to_last(operands: Sequence[Operand], result: str, memo: "Memo") -> list[Operand]:
+    """Contract operands in the cheapest order, up to the last product.
+
+    Args:
+        operands: The operands.
+        result: The letters to keep.
+        memo: Keeps intermediate results.
+
+    Returns:
+        One or two operands, whose product is the result.
+    """
     remaining = list(operands)
     for step in path_of(operands, result).path:
         taken = [remaining.pop(i) for i in sorted(step, reverse=True)][::-1]
+        if not remaining:
+            return taken
         needed = set(result).union(*(o.letters for o in remaining))
         remaining.append(_step(taken, needed, memo))
-    return remaining[0]
+    return remaining
 
 
 def _step(taken: list[Operand], needed: set[str], memo: "Memo") -> Operand:
@@ -335,7 +436,7 @@ def _by_stride(operand: Operand) -> list[str]:
     return sorted(operand.letters, key=lambda letter: -strides[letter])
 
 
-def _multiply(a: Operand, b: Operand, letters: str, needed: set[str]) -> Tensor:
+def _multiply(a: Operand, b: Operand, letters: str, needed: set[str], out: Tensor | None = None) -> Tensor:
     """Multiply two operands: entry by entry where no letter is summed, else as matrices.
 
     Args:
@@ -343,14 +444,17 @@ def _multiply(a: Operand, b: Operand, letters: str, needed: set[str]) -> Tensor:
         b: The right factor.
         letters: The letters of the result, from :func:`_result_letters`.
         needed: Letters that must remain.
+        out: Where to put the product.
 
     Returns:
         The product.
     """
+    if out is not None and not out.is_contiguous():
+        return out.copy_(_multiply(a, b, letters, needed))
     shared = [letter for letter in _by_stride(max(a, b, key=lambda o: o.tensor.numel())) if letter in a.letters]
     summed = [letter for letter in shared if letter in b.letters and letter not in needed]
     if not summed:
-        return aligned(a, letters) * aligned(b, letters)
+        return torch.mul(aligned(a, letters), aligned(b, letters), out=out)
     sizes = dict(zip(a.letters + b.letters, a.tensor.shape + b.tensor.shape, strict=True))
     batch = [letter for letter in letters if letter in a.letters and letter in b.letters]
     left = [letter for letter in letters if letter not in b.letters]
@@ -362,10 +466,11 @@ def _multiply(a: Operand, b: Operand, letters: str, needed: set[str]) -> Tensor:
     if not inner:
         outer, inner = [], outer
     first, second = _merged(a, batch, outer, inner, summed), _merged(b, batch, summed, right)
+    shape = [*first.shape[:3], second.shape[2]]
+    product = first.new_empty(shape) if out is None else out.view(shape)
     if not outer:
-        product = torch.bmm(first.squeeze(1), second)
+        torch.bmm(first.squeeze(1), second, out=product.squeeze(1))
     else:  # say outputs outside, channels inside of positions: no copy is needed that would put them together
-        product = first.new_empty(*first.shape[:3], second.shape[2])
         for matrices, matrix, out in zip(first, second, product, strict=True):
             torch.bmm(matrices, matrix.expand(len(matrices), -1, -1), out=out)
     return product.reshape([sizes[letter] for letter in letters])
@@ -464,6 +569,9 @@ def add_products(kernels: dict[str, Tensor], products: Sequence[tuple[str, Doubl
     n, m = next(iter(kernels.values())).shape[:2]
     symmetric, offset = n1 is None, n1 or 0
     rows = _blocks(n, "n", BUDGET, products)
+    if symmetric:  # the more blocks, the fewer pairs are computed twice; but small products are slow
+        most = max(ceil(n / 4), ceil(64 / prod(next(iter(kernels.values())).shape[3:])))
+        rows = split(n, min(most, rows[0].stop))
     columns = rows if symmetric else _blocks(m, "m", KEPT, products)
     memo = Memo(symmetric)
     for column in columns:
@@ -471,13 +579,56 @@ def add_products(kernels: dict[str, Tensor], products: Sequence[tuple[str, Doubl
         for row in rows:
             if symmetric and row.start > column.start:
                 break
-            for name, product in products:
-                operands = restrict(product, row, shifted)
-                block = aligned(contract(operands, product.result, memo), product.result)
-                kernels[name][row, column] += block
+            for name, large, other in _summed(products, row, shifted, memo):
+                _accumulate(kernels[name][row, column], large, other)
                 if symmetric and row.start < column.start:
-                    kernels[name][column, row] += transpose(block)
+                    _accumulate(transpose(kernels[name][column, row]), large, other)
             memo.end_block()
+
+
+def _summed(
+    products: Sequence[tuple[str, Doubled]], rows: slice, columns: slice, memo: Memo
+) -> Iterator[tuple[str, Tensor, Tensor | int]]:
+    """Compute products of Jacobians, as few passes over a block of the kernel as they take.
+
+    The kernels of a weight and a bias may share a factor of the block's size, say the Gram matrix G of ``s``: then
+    their sum is G * (X + 1), with the Gram matrix X of the inputs.
+
+    Args:
+        products: Which product to add to which kernel.
+        rows: Samples of x1.
+        columns: Samples of x2.
+        memo: Keeps intermediate results.
+
+    Yields:
+        The kernel's name and two factors that broadcast to the block.
+    """
+    sums: dict[Hashable, tuple[str, Tensor, Tensor | int]] = {}
+    for name, product in products:
+        factors = _contract_to_last(restrict(product, rows, columns), product.result, memo)
+        if not set(product.result).issuperset("".join(o.letters for o in factors)):
+            factors = [_step(factors, set(product.result), memo)]
+        large, *others = sorted(factors, key=lambda o: -o.tensor.numel())
+        other: Tensor | int = aligned(others[0], product.result) if others else 1
+        key = (name, large.key, large.letters)
+        if key in sums:
+            other = sums[key][2] + other
+        sums[key] = (name, aligned(large, product.result), other)
+    yield from sums.values()
+
+
+def _accumulate(block: Tensor, large: Tensor, other: Tensor | int) -> None:
+    """Add a product to a block of a kernel, in one pass.
+
+    Args:
+        block: The block; changed in place.
+        large: One factor.
+        other: The other factor.
+    """
+    if isinstance(other, int):
+        block.add_(large, alpha=other)
+    else:
+        block.addcmul_(large, other)
 
 
 def restrict(product: Doubled, rows: slice, columns: slice) -> list[Operand]:
@@ -508,10 +659,7 @@ def _blocks(size: int, letter: str, budget: int, products: Sequence[tuple[str, D
         The blocks.
     """
     largest = max((_largest_per_sample(product, letter) for _, product in products), default=1)
-    block = max(1, min(size, budget // largest))
-    count = ceil(size / block)
-    edges = [i * size // count for i in range(count + 1)]
-    return [slice(start, stop) for start, stop in pairwise(edges)]
+    return split(size, budget // largest)
 
 
 def _largest_per_sample(product: Doubled, letter: str) -> int:
