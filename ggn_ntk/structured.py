@@ -33,7 +33,8 @@ from ggn_ntk.checks import (
     output_problem,
     random_state,
 )
-from ggn_ntk.contraction import Doubled, Part, add_products, contract_into, double, parts, select_samples, squared_norm
+from ggn_ntk.contraction import add_products
+from ggn_ntk.doubling import Doubled, Part, contract_into, double, parts, select_samples, squared_norm
 from ggn_ntk.request import Request
 from ggn_ntk.rules import Factored, backpropagation_for, channels_last, rule_for
 
@@ -581,7 +582,8 @@ class Accumulator:
         """
         c, n = (jacobian.sizes[letter] for letter in "cn")
         samples = (n, n) if self.n1 is None else (self.n1, n - self.n1)
-        return jacobian.operands[0].new_zeros(*samples, *[c] * {"full": 2, "diagonal": 1, "trace": 0}[self.compute])
+        like = next(operand for operand in jacobian.operands if isinstance(operand, Tensor))
+        return like.new_zeros(*samples, *[c] * {"full": 2, "diagonal": 1, "trace": 0}[self.compute])
 
 
 class _Recorder(Accumulator):
