@@ -26,7 +26,7 @@ from torch.nn import Module
 
 from ggn_ntk.checks import graph_nodes, is_out_of_memory, random_state
 from ggn_ntk.request import Inputs, Request
-from ggn_ntk.rules import Factored, rule_for
+from ggn_ntk.rules import Factored, OneHot, rule_for
 
 #: Numbers that ``s`` of all layers may hold before the outputs are taken in pieces.
 BUDGET = 2**27
@@ -361,9 +361,13 @@ def _split_rows(factored: Factored, rows: int) -> Factored:
     if rows == 1:
         return factored
     letter = next(a for a in string.ascii_uppercase if a not in factored.equation)
+
+    def split(term: str, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(term.index("n"), (-1, rows)) if "n" in term else tensor
+
     operands = (
-        tensor.unflatten(term.index("n"), (-1, rows)) if "n" in term else tensor
-        for term, tensor in zip(factored.terms, factored.operands, strict=True)
+        operand._replace(places=split(term, operand.places)) if isinstance(operand, OneHot) else split(term, operand)
+        for term, operand in zip(factored.terms, factored.operands, strict=True)
     )
     terms = ",".join(term.replace("n", "n" + letter) for term in factored.terms)
     return Factored(f"{terms}->{factored.result}", tuple(operands))
@@ -453,11 +457,12 @@ class Capture:
         parts = torch.arange(total).split(max(1, size // 2))
         return [torch.cat(pair) for pair in combinations(parts, 2)]
 
-    def jacobians(self, outputs: Tensor) -> Iterator[dict[str, Factored]]:
+    def jacobians(self, outputs: Tensor, accumulator: object) -> Iterator[dict[str, Factored]]:
         """Pass basis vectors of some outputs back and write Jacobians.
 
         Args:
             outputs: Their numbers.
+            accumulator: Will take the Jacobians.
 
         Yields:
             The Jacobians of each call, by the names users know parameters by.

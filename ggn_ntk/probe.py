@@ -13,6 +13,7 @@ In the first two, both sides come from one forward pass, so that they differ by 
 may take a unit to the other side of a kink, so a difference must show in several draws.
 """
 
+import math
 from collections.abc import Sequence
 
 import torch
@@ -30,9 +31,9 @@ from ggn_ntk.checks import (
     relative_error,
     total_norm,
 )
-from ggn_ntk.contraction import select_samples
+from ggn_ntk.doubling import select_samples
 from ggn_ntk.request import Request
-from ggn_ntk.rules import Factored
+from ggn_ntk.rules import Factored, OneHot
 
 # How many samples are evaluated by themselves: at most so many, and one of so many.
 _PROBED, _SHARE = 3, 16
@@ -189,15 +190,49 @@ def weighted_sum(jacobian: Factored, weights: Tensor) -> Tensor:
     Returns:
         ``[P]`` for a parameter with P entries.
     """
-    terms, operands = list(jacobian.terms), list(jacobian.operands)
-    first = next((i for i, term in enumerate(terms) if "c" in term and "n" in term), 0)
-    term, s = terms.pop(first), operands.pop(first)
-    if any("c" in other for other in terms) or not {"c", "n"} <= set(term):
-        equation = f"{','.join([term, *terms])},cn->{jacobian.result[2:]}"
-        return torch.einsum(equation, s, *operands, weights).flatten()
-    summed = term.replace("c", "")
-    terms, operands = [summed, *terms], [torch.einsum(f"{term},cn->{summed}", s, weights), *operands]
-    return torch.einsum(f"{','.join(terms)}->{jacobian.result[2:]}", *operands).flatten()
+    result, operands = jacobian.result[2:], list(zip(jacobian.terms, jacobian.operands, strict=True))
+    one_hot = [(term, operand) for term, operand in operands if isinstance(operand, OneHot)]
+    dense = [(term, operand) for term, operand in operands if isinstance(operand, Tensor)]
+    if sum("c" in term for term, _ in dense) == 1:  # the weights first: what is left has no outputs
+        term, s = dense.pop(next(i for i, (term, _) in enumerate(dense) if "c" in term))
+        n = "n" if any("n" in other for other, _ in (*dense, *one_hot)) else ""
+        summed = "".join(letter for letter in term if letter not in "cn") + n
+        dense.insert(0, (summed, torch.einsum(f"{term},cn->{summed}", s, weights)))
+    else:
+        dense.append(("cn", weights))
+    terms, tensors = zip(*dense, strict=True)
+    if not one_hot:
+        return torch.einsum(f"{','.join(terms)}->{result}", *tensors).flatten()
+    ((term, vectors),) = one_hot
+    places, rest = term[:-1], result.replace(term[-1], "")
+    letters = places + "".join(letter for letter in rest if letter not in places)
+    return _scatter(torch.einsum(f"{','.join(terms)}->{letters}", *tensors), letters, term, vectors, result)
+
+
+def _scatter(values: Tensor, letters: str, term: str, vectors: OneHot, result: str) -> Tensor:
+    """Multiply by one-hot vectors, and sum over their places.
+
+    Args:
+        values: What to multiply.
+        letters: A letter for each axis: those of the places, and those of the result but for the vectors' own.
+        term: The letters of the vectors.
+        vectors: The vectors.
+        result: The letters of the result.
+
+    Returns:
+        The flattened result.
+    """
+    sizes = dict(zip(letters, values.shape, strict=True)) | {term[-1]: vectors.size}
+    known = vectors.places.reshape(*vectors.places.shape, *[1] * (values.ndim - vectors.places.ndim))
+    index = torch.zeros_like(values, dtype=torch.long)
+    for letter in result:
+        shape = [sizes[letter] if other == letter else 1 for other in letters]
+        along = (
+            known.clamp(min=0) if letter == term[-1] else torch.arange(sizes[letter], device=index.device).view(shape)
+        )
+        index = index * sizes[letter] + along
+    flat = values.new_zeros(math.prod(sizes[letter] for letter in result))
+    return flat.index_add_(0, index.flatten(), (values * (known >= 0)).flatten())
 
 
 def errors(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> dict[str, float]:

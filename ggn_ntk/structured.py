@@ -28,7 +28,8 @@ from ggn_ntk.checks import (
     is_out_of_memory,
     output_problem,
 )
-from ggn_ntk.contraction import Doubled, add_products, double
+from ggn_ntk.contraction import add_products
+from ggn_ntk.doubling import Doubled, Part, double, parts
 from ggn_ntk.probe import Probe, find_samples
 from ggn_ntk.reference import contract_jacobians
 from ggn_ntk.request import Request
@@ -243,7 +244,7 @@ def _passed(
     for outputs in capture.pieces(request.compute):
         accumulator = make(request.compute, request.n1, request.per_parameter, capture.counts)
         probe.begin(outputs)
-        for jacobians in capture.jacobians(outputs):
+        for jacobians in capture.jacobians(outputs, accumulator):
             probe.add(jacobians)
             accumulator.add(jacobians)
             del jacobians  # frees its operands, but for those of parameters that are used again
@@ -361,6 +362,22 @@ class Accumulator:
         """
         return self._counts[name] > 1
 
+    def parts(self, name: str, jacobian: Factored, n: int) -> list[Part] | None:
+        """Group the operands of a Jacobian by what can be contracted for some samples by themselves.
+
+        Args:
+            name: The parameter.
+            jacobian: The Jacobian of some samples.
+            n: The number of all samples.
+
+        Returns:
+            The groups, or ``None`` where nothing can.
+        """
+        if self.is_reused(name):
+            return None
+        n1 = n if self.n1 is None else self.n1
+        return parts(jacobian, n1, n1 if self.n1 is None else n - n1, self.compute)
+
     def add(self, jacobians: dict[str, Factored]) -> None:
         """Add one use of a layer.
 
@@ -399,7 +416,8 @@ class Accumulator:
         """
         c, n = (jacobian.sizes[letter] for letter in "cn")
         samples = (n, n) if self.n1 is None else (self.n1, n - self.n1)
-        return jacobian.operands[0].new_zeros(*samples, *[c] * {"full": 2, "diagonal": 1, "trace": 0}[self.compute])
+        like = next(operand for operand in jacobian.operands if isinstance(operand, Tensor))
+        return like.new_zeros(*samples, *[c] * {"full": 2, "diagonal": 1, "trace": 0}[self.compute])
 
 
 class _Recorder(Accumulator):
@@ -424,6 +442,15 @@ class _Recorder(Accumulator):
         """
         super().__init__(compute, n1, per_parameter, counts)
         self._products = products
+
+    def parts(self, name: str, jacobian: Factored, n: int) -> None:
+        """Keep operands apart: products of whole Jacobians are to be taken down.
+
+        Args:
+            name: The parameter.
+            jacobian: The Jacobian of some samples.
+            n: The number of all samples.
+        """
 
     def _contract(self, products: list[tuple[str, Doubled]]) -> None:
         """Take products down.

@@ -5,19 +5,38 @@ is the same for all samples, and is kept once. Layers and their transposed Jacob
 :mod:`ggn_ntk.rules`, as in the BackPACK extension :class:`ggn_ntk.EmpiricalNTK`.
 """
 
+import string
 from collections import Counter
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Generator, Iterator
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
+from ggn_ntk.blocks import SIZE_ELSEWHERE, SIZES, WAITING, Joined, split
 from ggn_ntk.checks import Problem, UnsupportedModelError, eager, hidden_computation, output_problem, random_state
+from ggn_ntk.doubling import Part, contract_into
 from ggn_ntk.request import Request
 from ggn_ntk.rules import Factored, backpropagation_for, channels_last, rule_for
 
 _REMEDY = "Use capture='autograd' ('auto' does)"
+
+
+class Parts(Protocol):
+    """What takes Jacobians, and knows how they will be contracted."""
+
+    def parts(self, name: str, jacobian: Factored, n: int) -> list[Part] | None:
+        """Group the operands of a Jacobian by what can be contracted for some samples by themselves.
+
+        Args:
+            name: The parameter.
+            jacobian: The Jacobian of some samples.
+            n: The number of all samples.
+
+        Returns:
+            The groups, or ``None`` where nothing can.
+        """
 
 
 class Use(NamedTuple):
@@ -32,6 +51,18 @@ class Use(NamedTuple):
     module: Module
     x: Any
     params: dict[str, str]
+
+    def restrict(self, samples: slice) -> "Use":
+        """Select samples.
+
+        Args:
+            samples: Which samples.
+
+        Returns:
+            The use of the layer by these samples.
+        """
+        x = tuple(x[samples] for x in self.x) if isinstance(self.x, tuple) else self.x[samples]
+        return self._replace(x=x)
 
 
 class Walk:
@@ -76,24 +107,189 @@ class Walk:
         """
         return [torch.arange(self.output[0].numel())]
 
-    def jacobians(self, outputs: Tensor) -> Iterator[dict[str, Factored]]:
+    def jacobians(self, outputs: Tensor, accumulator: Parts) -> Iterator[dict[str, Factored]]:
         """Pass ``s`` back and write Jacobians on the way. Recorded inputs are freed, so this works once.
 
         Args:
             outputs: The numbers of all outputs.
+            accumulator: Will take the Jacobians.
 
         Yields:
             The Jacobians of each layer, by the names users know parameters by. The caller has to drop them before it
             asks for more, since ``s`` may be overwritten, unless a parameter among them is used again.
         """
         s = identity(self.output)
-        while any(use.params for use in self._uses):
-            use = self._uses.pop()
-            if use.params:
-                yield jacobians(use, s)
-            if any(earlier.params for earlier in self._uses):
-                waits = any(self.counts[name] > 1 for name in use.params.values()) and s.stride(1) != 0
-                s = backpropagate(use, s.clone() if waits else s)
+        while _any_wanted(self._uses):
+            blocks = _blocks(self._uses, s)
+            s = yield from (self._in_blocks(s, blocks, accumulator) if len(blocks) > 1 else self._all(s))
+
+    def _all(self, s: Tensor) -> Generator[dict[str, Factored], None, Tensor]:
+        """Pass ``s`` of all samples back through the last layer.
+
+        Args:
+            s: ``[C, N, *layer output]``; may be overwritten.
+
+        Yields:
+            The layer's Jacobians, if it has any.
+
+        Returns:
+            ``[C, N, *layer input]``, unless no layer before needs it.
+        """
+        use = self._uses.pop()
+        if use.params:
+            yield jacobians(use, s)
+        if not _any_wanted(self._uses):
+            return s
+        waits = any(self.counts[name] > 1 for name in use.params.values()) and s.stride(1) != 0
+        return backpropagate(use, s.clone() if waits else s)  # which may overwrite it
+
+    def _in_blocks(
+        self, s: Tensor, blocks: list[slice], accumulator: Parts
+    ) -> Generator[dict[str, Factored], None, Tensor]:
+        """Pass ``s`` of one block of samples after the other back through a chain of layers.
+
+        How many layers the chain has turns out at the first block: as many as let no more wait for the other blocks
+        than there is room for.
+
+        Args:
+            s: ``[C, N, *layer output]``; may be overwritten.
+            blocks: The blocks.
+            accumulator: Will take the Jacobians.
+
+        Yields:
+            The Jacobians of each layer.
+
+        Returns:
+            ``[C, N, *layer input]``, unless no layer before the chain needs it.
+        """
+        uses, n = self._uses, s.shape[1]
+        chain: list[_Link] = []
+        passed = Joined(n)
+        for block in blocks:
+            part = s[:, block]
+            for link in chain:
+                part = link.pass_back(block, part)
+            while block is blocks[0] and _any_wanted(uses) and sum(link.waiting for link in chain) <= WAITING:
+                chain.append(_Link(uses.pop(), accumulator, passes_on=_any_wanted(uses), n=n))
+                part = chain[-1].pass_back(block, part)
+            if _any_wanted(uses):
+                passed.put(block, _axes(part), part)
+        while chain:
+            found = chain.pop(0).jacobians()
+            if found:
+                yield found
+            del found
+        return passed.ordered(_axes(passed.tensor)) if _any_wanted(uses) else s
+
+
+def _any_wanted(uses: list[Use]) -> bool:
+    """Tell whether ``s`` has to pass further back.
+
+    Args:
+        uses: The uses of layers that it has not passed.
+
+    Returns:
+        Whether one of them has a wanted parameter.
+    """
+    return any(use.params for use in uses)
+
+
+def _blocks(uses: list[Use], s: Tensor) -> list[slice]:
+    """Split samples for the way back through the last layers.
+
+    Args:
+        uses: The uses of layers.
+        s: ``[C, N, *layer output]``.
+
+    Returns:
+        The blocks: a single one while ``s`` is the same for all samples, which is cheaper than any block.
+    """
+    n, use = s.shape[1], uses[-1]
+    if s.stride(1) == 0 and (use.params or backpropagation_for(use.module).linear):
+        return split(n, n)
+    sizes = [x[0].numel() for use in uses for x in (use.x if isinstance(use.x, tuple) else (use.x,))]
+    return split(n, SIZES.get(s.device.type, SIZE_ELSEWHERE) // (len(s) * max(sizes)))
+
+
+def _axes(s: Tensor) -> str:
+    """Name the axes of ``s``.
+
+    Args:
+        s: ``[C, N, ...]``.
+
+    Returns:
+        A letter for each.
+    """
+    return "cn" + string.ascii_uppercase[: s.ndim - 2]
+
+
+class _Link:
+    """A layer in a chain, through which blocks of samples pass."""
+
+    def __init__(self, use: Use, accumulator: Parts, *, passes_on: bool, n: int) -> None:
+        """Set up.
+
+        Args:
+            use: The use of the layer.
+            accumulator: Tells what of a Jacobian can be contracted for some samples by themselves.
+            passes_on: Whether a layer before needs ``s``.
+            n: The number of samples.
+        """
+        self._use, self._accumulator, self._passes_on, self._n = use, accumulator, passes_on, n
+        self._s = Joined(n)
+        self._joined: dict[str, tuple[str, list[Joined]]] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Numbers that wait for other blocks."""
+        wholes = [self._s, *(whole for _, wholes in self._joined.values() for whole in wholes)]
+        return sum(whole.numel for whole in wholes)
+
+    def pass_back(self, block: slice, s: Tensor) -> Tensor:
+        """Keep what the Jacobians need of a block, and pass ``s`` back.
+
+        Args:
+            block: Its samples.
+            s: ``[C, block, *layer output]``; may be overwritten.
+
+        Returns:
+            ``[C, block, *layer input]``, or ``s`` if no layer before needs it.
+        """
+        use = self._use.restrict(block)
+        if use.params:
+            self._keep(block, s, jacobians(use, s))
+        return backpropagate(use, s) if self._passes_on else s
+
+    def _keep(self, block: slice, s: Tensor, factored: dict[str, Factored]) -> None:
+        """Keep the Jacobians of a block as far as the order of contraction forms them, else ``s``.
+
+        Args:
+            block: Its samples.
+            s: ``[C, block, *layer output]``.
+            factored: The Jacobians, by name.
+        """
+        split_up = {name: self._accumulator.parts(name, jacobian, self._n) for name, jacobian in factored.items()}
+        if any(found is None for found in split_up.values()):
+            self._s.put(block, _axes(s), s)
+            return
+        for name, found in split_up.items():
+            assert found is not None
+            new = (factored[name].result, [Joined(self._n) for _ in found])
+            for part, whole in zip(found, self._joined.setdefault(name, new)[1], strict=True):
+                contract_into(part, whole, block)
+
+    def jacobians(self) -> dict[str, Factored]:
+        """Put the blocks together.
+
+        Returns:
+            The Jacobians of all samples, by the name users know the parameter by.
+        """
+        if self._s.numel > 0:
+            return jacobians(self._use, self._s.ordered(_axes(self._s.tensor)))
+        return {
+            name: Factored(f"{','.join(w.letters for w in wholes)}->{result}", tuple(w.tensor for w in wholes))
+            for name, (result, wholes) in self._joined.items()
+        }
 
 
 def structure_problems(request: Request) -> Iterator[Problem]:

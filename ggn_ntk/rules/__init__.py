@@ -15,6 +15,7 @@ axes (adjacent axes may be merged or split), and all remaining letters are summe
 from ggn_ntk.rules.registry import (
     Backpropagation,
     Factored,
+    OneHot,
     Rule,
     backpropagation_for,
     channels_last,
@@ -38,6 +39,7 @@ from ggn_ntk.rules import (  # isort: skip
 __all__ = [
     "Backpropagation",
     "Factored",
+    "OneHot",
     "Rule",
     "activation",
     "attention",
