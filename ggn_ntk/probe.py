@@ -226,10 +226,10 @@ def _scatter(values: Tensor, letters: str, term: str, vectors: OneHot, result: s
     known = vectors.places.reshape(*vectors.places.shape, *[1] * (values.ndim - vectors.places.ndim))
     index = torch.zeros_like(values, dtype=torch.long)
     for letter in result:
-        shape = [sizes[letter] if other == letter else 1 for other in letters]
-        along = (
-            known.clamp(min=0) if letter == term[-1] else torch.arange(sizes[letter], device=index.device).view(shape)
-        )
+        along = known.clamp(min=0)
+        if letter in letters:
+            along = torch.arange(sizes[letter], device=index.device)
+            along = along.view([-1 if other == letter else 1 for other in letters])
         index = index * sizes[letter] + along
     flat = values.new_zeros(math.prod(sizes[letter] for letter in result))
     return flat.index_add_(0, index.flatten(), (values * (known >= 0)).flatten())
