@@ -31,7 +31,7 @@ from ggn_ntk import empirical_ntk, gradient_descent_mse, linearize, max_learning
 from ggn_ntk.plots import plot_training
 
 REDUCED = os.environ.get("GGN_NTK_GALLERY") == "reduced"  # a smaller run, for tests
-SAMPLES, STEPS, SEEDS = (30, 60, 2) if REDUCED else (100, 200, 5)
+SAMPLES, STEPS, SEEDS = (30, 60, 2) if REDUCED else (100, 200, 4)
 WIDTHS = [64, 256, 1024, 2048] if REDUCED else [64, 128, 256, 512, 1024, 2048]
 
 torch.manual_seed(0)
@@ -66,14 +66,15 @@ def outputs(model):
 # Prediction
 # ----------
 #
-# Two kernels and the outputs before training are all it takes. The learning rate is half of the largest that converges.
+# Two kernels and the outputs before training are all it takes. The learning rate is a quarter of the largest at which
+# the linearization converges.
 
 
 def predict(model, steps):
     """The learning rate, and the outputs after some steps by the linearization."""
     k_train_train = empirical_ntk(model, x_train)
     k_test_train = empirical_ntk(model, x_test, x_train)
-    learning_rate = max_learning_rate(k_train_train) / 2
+    learning_rate = max_learning_rate(k_train_train) / 4
     predictor = gradient_descent_mse(k_train_train, y_train, learning_rate=learning_rate)
     return learning_rate, predictor(steps, *outputs(model), k_test_train)
 
@@ -113,14 +114,14 @@ def losses(train_outputs, test_outputs):
     }
 
 
-model, record, steps = network(1024), STEPS // 20, torch.arange(STEPS + 1)
+model, record, steps = network(2048), STEPS // 20, torch.arange(STEPS + 1)
 learning_rate, predicted = predict(model, steps)
 f_lin = linearize(model)  # keeps the network as it is now
 real = train(model, learning_rate, record)
 
 figure, (left, right) = plt.subplots(ncols=2, figsize=(10, 4), layout="constrained")
 plot_training(steps, losses(*predicted), steps[::record], losses(*real), ax=left)
-left.set(yscale="log", ylabel="loss", title="Width 1024: predicted and real training")
+left.set(ylim=(0, None), ylabel="loss", title="Width 2048: the loss")
 
 # %%
 # The prediction is not only that of the loss: here are the outputs for one test image.
@@ -128,7 +129,7 @@ left.set(yscale="log", ylabel="loss", title="Width 1024: predicted and real trai
 one_predicted = {f"output {c}": predicted[1][:, 0, c] for c in (0, 1, 2)}
 one_real = {f"output {c}": real[1][:, 0, c] for c in (0, 1, 2)}
 plot_training(steps, one_predicted, steps[::record], one_real, ax=right)
-right.set(ylabel="output", title="Width 1024: outputs for one test image")
+right.set(ylabel="output", title="Width 2048: outputs for one test image")
 plt.show()
 
 # %%
@@ -169,6 +170,7 @@ reference = distances.mean(0)[0] * (torch.tensor(WIDTHS) / WIDTHS[0]) ** -0.5
 ax.plot(WIDTHS, reference, "--", color="gray", label="one over the square root of the width")
 ax.set(xscale="log", yscale="log", xlabel="width", ylabel="relative distance after training")
 ax.set_xticks(WIDTHS, [str(width) for width in WIDTHS])
+ax.set_yticks([0.1, 0.2, 0.4, 0.8], ["10 %", "20 %", "40 %", "80 %"])
 ax.minorticks_off()
 ax.set(title="Real and linearized training, test samples")
 ax.legend()
