@@ -3,8 +3,8 @@ The kernel learns too: spectrum and alignment through training
 ==============================================================
 
 In the limit of infinite width, the neural tangent kernel stays what it was at initialisation. A real network's does
-not: as it trains, its kernel grows, more of its eigenvalues come to matter, and it aligns with the targets. This example
-follows the kernel of a small convolutional network through training on scikit-learn's digits.
+not: as it trains, its kernel grows, more of its eigenvalues come to matter, and it aligns with the targets. This
+example follows the kernel of a small convolutional network through training on scikit-learn's digits.
 """
 
 import os
@@ -97,9 +97,9 @@ plt.show()
 # Spectrum and alignment
 # ----------------------
 #
-# Left: eigenvalues. The largest belongs to functions that are almost constant. Right: alignment with the targets rises,
-# most of all where constants do not count, which is what the centred alignment of two kernels measures; alignment with
-# the kernel before training falls.
+# Left: eigenvalues. Right: alignment with the targets rises, and alignment with the kernel before training falls. The
+# largest eigenvalue belongs to functions that are almost constant, which the centred alignment of two kernels leaves
+# out.
 
 targets = y[:SAMPLES].double() - y[:SAMPLES].double().mean(0)
 target_kernel = targets @ targets.T
@@ -118,6 +118,7 @@ plot_alignment(steps, alignments, ax=right)
 right.set_title("Alignment")
 right.set_xscale("symlog", linthresh=1)
 right.set_xlim(0, STEPS)
+right.legend(loc=(0.02, 0.2))
 plt.show()
 
 # %%
