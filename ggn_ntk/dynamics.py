@@ -91,7 +91,7 @@ def gradient_descent_mse(
 
     The steps are those of ``torch.optim.SGD`` on the linearized network, v ← μ v + dL/dθ and θ ← θ - η v from v = 0.
     In each eigendirection they are an affine map of two numbers, whose power by repeated squaring is the result. Above
-    :func:`max_learning_rate` the prediction grows without bound, as the training would.
+    :func:`max_learning_rate` the prediction grows until it overflows, as the training would.
 
     Args:
         k_train_train: ``[N, N, *out, *out]`` or ``[N, N]``.

@@ -104,7 +104,7 @@ def symmetric_matrix(kernel: Any, argument: str) -> Tensor:
     return (matrix + matrix.T) / 2
 
 
-def _level_of_caller() -> int:
+def level_of_caller() -> int:
     """Count the calls inside of this package, for a warning that names the line outside.
 
     Returns:
@@ -161,7 +161,7 @@ class Decomposition:
             f"{self.argument} is singular up to rounding, with a condition number above {condition:.1e}: a jitter of "
             f"{self.jitter:.1e} is added to its diagonal. Pass diag_reg to choose another.",
             IllConditionedWarning,
-            stacklevel=_level_of_caller(),
+            stacklevel=level_of_caller(),
         )
 
     def inverse(self) -> Tensor:

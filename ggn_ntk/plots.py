@@ -11,8 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ggn_ntk.matrix import check_kernel
-from ggn_ntk.spectrum import eigenvalues
+from ggn_ntk.matrix import check_kernel, symmetric_matrix
 
 #: Blue, vermilion, bluish green, reddish purple, orange and sky blue.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -70,12 +69,15 @@ def plot_spectrum(kernel: Tensor | Mapping[str, Tensor], ax: Any = None) -> Any:
 
     Raises:
         TypeError: If a kernel is not a real tensor.
-        ValueError: If it has no eigenvalues.
+        ValueError: If it has not the shape of a kernel of a set with itself, or is not symmetric.
     """
     ax = _axes(ax)
     spectra = kernel if isinstance(kernel, Mapping) else {"": kernel}
     for i, (name, entry) in enumerate(spectra.items()):
-        values = entry.detach() if isinstance(entry, Tensor) and entry.ndim == 1 else eigenvalues(entry)
+        if isinstance(entry, Tensor) and entry.ndim == 1:
+            values = entry.detach()
+        else:
+            values = torch.linalg.eigvalsh(symmetric_matrix(entry, name or "kernel"))
         values = values[values > 0].sort(descending=True).values.double().cpu()
         ax.plot(
             range(1, len(values) + 1), values.numpy(), label=name or None, **_line(i, _evenly_on_log_axis(len(values)))

@@ -10,7 +10,7 @@ import warnings
 import torch
 from torch import Tensor
 
-from ggn_ntk.matrix import check_kernel, flatten, rounding, symmetric_matrix
+from ggn_ntk.matrix import check_kernel, flatten, level_of_caller, rounding, symmetric_matrix
 
 
 def eigenvalues(kernel: Tensor) -> Tensor:
@@ -31,7 +31,7 @@ def eigenvalues(kernel: Tensor) -> Tensor:
     """
     values = torch.linalg.eigvalsh(symmetric_matrix(kernel, "kernel"))
     if values[0] < 0:
-        warnings.warn(_report_negative(values, kernel.dtype), stacklevel=2)
+        warnings.warn(_report_negative(values, kernel.dtype), stacklevel=level_of_caller())
     result: Tensor = values.to(kernel.dtype)
     return result
 

@@ -21,6 +21,7 @@ from ggn_ntk.checks import (
     Problem,
     UnsupportedModelError,
     cotangent,
+    eager,
     gradients,
     is_out_of_memory,
     random_state,
@@ -31,6 +32,9 @@ from ggn_ntk.isolation import isolated
 from ggn_ntk.request import Request
 
 _KIND = "Taylor expansion"
+
+# What torch.compile puts before the names of parameters.
+_COMPILED = "_orig_mod."
 
 Parameters = dict[str, Tensor]
 
@@ -103,7 +107,7 @@ class TaylorExpansion:
         if degree < 0:
             raise ValueError(f"degree must not be negative, got {degree}.")
         self.degree = degree
-        self._model = _snapshot(model)
+        self._model = _snapshot(eager(model))
         self._names = _first_names(self._model)
         self._params = self._choose(params)
         self._pushforward: Pushforward | None = None
@@ -228,11 +232,12 @@ class TaylorExpansion:
         Raises:
             ValueError: If there is none of that name.
         """
-        if name not in self._names:
+        plain = name.removeprefix(_COMPILED) if isinstance(name, str) else name
+        if plain not in self._names:
             raise ValueError(
                 f"{argument} names {name!r}, which the model does not have. It has: {', '.join(self._names)}."
             )
-        return self._names[name]
+        return self._names[plain]
 
 
 def _snapshot(model: Module) -> Module:
@@ -360,7 +365,7 @@ def _is_transformed() -> bool:
     Returns:
         Whether one is.
     """
-    return torch._C._functorch.maybe_get_level(torch.empty(0).sum()) > 0
+    return torch._C._functorch.maybe_get_level(torch.empty(0).sum()) > 0  # -1 for a plain tensor
 
 
 def _find_pushforward(request: Request, degree: int) -> Pushforward:

@@ -322,6 +322,16 @@ def test_models_that_backpack_has_extended():
         assert torch.equal(linearize(extended)(new, x), expected)
 
 
+def test_compiled_models_are_the_models_behind_them():
+    model, x = mlp(nn.Tanh)(), torch.randn(3, 5)
+    compiled, new = torch.compile(model), mlp(nn.Tanh)()
+    expected = linearize(model)(new, x)
+    assert torch.equal(linearize(compiled)(new, x), expected)
+    assert torch.equal(linearize(model)(torch.compile(new), x), expected)
+    assert torch.equal(linearize(compiled)(dict(torch.compile(new).named_parameters()), x), expected)
+    assert list(linearize(compiled).point) == [name for name, _ in model.named_parameters()]
+
+
 class Gated(nn.Linear):
     """Holds part of itself constant, which forward mode does not see."""
 
