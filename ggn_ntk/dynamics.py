@@ -53,9 +53,9 @@ def gradient_flow_mse(
         f_train(t) = f_train(0) + (exp(-K τ) - I) (f_train(0) - y)
         f_test(t) = f_test(0) + Θ_test,train K⁻¹ (exp(-K τ) - I) (f_train(0) - y)
 
-    (Lee et al. 2019, section 2.2), by one eigendecomposition of K for all calls. Directions whose eigenvalue cannot be
-    told from zero do not train; where their influence on test samples would be rounding grown large, a jitter bounds it
-    and an :class:`ggn_ntk.IllConditionedWarning` says so.
+    (Lee et al. 2019, section 2.2), by one eigendecomposition of K for all calls. For so long a time that eigenvalues
+    which cannot be told from zero matter, a jitter keeps rounding from growing large in test outputs; after infinite
+    time, training outputs stay as they are in these directions. An :class:`ggn_ntk.IllConditionedWarning` says so.
 
     Args:
         k_train_train: ``[N, N, *out, *out]`` or ``[N, N]``.
@@ -408,30 +408,47 @@ class _Training:
         start = self.layout.columns("f_train_0", f_train_0)
         test = parse_test(self.layout, f_test_0, k_test_train)
         residual = self.kernel.vectors.T @ (start - self.targets)
-        change = schedule.change(self.kernel.values)[..., None] * residual  # [T, n, columns]
+        undetermined = self._undetermined(schedule)
+        change = self._change(schedule)[..., None] * residual  # [T, n, columns]
         train = self._finish(shape, start + self.kernel.vectors @ change)
         if test is None:
             return train
         test_start, cross = test
-        response = self._bounded_response(schedule)[..., None] * residual
-        return train, self._finish(shape, test_start + (cross @ self.kernel.vectors) @ response)
+        bounded = schedule.response(self.kernel.values + self.kernel.jitter)
+        response = torch.where(undetermined[:, None], bounded, schedule.response(self.kernel.values))[..., None]
+        return train, self._finish(shape, test_start + (cross @ self.kernel.vectors) @ (response * residual))
 
-    def _bounded_response(self, schedule: Schedule) -> Tensor:
-        """Compute the response, with a jitter and a warning where it would be rounding grown large.
+    def _undetermined(self, schedule: Schedule) -> Tensor:
+        """Find the trainings so long that the eigenvalues that are rounding matter, and warn of them.
 
         Args:
-            schedule: The training.
+            schedule: The training, T times over.
+
+        Returns:
+            A mask ``[T]``.
+        """
+        rounding = self.kernel.rounding
+        long = schedule.reach > (1 / rounding if rounding else torch.finfo(torch.float64).max)
+        if not self.kernel.singular or not long.any():
+            return torch.zeros_like(long)
+        self.kernel.warn(
+            f"for so long a training, a jitter of {self.kernel.jitter:.1e} is added to its diagonal for test outputs, "
+            "and after infinite time, training outputs are left as they are in directions that it cannot tell from zero"
+        )
+        return long
+
+    def _change(self, schedule: Schedule) -> Tensor:
+        """Compute what happens to training outputs; after infinite time, by certain eigenvalues alone.
+
+        Args:
+            schedule: The training, T times over.
 
         Returns:
             ``[T, n]``.
         """
-        values = self.kernel.values
-        response = schedule.response(values)
-        unbounded = schedule.reach * self.kernel.rounding > 1 if self.kernel.rounding else schedule.reach.isinf()
-        if self.kernel.singular and unbounded.any():
-            self.kernel.warn()
-            response = torch.where(unbounded[:, None], schedule.response(values + self.kernel.jitter), response)
-        return response
+        infinite = schedule.reach.isinf()[:, None]
+        certain = schedule.change(self.kernel.certain_values)
+        return torch.where(infinite, certain, schedule.change(self.kernel.values))
 
     def _finish(self, shape: Size, columns: Tensor) -> Tensor:
         """Bring predictions to the layout that users get.

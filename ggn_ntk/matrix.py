@@ -136,7 +136,7 @@ class Decomposition:
 
     Attributes:
         argument: The name of the argument it came from.
-        values: Eigenvalues ``[n]``, ascending, in float64; zero where they cannot be told from it.
+        values: Eigenvalues ``[n]``, ascending, in float64; negative ones, which are rounding, are zero.
         vectors: Eigenvectors ``[n, n]``, in columns.
         rounding: The size below which eigenvalues cannot be told from zero.
         jitter: What to add to the eigenvalues of a kernel that is singular up to rounding: sqrt(eps) of the mean
@@ -152,14 +152,23 @@ class Decomposition:
     @property
     def singular(self) -> bool:
         """Whether the kernel is singular up to rounding."""
-        return self.values[0].item() == 0
+        return self.values[0].item() <= self.rounding
 
-    def warn(self) -> None:
-        """Warn that the jitter is used."""
+    @property
+    def certain_values(self) -> Tensor:
+        """The eigenvalues ``[n]``, with zeros where they cannot be told from it."""
+        return torch.where(self.values > self.rounding, self.values, 0.0)
+
+    def warn(self, consequence: str) -> None:
+        """Warn that the kernel is singular up to rounding.
+
+        Args:
+            consequence: What is done about it.
+        """
         condition = self.values[-1].item() / self.rounding if self.rounding else math.inf
         warnings.warn(
-            f"{self.argument} is singular up to rounding, with a condition number above {condition:.1e}: a jitter of "
-            f"{self.jitter:.1e} is added to its diagonal. Pass diag_reg to choose another.",
+            f"{self.argument} is singular up to rounding, with a condition number above {condition:.1e}: "
+            f"{consequence}. Pass a larger diag_reg to regularise it as you see fit.",
             IllConditionedWarning,
             stacklevel=level_of_caller(),
         )
@@ -172,7 +181,7 @@ class Decomposition:
         """
         values = self.values
         if self.singular:
-            self.warn()
+            self.warn(f"a jitter of {self.jitter:.1e} is added to its diagonal")
             values = values + self.jitter
         inverse: Tensor = (self.vectors / values) @ self.vectors.T
         return inverse
@@ -205,8 +214,9 @@ def decompose(kernel: Any, argument: str, diag_reg: float = 0.0) -> Decompositio
             f"{smallest:.3g} to {largest:.3g}. If its entries have errors, a larger diag_reg makes up for them."
         )
     jitter = math.sqrt(torch.finfo(kernel.dtype).eps) * mean_diagonal
-    values = torch.where(values > small, values, 0.0)
-    return Decomposition(argument, values, vectors, small, jitter or 1.0)  # of the zero kernel, any jitter will do
+    return Decomposition(
+        argument, values.clamp(min=0), vectors, small, jitter or 1.0
+    )  # of the zero kernel, any jitter will do
 
 
 def check_number(argument: str, value: Any, low: float, high: float = math.inf, *, above: bool = False) -> None:
