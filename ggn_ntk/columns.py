@@ -1,5 +1,6 @@
 """Outputs as columns that kernels multiply, and kernels as the matrices that multiply them."""
 
+import math
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -103,7 +104,8 @@ class Layout:
         Returns:
             ``[..., samples, *out]``, in the dtype of results.
         """
-        return columns.reshape(*columns.shape[:-2], -1, *self.out).to(self.dtype)
+        samples = columns.shape[-2] // (math.prod(self.out) if self.full else 1)
+        return columns.reshape(*columns.shape[:-2], samples, *self.out).to(self.dtype)
 
     def cross(self, argument: str, kernel: Any) -> Tensor:
         """Check and flatten a kernel of test and training samples.

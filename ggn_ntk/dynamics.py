@@ -414,9 +414,11 @@ class _Training:
         if test is None:
             return train
         test_start, cross = test
-        bounded = schedule.response(self.kernel.values + self.kernel.jitter)
-        response = torch.where(undetermined[:, None], bounded, schedule.response(self.kernel.values))[..., None]
-        return train, self._finish(shape, test_start + (cross @ self.kernel.vectors) @ (response * residual))
+        response = schedule.response(self.kernel.values)
+        if undetermined.any():
+            bounded = schedule.response(self.kernel.values + self.kernel.jitter)
+            response = torch.where(undetermined[:, None], bounded, response)
+        return train, self._finish(shape, test_start + (cross @ self.kernel.vectors) @ (response[..., None] * residual))
 
     def _undetermined(self, schedule: Schedule) -> Tensor:
         """Find the trainings so long that the eigenvalues that are rounding matter, and warn of them.
@@ -446,9 +448,11 @@ class _Training:
         Returns:
             ``[T, n]``.
         """
-        infinite = schedule.reach.isinf()[:, None]
-        certain = schedule.change(self.kernel.certain_values)
-        return torch.where(infinite, certain, schedule.change(self.kernel.values))
+        change, infinite = schedule.change(self.kernel.values), schedule.reach.isinf()
+        if infinite.any():
+            certain = schedule.change(self.kernel.certain_values)
+            change = torch.where(infinite[:, None], certain, change)
+        return change
 
     def _finish(self, shape: Size, columns: Tensor) -> Tensor:
         """Bring predictions to the layout that users get.
@@ -506,6 +510,22 @@ class _AnyFlow:
 
         Returns:
             Outputs ``[*times, N, *out]`` at the training samples, and those at the test samples, if there are any.
+        """
+        wanted, places = times.flatten().unique(return_inverse=True)
+        states = self._integrate(wanted, tolerance) if (wanted > 0).any() else self._start[None]
+        parts = [self._layout.outputs(part) for part in states[places].split(self._rows, dim=1)]
+        results = [part.reshape(*times.shape, *part.shape[1:]) for part in parts]
+        return results[0] if len(results) == 1 else (results[0], results[1])
+
+    def _integrate(self, times: Tensor, tolerance: float) -> Tensor:
+        """Call the solver.
+
+        Args:
+            times: Times ``[T]``, ascending, the last above zero.
+            tolerance: The solver's tolerance.
+
+        Returns:
+            Columns of all outputs ``[T, ...]``.
 
         Raises:
             ImportError: If SciPy is not installed.
@@ -515,27 +535,12 @@ class _AnyFlow:
             from scipy.integrate import solve_ivp
         except ImportError:
             raise ImportError("gradient_flow needs SciPy: pip install ggn-ntk[dynamics].") from None
-        wanted, places = times.flatten().unique(return_inverse=True)
-        start = self._start.flatten().cpu().numpy()
-        scale = max(abs(start).max(), 1.0)
-        if wanted[-1] == 0:  # there is nothing to integrate
-            states = self._start.expand(1, *self._start.shape)
-        else:
-            solution = solve_ivp(
-                self._derivative,
-                (0.0, wanted[-1].item()),
-                start,
-                method="LSODA",
-                t_eval=wanted.cpu().numpy(),
-                rtol=tolerance,
-                atol=tolerance * scale,
-            )
-            if not solution.success or not np.isfinite(solution.y).all():
-                raise RuntimeError(f"The ODE solver found no finite solution: {solution.message}")
-            states = torch.from_numpy(solution.y.T.copy()).to(self._start.device).reshape(-1, *self._start.shape)
-        parts = [self._layout.outputs(part) for part in states[places].split(self._rows, dim=1)]
-        results = [part.reshape(*times.shape, *part.shape[1:]) for part in parts]
-        return results[0] if len(results) == 1 else (results[0], results[1])
+        start, t = self._start.flatten().cpu().numpy(), times.cpu().numpy()
+        atol = tolerance * max(abs(start).max(), 1.0)
+        solution = solve_ivp(self._derivative, (0.0, t[-1]), start, "LSODA", t, rtol=tolerance, atol=atol)
+        if not solution.success or not np.isfinite(solution.y).all():
+            raise RuntimeError(f"The ODE solver found no finite solution: {solution.message}")
+        return torch.from_numpy(solution.y.T.copy()).to(self._start.device).reshape(-1, *self._start.shape)
 
     def _derivative(self, _: float, state: Any) -> Any:
         """Compute df/dt.

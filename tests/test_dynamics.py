@@ -272,6 +272,8 @@ def test_any_loss_takes_class_labels_and_falls(task):
     assert losses[-1] < 0.05
     assert torch.equal(predictor(0.0, task.f_train), task.f_train)
     assert torch.equal(predictor([0.0, 0.0], task.f_train), task.f_train.expand(2, -1, -1))
+    for make in (predictor, gradient_flow_mse(task.k_train_train, task.y)):
+        assert make([], task.f_train).shape == (0, 4, 3)
 
 
 @pytest.mark.parametrize("factory", [gradient_flow_mse, gradient_descent_mse])
