@@ -1,10 +1,13 @@
 # Each target does all its own set-up, in .venv.
 PYTHON ?= python3
 PYTHON_OLDEST ?= python3.10
+PYTHON_JAX ?= $(PYTHON)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+INSTALLED_PEERS := .venv/.installed-peers
+INSTALLED_JAX := .venv-jax/.installed
 
-.PHONY: help demo test test-oldest check format clean
+.PHONY: help demo test test-oldest check format benchmark clean
 
 help:
 	@echo "make demo         the NTK of a small CNN by every route: agreement, times, a picture"
@@ -12,6 +15,8 @@ help:
 	@echo "make test-oldest  the tests with the oldest Python and torch that setup.cfg allows"
 	@echo "make check        format, lint and type checks alone"
 	@echo "make format       format the code"
+	@echo "make benchmark    ggn_ntk beside its peers: tables and plots in docs/benchmarks, on a quiet machine"
+	@echo "                  (PYTHON_JAX=python3.11 for neural-tangents, which needs Python 3.9 to 3.12)"
 	@echo "make clean        remove .venv and what the tools left"
 
 $(INSTALLED): setup.cfg pyproject.toml
@@ -40,5 +45,18 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+$(INSTALLED_PEERS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable ".[benchmark]"
+	touch $@
+
+# neural-tangents runs with this version of jax and not with the current one
+$(INSTALLED_JAX):
+	$(PYTHON_JAX) -m venv .venv-jax
+	.venv-jax/bin/python -m pip install --quiet neural-tangents==0.6.5 jax==0.4.23 jaxlib==0.4.23 "numpy<2" "scipy<1.13"
+	touch $@
+
+benchmark: $(INSTALLED_PEERS) $(INSTALLED_JAX)
+	$(BIN)/python -m benchmarks
+
 clean:
-	rm -rf .venv .venv-oldest build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-jax build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -7,8 +7,10 @@ from typing import Any
 from torch.nn import Module
 
 from ggn_ntk.checks import Problem, UnsupportedModelError, eager
-from ggn_ntk.contraction import path_of, restrict
+from ggn_ntk.contraction import restrict
+from ggn_ntk.einsum import path_of
 from ggn_ntk.isolation import isolated
+from ggn_ntk.lookup import looked_up, without_data
 from ggn_ntk.request import Request
 from ggn_ntk.structured import recorded_products
 
@@ -123,7 +125,7 @@ def _contractions(request: Request) -> Iterable[Contraction]:
     total, n1 = sum(request.sizes), request.n1
     rows, columns = slice(0, n1 or total), slice(n1 or 0, total)
     for name, product in recorded_products(request):
-        operands = restrict(product, rows, columns)
+        operands = looked_up(without_data(restrict(product, rows, columns)))
         info = path_of(operands, product.result)
         yield Contraction(
             parameter=name,

@@ -8,6 +8,7 @@ nonlinearity ``s`` is the same for all samples, and is kept once.
 No rule is trusted: on a few samples, the Jacobians that the rules write are compared with autograd's.
 """
 
+import string
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
@@ -16,6 +17,7 @@ import torch
 from torch import Size, Tensor, nn
 from torch.nn import Module
 
+from ggn_ntk.blocks import SIZE_ELSEWHERE, SIZES, WAITING, Joined, split
 from ggn_ntk.checks import (
     OTHER_METHOD,
     PROBE_TOLERANCES,
@@ -31,7 +33,8 @@ from ggn_ntk.checks import (
     output_problem,
     random_state,
 )
-from ggn_ntk.contraction import Doubled, add_products, double, select_samples, squared_norm
+from ggn_ntk.contraction import add_products
+from ggn_ntk.doubling import Doubled, Part, contract_into, double, parts, select_samples, squared_norm
 from ggn_ntk.request import Request
 from ggn_ntk.rules import Factored, backpropagation_for, channels_last, rule_for
 
@@ -53,6 +56,18 @@ class Use(NamedTuple):
     module: Module
     x: Any
     params: dict[str, str]
+
+    def restrict(self, samples: slice) -> "Use":
+        """Select samples.
+
+        Args:
+            samples: Which samples.
+
+        Returns:
+            The use of the layer by these samples.
+        """
+        x = tuple(x[samples] for x in self.x) if isinstance(self.x, tuple) else self.x[samples]
+        return self._replace(x=x)
 
 
 def structured_kernels(request: Request) -> tuple[Size, Iterable[tuple[str, Tensor]]]:
@@ -252,17 +267,183 @@ def _backward(uses: list[Use], output: Tensor, probe: "_Probe | None", accumulat
         accumulator: Takes each Jacobian.
     """
     s = identity(output)
-    while any(use.params for use in uses):
-        use = uses.pop()
+    while _any_wanted(uses):
+        blocks = _blocks(uses, s)
+        if len(blocks) > 1 and probe is not None:  # without a probe, products of whole layers are to be recorded
+            s = _pass_in_blocks(uses, s, blocks, probe, accumulator)
+        else:
+            s = _pass_all(uses, s, probe, accumulator)
+
+
+def _any_wanted(uses: list[Use]) -> bool:
+    """Tell whether ``s`` has to pass further back.
+
+    Args:
+        uses: The uses of layers that it has not passed.
+
+    Returns:
+        Whether one of them has a wanted parameter.
+    """
+    return any(use.params for use in uses)
+
+
+def _pass_all(uses: list[Use], s: Tensor, probe: "_Probe | None", accumulator: "Accumulator") -> Tensor:
+    """Pass ``s`` of all samples back through the last layer.
+
+    Args:
+        uses: The uses of layers; the last is removed, so that its input is freed.
+        s: ``[C, N, *layer output]``; may be overwritten.
+        probe: Compares each Jacobian, if there is one.
+        accumulator: Takes each Jacobian.
+
+    Returns:
+        ``[C, N, *layer input]``, unless no layer before needs it.
+    """
+    use = uses.pop()
+    if use.params:
+        jacobians = _jacobians(use, s)
+        if probe is not None:
+            probe.add(jacobians)
+        accumulator.add(jacobians)
+        del jacobians  # frees its operands, but for those of parameters that are used again
+    if not _any_wanted(uses):
+        return s
+    waits = any(accumulator.is_reused(name) for name in use.params.values()) and s.stride(1) != 0
+    return backpropagate(use, s.clone() if waits else s)  # which may overwrite it
+
+
+def _blocks(uses: list[Use], s: Tensor) -> list[slice]:
+    """Split samples for the way back through the last layers.
+
+    Args:
+        uses: The uses of layers.
+        s: ``[C, N, *layer output]``.
+
+    Returns:
+        The blocks: a single one while ``s`` is the same for all samples, which is cheaper than any block.
+    """
+    n, use = s.shape[1], uses[-1]
+    if s.stride(1) == 0 and (use.params or backpropagation_for(use.module).linear):
+        return split(n, n)
+    sizes = [x[0].numel() for use in uses for x in (use.x if isinstance(use.x, tuple) else (use.x,))]
+    return split(n, SIZES.get(s.device.type, SIZE_ELSEWHERE) // (len(s) * max(sizes)))
+
+
+def _pass_in_blocks(
+    uses: list[Use], s: Tensor, blocks: list[slice], probe: "_Probe", accumulator: "Accumulator"
+) -> Tensor:
+    """Pass ``s`` of one block of samples after the other back through a chain of layers.
+
+    How many layers the chain has turns out at the first block: as many as let no more wait for the other blocks than
+    there is room for.
+
+    Args:
+        uses: The uses of layers; those passed are removed.
+        s: ``[C, N, *layer output]``; may be overwritten.
+        blocks: The blocks.
+        probe: Compares each Jacobian.
+        accumulator: Takes each Jacobian.
+
+    Returns:
+        ``[C, N, *layer input]``, unless no layer before the chain needs it.
+    """
+    chain: list[_Link] = []
+    passed = Joined(s.shape[1])
+    for block in blocks:
+        part = s[:, block]
+        for link in chain:
+            part = link.pass_back(block, part)
+        while block is blocks[0] and _any_wanted(uses) and sum(link.waiting for link in chain) <= WAITING:
+            chain.append(_Link(uses.pop(), accumulator, passes_on=_any_wanted(uses), n=s.shape[1]))
+            part = chain[-1].pass_back(block, part)
+        if _any_wanted(uses):
+            passed.put(block, _axes(part), part)
+    while chain:
+        jacobians = chain.pop(0).jacobians()
+        probe.add(jacobians)
+        accumulator.add(jacobians)
+    return passed.ordered(_axes(passed.tensor)) if _any_wanted(uses) else s
+
+
+def _axes(s: Tensor) -> str:
+    """Name the axes of ``s``.
+
+    Args:
+        s: ``[C, N, ...]``.
+
+    Returns:
+        A letter for each.
+    """
+    return "cn" + string.ascii_uppercase[: s.ndim - 2]
+
+
+class _Link:
+    """A layer in a chain, through which blocks of samples pass."""
+
+    def __init__(self, use: Use, accumulator: "Accumulator", *, passes_on: bool, n: int) -> None:
+        """Set up.
+
+        Args:
+            use: The use of the layer.
+            accumulator: Will take the layer's Jacobians.
+            passes_on: Whether a layer before needs ``s``.
+            n: The number of samples.
+        """
+        self._use, self._accumulator, self._passes_on, self._n = use, accumulator, passes_on, n
+        self._s = Joined(n)
+        self._joined: dict[str, tuple[str, list[Joined]]] = {}
+
+    @property
+    def waiting(self) -> int:
+        """Numbers that wait for other blocks."""
+        wholes = [self._s, *(whole for _, wholes in self._joined.values() for whole in wholes)]
+        return sum(whole.numel for whole in wholes)
+
+    def pass_back(self, block: slice, s: Tensor) -> Tensor:
+        """Keep what the Jacobians need of a block, and pass ``s`` back.
+
+        Args:
+            block: Its samples.
+            s: ``[C, block, *layer output]``; may be overwritten.
+
+        Returns:
+            ``[C, block, *layer input]``, or ``s`` if no layer before needs it.
+        """
+        use = self._use.restrict(block)
         if use.params:
-            jacobians = _jacobians(use, s)
-            if probe is not None:
-                probe.add(jacobians)
-            accumulator.add(jacobians)
-            del jacobians  # frees its operands, but for those of parameters that are used again
-        if any(earlier.params for earlier in uses):
-            waits = any(accumulator.is_reused(name) for name in use.params.values()) and s.stride(1) != 0
-            s = backpropagate(use, s.clone() if waits else s)  # which may overwrite it
+            self._keep(block, s, _jacobians(use, s))
+        return backpropagate(use, s) if self._passes_on else s
+
+    def _keep(self, block: slice, s: Tensor, jacobians: dict[str, Factored]) -> None:
+        """Keep the Jacobians of a block as far as the order of contraction forms them, else ``s``.
+
+        Args:
+            block: Its samples.
+            s: ``[C, block, *layer output]``.
+            jacobians: The Jacobians, by name.
+        """
+        split_up = {name: self._accumulator.parts(name, jacobian, self._n) for name, jacobian in jacobians.items()}
+        if any(found is None for found in split_up.values()):
+            self._s.put(block, _axes(s), s)
+            return
+        for name, found in split_up.items():
+            assert found is not None
+            new = (jacobians[name].result, [Joined(self._n) for _ in found])
+            for part, whole in zip(found, self._joined.setdefault(name, new)[1], strict=True):
+                contract_into(part, whole, block)
+
+    def jacobians(self) -> dict[str, Factored]:
+        """Put the blocks together.
+
+        Returns:
+            The Jacobians of all samples, by the name users know the parameter by.
+        """
+        if self._s.numel > 0:
+            return _jacobians(self._use, self._s.ordered(_axes(self._s.tensor)))
+        return {
+            name: Factored(f"{','.join(w.letters for w in wholes)}->{result}", tuple(w.tensor for w in wholes))
+            for name, (result, wholes) in self._joined.items()
+        }
 
 
 def _jacobians(use: Use, s: Tensor) -> dict[str, Factored]:
@@ -347,6 +528,22 @@ class Accumulator:
         """
         return self._counts[name] > 1
 
+    def parts(self, name: str, jacobian: Factored, n: int) -> list[Part] | None:
+        """Group the operands of a Jacobian by what can be contracted for some samples by themselves.
+
+        Args:
+            name: The parameter.
+            jacobian: The Jacobian of some samples.
+            n: The number of all samples.
+
+        Returns:
+            The groups, or ``None`` where nothing can.
+        """
+        if self.is_reused(name):
+            return None
+        n1 = n if self.n1 is None else self.n1
+        return parts(jacobian, n1, n1 if self.n1 is None else n - n1, self.compute)
+
     def add(self, jacobians: dict[str, Factored]) -> None:
         """Add one use of a layer.
 
@@ -385,7 +582,8 @@ class Accumulator:
         """
         c, n = (jacobian.sizes[letter] for letter in "cn")
         samples = (n, n) if self.n1 is None else (self.n1, n - self.n1)
-        return jacobian.operands[0].new_zeros(*samples, *[c] * {"full": 2, "diagonal": 1, "trace": 0}[self.compute])
+        like = next(operand for operand in jacobian.operands if isinstance(operand, Tensor))
+        return like.new_zeros(*samples, *[c] * {"full": 2, "diagonal": 1, "trace": 0}[self.compute])
 
 
 class _Recorder(Accumulator):

@@ -264,6 +264,13 @@ def tied_embedding() -> nn.Module:
     return model
 
 
+def tied_embedding_bag() -> nn.Module:
+    """A bag of tokens whose maxima and scores come from one table."""
+    model = nn.Sequential(nn.EmbeddingBag(7, 4, mode="max", padding_idx=2), nn.Tanh(), nn.Linear(4, 7, bias=False))
+    model[2].weight = model[0].weight
+    return model
+
+
 class Shift(nn.Module):
     """A layer whose transposed Jacobian is the identity, so that s passes through as it is."""
 
@@ -491,6 +498,26 @@ CASES = [
         lambda: nn.Linear(4, 3),
         inputs=lambda n: torch.randint(7, (n,)),
     ),
+    only_structured(  # as many positions as make one-hot vectors cheaper than comparing tokens
+        "embedding_tiny_vocabulary",
+        lambda: nn.Embedding(2, 2),
+        nn.Tanh,
+        nn.Flatten,
+        lambda: nn.Linear(40, 2),
+        inputs=lambda n: torch.randint(2, (n, 20)),
+    ),
+    *(
+        only_structured(
+            f"embedding_bag_{mode}{'_padded' * (padding is not None)}",
+            lambda mode=mode, padding=padding: nn.EmbeddingBag(7, 4, mode=mode, padding_idx=padding),
+            nn.Tanh,
+            lambda: nn.Linear(4, 3),
+            inputs=tokens(3),
+        )
+        for mode in ("sum", "mean", "max")
+        for padding in (None, 2)
+    ),
+    Case("tied_embedding_bag", tied_embedding_bag, tokens(3), vivit=False),
     Case("bilinear", lambda: nn.Bilinear(5, 4, 3), lambda n: (torch.randn(n, 5), torch.randn(n, 4)), vivit=False),
     Case(
         "bilinear_3d", lambda: nn.Bilinear(5, 4, 3), lambda n: (torch.randn(n, 2, 5), torch.randn(n, 2, 4)), vivit=False

@@ -8,8 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ggn_ntk import Factored, UnsupportedModelError, contraction, empirical_ntk, register_rule
+from ggn_ntk import Factored, UnsupportedModelError, contraction, einsum, empirical_ntk, register_rule, structured
 from ggn_ntk.checks import relative_error
+from ggn_ntk.doubling import double
 from ggn_ntk.reference import jacobian_contraction
 from ggn_ntk.rules import registry
 from ggn_ntk.structured import Use, backpropagate, identity
@@ -98,12 +99,37 @@ def test_blocks_of_samples(name, symmetric, compute, monkeypatch):
         assert_close(kernel, oracle_sum(case, symmetric, compute))
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("waiting", [0, 2**26])
+@pytest.mark.parametrize("case", [case for case in CASES if case.structured], ids=str)
+def test_layers_on_a_few_samples_at_a_time(case, waiting, symmetric, compute, monkeypatch):
+    monkeypatch.setattr(structured, "SIZES", {})
+    monkeypatch.setattr(structured, "SIZE_ELSEWHERE", 1)
+    monkeypatch.setattr(structured, "WAITING", waiting)
+    model, x1, x2 = case.build()
+    kernel = empirical_ntk(model, x1, None if symmetric else x2, compute=compute, method="structured")
+    assert_close(kernel, oracle_sum(case, symmetric, compute))
+
+
+def test_blocks_of_samples_wait_as_jacobians_or_as_s(monkeypatch):
+    kept = []
+    put = structured._Link._keep
+    monkeypatch.setattr(structured, "SIZES", {"cpu": 1})
+    monkeypatch.setattr(structured._Link, "_keep", lambda link, *args: put(link, *args) or kept.append(link))
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2), nn.ReLU(), nn.Linear(2, 2))
+    empirical_ntk(model, torch.randn(2, 1, 8, 8), torch.randn(3, 1, 8, 8), method="structured")
+    by_layer = {type(link._use.module): link for link in kept}
+    assert by_layer[nn.Linear]._s.numel == 2 * 5 * 2  # [C, N, O]: less than a Jacobian
+    assert by_layer[nn.Conv2d]._s.numel == 0
+    assert by_layer[nn.Conv2d].waiting == 2 * 5 * (2 * 9 + 2)  # the Jacobians of weight and bias
+
+
 def count_products(monkeypatch):
     """Record the shapes of the matrices that are multiplied."""
     shapes = []
-    original = contraction._multiply
+    original = einsum.multiply
     monkeypatch.setattr(
-        contraction, "_multiply", lambda a, b, *r: shapes.append((a.letters, b.letters)) or original(a, b, *r)
+        einsum, "multiply", lambda a, b, *r: shapes.append((a.letters, b.letters)) or original(a, b, *r)
     )
     return shapes
 
@@ -114,8 +140,8 @@ def test_weight_and_bias_share_the_gram_matrix_of_s(monkeypatch):
     s, x = torch.randn(c, n, features), torch.randn(n, features)
     jacobians = {"weight": Factored("cno,ni->cnoi", (s, x)), "bias": Factored("cno->cno", (s,))}
     kernels = {"": torch.zeros(4, 4, c, c)}
-    contraction.add_products(kernels, [("", contraction.double(j, j, "full")) for j in jacobians.values()], n1=4)
-    assert len(products) == 3  # x with x, s with s, and their product
+    contraction.add_products(kernels, [("", double(j, j, "full")) for j in jacobians.values()], n1=4)
+    assert len(products) == 2  # x with x and s with s, of which the kernel is the product
     expected = torch.einsum("cno,ni,dmo,mi->nmcd", s[:, :4], x[:4], s[:, 4:], x[4:])
     torch.testing.assert_close(kernels[""], expected + torch.einsum("cno,dmo->nmcd", s[:, :4], s[:, 4:]))
 
@@ -127,7 +153,7 @@ def test_the_jacobian_of_one_set_is_formed_once(monkeypatch):
     for n1, count in [(None, 2), (2, 3)]:
         products.clear()
         kernel = torch.zeros((4, 4, 2, 2) if n1 is None else (2, 2, 2, 2))
-        contraction.add_products({"": kernel}, [("", contraction.double(jacobian, jacobian, "full"))], n1)
+        contraction.add_products({"": kernel}, [("", double(jacobian, jacobian, "full"))], n1)
         assert len(products) == count
 
 
@@ -140,7 +166,7 @@ def test_different_factorisations_are_matched_by_position():
     for a, i in zip((embedding, linear, grouped), dense, strict=True):
         for b, j in zip((embedding, linear, grouped), dense, strict=True):
             kernel = torch.zeros(1, 2, 2, 2).double()
-            contraction.add_products({"": kernel}, [("", contraction.double(a, b, "full"))], n1=1)
+            contraction.add_products({"": kernel}, [("", double(a, b, "full"))], n1=1)
             assert relative_error(kernel, torch.einsum("cnz,dmz->nmcd", i[:, :1], j[:, 1:])) < 1e-14
 
 

@@ -15,6 +15,7 @@ axes (adjacent axes may be merged or split), and all remaining letters are summe
 from ggn_ntk.rules.registry import (
     Backpropagation,
     Factored,
+    OneHot,
     Rule,
     backpropagation_for,
     channels_last,
@@ -28,6 +29,7 @@ from ggn_ntk.rules import activation, convolution, embedding, linear, normalizat
 __all__ = [
     "Backpropagation",
     "Factored",
+    "OneHot",
     "Rule",
     "activation",
     "backpropagation_for",

@@ -1,9 +1,9 @@
 """Embeddings. Letters: ``v`` rows of the vocabulary; ``k`` features; ``p`` positions."""
 
+import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
-from ggn_ntk.rules.registry import Factored, register_rule
+from ggn_ntk.rules.registry import Factored, OneHot, register_rule
 
 
 @register_rule(nn.Embedding)
@@ -18,8 +18,54 @@ def embedding(module: nn.Embedding, x: Tensor, s: Tensor) -> dict[str, Factored]
     Returns:
         The Jacobian of weight ``[V, K]``.
     """
-    one_hot = F.one_hot(x.flatten(1) if x.ndim > 1 else x.unsqueeze(1), module.num_embeddings).to(s.dtype)
-    if module.padding_idx is not None:
-        one_hot[..., module.padding_idx] = 0
     s = s.reshape(*s.shape[:2], -1, s.shape[-1])
-    return {"weight": Factored("cnpk,npv->cnvk", (s, one_hot))}
+    return {"weight": Factored("cnpk,npv->cnvk", (s, _one_hot(module, x.reshape(len(x), -1))))}
+
+
+@register_rule(nn.EmbeddingBag)
+def embedding_bag(module: nn.EmbeddingBag, x: Tensor, s: Tensor) -> dict[str, Factored]:
+    """Write the Jacobian of sums, means or maxima over the rows of a bag of tokens.
+
+    Args:
+        module: The layer.
+        x: Bags ``[N, P]``.
+        s: ``[C, N, K]``.
+
+    Returns:
+        The Jacobian of weight ``[V, K]``.
+    """
+    tokens = _one_hot(module, x)
+    if module.mode == "max":
+        return {"weight": Factored("cnk,nkv->cnvk", (s, tokens._replace(places=_maxima(module, tokens.places))))}
+    counts = (tokens.places >= 0).sum(1, keepdim=True).clamp(min=1) if module.mode == "mean" else 1
+    weights = torch.ones_like(x, dtype=s.dtype) / counts
+    return {"weight": Factored("cnk,np,npv->cnvk", (s, weights, tokens))}
+
+
+def _one_hot(module: nn.Embedding | nn.EmbeddingBag, tokens: Tensor) -> OneHot:
+    """Turn tokens into one-hot vectors; padding, which has no gradient, into zeros.
+
+    Args:
+        module: The layer.
+        tokens: ``[N, P]``.
+
+    Returns:
+        The vectors ``[N, P, V]``.
+    """
+    if module.padding_idx is not None:
+        tokens = tokens.masked_fill(tokens == module.padding_idx, -1)
+    return OneHot(tokens, module.num_embeddings)
+
+
+def _maxima(module: nn.EmbeddingBag, tokens: Tensor) -> Tensor:
+    """Find the token that each feature of a bag comes from, the first of several.
+
+    Args:
+        module: The layer.
+        tokens: ``[N, P]``; negative for padding.
+
+    Returns:
+        ``[N, K]``; negative for bags of nothing but padding.
+    """
+    rows = module.weight[tokens.clamp(min=0)].masked_fill((tokens < 0).unsqueeze(2), -torch.inf)
+    return tokens.gather(1, rows.argmax(1))

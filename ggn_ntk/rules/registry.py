@@ -5,10 +5,34 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.nn import Module
 
 _F = TypeVar("_F", bound=Callable[..., Any])
+
+
+class OneHot(NamedTuple):
+    """One-hot vectors as an operand of :class:`Factored`, given by the places of their ones.
+
+    They are compared and looked up, and only formed where that is cheaper.
+
+    Attributes:
+        places: Integers ``[...]``; negative for a vector of zeros.
+        size: The length V of the vectors: as an operand it has the axes ``[..., V]``.
+    """
+
+    places: Tensor
+    size: int
+
+    @property
+    def shape(self) -> Size:
+        """Shape of the vectors, ``[..., V]``."""
+        return Size([*self.places.shape, self.size])
+
+    @property
+    def ndim(self) -> int:
+        """Number of axes of the vectors."""
+        return self.places.ndim + 1
 
 
 @dataclass(frozen=True)
@@ -19,11 +43,11 @@ class Factored:
         equation: Say ``"cno,ni->cnoi"``. The result starts with ``cn`` (output, sample), in this order; its
             other letters stand, in order, for the parameter's axes, of which adjacent ones may be merged or
             split.
-        operands: One tensor for each term on the left. Each letter has one size everywhere.
+        operands: One tensor (or :class:`OneHot`) for each term on the left. Each letter has one size everywhere.
     """
 
     equation: str
-    operands: tuple[Tensor, ...]
+    operands: tuple[Tensor | OneHot, ...]
 
     def __post_init__(self) -> None:
         """Check that the equation fits the operands.

@@ -1,0 +1,52 @@
+"""Who takes part, and in what."""
+
+from benchmarks.workloads import Workload
+
+GGN_NTK = "ggn_ntk"
+CLONE = "ggn_ntk, x2=x1.clone()"
+JACOBIANS = "Jacobian contraction"
+PRODUCTS = "NTK-vector products"
+VIVIT = "ViViT"
+NNGEOMETRY = "nngeometry"
+ASDFGHJKL = "asdfghjkl"
+NEURAL_TANGENTS = "neural-tangents"
+
+#: No contender: measures the rate of arithmetic, for the floor.
+MATRIX_PRODUCT = "matrix product"
+
+#: Variants of a training step, for the overhead.
+STEP = "forward and backward"
+BATCH_GRAD_STEP = "with BatchGrad"
+KERNEL_STEP = "with BatchGrad and EmpiricalNTK"
+ALONE = "empirical_ntk by itself"
+
+SWEPT = [GGN_NTK, JACOBIANS, PRODUCTS, VIVIT, NEURAL_TANGENTS]
+
+
+def contenders_of(workload: Workload) -> list[str]:
+    """Choose who runs a workload.
+
+    Args:
+        workload: The workload, not one of a sweep.
+
+    Returns:
+        The contenders.
+    """
+    if workload.symmetric:
+        return [GGN_NTK, CLONE, JACOBIANS, NEURAL_TANGENTS]
+    if workload.compute == "trace":
+        return [GGN_NTK, JACOBIANS, NEURAL_TANGENTS]
+    return [GGN_NTK, JACOBIANS, PRODUCTS, VIVIT, NNGEOMETRY, ASDFGHJKL, NEURAL_TANGENTS]
+
+
+def available(contenders: list[str], device: str) -> list[str]:
+    """Leave out who cannot compute on a device.
+
+    Args:
+        contenders: The contenders.
+        device: The device.
+
+    Returns:
+        Those who can.
+    """
+    return [name for name in contenders if device == "cpu" or name != NEURAL_TANGENTS]

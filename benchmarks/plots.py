@@ -1,0 +1,222 @@
+"""Plots of results."""
+
+from pathlib import Path
+
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from benchmarks import plan
+from benchmarks.environment import title
+from benchmarks.results import Results, WorkloadResult, three_digits
+
+SUMMARY_PLOT = "ratios.png"
+
+# Colours of Okabe and Ito, which people with colour blindness can tell apart, and a marker for each contender.
+_STYLES = {
+    plan.GGN_NTK: ("#D55E00", "o"),
+    plan.JACOBIANS: ("#0072B2", "s"),
+    plan.PRODUCTS: ("#56B4E9", "v"),
+    plan.VIVIT: ("#009E73", "^"),
+    plan.NEURAL_TANGENTS: ("#CC79A7", "D"),
+    plan.NNGEOMETRY: ("#E69F00", "P"),
+    plan.ASDFGHJKL: ("#000000", "X"),
+}
+
+_SWEPT_NETWORKS = {
+    "N": ("N, samples in each of x1 and x2", "CNN of the PyTorch tutorial, 10 outputs"),
+    "O": ("O, outputs", "784-512-512-O network, 16 x 16 samples"),
+    "width": ("width of both hidden layers", "784-width-width-10 network, 16 x 16 samples"),
+}
+
+
+def sweep_plot(quantity: str) -> str:
+    """Name the picture of a sweep.
+
+    Args:
+        quantity: What is swept.
+
+    Returns:
+        The name of the file.
+    """
+    return f"time_against_{quantity.lower()}.png"
+
+
+def draw(results: Results, folder: Path) -> None:
+    """Draw all plots.
+
+    Args:
+        results: The results.
+        folder: Where to put the pictures.
+    """
+    source = title(results.environment)
+    if results.workloads:
+        _draw_ratios(results.workloads, source).savefig(folder / SUMMARY_PLOT, dpi=150)
+    for quantity, sweep in results.sweeps.items():
+        _draw_sweep(quantity, sweep, source).savefig(folder / sweep_plot(quantity), dpi=150)
+
+
+def _draw_ratios(results: list[WorkloadResult], source: str) -> Figure:
+    """Draw how many times longer than ggn_ntk peers take.
+
+    Args:
+        results: The workloads.
+        source: Where they ran.
+
+    Returns:
+        The picture.
+    """
+    shown = {r.name: _ratios(r) for r in results if plan.CLONE not in r.measurements and r.seconds(plan.GGN_NTK)}
+    rows = sum(map(len, shown.values())) + len(shown)
+    figure = Figure(figsize=(9, 1.5 + 0.23 * rows), layout="constrained")
+    axes = figure.subplots()
+    row, ticks = 0, []
+    for ratios in shown.values():
+        ticks.append(row + (len(ratios) - 1) / 2)
+        for name, ratio in ratios.items():
+            _draw_bar(axes, row, name, ratio)
+            row += 1
+        row += 1
+    axes.axvline(1, color=_STYLES[plan.GGN_NTK][0], linewidth=2)
+    axes.set_xscale("log")
+    known = [ratio for ratios in shown.values() for ratio in ratios.values() if isinstance(ratio, float)]
+    span = max(*known, 10) / min(*known, 1)
+    axes.set_xlim(min(*known, 1) / span**0.03, max(*known, 10) * span**0.35)  # text stands behind the bars
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value:g}x")
+    axes.set_yticks(ticks, list(shown), fontweight="bold")
+    axes.tick_params(axis="y", length=0)
+    axes.set_ylim(row - 1, -1)
+    axes.set_xlabel("time relative to ggn_ntk's, the line at 1x")
+    _dress(figure, axes, "Time of peers relative to ggn_ntk", source)
+    axes.yaxis.grid(visible=False)
+    return figure
+
+
+def _ratios(result: WorkloadResult) -> dict[str, float | str]:
+    """Compare peers with ggn_ntk.
+
+    Args:
+        result: The results of a workload.
+
+    Returns:
+        For each peer, its time relative to that of ggn_ntk, or why there is none.
+    """
+    ours, found = result.seconds(plan.GGN_NTK), dict[str, float | str]()
+    for name in _STYLES:
+        theirs = result.seconds(name)
+        if theirs and ours and name != plan.GGN_NTK:
+            found[name] = theirs / ours
+        elif name in result.measurements and theirs is None:
+            found[name] = _shortened(result.measurements[name].failure)
+    return found
+
+
+def _shortened(failure: str | None) -> str:
+    """Say in few words why a contender failed.
+
+    Args:
+        failure: The reason.
+
+    Returns:
+        What fits into a picture.
+    """
+    return failure if failure is not None and failure.startswith(("out of memory", "more than")) else "fails"
+
+
+def _draw_bar(axes: Axes, row: int, name: str, ratio: float | str) -> None:
+    """Draw the bar of a peer, or write why there is none.
+
+    Args:
+        axes: Where to draw.
+        row: At which height.
+        name: The peer.
+        ratio: Its time relative to ggn_ntk, or why there is none.
+    """
+    end = ratio if isinstance(ratio, float) else 1.0
+    axes.barh(row, end - 1, left=1, height=0.8, color=_STYLES[name][0])
+    text = f"{three_digits(ratio)}x" if isinstance(ratio, float) else ratio
+    axes.annotate(f"{name}: {text}", (max(end, 1), row), (4, 0), textcoords="offset points", va="center", fontsize=8)
+
+
+def _dress(figure: Figure, axes: Axes, heading: str, source: str) -> None:
+    """Add what all pictures have.
+
+    Args:
+        figure: The picture.
+        axes: Its axes.
+        heading: Its title.
+        source: Where the results are from.
+    """
+    axes.grid(color="0.88")
+    axes.set_axisbelow(True)
+    axes.spines[["top", "right"]].set_visible(False)
+    figure.suptitle(heading, fontsize=13, fontweight="bold")
+    axes.set_title(source, fontsize=9, color="0.35")
+
+
+def _draw_sweep(quantity: str, sweep: dict[int, WorkloadResult], source: str) -> Figure:
+    """Draw times against a quantity, both on logarithmic axes.
+
+    Args:
+        quantity: What is swept.
+        sweep: The results by its value.
+        source: Where they ran.
+
+    Returns:
+        The picture.
+    """
+    label, what = _SWEPT_NETWORKS[quantity]
+    figure = Figure(figsize=(8, 6), layout="constrained")
+    axes = figure.subplots()
+    for name in plan.SWEPT:
+        times = {value: seconds for value, r in sweep.items() if (seconds := r.seconds(name)) is not None}
+        if times:
+            colour, marker = _STYLES[name]
+            width = 2.6 if name == plan.GGN_NTK else 1.6
+            described = f"{name}{_end(name, sweep)}"
+            axes.plot(list(times), list(times.values()), marker=marker, color=colour, linewidth=width, label=described)
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log")
+    axes.set_xticks(list(sweep), [str(value) for value in sweep])
+    axes.set(xlabel=label, ylabel="seconds for the full kernel")
+    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
+    _draw_slopes(axes, quantity, sweep)
+    _dress(figure, axes, f"Time against {quantity}: {what}", source)
+    return figure
+
+
+def _draw_slopes(axes: Axes, quantity: str, sweep: dict[int, WorkloadResult]) -> None:
+    """Draw lines that grow as the quantity and as its square, through the last time of ggn_ntk.
+
+    Args:
+        axes: Where to draw.
+        quantity: What is swept.
+        sweep: The results by its value.
+    """
+    times = {value: seconds for value, r in sweep.items() if (seconds := r.seconds(plan.GGN_NTK)) is not None}
+    if not times:
+        return
+    last = max(times)
+    first = last / 8
+    for power, sign in ((1, ""), (2, "²")):
+        start = times[last] / 8**power
+        axes.plot([first, last], [start, times[last]], linestyle=":", color="0.45", linewidth=1.2, zorder=1)
+        axes.annotate(
+            f"∝ {quantity}{sign}", (first, start), (-4, 0), textcoords="offset points", ha="right", va="center"
+        )
+
+
+def _end(name: str, sweep: dict[int, WorkloadResult]) -> str:
+    """Say why a line ends before the largest value.
+
+    Args:
+        name: The contender.
+        sweep: The results by value.
+
+    Returns:
+        The reason, or nothing.
+    """
+    failures = [(value, r.measurements[name].failure) for value, r in sweep.items() if name in r.measurements]
+    value, failure = failures[-1]
+    if failure is not None:
+        return f" ({_shortened(failure)}, from {value})"
+    return "" if value == list(sweep)[-1] else f" (more than 10 s at {value})"

@@ -1,0 +1,282 @@
+"""Tables of results in Markdown. ``python -m benchmarks.report FOLDER`` writes them again from kept results."""
+
+import sys
+from collections.abc import Iterable
+from pathlib import Path
+
+from benchmarks import plan
+from benchmarks.check import TOLERANCE
+from benchmarks.environment import title
+from benchmarks.plots import SUMMARY_PLOT, draw, sweep_plot
+from benchmarks.results import Measurement, Results, WorkloadResult, three_digits
+
+_NONE = "–"
+
+_HOW = """Times are medians in seconds; peak memory is in megabytes above each process's own baseline; errors are
+relative to the kernels of ggn_ntk, the largest of all rounds. [How it is measured](../README.md)."""
+
+
+def write_report(results: Results, folder: Path) -> None:
+    """Write the report and draw its plots.
+
+    Args:
+        results: The results.
+        folder: Where to put them.
+    """
+    draw(results, folder)
+    sections = [f"# {title(results.environment)}", _HOW]
+    if results.workloads:
+        sections += ["## Summary", _summary(results.workloads), f"![Times relative to ggn_ntk]({SUMMARY_PLOT})"]
+    sections += ["## Environment", _environment(results)]
+    sections += [part for r in results.workloads for part in (f"## {_heading(r)}", _workload(r))]
+    for quantity, sweep in results.sweeps.items():
+        picture = f"![Time against {quantity}]({sweep_plot(quantity)})"
+        sections += [f"## Time against {quantity}", picture, _sweep(quantity, sweep)]
+    if results.overhead:
+        sections += ["## EmpiricalNTK beside BatchGrad", _overhead(results.overhead)]
+    (folder / "README.md").write_text("\n\n".join(sections) + "\n")
+
+
+def summary_line(measurement: Measurement) -> str:
+    """Describe a measurement in a line.
+
+    Args:
+        measurement: The measurement.
+
+    Returns:
+        The line.
+    """
+    if measurement.median is None:
+        return measurement.failure or _NONE
+    seconds, rounds = f"{measurement.median:.4f} s", len(measurement.seconds)
+    return f"{seconds}  {measurement.peak_mb:.0f} MB  error {_error(measurement.error)}  rounds {rounds}"
+
+
+def _summary(results: list[WorkloadResult]) -> str:
+    """Compare ggn_ntk with the peers that matter most.
+
+    Args:
+        results: The results.
+
+    Returns:
+        A table.
+    """
+    header = ["workload", "seconds", f"against {plan.JACOBIANS}", "against ViViT", "against neural-tangents"]
+    header += ["over the floor", "against x2=x1.clone()", "peak MB", f"of {plan.JACOBIANS}'s", "of neural-tangents'"]
+    rows = []
+    for r in results:
+        ours, memory = r.seconds(plan.GGN_NTK), r.peak(plan.GGN_NTK)
+        row = [r.name, _seconds(ours)]
+        row += [_faster(r, peer, ours) for peer in (plan.JACOBIANS, plan.VIVIT, plan.NEURAL_TANGENTS)]
+        row += [_ratio(ours, r.floor_seconds), _faster(r, plan.CLONE, ours), _megabytes(memory)]
+        row += [_ratio(memory, r.peak(peer)) for peer in (plan.JACOBIANS, plan.NEURAL_TANGENTS)]
+        rows.append(row)
+    return _table(header, rows)
+
+
+def _faster(result: WorkloadResult, peer: str, ours: float | None) -> str:
+    """Say how many times faster than a peer ggn_ntk is.
+
+    Args:
+        result: The results of the workload.
+        peer: The peer.
+        ours: The time of ggn_ntk.
+
+    Returns:
+        A cell.
+    """
+    if peer not in result.measurements:
+        return _NONE
+    return result.measurements[peer].failure or _ratio(result.seconds(peer), ours)
+
+
+def _environment(results: Results) -> str:
+    """List what the run depends on.
+
+    Args:
+        results: The results.
+
+    Returns:
+        A table.
+    """
+    rows = [[name, value] for name, value in results.environment.items()]
+    rates = [rate for result in results.workloads for rate in result.rates]
+    if rates:
+        rows.append(["rate of a matrix product over the run", _rates(rates)])
+    return _table(["", ""], rows)
+
+
+def _workload(result: WorkloadResult) -> str:
+    """Compare all contenders on a workload.
+
+    Args:
+        result: The results.
+
+    Returns:
+        A table.
+    """
+    ours = result.seconds(plan.GGN_NTK)
+    rows = []
+    for name, m in result.measurements.items():
+        if m.median is None:
+            rows.append([name, m.failure or _NONE, *[_NONE] * 5])
+            continue
+        span = f"{_seconds(min(m.seconds))} to {_seconds(max(m.seconds))}"
+        error = f"**wrong: {m.spot_error:.0e}**" if m.wrong else _error(m.error)
+        row = [name, _seconds(m.median), span, str(len(m.seconds)), _ratio(m.median, ours), _megabytes(m.peak_mb)]
+        rows.append([*row, error])
+    if result.floor is not None and result.rates:
+        rows.append(["floor", _seconds(result.floor_seconds), _NONE, _NONE, _ratio(result.floor_seconds, ours)])
+        rows[-1] += [_NONE, _NONE]
+    table = _table(["", "seconds", "from, to", "rounds", "times ggn_ntk's", "peak MB", "error"], rows)
+    checked = f"ggn_ntk against gradients in float64: {_exactness(result)}."
+    if result.floor is None or not result.rates:
+        return f"{table}\n\n{checked}"
+    return f"{table}\n\n{checked} Floor: {result.floor / 1e9:.3g} GFLOP at {_rates(result.rates)}."
+
+
+def _exactness(result: WorkloadResult) -> str:
+    """Describe the error of ggn_ntk.
+
+    Args:
+        result: The results of the workload.
+
+    Returns:
+        Its error, and whether that is too large.
+    """
+    ours = result.measurements[plan.GGN_NTK]
+    return f"error {_error(ours.spot_error)}{f', **above {TOLERANCE:.0e}**' if ours.wrong else ''}"
+
+
+def _sweep(quantity: str, sweep: dict[int, WorkloadResult]) -> str:
+    """Show all times of a sweep.
+
+    Args:
+        quantity: What is swept.
+        sweep: The results by its value.
+
+    Returns:
+        A table.
+    """
+    rows = []
+    for value, result in sweep.items():
+        found = [result.measurements.get(name) for name in plan.SWEPT]
+        rows.append([str(value), *(_NONE if m is None else m.failure or _seconds(m.median) for m in found)])
+    return _table([quantity, *plan.SWEPT], rows)
+
+
+def _overhead(measured: dict[str, Measurement]) -> str:
+    """Show the cost of the kernel in a training step.
+
+    Args:
+        measured: Times by variant.
+
+    Returns:
+        A table, and what follows from it.
+    """
+    medians = {name: m.median or 0.0 for name, m in measured.items()}
+    rows = [
+        [name, _seconds(medians[name]), f"{_seconds(min(m.seconds))} to {_seconds(max(m.seconds))}"]
+        for name, m in measured.items()
+    ]
+    extra = medians[plan.KERNEL_STEP] - medians[plan.BATCH_GRAD_STEP]
+    share, error = _ratio(extra, medians[plan.ALONE]), _error(measured[plan.KERNEL_STEP].error)
+    return f"""A training step of the CNN with the cross-entropy loss on 25 samples; the kernel is that of the first 20
+with the others.
+
+{_table(["", "seconds", "from, to"], rows)}
+
+The kernel adds {_seconds(extra)} s to the step with BatchGrad, {share} the time of `empirical_ntk` by itself. It is
+within {error} of that function's, and all gradients are the same bit for bit with and without it."""
+
+
+def _heading(result: WorkloadResult) -> str:
+    """Name a workload with its sizes.
+
+    Args:
+        result: Its results.
+
+    Returns:
+        The heading.
+    """
+    return f"{result.name}: {result.n1} x {result.n2} samples, {result.outputs} outputs"
+
+
+def _rates(rates: list[float]) -> str:
+    """Describe rates of arithmetic.
+
+    Args:
+        rates: Operations in a second.
+
+    Returns:
+        Their median and range.
+    """
+    ordered = sorted(rate / 1e9 for rate in rates)
+    return f"{ordered[len(ordered) // 2]:.0f} GFLOP/s ({ordered[0]:.0f} to {ordered[-1]:.0f})"
+
+
+def _seconds(value: float | None) -> str:
+    """Format a time.
+
+    Args:
+        value: Seconds.
+
+    Returns:
+        A cell.
+    """
+    return _NONE if value is None else three_digits(value)
+
+
+def _megabytes(value: float | None) -> str:
+    """Format a size.
+
+    Args:
+        value: Megabytes.
+
+    Returns:
+        A cell.
+    """
+    return _NONE if value is None else f"{value:.0f}"
+
+
+def _error(value: float | None) -> str:
+    """Format a relative error.
+
+    Args:
+        value: The error.
+
+    Returns:
+        A cell.
+    """
+    return _NONE if value is None else f"{value:.0e}" if value else "0"
+
+
+def _ratio(value: float | None, base: float | None) -> str:
+    """Format a ratio.
+
+    Args:
+        value: The numerator.
+        base: The denominator.
+
+    Returns:
+        A cell.
+    """
+    return _NONE if value is None or not base else f"{three_digits(value / base)}x"
+
+
+def _table(header: list[str], rows: Iterable[list[str]]) -> str:
+    """Lay out a table.
+
+    Args:
+        header: Its header.
+        rows: Its rows, of cells.
+
+    Returns:
+        The table in Markdown.
+    """
+    lines = [header, ["---"] * len(header), *rows]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+if __name__ == "__main__":
+    write_report(Results.load(Path(sys.argv[1]) / "results.json"), Path(sys.argv[1]))

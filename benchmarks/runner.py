@@ -1,0 +1,198 @@
+"""Rounds in which all contenders compute the kernel of the same fresh inputs, one after the other."""
+
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import check, plan
+from benchmarks.contenders import MATRIX_SIZE
+from benchmarks.floor import floor
+from benchmarks.network import network
+from benchmarks.process import Contender, ContenderError
+from benchmarks.results import Measurement, WorkloadResult
+from benchmarks.workloads import Array, Workload
+
+#: After a round in which it takes longer than this many seconds, a contender is left out.
+PATIENCE = 20.0
+SWEEP_PATIENCE = 10.0
+
+_PAUSE = 0.05  # seconds in which the threads of the contender before go to sleep
+
+
+def run_workload(
+    workload: Workload,
+    contenders: list[str],
+    rounds: int,
+    device: str,
+    *,
+    patience: float = PATIENCE,
+    with_floor: bool = False,
+) -> WorkloadResult:
+    """Measure contenders on a workload.
+
+    Args:
+        workload: The workload.
+        contenders: Their names.
+        rounds: How often each is timed.
+        device: Where to compute.
+        patience: After a round in which it takes longer than this many seconds, a contender is left out.
+        with_floor: Whether to count operations and measure the rate of arithmetic.
+
+    Returns:
+        The results.
+    """
+    result = WorkloadResult(
+        workload.name, workload.n1, workload.n2, workload.outputs, {name: Measurement() for name in contenders}
+    )
+    if with_floor:
+        result.floor = floor(workload).total
+    with ExitStack() as stack:
+        run = _Run(workload, result, device, stack)
+        run.warm_up()
+        for number in range(1, rounds + 1):
+            run.round(number, patience)
+    return result
+
+
+def run_sweep(values: dict[int, Workload], rounds: int, device: str) -> Iterator[tuple[int, WorkloadResult]]:
+    """Measure contenders on workloads of growing size, each up to the size where it fails or gets slow.
+
+    Args:
+        values: The workloads, by the value that grows.
+        rounds: How often each contender is timed.
+        device: Where to compute.
+
+    Yields:
+        Each value, and the results.
+    """
+    contenders = plan.available(plan.SWEPT, device)
+    for value, workload in values.items():
+        result = run_workload(workload, contenders, rounds, device, patience=SWEEP_PATIENCE)
+        yield value, result
+        medians = {name: result.seconds(name) for name in contenders}
+        contenders = [name for name, median in medians.items() if median is not None and median <= SWEEP_PATIENCE]
+
+
+class _Run:
+    """The processes of a workload, and what was measured so far."""
+
+    def __init__(self, workload: Workload, result: WorkloadResult, device: str, stack: ExitStack) -> None:
+        """Prepare to start processes.
+
+        Args:
+            workload: The workload.
+            result: Where to keep what is measured.
+            device: Where to compute.
+            stack: Ends the processes.
+        """
+        self._workload, self._result, self._device, self._stack = workload, result, device, stack
+        self._model = network(workload, dtype=torch.float64)
+        self._folder = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        self._processes: dict[str, Contender] = {}
+
+    def warm_up(self) -> None:
+        """Start the processes and let every contender compute a kernel, without a measurement.
+
+        One after the other: who needs all memory should find out while few others are there.
+        """
+        kernels: dict[str, Array] = {}
+        for name in self._result.measurements:
+            try:
+                self._processes[name] = self._start(name)
+                _, kernels[name] = self._compute(name, 0)
+            except ContenderError as error:
+                self._leave_out(name, error)
+        self._check(kernels, 0)
+        if self._result.floor is not None:
+            self._product = self._start(plan.MATRIX_PRODUCT)
+            self._product.compute(0)
+
+    def round(self, number: int, patience: float) -> None:
+        """Let every contender compute the kernel of the same inputs, and check the kernels.
+
+        Args:
+            number: Decides on the inputs, and on the order of contenders.
+            patience: Leave out who takes longer than this many seconds.
+        """
+        kernels: dict[str, Array] = {}
+        for name in list(self._processes)[:: 1 if number % 2 else -1]:
+            try:
+                (seconds, peak_mb), kernels[name] = self._compute(name, number)
+            except ContenderError as error:
+                self._leave_out(name, error)
+                continue
+            measurement = self._result.measurements[name]
+            measurement.seconds.append(seconds)
+            measurement.peak_mb = max(measurement.peak_mb, peak_mb)
+            if seconds > patience:
+                self._processes.pop(name).end()
+            self._measure_rate()
+        self._check(kernels, number)
+
+    def _start(self, name: str) -> Contender:
+        """Start a process.
+
+        Args:
+            name: The contender.
+
+        Returns:
+            The process, ready to compute.
+        """
+        process = self._stack.enter_context(Contender(name, self._workload, self._device, self._folder))
+        process.wait()
+        return process
+
+    def _compute(self, name: str, seed: int) -> tuple[tuple[float, float], Array]:
+        """Let a contender compute a kernel.
+
+        Args:
+            name: The contender.
+            seed: Decides on the inputs.
+
+        Returns:
+            Time in seconds and peak of memory in megabytes, and the kernel.
+        """
+        path = self._folder / "kernel.npy"
+        measured = self._processes[name].compute(seed, path)
+        time.sleep(_PAUSE)
+        return measured, np.load(path)
+
+    def _measure_rate(self) -> None:
+        """Multiply large matrices, if the floor is wanted."""
+        if self._result.floor is not None:
+            seconds, _ = self._product.compute(0)
+            time.sleep(_PAUSE)
+            self._result.rates.append(2 * MATRIX_SIZE**3 / seconds)
+
+    def _check(self, kernels: dict[str, Array], seed: int) -> None:
+        """Compare kernels with each other, and with entries computed in float64.
+
+        Args:
+            kernels: The kernels by contender.
+            seed: What decided on their inputs.
+        """
+        spot = check.spot(self._workload, self._model, seed)
+        ours = kernels.get(plan.GGN_NTK)
+        for name, kernel in kernels.items():
+            measurement = self._result.measurements[name]
+            measurement.spot_error = max(measurement.spot_error, spot.error(kernel))
+            if ours is not None:
+                measurement.error = max(measurement.error or 0.0, check.relative_error(kernel, ours))
+            if measurement.wrong:
+                print(f"WRONG: {name} on {self._workload.name}, error {measurement.spot_error:.1e}", flush=True)
+
+    def _leave_out(self, name: str, error: ContenderError) -> None:
+        """End a contender that failed.
+
+        Args:
+            name: The contender.
+            error: How it failed.
+        """
+        self._result.measurements[name].failure = str(error)
+        if name in self._processes:
+            self._processes.pop(name).end()

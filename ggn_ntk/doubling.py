@@ -1,0 +1,318 @@
+"""Doubling: the product of two factored Jacobians as one einsum.
+
+``cno,ni->cnoi`` with itself becomes ``cno,ni,dmo,mi->nmcd``. Letters: ``c``, ``d`` outputs; ``n``, ``m`` samples of x1
+and x2; all others are renamed so that a letter means the same everywhere in an einsum.
+"""
+
+import string
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ggn_ntk.blocks import Joined
+from ggn_ntk.einsum import (
+    Memo,
+    Operand,
+    aligned,
+    as_operand,
+    contract,
+    contract_to_last,
+    multiply,
+    path_of,
+    result_letters,
+)
+from ggn_ntk.lookup import cost, dense, looked_up, without_data
+from ggn_ntk.rules import Factored, OneHot
+
+RESULTS = {"full": "nmcd", "diagonal": "nmc", "trace": "nm"}
+
+
+@dataclass(frozen=True)
+class Doubled:
+    """The product of two Jacobians of a parameter, as one einsum.
+
+    Attributes:
+        first: Operands of the Jacobian of x1, over all samples; letter ``n``.
+        second: Operands of the Jacobian of x2, over all samples; letter ``m``.
+        result: Letters of the kernel.
+    """
+
+    first: tuple[Operand, ...]
+    second: tuple[Operand, ...]
+    result: str
+
+
+def double(first: Factored, second: Factored, compute: str) -> Doubled:
+    """Write the product of two Jacobians of one parameter as one einsum.
+
+    The letters of the parameter's axes are matched by position. Where the two split these axes differently,
+    both Jacobians are formed first.
+
+    Args:
+        first: The Jacobian of x1.
+        second: The Jacobian of x2.
+        compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
+
+    Returns:
+        The einsum and its operands.
+    """
+    if _parameter_sizes(first) != _parameter_sizes(second):
+        first, second = expand(first), expand(second)
+    same, first = second is first, sum_private_letters(first)
+    second = first if same else sum_private_letters(second)
+    names = iter(letter for letter in string.ascii_letters if letter not in "cdnm")
+    axes = [next(names) for _ in first.result[2:]]
+    output = "d" if compute == "full" else "c"
+    product = Doubled(
+        tuple(_rename(first, dict(zip(first.result, ["c", "n", *axes], strict=True)), names)),
+        tuple(_rename(second, dict(zip(second.result, [output, "m", *axes], strict=True)), names)),
+        RESULTS[compute],
+    )
+    operands = [*product.first, *product.second]
+    if not any(o.hot for o in operands) or cost(operands, product.result) <= _cost_of_dense(operands, product.result):
+        return product
+    return replace(product, first=tuple(dense(product.first)), second=tuple(dense(product.second)))
+
+
+def _cost_of_dense(operands: list[Operand], result: str) -> float:
+    """Compute what an einsum costs with its one-hot vectors in full.
+
+    Args:
+        operands: Its operands.
+        result: The letters to keep.
+
+    Returns:
+        Operations, and one for each number of the vectors.
+    """
+    formed = dense(without_data(operands))
+    return cost(formed, result) + sum(o.tensor.numel() for o, given in zip(formed, operands, strict=True) if given.hot)
+
+
+def sum_private_letters(factored: Factored) -> Factored:
+    """Sum over the letters that only one operand has, say over positions for a bias.
+
+    Args:
+        factored: The Jacobian.
+
+    Returns:
+        The same Jacobian.
+    """
+    terms, operands = [], []
+    for i, (term, tensor) in enumerate(zip(factored.terms, factored.operands, strict=True)):
+        needed = {*factored.result, *"".join(factored.terms[:i] + factored.terms[i + 1 :])}
+        axes = [axis for axis, letter in enumerate(term) if letter not in needed]
+        if axes and isinstance(tensor, Tensor):
+            term, tensor = "".join(letter for letter in term if letter in needed), _sum_once(term, tensor, axes)
+        terms.append(term)
+        operands.append(tensor)
+    return Factored(f"{','.join(terms)}->{factored.result}", tuple(operands))
+
+
+def _sum_once(term: str, tensor: Tensor, axes: list[int]) -> Tensor:
+    """Sum over axes, for one sample only where all have the same values.
+
+    Args:
+        term: A letter for each axis.
+        tensor: The tensor.
+        axes: The axes to sum over.
+
+    Returns:
+        The sum, the same for all samples where the tensor was.
+    """
+    n = term.find("n")
+    if n < 0 or tensor.stride(n) != 0:
+        return tensor.sum(axes)
+    kept = [size for axis, size in enumerate(tensor.shape) if axis not in axes]
+    return tensor.narrow(n, 0, 1).sum(axes).expand(kept)
+
+
+def _parameter_sizes(factored: Factored) -> list[int]:
+    """Read how a Jacobian splits the parameter's axes.
+
+    Args:
+        factored: The Jacobian.
+
+    Returns:
+        The sizes of its letters behind ``cn``.
+    """
+    return [factored.sizes[letter] for letter in factored.result[2:]]
+
+
+def expand(factored: Factored) -> Factored:
+    """Form a Jacobian.
+
+    Args:
+        factored: The Jacobian.
+
+    Returns:
+        The same Jacobian as one operand ``[C, N, P]``.
+    """
+    factored, n = sum_private_letters(factored), factored.sizes["n"]
+    operands = [_as_operand(term, tensor) for term, tensor in zip(factored.terms, factored.operands, strict=True)]
+    jacobian = contract(dense(operands), factored.result, Memo(symmetric=False))
+    tensor = aligned(jacobian, factored.result)
+    shape = [factored.sizes[letter] for letter in factored.result]
+    return Factored("cnk->cnk", (tensor.expand(shape).reshape(shape[0], n, -1),))
+
+
+class Part(NamedTuple):
+    """Operands of a Jacobian that the cheapest order contracts before x1 meets x2.
+
+    Attributes:
+        operands: The operands.
+        letters: The letters of their product.
+    """
+
+    operands: tuple[Operand, ...]
+    letters: str
+
+
+def parts(jacobian: Factored, n: int, m: int, compute: str) -> list[Part] | None:
+    """Group the operands of a Jacobian by what the cheapest order does with them before x1 meets x2.
+
+    Args:
+        jacobian: The Jacobian of some samples.
+        n: The number of samples x1 in all.
+        m: The number of samples x2 in all.
+        compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
+
+    Returns:
+        The groups, or ``None`` where each is an operand by itself, they are not the same for x1 and x2, or one-hot
+        vectors are among them.
+    """
+    summed = sum_private_letters(jacobian)
+    if any(isinstance(operand, OneHot) for operand in summed.operands):
+        return None
+    groups = _groups_before_meeting(double(summed, summed, compute), n, m)
+    if groups is None or (summed.terms == jacobian.terms and len(groups) == len(summed.terms)):
+        return None
+    terms = zip(summed.terms, summed.operands, strict=True)
+    operands = [Operand(term, tensor, key=i) for i, (term, tensor) in enumerate(terms) if isinstance(tensor, Tensor)]
+    found = []
+    for group in groups:
+        needed = {*summed.result, *"".join(o.letters for i, o in enumerate(operands) if i not in group)}
+        members = tuple(operands[i] for i in group)
+        letters = dict.fromkeys("".join(o.letters for o in members))
+        found.append(Part(members, "".join(letter for letter in letters if letter in needed)))
+    return found
+
+
+def contract_into(part: Part, whole: Joined, block: slice) -> None:
+    """Contract a part of the Jacobian of a block of samples.
+
+    Args:
+        part: The part.
+        whole: Takes the result, by its letters.
+        block: The samples.
+    """
+    taken = contract_to_last(part.operands, part.letters, Memo(symmetric=False))
+    if len(taken) == 1:
+        whole.put(block, taken[0].letters, taken[0].tensor)
+    else:
+        a, b = taken
+        sizes = {letter: size for o in taken for letter, size in zip(o.letters, o.tensor.shape, strict=True)}
+        letters = result_letters(a, b, set(part.letters))
+        multiply(a, b, letters, set(part.letters), whole.room(block, letters, sizes, a.tensor))
+
+
+def _groups_before_meeting(product: Doubled, n: int, m: int) -> list[list[int]] | None:
+    """Find which operands of one Jacobian the cheapest order contracts with one another alone.
+
+    Args:
+        product: The product of a Jacobian with itself.
+        n: The number of samples x1.
+        m: The number of samples x2.
+
+    Returns:
+        Groups of places among the operands, or ``None`` if they are not the same for x1 and x2.
+    """
+    operands, half = [*product.first, *product.second], len(product.first)
+    info = path_of(operands, product.result, {"n": n, "m": m})
+    remaining = [{i} for i in range(len(operands))]
+    found = list(remaining)
+    for step in info.path:
+        merged = set().union(*(remaining.pop(i) for i in sorted(step, reverse=True)))
+        remaining.append(merged)
+        if max(merged) < half or min(merged) >= half:
+            found = [group for group in found if not group <= merged] + [merged]
+    first = sorted(sorted(group) for group in found if max(group) < half)
+    second = sorted(sorted(i - half for i in group) for group in found if min(group) >= half)
+    return first if first == second else None
+
+
+def squared_norm(terms: Sequence[Factored], weights: Tensor) -> Tensor:
+    """Compute ``|sum_cn v[c, n] J[c, n]|^2`` for a Jacobian that is the sum of terms.
+
+    Args:
+        terms: The terms.
+        weights: The numbers v, ``[C, N]``.
+
+    Returns:
+        The squared norm, a scalar.
+    """
+    total = weights.new_zeros(())
+    first, second = Operand("cn", weights, "first"), Operand("dm", weights, "second")
+    for a in terms:
+        for b in terms:
+            product = double(a, b, "full")
+            operands = [*product.first, first, *product.second, second]
+            total += contract(looked_up(operands), "", Memo(symmetric=False)).tensor
+    return total
+
+
+def select_samples(factored: Factored, samples: Sequence[int]) -> Factored:
+    """Restrict a Jacobian to some samples.
+
+    Args:
+        factored: The Jacobian.
+        samples: Which samples.
+
+    Returns:
+        The Jacobian of these samples.
+    """
+
+    def select(term: str, tensor: Tensor) -> Tensor:
+        n = term.find("n")
+        return tensor if n < 0 else torch.stack([tensor.select(n, i) for i in samples], n)
+
+    operands = (
+        operand._replace(places=select(term, operand.places)) if isinstance(operand, OneHot) else select(term, operand)
+        for term, operand in zip(factored.terms, factored.operands, strict=True)
+    )
+    return Factored(factored.equation, tuple(operands))
+
+
+def _rename(factored: Factored, names: dict[str, str], fresh: Iterator[str]) -> Iterator[Operand]:
+    """Rename the letters of a Jacobian.
+
+    Args:
+        factored: The Jacobian.
+        names: The new letters of its result.
+        fresh: New letters for those that are summed.
+
+    Yields:
+        Its operands.
+    """
+    for term, tensor in zip(factored.terms, factored.operands, strict=True):
+        for letter in term:
+            if letter not in names:
+                names[letter] = next(fresh)
+        yield _as_operand("".join(names[letter] for letter in term), tensor)
+
+
+def _as_operand(letters: str, operand: Tensor | OneHot) -> Operand:
+    """Give an operand letters.
+
+    Args:
+        letters: A letter for each axis.
+        operand: The operand.
+
+    Returns:
+        The operand; it lacks the letter of samples where it is the same for all of them.
+    """
+    if isinstance(operand, Tensor):
+        return as_operand(letters, operand)
+    return as_operand(letters[:-1], operand.places)._replace(hot=letters[-1], size=operand.size)
