@@ -1,8 +1,9 @@
-"""Normalisation and attention written out in elementary operations, for derivatives of second and higher order.
+"""Operations written out in elementary ones, where torch's own cannot be differentiated, or are so wrongly.
 
 Torch's layer, batch and instance normalisation keep a mean and a standard deviation that it does not differentiate
 further. Nested forward-mode derivatives through them are wrong without a word (seen: off by more than half on torch
-2.15), and so are those by nested reverse mode. Transformer layers have a fused path without derivatives.
+2.15), and so are those by nested reverse mode. Embedding bags have no derivative in forward mode, nor a second one in
+reverse mode. Transformer layers have a fused path without derivatives.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -28,17 +29,27 @@ def differentiable(degree: int) -> Iterator[None]:
     before = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
-        if degree < 2:
+        with _Composite(_ALWAYS if degree < 2 else _ALWAYS | _NESTED):
             yield
-        else:
-            with _Composite():
-                yield
     finally:
         torch.backends.mha.set_fastpath_enabled(before)
 
 
 class _Composite(TorchFunctionMode):
-    """Replaces calls of torch's normalisations by the functions below."""
+    """Replaces functions of torch by others.
+
+    Attributes:
+        replacements: The other functions, by those they replace.
+    """
+
+    def __init__(self, replacements: dict[Callable[..., Any], Callable[..., Any]]) -> None:
+        """Store the functions.
+
+        Args:
+            replacements: The other functions, by those they replace.
+        """
+        super().__init__()
+        self.replacements = replacements
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -54,7 +65,7 @@ class _Composite(TorchFunctionMode):
         Returns:
             Its result.
         """
-        return _REPLACEMENTS.get(func, func)(*args, **(kwargs or {}))
+        return self.replacements.get(func, func)(*args, **(kwargs or {}))
 
 
 def _normalize(x: Tensor, axes: list[int], eps: float) -> Tensor:
@@ -173,7 +184,52 @@ def _instance_norm(
     return _scale_channels(_normalize(input, [*range(2, input.ndim)], eps), weight, bias)
 
 
-_REPLACEMENTS: dict[Callable[..., Any], Callable[..., Any]] = {
+def _embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Reduce bags of rows of a table, like ``torch.nn.functional.embedding_bag``.
+
+    Args:
+        input: Rows ``[N, L]`` of each bag. In any other form, torch's function is called.
+        weight: The table ``[V, K]``.
+        offsets: Where bags start in a flat list of rows, or ``None``.
+        max_norm: Must be ``None``, or torch's function is called.
+        norm_type: Not used.
+        scale_grad_by_freq: Not used: it changes no values.
+        mode: ``"sum"``, ``"mean"`` or ``"max"``.
+        sparse: Not used: it changes no values.
+        per_sample_weights: Factors ``[N, L]`` for mode "sum", or ``None``.
+        include_last_offset: Not used without offsets.
+        padding_idx: A row that does not count, or ``None``.
+
+    Returns:
+        ``[N, K]``.
+    """
+    if input.ndim != 2 or max_norm is not None:
+        options = (norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights, include_last_offset, padding_idx)
+        return F.embedding_bag(input, weight, offsets, max_norm, *options)
+    rows = F.embedding(input, weight)
+    counts = torch.ones_like(input, dtype=torch.bool) if padding_idx is None else input != padding_idx % len(weight)
+    if mode == "max":
+        largest = rows.masked_fill(~counts[..., None], -torch.inf).max(dim=1).values
+        return largest.masked_fill(~counts.any(1, keepdim=True), 0)
+    factors = counts.to(rows.dtype) if per_sample_weights is None else counts * per_sample_weights
+    total = (rows * factors[..., None]).sum(1)
+    return total / counts.sum(1, keepdim=True).clamp(min=1) if mode == "mean" else total
+
+
+_ALWAYS: dict[Callable[..., Any], Callable[..., Any]] = {F.embedding_bag: _embedding_bag}
+_NESTED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,
     F.instance_norm: _instance_norm,

@@ -24,7 +24,7 @@ def parameters(model):
 def direction(model):
     step = {name: torch.randn_like(p) for name, p in model.named_parameters()}
     for name, module in model.named_modules():
-        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+        if isinstance(module, nn.Embedding | nn.EmbeddingBag) and module.padding_idx is not None:
             step[f"{name}.weight"][module.padding_idx] = 0  # of which autograd takes no gradient
     return step
 
@@ -113,6 +113,17 @@ def test_second_derivatives_of_normalisations_in_train_mode(layer):
     second = taylor_expand(model, 2)(new, x) - taylor_expand(model, 1)(new, x)
     expected = (slope(h) - slope(-h)).detach() / (4 * h)
     assert (second - expected).norm() <= 1e-7 * expected.norm()
+
+
+@pytest.mark.parametrize("mode", ["sum", "mean", "max"])
+def test_embedding_bags_keep_their_values(mode):
+    """Of bags that are padded wholly or in part, and with weights of their own, to the last bit or two."""
+    tokens = torch.tensor([[0, 1, 2], [2, 2, 2], [4, 2, 4]])
+    weights = torch.randn(3, 3).double() if mode == "sum" else None
+    for padding in (None, 2):
+        model = nn.EmbeddingBag(5, 4, mode=mode, padding_idx=padding).double()
+        x = tokens if weights is None else {"input": tokens, "per_sample_weights": weights}
+        assert_close(linearize(model)(parameters(model), x), call(model, x).detach())
 
 
 def test_degree_one_is_the_linearization():
