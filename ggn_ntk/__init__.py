@@ -1,24 +1,69 @@
 """Empirical neural tangent kernels of PyTorch models, from the Gram matrix of the generalized Gauss-Newton."""
 
-from ggn_ntk import reference
+from ggn_ntk import plots, reference
 from ggn_ntk.checks import NTKMismatchError, UnsupportedModelError
+from ggn_ntk.columns import Gaussian
+from ggn_ntk.dynamics import (
+    gradient_descent_mse,
+    gradient_flow,
+    gradient_flow_mse,
+    kernel_ridge_regression,
+    max_learning_rate,
+    nngp_posterior,
+    ntk_ensemble,
+)
 from ggn_ntk.explain import explain
 from ggn_ntk.extension import EmpiricalNTK
+from ggn_ntk.matrix import IllConditionedWarning
+from ggn_ntk.nngp import EmpiricalKernels, empirical_kernels, nngp
 from ggn_ntk.ntk import empirical_ntk
 from ggn_ntk.rules import Factored, register_rule
+from ggn_ntk.spectrum import (
+    centered_kernel_alignment,
+    condition_number,
+    effective_rank,
+    eigenvalues,
+    ggn_eigenvalues,
+    kernel_target_alignment,
+    relative_kernel_change,
+)
+from ggn_ntk.taylor import TaylorExpansion, linearize, taylor_expand
 from ggn_ntk.vivit import AccumulateGramHook, empirical_ntk_vivit
 
 __version__ = "0.1.0"
 
 __all__ = [
     "AccumulateGramHook",
+    "EmpiricalKernels",
     "EmpiricalNTK",
     "Factored",
+    "Gaussian",
+    "IllConditionedWarning",
     "NTKMismatchError",
+    "TaylorExpansion",
     "UnsupportedModelError",
+    "centered_kernel_alignment",
+    "condition_number",
+    "effective_rank",
+    "eigenvalues",
+    "empirical_kernels",
     "empirical_ntk",
     "empirical_ntk_vivit",
     "explain",
+    "ggn_eigenvalues",
+    "gradient_descent_mse",
+    "gradient_flow",
+    "gradient_flow_mse",
+    "kernel_ridge_regression",
+    "kernel_target_alignment",
+    "linearize",
+    "max_learning_rate",
+    "nngp",
+    "nngp_posterior",
+    "ntk_ensemble",
+    "plots",
     "reference",
     "register_rule",
+    "relative_kernel_change",
+    "taylor_expand",
 ]

@@ -242,36 +242,29 @@ def multiply(a: Operand, b: Operand, letters: str, needed: set[str], out: Tensor
     batch = [letter for letter in letters if letter in a.letters and letter in b.letters]
     left = [letter for letter in letters if letter not in b.letters]
     right = [letter for letter in letters if letter not in a.letters]
-    strides = dict(zip(a.letters, a.tensor.stride(), strict=True))
-    outermost = max(strides[letter] for letter in summed)
-    outer = [letter for letter in left if strides[letter] > outermost]
-    inner = [letter for letter in left if letter not in outer]
-    if not inner:
-        outer, inner = [], outer
-    first, second = _merged(a, batch, outer, inner, summed), _merged(b, batch, summed, right)
-    shape = [*first.shape[:3], second.shape[2]]
-    product = first.new_empty(shape) if out is None else out.view(shape)
-    if not outer:
-        torch.bmm(first.squeeze(1), second, out=product.squeeze(1))
-    else:  # say outputs outside, channels inside of positions: no copy is needed that would put them together
-        for matrices, matrix, out in zip(first, second, product, strict=True):
-            torch.bmm(matrices, matrix.expand(len(matrices), -1, -1), out=out)
+    first, second = _matrices(a, batch, left, summed), _matrices(b, batch, summed, right)
+    product = torch.bmm(first, second, out=None if out is None else out.view(*first.shape[:2], second.shape[2]))
     return product.reshape([sizes[letter] for letter in letters])
 
 
-def _merged(operand: Operand, *groups: list[str]) -> Tensor:
+def _matrices(operand: Operand, batch: list[str], rows: list[str], columns: list[str]) -> Tensor:
     """Merge groups of letters to one axis each, without a copy where the operand's memory allows.
 
     Args:
         operand: The operand.
-        *groups: Its letters.
+        batch: Letters of the batch of matrices.
+        rows: Letters of their rows.
+        columns: Letters of their columns.
 
     Returns:
-        A tensor with an axis for each group.
+        ``[batch, rows, columns]``. A copy keeps innermost in memory what was, to be made in long runs.
     """
+    transposed = _by_stride(operand)[-1] in rows
+    groups = (batch, columns, rows) if transposed else (batch, rows, columns)
     tensor = operand.tensor.permute([operand.letters.index(letter) for group in groups for letter in group])
     sizes = dict(zip(operand.letters, operand.tensor.shape, strict=True))
-    return tensor.reshape([prod(sizes[letter] for letter in group) for group in groups])
+    merged = tensor.reshape([prod(sizes[letter] for letter in group) for group in groups])
+    return merged.transpose(1, 2) if transposed else merged
 
 
 def aligned(operand: Operand, letters: str) -> Tensor:

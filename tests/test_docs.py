@@ -31,6 +31,7 @@ def test_readme_names_targets_that_exist():
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("example_*.py")), ids=lambda path: path.stem)
 def test_examples(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("GGN_NTK_GALLERY", "reduced")
     runpy.run_path(str(path), run_name="__main__")
 
 

@@ -20,7 +20,6 @@ from ggn_ntk.rules.registry import Factored, register_backpropagation, register_
     nn.LogSigmoid,
     nn.Mish,
     nn.PReLU,
-    nn.ReLU,
     nn.ReLU6,
     nn.RReLU,
     nn.SELU,
@@ -48,6 +47,34 @@ def elementwise_transposed(module: Any, x: Tensor, s: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
         entries = torch.func.functional_call(module, {}, (x.clone(),))  # a clone, for layers that work in place
         (derivative,) = torch.autograd.grad(entries.sum(), x)
+    return _multiply_entries(s, derivative)
+
+
+@register_backpropagation(nn.ReLU)
+def relu_transposed(module: nn.ReLU, x: Tensor, s: Tensor) -> Tensor:
+    """Keep entries where the input is positive, as :func:`elementwise_transposed` does in more passes.
+
+    Args:
+        module: The layer.
+        x: Its input ``[N, ...]``.
+        s: ``[C, N, ...]``.
+
+    Returns:
+        ``[C, N, ...]``, in place of ``s`` where ``s`` differs between samples.
+    """
+    return _multiply_entries(s, (x > 0).to(s.dtype))
+
+
+def _multiply_entries(s: Tensor, derivative: Tensor) -> Tensor:
+    """Multiply each entry by the derivative of its nonlinearity.
+
+    Args:
+        s: ``[C, N, ...]``.
+        derivative: ``[N, ...]``.
+
+    Returns:
+        ``[C, N, ...]``, in place of ``s`` where ``s`` differs between samples.
+    """
     if s.stride(1) == 0:
         return (s.transpose(0, 1) * derivative.unsqueeze(1)).transpose(0, 1)
     return s.mul_(derivative)

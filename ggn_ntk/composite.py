@@ -1,0 +1,236 @@
+"""Operations written out in elementary ones, where torch's own cannot be differentiated, or are so wrongly.
+
+Torch's layer, batch and instance normalisation keep a mean and a standard deviation that it does not differentiate
+further. Nested forward-mode derivatives through them are wrong without a word (seen: off by more than half on torch
+2.15), and so are those by nested reverse mode. Embedding bags have no derivative in forward mode, nor a second one in
+reverse mode. Transformer layers have a fused path without derivatives.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torch.overrides import TorchFunctionMode
+
+
+@contextmanager
+def differentiable(degree: int) -> Iterator[None]:
+    """Have models compute in operations that can be differentiated in forward mode.
+
+    Args:
+        degree: How often they will be. Normalisations are written out from the second derivative on.
+
+    Yields:
+        Nothing.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    try:
+        torch.backends.mha.set_fastpath_enabled(False)
+        with _Composite(_ALWAYS if degree < 2 else _ALWAYS | _NESTED):
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+class _Composite(TorchFunctionMode):
+    """Replaces functions of torch by others.
+
+    Attributes:
+        replacements: The other functions, by those they replace.
+    """
+
+    def __init__(self, replacements: dict[Callable[..., Any], Callable[..., Any]]) -> None:
+        """Store the functions.
+
+        Args:
+            replacements: The other functions, by those they replace.
+        """
+        super().__init__()
+        self.replacements = replacements
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """Call a function of torch, or what replaces it.
+
+        Args:
+            func: The function.
+            types: Types that override it.
+            args: Its positional arguments.
+            kwargs: Its keyword arguments.
+
+        Returns:
+            Its result.
+        """
+        return self.replacements.get(func, func)(*args, **(kwargs or {}))
+
+
+def _normalize(x: Tensor, axes: list[int], eps: float) -> Tensor:
+    """Shift and scale to mean 0 and variance 1.
+
+    Args:
+        x: Any tensor.
+        axes: The axes over which mean and variance are taken.
+        eps: Added to the variance.
+
+    Returns:
+        The normalised tensor.
+    """
+    centred = x - x.mean(axes, keepdim=True)
+    variance = centred.square().mean(axes, keepdim=True)
+    return centred * torch.rsqrt(variance + eps)
+
+
+def _scale_channels(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
+    """Apply an affine map to each channel.
+
+    Args:
+        x: ``[N, C, ...]``.
+        weight: ``[C]`` or ``None``.
+        bias: ``[C]`` or ``None``.
+
+    Returns:
+        A tensor like ``x``.
+    """
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    x = x if weight is None else x * weight.reshape(shape)
+    return x if bias is None else x + bias.reshape(shape)
+
+
+def _layer_norm(
+    input: Tensor,
+    normalized_shape: Sequence[int],
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalise over the last axes, like ``torch.nn.functional.layer_norm``.
+
+    Args:
+        input: ``[..., *normalized_shape]``.
+        normalized_shape: The shape of the last axes.
+        weight: Of that shape, or ``None``.
+        bias: Of that shape, or ``None``.
+        eps: Added to the variance.
+
+    Returns:
+        A tensor like ``input``.
+    """
+    x = _normalize(input, [*range(-len(normalized_shape), 0)], eps)
+    x = x if weight is None else x * weight
+    return x if bias is None else x + bias
+
+
+def _batch_norm(
+    input: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    training: bool = False,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalise over the batch, like ``torch.nn.functional.batch_norm``, but leave running statistics alone.
+
+    Args:
+        input: ``[N, C, ...]``.
+        running_mean: ``[C]`` or ``None``.
+        running_var: ``[C]`` or ``None``.
+        weight: ``[C]`` or ``None``.
+        bias: ``[C]`` or ``None``.
+        training: Whether to use the statistics of the batch instead of the running ones.
+        momentum: Not used.
+        eps: Added to the variance.
+
+    Returns:
+        A tensor like ``input``.
+    """
+    if not training:
+        return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    return _scale_channels(_normalize(input, [0, *range(2, input.ndim)], eps), weight, bias)
+
+
+def _instance_norm(
+    input: Tensor,
+    running_mean: Tensor | None = None,
+    running_var: Tensor | None = None,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    use_input_stats: bool = True,
+    momentum: float = 0.1,
+    eps: float = 1e-5,
+) -> Tensor:
+    """Normalise each image, like ``torch.nn.functional.instance_norm``, but leave running statistics alone.
+
+    Args:
+        input: ``[N, C, ...]``.
+        running_mean: ``[C]`` or ``None``.
+        running_var: ``[C]`` or ``None``.
+        weight: ``[C]`` or ``None``.
+        bias: ``[C]`` or ``None``.
+        use_input_stats: Whether to use the statistics of the image instead of the running ones.
+        momentum: Not used.
+        eps: Added to the variance.
+
+    Returns:
+        A tensor like ``input``.
+    """
+    if not use_input_stats:
+        return F.instance_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
+    return _scale_channels(_normalize(input, [*range(2, input.ndim)], eps), weight, bias)
+
+
+def _embedding_bag(
+    input: Tensor,
+    weight: Tensor,
+    offsets: Tensor | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2,
+    scale_grad_by_freq: bool = False,
+    mode: str = "mean",
+    sparse: bool = False,
+    per_sample_weights: Tensor | None = None,
+    include_last_offset: bool = False,
+    padding_idx: int | None = None,
+) -> Tensor:
+    """Reduce bags of rows of a table, like ``torch.nn.functional.embedding_bag``.
+
+    Args:
+        input: Rows ``[N, L]`` of each bag. In any other form, torch's function is called.
+        weight: The table ``[V, K]``.
+        offsets: Where bags start in a flat list of rows, or ``None``.
+        max_norm: Must be ``None``, or torch's function is called.
+        norm_type: Not used.
+        scale_grad_by_freq: Not used: it changes no values.
+        mode: ``"sum"``, ``"mean"`` or ``"max"``.
+        sparse: Not used: it changes no values.
+        per_sample_weights: Factors ``[N, L]`` for mode "sum", or ``None``.
+        include_last_offset: Not used without offsets.
+        padding_idx: A row that does not count, or ``None``.
+
+    Returns:
+        ``[N, K]``.
+    """
+    if input.ndim != 2 or max_norm is not None:
+        options = (norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights, include_last_offset, padding_idx)
+        return F.embedding_bag(input, weight, offsets, max_norm, *options)
+    rows = F.embedding(input, weight)
+    counts = torch.ones_like(input, dtype=torch.bool) if padding_idx is None else input != padding_idx % len(weight)
+    if mode == "max":
+        largest = rows.masked_fill(~counts[..., None], -torch.inf).max(dim=1).values
+        return largest.masked_fill(~counts.any(1, keepdim=True), 0)
+    factors = counts.to(rows.dtype) if per_sample_weights is None else counts * per_sample_weights
+    total = (rows * factors[..., None]).sum(1)
+    return total / counts.sum(1, keepdim=True).clamp(min=1) if mode == "mean" else total
+
+
+_ALWAYS: dict[Callable[..., Any], Callable[..., Any]] = {F.embedding_bag: _embedding_bag}
+_NESTED: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.layer_norm: _layer_norm,
+    F.batch_norm: _batch_norm,
+    F.instance_norm: _instance_norm,
+}

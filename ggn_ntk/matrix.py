@@ -1,0 +1,241 @@
+"""Kernels as symmetric matrices: flattened, checked, and decomposed in float64.
+
+The entries of a kernel are off by rounding in the dtype that it was computed in, by a few eps of their size: ten, to
+be safe. That moves eigenvalues by no more than ``10 eps |K|`` in the Frobenius norm (Weyl's inequality; Golub, Van
+Loan: "Matrix Computations", section 8.1). What is smaller cannot be told from zero. Solving for such directions
+amplifies rounding without bound: where that would happen, a jitter is added to all eigenvalues, and a warning says so.
+"""
+
+import inspect
+import math
+import warnings
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+class IllConditionedWarning(UserWarning):
+    """A kernel is singular up to rounding, and what was computed from it depends on how that is handled."""
+
+
+def check_kernel(kernel: Any, argument: str) -> Tensor:
+    """Check that a value can be a kernel.
+
+    Args:
+        kernel: The value.
+        argument: The argument's name.
+
+    Returns:
+        The kernel, without a graph.
+
+    Raises:
+        TypeError: If it is not a real tensor.
+        ValueError: If it has not the axes of a full or trace kernel, or is not finite.
+    """
+    if not isinstance(kernel, Tensor) or not kernel.is_floating_point():
+        kind = kernel.dtype if isinstance(kernel, Tensor) else type(kernel).__name__
+        raise TypeError(f"{argument} must be a tensor of real numbers, got {kind}.")
+    out = kernel.shape[2:]
+    half = len(out) // 2
+    if kernel.ndim < 2 or out[:half] != out[half:] or kernel.numel() == 0:
+        raise ValueError(
+            f"{argument} must have shape [N1, N2] or [N1, N2, *out, *out] and not be empty, got {list(kernel.shape)}."
+        )
+    if not kernel.isfinite().all():
+        raise ValueError(f"{argument} holds numbers that are not finite.")
+    return kernel.detach()
+
+
+def flatten(kernel: Tensor) -> Tensor:
+    """Bring a kernel to the form of a matrix.
+
+    Args:
+        kernel: ``[N1, N2, *out, *out]`` or ``[N1, N2]``.
+
+    Returns:
+        ``[N1 C, N2 C]``, with rows ``(n, c)`` and columns ``(m, d)``, in float64.
+    """
+    n1, n2, *out = kernel.shape
+    c = math.prod(out[: len(out) // 2])
+    return kernel.double().reshape(n1, n2, c, c).transpose(1, 2).reshape(n1 * c, n2 * c)
+
+
+def unflatten(matrix: Tensor, shape: torch.Size) -> Tensor:
+    """Undo :func:`flatten`.
+
+    Args:
+        matrix: ``[N1 C, N2 C]``.
+        shape: ``[N1, N2, *out, *out]`` or ``[N1, N2]``.
+
+    Returns:
+        A tensor of that shape.
+    """
+    n1, n2, *out = shape
+    c = math.prod(out[: len(out) // 2])
+    return matrix.reshape(n1, c, n2, c).transpose(1, 2).reshape(shape)
+
+
+def symmetric_matrix(kernel: Any, argument: str) -> Tensor:
+    """Check and flatten the kernel of a set with itself.
+
+    Args:
+        kernel: ``[N, N, *out, *out]`` or ``[N, N]``.
+        argument: The argument's name.
+
+    Returns:
+        ``[N C, N C]`` in float64, exactly symmetric.
+
+    Raises:
+        ValueError: If the kernel is not symmetric under ``(n, c) <-> (m, d)``.
+    """
+    kernel = check_kernel(kernel, argument)
+    if kernel.shape[0] != kernel.shape[1]:
+        raise ValueError(f"{argument} must be the kernel of a set with itself, [N, N, ...], got {list(kernel.shape)}.")
+    matrix = flatten(kernel)
+    norm = torch.linalg.matrix_norm
+    asymmetry = norm(matrix - matrix.T).item()
+    if asymmetry > math.sqrt(torch.finfo(kernel.dtype).eps) * norm(matrix).item():
+        raise ValueError(
+            f"{argument} must be symmetric, the kernel of a set with itself: K and its transpose differ by "
+            f"{asymmetry / norm(matrix).item():.1e} of the norm."
+        )
+    return (matrix + matrix.T) / 2
+
+
+def level_of_caller() -> int:
+    """Count the calls inside of this package, for a warning that names the line outside.
+
+    Returns:
+        The ``stacklevel`` for a call of ``warnings.warn`` by this function's caller.
+    """
+    frame, level = inspect.currentframe(), 0
+    while frame is not None and frame.f_globals["__name__"].startswith(f"{__package__}."):
+        frame, level = frame.f_back, level + 1
+    return level
+
+
+def rounding(eigenvalues: Tensor, dtype: torch.dtype) -> float:
+    """Give the size below which eigenvalues cannot be told from zero.
+
+    Args:
+        eigenvalues: All ``n`` eigenvalues.
+        dtype: The dtype that the kernel was computed in.
+
+    Returns:
+        ``10 eps |K|``; see the module's docstring.
+    """
+    norm: float = torch.linalg.vector_norm(eigenvalues).item()
+    return 10 * torch.finfo(dtype).eps * norm
+
+
+@dataclass(frozen=True)
+class Decomposition:
+    """A kernel in the basis of its eigenvectors.
+
+    Attributes:
+        argument: The name of the argument it came from.
+        values: Eigenvalues ``[n]``, ascending, in float64; negative ones, which are rounding, are zero.
+        vectors: Eigenvectors ``[n, n]``, in columns.
+        rounding: The size below which eigenvalues cannot be told from zero.
+        jitter: What to add to the eigenvalues of a kernel that is singular up to rounding: sqrt(eps) of the mean
+            diagonal, so that larger eigenvalues hardly move, and rounding grows to about sqrt(eps).
+    """
+
+    argument: str
+    values: Tensor
+    vectors: Tensor
+    rounding: float
+    jitter: float
+
+    @property
+    def singular(self) -> bool:
+        """Whether the kernel is singular up to rounding."""
+        return self.values[0].item() <= self.rounding
+
+    @property
+    def certain_values(self) -> Tensor:
+        """The eigenvalues ``[n]``, with zeros where they cannot be told from it."""
+        return torch.where(self.values > self.rounding, self.values, 0.0)
+
+    def warn(self, consequence: str) -> None:
+        """Warn that the kernel is singular up to rounding.
+
+        Args:
+            consequence: What is done about it.
+        """
+        condition = self.values[-1].item() / self.rounding if self.rounding else math.inf
+        warnings.warn(
+            f"{self.argument} is singular up to rounding, with a condition number above {condition:.1e}: "
+            f"{consequence}. Pass a larger diag_reg to regularise it as you see fit.",
+            IllConditionedWarning,
+            stacklevel=level_of_caller(),
+        )
+
+    def inverse(self) -> Tensor:
+        """Invert the kernel, with a jitter and a warning if it is singular up to rounding.
+
+        Returns:
+            ``[n, n]``.
+        """
+        values = self.values
+        if self.singular:
+            self.warn(f"a jitter of {self.jitter:.1e} is added to its diagonal")
+            values = values + self.jitter
+        inverse: Tensor = (self.vectors / values) @ self.vectors.T
+        return inverse
+
+
+def decompose(kernel: Any, argument: str, diag_reg: float = 0.0) -> Decomposition:
+    """Decompose the kernel of a set with itself.
+
+    Args:
+        kernel: ``[N, N, *out, *out]`` or ``[N, N]``.
+        argument: The argument's name.
+        diag_reg: What to add to the diagonal, as a multiple of its mean.
+
+    Returns:
+        The decomposition.
+
+    Raises:
+        ValueError: If the kernel has negative eigenvalues well above rounding, or ``diag_reg`` is negative.
+    """
+    check_number("diag_reg", diag_reg, 0.0)
+    matrix = symmetric_matrix(kernel, argument)
+    mean_diagonal = matrix.diagonal().mean().item()
+    values, vectors = torch.linalg.eigh(matrix)
+    small = rounding(values, kernel.dtype)
+    values = values + diag_reg * mean_diagonal
+    smallest, largest = values[0].item(), values[-1].item()
+    if smallest < -math.sqrt(torch.finfo(kernel.dtype).eps) * abs(largest):
+        raise ValueError(
+            f"{argument} must be positive semi-definite, but its eigenvalues, with diag_reg={diag_reg:g}, go from "
+            f"{smallest:.3g} to {largest:.3g}. If its entries have errors, a larger diag_reg makes up for them."
+        )
+    jitter = math.sqrt(torch.finfo(kernel.dtype).eps) * mean_diagonal
+    return Decomposition(
+        argument, values.clamp(min=0), vectors, small, jitter or 1.0
+    )  # of the zero kernel, any jitter will do
+
+
+def check_number(argument: str, value: Any, low: float, high: float = math.inf, *, above: bool = False) -> None:
+    """Check a number.
+
+    Args:
+        argument: The argument's name.
+        value: Its value.
+        low: The smallest accepted value.
+        high: What it must be below.
+        above: Whether it must be above ``low``.
+
+    Raises:
+        TypeError: If it is not a number.
+        ValueError: If it is out of range.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{argument} must be a number, got {type(value).__name__}.")
+    if not (low < value if above else low <= value) or not value < high:
+        relation = "above" if above else "at least"
+        upper = "finite" if high == math.inf else f"below {high:g}"
+        raise ValueError(f"{argument} must be {relation} {low:g} and {upper}, got {value}.")

@@ -1,0 +1,169 @@
+"""The empirical NNGP kernel ``f(x1) f(x2)^T``: how alike a network's outputs are at two inputs.
+
+Its mean over initialisations is the covariance of the outputs, and in the limit of infinite width the kernel of the
+Gaussian process that the network is (Lee, Bahri, Novak, Schoenholz, Pennington, Sohl-Dickstein: "Deep Neural Networks
+as Gaussian Processes", ICLR 2018, section 2).
+"""
+
+from collections.abc import Iterable
+from dataclasses import replace
+from typing import Any, NamedTuple, cast
+
+import torch
+from torch import Tensor, einsum
+from torch.nn import Module
+
+from ggn_ntk.axes import AxesRequest
+from ggn_ntk.checks import (
+    PROBE_TOLERANCES,
+    Problem,
+    UnsupportedModelError,
+    configuration_problems,
+    output_problem,
+    random_state,
+    relative_error,
+)
+from ggn_ntk.isolation import isolated
+from ggn_ntk.ntk import empirical_ntk
+from ggn_ntk.request import Inputs, Request
+
+_KIND = "empirical NNGP kernel"
+
+
+class EmpiricalKernels(NamedTuple):
+    """The two kernels of a network, of one shape.
+
+    Attributes:
+        ntk: The empirical neural tangent kernel.
+        nngp: The empirical NNGP kernel.
+    """
+
+    ntk: Tensor
+    nngp: Tensor
+
+
+def nngp(
+    model: Module,
+    x1: Any,
+    x2: Any = None,
+    *,
+    compute: str = "full",
+    trace_axes: int | Iterable[int] | None = None,
+    diagonal_axes: int | Iterable[int] | None = None,
+) -> Tensor:
+    """Compute the empirical NNGP kernel of a model.
+
+    K[n, m, c, d] = f(x1_n)_c f(x2_m)_d. With outputs flattened, that of one network has rank one: average it over
+    initialisations to estimate the covariance of the outputs. The model and all global settings are left as found.
+
+    Args:
+        model: Any module whose samples do not influence one another, in float32 or float64. It needs no parameter.
+        x1: N1 samples: a tensor ``[N1, ...]``, a tuple (called as ``model(*x1)``) or a mapping (``model(**x1)``) of
+            tensors that share their leading axis, on the model's device, and of its dtype where real.
+        x2: N2 samples like x1. ``None`` means x1, with a kernel that is exactly symmetric under
+            ``(n, c) <-> (m, d)``.
+        compute: ``"full"``, ``"diagonal"`` (entries with c = d) or ``"trace"`` (their sum over c).
+        trace_axes: Output axes to sum at equal indices, counted without the sample axis; negative ones count from
+            the last.
+        diagonal_axes: Output axes to take at equal indices.
+
+    Returns:
+        ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]`` for a model with outputs ``[N, *out]``; with
+        axes, ``[N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]``. In the dtype of the
+        model's output on its device, without a graph.
+
+    Raises:
+        UnsupportedModelError: If samples influence one another, or the output is random or no tensor.
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument has a value that is not accepted.
+    """
+    request = Request.parse(model, x1, x2, compute=compute, params=None, per_parameter=False)
+    axes_request = AxesRequest.parse(compute, trace_axes, diagonal_axes)
+    with isolated(model), torch.no_grad():
+        _check(request)
+        first = request.evaluate(None, request.x1)
+        second = first if request.x2 is None else request.evaluate(None, request.x2)
+        axes = axes_request.resolve(first.ndim - 1)
+        letters = axes.letters()
+        kernel = einsum(f"n{letters.first},m{letters.second}->nm{letters.result}", first, second)
+        return (kernel + axes.transpose(kernel)) / 2 if request.symmetric else kernel
+
+
+def empirical_kernels(
+    model: Module,
+    x1: Any,
+    x2: Any = None,
+    *,
+    compute: str = "full",
+    method: str = "auto",
+    params: Iterable[str] | None = None,
+    check: bool = False,
+) -> EmpiricalKernels:
+    """Compute the empirical NTK and the empirical NNGP kernel of a model.
+
+    The NNGP kernel takes one forward pass without gradients beside the NTK's own.
+
+    Args:
+        model: See :func:`ggn_ntk.empirical_ntk`, as for all arguments here.
+        x1: N1 samples.
+        x2: N2 samples; ``None`` for x1.
+        compute: ``"full"``, ``"diagonal"`` or ``"trace"``, of both kernels.
+        method: The route to the NTK.
+        params: Names of the parameters that the NTK sums over.
+        check: Compare a block of the NTK with an independent computation.
+
+    Returns:
+        Both kernels, each ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``.
+
+    Raises:
+        UnsupportedModelError: If the model has no exact kernel.
+        NTKMismatchError: If ``check`` finds a difference above rounding.
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument has a value that is not accepted.
+    """
+    ntk = empirical_ntk(model, x1, x2, compute=compute, method=method, params=params, check=check)
+    return EmpiricalKernels(cast(Tensor, ntk), nngp(model, x1, x2, compute=compute))
+
+
+def _check(request: Request) -> None:
+    """Raise unless the model's outputs are a function of one sample each. Call it without gradients.
+
+    Args:
+        request: The request.
+
+    Raises:
+        UnsupportedModelError: If they are not.
+    """
+    # The check wants something to differentiate, and an NNGP kernel needs no parameter: let it have the inputs.
+    problems = configuration_problems(replace(request, params=request.x1.tensors))
+    if not problems:
+        problems = _probe_samples(request, request.x1[:2].stack(request.second[-1:]))
+    if problems:
+        raise UnsupportedModelError(problems, _KIND)
+
+
+def _probe_samples(request: Request, samples: Inputs) -> list[Problem]:
+    """Evaluate a few samples together and one by one.
+
+    Args:
+        request: The request.
+        samples: The samples.
+
+    Returns:
+        The problems found.
+    """
+    before = random_state(request.model)
+    together = request.evaluate(None, samples)
+    problem = output_problem(together, before == random_state(request.model), len(samples))
+    if problem is not None:
+        return [problem]
+    alone = [request.evaluate(None, samples[i : i + 1]) for i in range(len(samples))]
+    if any(output.shape != together[:1].shape for output in alone):
+        remedy = "Keep the sample axis also for a single sample (say squeeze(-1), not squeeze())"
+        return [Problem("", "its output for one sample alone has another shape than in a batch", remedy)]
+    if not together.isfinite().all():
+        return [Problem("", "its outputs are not finite", "Look for overflow in its weights and inputs")]
+    if relative_error(torch.cat(alone), together) <= PROBE_TOLERANCES[together.dtype]:
+        return []
+    remedy = "Remove what mixes the leading axis, e.g. use batch_first=True, or eval()"
+    return [Problem("", "samples influence one another (outputs alone and in a batch differ)", remedy)]

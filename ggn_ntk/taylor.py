@@ -1,0 +1,482 @@
+"""Networks expanded in their parameters: the linearization, and Taylor polynomials of any degree.
+
+The linearization ``f(θ0, x) + J(x) (θ - θ0)`` is the model whose training the NTK at ``θ0`` describes (Lee, Xiao,
+Schoenholz, Bahri, Novak, Sohl-Dickstein, Pennington: "Wide Neural Networks of Any Depth Evolve as Linear Models Under
+Gradient Descent", NeurIPS 2019, section 2.2). Directional derivatives come from nested ``torch.func.jvp``.
+"""
+
+import copy
+import math
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.func import jvp, vjp
+from torch.nn import Module
+from torch.utils._pytree import tree_map
+
+from ggn_ntk.checks import (
+    Problem,
+    UnsupportedModelError,
+    cotangent,
+    eager,
+    gradients,
+    is_out_of_memory,
+    random_state,
+    total_norm,
+)
+from ggn_ntk.composite import differentiable
+from ggn_ntk.isolation import isolated
+from ggn_ntk.request import Request
+
+_KIND = "Taylor expansion"
+
+# What torch.compile puts before the names of parameters.
+_COMPILED = "_orig_mod."
+
+Parameters = dict[str, Tensor]
+
+# Takes a function, its arguments and their tangents; returns the function's value and its derivative along them.
+Pushforward = Callable[[Callable[..., Any], tuple[Parameters], tuple[Parameters]], tuple[Any, Any]]
+
+
+def linearize(model: Module, params: Iterable[str] | Mapping[str, Tensor] | None = None) -> "TaylorExpansion":
+    """Linearize a model in its parameters.
+
+    f_lin(θ, x) = f(θ0, x) + J(x) (θ - θ0), with θ0 the parameters now.
+
+    Args:
+        model: Any module whose forward pass draws no random numbers. It is copied: what happens to it later, training
+            included, does not move the expansion point.
+        params: See :func:`taylor_expand`.
+
+    Returns:
+        ``f_lin(new_params, x)``; see :class:`TaylorExpansion`.
+    """
+    return TaylorExpansion(model, 1, params)
+
+
+def taylor_expand(
+    model: Module, degree: int, params: Iterable[str] | Mapping[str, Tensor] | None = None
+) -> "TaylorExpansion":
+    """Expand a model in its parameters, up to a degree.
+
+    f_k(θ, x) = Σ_{j<=k} 1/j! D^j f(θ0, x)[(θ - θ0)^j], with θ0 the parameters now. The derivatives come from ``degree``
+    nested jvps, so the cost of a call grows as 2^degree forward passes. From degree 2 on, normalisations are computed
+    from elementary operations, since torch's own are wrong in nested derivatives.
+
+    Args:
+        model: Any module whose forward pass draws no random numbers. It is copied: what happens to it later, training
+            included, does not move the expansion point.
+        degree: The degree k; 0 for the model itself at θ0.
+        params: Which parameters to expand in: their names, or a mapping from names to values, which are then the
+            expansion point. The others are held constant. ``None`` for all, at the model's values.
+
+    Returns:
+        ``f_k(new_params, x)``; see :class:`TaylorExpansion`.
+    """
+    return TaylorExpansion(model, degree, params)
+
+
+class TaylorExpansion:
+    """A Taylor polynomial of a model in its parameters; call it as ``expansion(new_params, x)``.
+
+    Attributes:
+        degree: The degree of the polynomial.
+        point: The expansion point θ0: the parameters expanded in, by name.
+    """
+
+    def __init__(self, model: Module, degree: int, params: Iterable[str] | Mapping[str, Tensor] | None = None) -> None:
+        """Take a snapshot of the model.
+
+        Args:
+            model: The model.
+            degree: The degree.
+            params: The parameters to expand in.
+
+        Raises:
+            TypeError: If an argument is of the wrong type.
+            ValueError: If an argument has a value that is not accepted.
+        """
+        if not isinstance(model, Module):
+            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+        if isinstance(degree, bool) or not isinstance(degree, int):
+            raise TypeError(f"degree must be an integer, got {type(degree).__name__}.")
+        if degree < 0:
+            raise ValueError(f"degree must not be negative, got {degree}.")
+        self.degree = degree
+        self._model = _snapshot(eager(model))
+        self._names = _first_names(self._model)
+        self._params = self._choose(params)
+        self._pushforward: Pushforward | None = None
+
+    @property
+    def point(self) -> Parameters:
+        """The expansion point θ0: the parameters expanded in, by name."""
+        return {name: p.detach() for name, p in self._params.items()}
+
+    def __call__(self, new_params: Mapping[str, Tensor] | Module, x: Any) -> Tensor:
+        """Evaluate the polynomial.
+
+        Args:
+            new_params: The parameters θ: a mapping like ``dict(model.named_parameters())``, in which those left out
+                stay at θ0, or a model of the same architecture. Those not expanded in are not looked at.
+            x: N samples: a tensor ``[N, ...]``, a tuple (the model is called as ``model(*x)``) or a mapping
+                (``model(**x)``). They are constants: no gradient flows to them.
+
+        Returns:
+            ``[N, *out]``, in the dtype and on the device of the model's output, differentiable with respect to
+            ``new_params``.
+
+        Raises:
+            UnsupportedModelError: If the model returns no tensor or draws random numbers, or if ``torch.func`` does
+                not get its derivatives right. Calls inside of a ``torch.func`` transform do not look.
+            TypeError: If an argument is of the wrong type.
+            ValueError: If an argument has a value that is not accepted.
+        """
+        step = self._step(new_params)
+        request = Request.parse(self._model, x, None, compute="full", params=None, per_parameter=False)
+        request = replace(request, params={name: self._params[name] for name in step})
+        records = torch.is_grad_enabled()
+        with isolated(self._model), differentiable(self.degree):
+            if self._pushforward is None and not _is_transformed():
+                self._pushforward = _find_pushforward(replace(request, params=self._params), self.degree)
+            with torch.set_grad_enabled(records):
+                function = _derivatives(
+                    lambda p: request.evaluate(p, request.x1), step, self.degree, self._pushforward or _forward_mode
+                )
+                terms = function(request.primals)
+                return torch.stack([term / math.factorial(j) for j, term in enumerate(terms)]).sum(0)
+
+    def _choose(self, params: Iterable[str] | Mapping[str, Tensor] | None) -> Parameters:
+        """Look up the parameters to expand in, and move the snapshot to where they are wanted.
+
+        Args:
+            params: Names, a mapping from names to values, or ``None``.
+
+        Returns:
+            The snapshot's parameters, by the first of their names.
+
+        Raises:
+            TypeError: If ``params`` is none of these.
+            ValueError: If it is empty, or there is nothing to expand in.
+        """
+        known = dict(self._model.named_parameters())
+        if params is None:
+            chosen = {name: p for name, p in known.items() if p.is_floating_point()}
+            if not chosen:
+                raise ValueError("model has no parameters to expand in.")
+        else:
+            if isinstance(params, str) or not isinstance(params, Iterable):
+                raise TypeError(
+                    "params must be an iterable of parameter names or a mapping from names to tensors, "
+                    f"got {type(params).__name__}."
+                )
+            names = [self._first_name("params", name) for name in params]
+            if not names:
+                raise ValueError("params is empty: name at least one parameter, or pass None for all.")
+            chosen = {name: known[name] for name in names}
+        if isinstance(params, Mapping):
+            for name, value in params.items():
+                with torch.no_grad():
+                    target = chosen[self._first_name("params", name)]
+                    target.copy_(_checked("params", name, value, target))
+        return {name: p.requires_grad_() for name, p in chosen.items()}
+
+    def _step(self, new_params: Mapping[str, Tensor] | Module) -> Parameters:
+        """Compute the step away from the expansion point.
+
+        Args:
+            new_params: The new parameters.
+
+        Returns:
+            θ - θ0 for each parameter given, by the first of its names.
+
+        Raises:
+            TypeError: If ``new_params`` is no mapping and no model.
+            ValueError: If it holds nothing to expand in, or two values of one parameter.
+        """
+        if isinstance(new_params, Module):
+            new_params = dict(new_params.named_parameters())
+        if not isinstance(new_params, Mapping):
+            raise TypeError(
+                "new_params must be a mapping from parameter names to tensors, say dict(model.named_parameters()), or "
+                f"a model of the same architecture, got {type(new_params).__name__}."
+            )
+        given: Parameters = {}
+        for name, value in new_params.items():
+            first = self._first_name("new_params", name)
+            if first not in self._params:
+                continue
+            if first in given and given[first] is not value:
+                raise ValueError(
+                    f"new_params gives {name!r} twice, also as {first!r}, which is tied to it: leave one out."
+                )
+            given[first] = _checked("new_params", name, value, self._params[first])
+        if not given:
+            raise ValueError(f"new_params holds none of the parameters expanded in: {', '.join(self._params)}.")
+        return {name: value - self._params[name].detach() for name, value in given.items()}
+
+    def _first_name(self, argument: str, name: Any) -> str:
+        """Look up a parameter.
+
+        Args:
+            argument: The argument's name.
+            name: Any name of the parameter.
+
+        Returns:
+            The first of its names.
+
+        Raises:
+            ValueError: If there is none of that name.
+        """
+        plain = name.removeprefix(_COMPILED) if isinstance(name, str) else name
+        if plain not in self._names:
+            raise ValueError(
+                f"{argument} names {name!r}, which the model does not have. It has: {', '.join(self._names)}."
+            )
+        return self._names[plain]
+
+
+def _snapshot(model: Module) -> Module:
+    """Copy a model as the function it is now.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The copy, without backward hooks, which take no part in the function.
+    """
+    kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    with torch.inference_mode(False), torch.no_grad():
+        # deepcopy refuses results of an earlier forward pass that a module holds on to
+        memo: dict[int, Any] = {id(value): value.detach().clone() for value in kept if value.grad_fn is not None}
+        snapshot = copy.deepcopy(model, memo)
+    for module in snapshot.modules():
+        module._backward_hooks.clear()
+        module._backward_pre_hooks.clear()
+    return snapshot
+
+
+def _first_names(model: Module) -> dict[str, str]:
+    """Map the names of each parameter to the first of them.
+
+    Args:
+        model: The model.
+
+    Returns:
+        The first name, by name; they differ for tied parameters.
+    """
+    firsts = {id(p): name for name, p in model.named_parameters()}
+    return {name: firsts[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+
+
+def _checked(argument: str, name: str, value: Any, parameter: Tensor) -> Tensor:
+    """Check a value of a parameter.
+
+    Args:
+        argument: The argument's name.
+        name: The parameter's name.
+        value: Its value.
+        parameter: The parameter.
+
+    Returns:
+        The value.
+
+    Raises:
+        TypeError: If it is not a tensor.
+        ValueError: If its shape, dtype or device is not the parameter's.
+    """
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{argument}[{name!r}] must be a tensor, got {type(value).__name__}.")
+    for what in ("shape", "dtype", "device"):
+        expected, actual = getattr(parameter, what), getattr(value, what)
+        if expected != actual:
+            shown = (list(expected), list(actual)) if what == "shape" else (expected, actual)
+            raise ValueError(f"{argument}[{name!r}] must have the {what} of the parameter: {shown[0]}, got {shown[1]}.")
+    return value
+
+
+def _derivatives(
+    function: Callable[[Parameters], Tensor], step: Parameters, degree: int, pushforward: Pushforward
+) -> Callable[..., Any]:
+    """Differentiate along a step, again and again.
+
+    Args:
+        function: Takes parameters.
+        step: The direction.
+        degree: How often.
+        pushforward: How to differentiate once.
+
+    Returns:
+        A function from parameters to the tuple of the function and its first ``degree`` derivatives along the step.
+    """
+    if degree == 0:
+        return lambda point: (function(point),)
+    lower = _derivatives(function, step, degree - 1, pushforward)
+
+    def derivatives(point: Parameters) -> tuple[Tensor, ...]:
+        values, slopes = pushforward(lower, (point,), (step,))
+        return (*values, slopes[-1])
+
+    return derivatives
+
+
+def _forward_mode(
+    function: Callable[..., Any], primals: tuple[Parameters], tangents: tuple[Parameters]
+) -> tuple[Any, Any]:
+    """Differentiate along a direction in forward mode.
+
+    Args:
+        function: Takes parameters, returns a tensor or a tuple of tensors.
+        primals: The parameters.
+        tangents: The direction.
+
+    Returns:
+        The function's value and its derivative along the direction.
+    """
+    values, slopes, *_ = jvp(function, primals, tangents)
+    return values, slopes
+
+
+def _double_vjp(
+    function: Callable[..., Any], primals: tuple[Parameters], tangents: tuple[Parameters]
+) -> tuple[Any, Any]:
+    """Differentiate along a direction in reverse mode, twice: the pullback is linear, and its own pullback is the jvp.
+
+    Args:
+        function: Takes parameters, returns a tensor or a tuple of tensors.
+        primals: The parameters.
+        tangents: The direction.
+
+    Returns:
+        The function's value and its derivative along the direction.
+    """
+    values, pullback, *_ = vjp(function, *primals)
+    _, pushforward, *_ = vjp(pullback, tree_map(torch.zeros_like, values))
+    return values, pushforward(tangents)[0]
+
+
+def _is_transformed() -> bool:
+    """Tell whether a ``torch.func`` transform is under way, in which tensors have no values to compare.
+
+    Returns:
+        Whether one is.
+    """
+    return torch._C._functorch.maybe_get_level(torch.empty(0).sum()) > 0  # -1 for a plain tensor
+
+
+def _find_pushforward(request: Request, degree: int) -> Pushforward:
+    """Find a way to differentiate a model along a direction that gets it right.
+
+    Forward mode ignores ``torch.no_grad()``, and does not know all operations. Neither way reaches parameters that a
+    model uses past its modules.
+
+    Args:
+        request: The request.
+        degree: The degree of the expansion.
+
+    Returns:
+        The way.
+
+    Raises:
+        UnsupportedModelError: If there is none, or the model is no function.
+        RuntimeError: If memory runs out.
+    """
+    before = random_state(request.model)
+    output = request.evaluate(None, request.x1)
+    problem = _output_problem(output, before == random_state(request.model))
+    if problem is not None:
+        raise UnsupportedModelError([problem], _KIND)
+    for pushforward in (_forward_mode, _double_vjp):
+        try:
+            if _agrees_with_autograd(request, pushforward, output) and (
+                degree < 2 or _derivatives_commute(request, pushforward, output)
+            ):
+                return pushforward
+        except RuntimeError as error:
+            if is_out_of_memory(error):
+                raise
+    what = "torch.func does not get its derivatives right"
+    remedy = (
+        "Look for parameters that its forward pass uses past the modules that hold them, custom autograd functions and "
+        "fused operations"
+    )
+    raise UnsupportedModelError([Problem("", what, remedy)], _KIND)
+
+
+def _agrees_with_autograd(request: Request, pushforward: Pushforward, output: Tensor) -> bool:
+    """Tell whether a model's derivative along a direction is that of plain autograd.
+
+    Args:
+        request: The request.
+        pushforward: The way to differentiate.
+        output: The model's output.
+
+    Returns:
+        Whether ``v^T (J g)`` is ``|g|^2``, with the gradient g of ``sum v f`` for random v.
+    """
+    v = cotangent(output, seed=0)
+    gradient = gradients(request, request.x1, v)
+    slope = pushforward(lambda p: request.evaluate(p, request.x1), (request.primals,), (gradient,))[1]
+    expected = total_norm(gradient.values()) ** 2
+    actual: float = (v * slope).sum().item()
+    return abs(actual - expected) <= _tolerance(output) * expected
+
+
+def _derivatives_commute(request: Request, pushforward: Pushforward, output: Tensor) -> bool:
+    """Tell whether second derivatives along two random directions are the same in both orders.
+
+    They are not where torch loses a term of a nested derivative.
+
+    Args:
+        request: The request.
+        pushforward: The way to differentiate.
+        output: The model's output.
+
+    Returns:
+        Whether they are.
+    """
+    u, v = ({name: cotangent(p, seed) for name, p in request.primals.items()} for seed in (0, 1))
+
+    def second_derivative(inner: Parameters, outer: Parameters) -> Tensor:
+        def slope(point: Parameters) -> Any:
+            return pushforward(lambda p: request.evaluate(p, request.x1), (point,), (inner,))[1]
+
+        result: Tensor = pushforward(slope, (request.primals,), (outer,))[1]
+        return result
+
+    one, other = second_derivative(u, v), second_derivative(v, u)
+    return total_norm([one - other]) <= _tolerance(output) * total_norm([one])
+
+
+def _tolerance(output: Tensor) -> float:
+    """Give the largest relative difference that counts as rounding.
+
+    Args:
+        output: A tensor.
+
+    Returns:
+        The square root of its dtype's machine epsilon.
+    """
+    return math.sqrt(torch.finfo(output.dtype).eps)
+
+
+def _output_problem(output: Any, deterministic: bool) -> Problem | None:
+    """Find what is wrong with the model's output.
+
+    Args:
+        output: What it returned.
+        deterministic: Whether it drew no random numbers.
+
+    Returns:
+        The problem, or ``None``.
+    """
+    if not deterministic:
+        remedy = "Call eval(), or make its forward pass deterministic"
+        return Problem("", "its forward pass draws random numbers", remedy)
+    if not isinstance(output, Tensor):
+        return Problem("", f"it returns {type(output).__name__}, not a tensor", "Wrap it in a module that returns one")
+    return None
