@@ -12,7 +12,7 @@ from torch import nn
 from ggn_ntk import EmpiricalNTK, Factored, UnsupportedModelError
 from ggn_ntk.reference import jacobian_contraction
 
-PLAIN = [c for c in CASES if c.structured and not c.name.startswith(("tied", "twice", "reused", "bilinear", "inplace"))]
+PLAIN = [c for c in CASES if c.sequential and not c.name.startswith(("tied", "twice", "reused", "bilinear", "inplace"))]
 
 
 def step(model, x, extension, *others, loss_func=None):
