@@ -21,14 +21,14 @@ class Method(str, Enum):
     """The routes to the kernel.
 
     - ``structured``: one pass back through the layers, contracting only the x1-x2 block of each in the cheapest
-      order. For Sequential models; fastest and leanest.
+      order; parameters without a layer that has a rule by their Jacobians. For any model; fastest and leanest.
     - ``vivit``: GGN Gram matrices from one backward pass. For Sequential models of the layers that ViViT knows.
       Contracts all (N1 + N2)^2 pairs to use N1 N2 of them.
     - ``jacobian_contraction``: ``torch.func`` Jacobians of both sets, contracted. For any model. Holds the
       Jacobians in memory, (N1 + N2) C P numbers for P parameters.
     - ``ntk_vector_products``: a vjp and a jvp of ``torch.func`` for each pair and output. For any model. Little
       memory; wins where C P is large against a forward pass.
-    - ``auto``: ``structured`` where it supports the model, ``jacobian_contraction`` elsewhere.
+    - ``auto``: ``structured``; ``jacobian_contraction`` should that fail.
     """
 
     AUTO = "auto"
