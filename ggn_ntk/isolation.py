@@ -49,6 +49,7 @@ def isolated(model: Module) -> Iterator[None]:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.enter_context(full_precision())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))
+        stack.enter_context(_attention_fast_path_off())
         stack.enter_context(disable())
         if "torch._dynamo" in sys.modules:  # importing it takes seconds, and without it nothing is compiled
             stack.enter_context(torch.compiler.set_stance("force_eager"))
@@ -223,6 +224,21 @@ def _legacy_precision_highest() -> Iterator[None]:
     finally:
         torch.set_float32_matmul_precision(matmul)
         torch.backends.cudnn.allow_tf32 = convolution
+
+
+@contextmanager
+def _attention_fast_path_off() -> Iterator[None]:
+    """Let transformer layers call their modules, also where nothing in them requires a gradient.
+
+    Yields:
+        Nothing.
+    """
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
 
 
 @contextmanager

@@ -55,6 +55,7 @@ def process_state():
         "dtype": torch.get_default_dtype(),
         "precision": precision(),
         "attention": torch.backends.cuda.flash_sdp_enabled(),
+        "fast path": torch.backends.mha.get_fastpath_enabled(),
         "rng": (torch.get_rng_state().tolist(), random.getstate(), np.random.get_state()[1].tolist()),
         "backpack": (CTX.active_exts, CTX.debug, CTX.extension_hook, CTX.retain_graph, list(CTX.hook_handles)),
         "store_io": disable.store_io,
