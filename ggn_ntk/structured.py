@@ -33,7 +33,7 @@ from ggn_ntk.doubling import Doubled, Part, double, parts
 from ggn_ntk.probe import Probe, find_samples
 from ggn_ntk.reference import contract_jacobians
 from ggn_ntk.request import Request
-from ggn_ntk.rules import Factored
+from ggn_ntk.rules import Factored, channels_last
 from ggn_ntk.walk import Walk, structure_problems
 
 _T = TypeVar("_T")
@@ -159,17 +159,16 @@ def _record_all(request: Request, probe: Probe, layouts: Sequence[Layout] | None
         UnsupportedModelError: If the output cannot be differentiated.
     """
     inputs = request.x1.stack(request.x2)
-    try:
-        recording = record(request, inputs, layouts)
+    for x, repeat in [(inputs.map(channels_last), True), (inputs, True), (inputs, False)]:
+        try:
+            recording = record(request, x, layouts, repeat=repeat)
+        except Exception as error:  # a view that asks for another layout in memory, an output that may not be repeated
+            if not repeat or is_out_of_memory(error):
+                raise
+            continue
         problem = output_problem(recording.output, recording.deterministic, len(inputs))
-        right = not recording.repeated or (problem is None and probe.outputs_agree(recording.output))
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        right = False
-    if not right:  # perhaps since an output was repeated
-        recording = record(request, inputs, layouts, repeat=False)
-        problem = output_problem(recording.output, recording.deterministic, len(inputs))
+        if problem is None and (not recording.repeated or probe.outputs_agree(recording.output)):
+            return recording
     if problem is not None:
         raise UnsupportedModelError([problem])
     return recording

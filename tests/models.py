@@ -339,7 +339,10 @@ MODELS = [
     Model("spectral_norm", spectral_norm, normal(5), missed=("0.bias", "0.parametrizations.weight.original")),
     Model("inplace_functions", InPlace, normal(5)),
     Model("frozen_backbone", FrozenBackbone, normal(5)),
-    Model("masked", Masked, masked_inputs(3, 1, 2), normal(3, 4), missed=("layer.weight", "layer.bias")),
+    Model("masked", Masked, masked_inputs(3, 1, 2), missed=("layer.weight", "layer.bias")),
+    # as many rows as samples, or as samples times the rows of the first, but not of each
+    Model("masked_by_chance", Masked, masked_inputs(2, 1, 3), missed=("layer.weight", "layer.bias")),
+    Model("masked_by_chance_as_samples", Masked, masked_inputs(1, 2, 0), missed=("layer.weight", "layer.bias")),
     Model("windows", Windows, normal(16)),
     Model("sequence_first", SequenceFirst, tokens(4), missed=("position.weight",)),
     Model("sequence_first_as_many_positions_as_samples", SequenceFirst, tokens(5), missed=("position.weight",)),

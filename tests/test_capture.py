@@ -97,6 +97,7 @@ def test_explain_names_the_remainder(case):
         assert explanation.covered >= 0.9 * explanation.entries
     for name in case.missed:
         assert name in str(explanation)
+    assert set(explain(model, x1, output=case.output).remainder) == set(case.missed)
 
 
 @pytest.mark.parametrize("case", each(LARGE))
@@ -167,6 +168,20 @@ def test_inference_mode():
     with torch.inference_mode(), unchanged(model):
         kernel = empirical_ntk(model, x1 + 0, x2 + 0, method="structured")
     assert_close(kernel, oracle_sum(BY_NAME["tied_transformer"]))
+
+
+def test_views_that_ask_for_a_layout_in_memory():
+    class Viewed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.conv, self.head = nn.Conv2d(2, 3, 2), nn.Linear(27, 2)
+
+        def forward(self, x):
+            return self.head(self.conv(x.view(len(x), -1).view(x.shape)).contiguous().view(len(x), -1))
+
+    model, x = Viewed().double(), torch.randn(3, 2, 4, 4).double()
+    assert not explain(model, x).remainder
+    assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
 
 
 def test_hooks_of_the_user():
