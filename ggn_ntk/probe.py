@@ -25,6 +25,7 @@ from ggn_ntk.checks import (
     UnsupportedModelError,
     cotangent,
     gradient_error,
+    gradients_agree,
     is_out_of_memory,
     output_problem,
     probe_tolerance,
@@ -190,6 +191,7 @@ def weighted_sum(jacobian: Factored, weights: Tensor) -> Tensor:
     Returns:
         ``[P]`` for a parameter with P entries.
     """
+    weights = weights.to(next(o.dtype for o in jacobian.operands if isinstance(o, Tensor)))
     result, operands = jacobian.result[2:], list(zip(jacobian.terms, jacobian.operands, strict=True))
     one_hot = [(term, operand) for term, operand in operands if isinstance(operand, OneHot)]
     dense = [(term, operand) for term, operand in operands if isinstance(operand, Tensor)]
@@ -293,9 +295,33 @@ class Probe:
             self._outputs.append(recording.output.detach())
             weights.append(v.flatten())
             gradients.append(found)
-        self._weights = torch.stack(weights, dim=1)
+        self._v = torch.stack(weights)
+        self._weights = self._v.T
         self._expected = {name: torch.stack([g[name] for g in gradients]).sum(0) for name in request.params}
         self._actual: dict[str, Tensor] = {}
+
+    def agrees_in_batch(self, output: Tensor, params: dict[str, Tensor]) -> bool:
+        """Compare gradients of the samples' outputs among others and by themselves.
+
+        Args:
+            output: The outputs ``[N, *out]`` of all samples, in a graph.
+            params: The wanted parameters.
+
+        Returns:
+            Whether they are equal but for rounding.
+        """
+        if not output.requires_grad:
+            return True
+        v = self._v.reshape(len(self._samples), *output.shape[1:])
+        found = torch.autograd.grad(
+            output[self._samples],
+            list(params.values()),
+            v,
+            retain_graph=True,
+            allow_unused=True,
+            materialize_grads=True,
+        )
+        return gradients_agree(dict(zip(params, found, strict=True)), self._expected, self._tolerance)
 
     def outputs_agree(self, output: Tensor) -> bool:
         """Compare outputs of the samples among others and by themselves.

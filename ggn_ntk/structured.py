@@ -54,11 +54,13 @@ class Prepared(NamedTuple):
         capture: Yields the Jacobians that rules write.
         probe: What they are compared with.
         missed: Why rules do not give the Jacobian of a parameter, by name.
+        interact: Whether samples seem to influence one another.
     """
 
     capture: Walk | Capture
     probe: Probe
     missed: dict[str, str]
+    interact: bool = False
 
 
 def structured_kernels(request: Request) -> tuple[Size, Iterable[tuple[str, Tensor]]]:
@@ -98,8 +100,8 @@ def _probed(request: Request, use: Callable[[Prepared], _T]) -> tuple[Prepared, 
         result = use(prepared)
         failures = prepared.probe.judge()
         suspects = {n: why for n, why in failures.items() if n in suspects and n not in prepared.missed}
-        mixed = mixed and not prepared.probe.outputs_agree(prepared.capture.output)
-        if not suspects:
+        mixed = mixed and (prepared.interact or not prepared.probe.outputs_agree(prepared.capture.output))
+        if not suspects and not prepared.interact:
             return prepared, result
         if seed == 0:
             check_model(request)
@@ -141,7 +143,10 @@ def prepare(request: Request, seed: int = 0, missed: dict[str, str] | None = Non
     recording = _record_all(request, probe, layouts)
     calls, failures = find_samples(request, recording)
     missed = failures | missed
-    return Prepared(Capture(_without(request, missed), calls, recording.output), probe, missed)
+    capture = Capture(_without(request, missed), calls, recording.output)
+    with torch.enable_grad():
+        interact = bool(failures) and not probe.agrees_in_batch(recording.output, request.params)
+    return Prepared(capture, probe, missed, interact)
 
 
 def _record_all(request: Request, probe: Probe, layouts: Sequence[Layout] | None) -> Recording:
@@ -215,7 +220,7 @@ def _contract(prepared: Prepared, request: Request) -> dict[str, Tensor]:
     Returns:
         Kernels by name (empty for their sum).
     """
-    capture, _, missed = prepared
+    capture, missed = prepared.capture, prepared.missed
     kernels: dict[str, Tensor] = {}
     for outputs, accumulator in _passed(prepared, request, Accumulator):
         _place(kernels, accumulator.kernels, outputs, capture.output[0].numel())
@@ -239,7 +244,7 @@ def _passed(
     Yields:
         The numbers of the outputs, and the accumulator that has all their Jacobians.
     """
-    capture, probe, _ = prepared
+    capture, probe = prepared.capture, prepared.probe
     for outputs in capture.pieces(request.compute):
         accumulator = make(request.compute, request.n1, request.per_parameter, capture.counts)
         probe.begin(outputs)

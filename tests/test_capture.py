@@ -273,6 +273,15 @@ def test_samples_that_interact_in_front_of_or_behind_a_layer(wanted, n):
         empirical_ntk(Centred(), torch.randn(n, 5), method="structured", params=wanted)
 
 
+def test_samples_that_interact_in_large_batches_alone():
+    class Large(Scaled):
+        def forward(self, x):
+            return super().forward(x - (x.mean(0) if len(x) > 4 else 0)) * self.layer(x).mean(0)[:2] ** (len(x) > 4)
+
+    with pytest.raises(UnsupportedModelError, match="samples influence one another"):
+        empirical_ntk(Large(), torch.randn(6, 5), method="structured")
+
+
 # ---------------------------------------------------------------- rules that are wrong
 
 
