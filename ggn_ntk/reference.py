@@ -209,7 +209,8 @@ def _agrees_with_autograd(request: Request, inputs: Inputs, jacobians: dict[str,
         v = cotangent(request.evaluate(None, inputs[i : i + 1]), seed=i)
         expected = gradients(request, inputs[i : i + 1], v)
         actual = {
-            name: (v.flatten() @ jacobian[i]).reshape(expected[name].shape) for name, jacobian in jacobians.items()
+            name: (v.flatten().to(jacobian.dtype) @ jacobian[i]).reshape(expected[name].shape)
+            for name, jacobian in jacobians.items()
         }
         if gradients_agree(actual, expected):
             return True
