@@ -11,6 +11,7 @@ No rule is trusted: on a few samples, the Jacobians that the rules write are com
 import string
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
+from math import ceil
 from typing import Any, NamedTuple
 
 import torch
@@ -326,7 +327,9 @@ def _blocks(uses: list[Use], s: Tensor) -> list[slice]:
     if s.stride(1) == 0 and (use.params or backpropagation_for(use.module).linear):
         return split(n, n)
     sizes = [x[0].numel() for use in uses for x in (use.x if isinstance(use.x, tuple) else (use.x,))]
-    return split(n, SIZES.get(s.device.type, SIZE_ELSEWHERE) // (len(s) * max(sizes)))
+    block = SIZES.get(s.device.type, SIZE_ELSEWHERE) // (len(s) * max(sizes))
+    threads = torch.get_num_threads()  # each takes as many products of a batch
+    return split(n, ceil(block / threads) * threads)
 
 
 def _pass_in_blocks(
