@@ -29,12 +29,12 @@ demo: $(INSTALLED)
 	$(BIN)/python -m ggn_ntk
 
 test: check
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto
 
 test-oldest:
 	$(PYTHON_OLDEST) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --quiet torch==2.6.0 torchvision==0.21.0 --editable ".[test]"
-	.venv-oldest/bin/python -m pytest
+	.venv-oldest/bin/python -m pytest -n auto
 
 check: $(INSTALLED)
 	$(BIN)/ruff format --check .

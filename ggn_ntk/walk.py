@@ -8,6 +8,7 @@ is the same for all samples, and is kept once. Layers and their transposed Jacob
 import string
 from collections import Counter
 from collections.abc import Generator, Iterator
+from math import ceil
 from typing import Any, NamedTuple, Protocol
 
 import torch
@@ -208,7 +209,9 @@ def _blocks(uses: list[Use], s: Tensor) -> list[slice]:
     if s.stride(1) == 0 and (use.params or backpropagation_for(use.module).linear):
         return split(n, n)
     sizes = [x[0].numel() for use in uses for x in (use.x if isinstance(use.x, tuple) else (use.x,))]
-    return split(n, SIZES.get(s.device.type, SIZE_ELSEWHERE) // (len(s) * max(sizes)))
+    block = SIZES.get(s.device.type, SIZE_ELSEWHERE) // (len(s) * max(sizes))
+    threads = torch.get_num_threads()  # each takes as many products of a batch
+    return split(n, ceil(block / threads) * threads)
 
 
 def _axes(s: Tensor) -> str:

@@ -521,7 +521,6 @@ K, Y = torch.eye(4), torch.randn(4, 2)
         ({"diag_reg": "1"}, TypeError, "diag_reg must be a number, got str"),
         ({"diag_reg": math.inf}, ValueError, "diag_reg must be at least 0 and finite, got inf"),
     ],
-    ids=str,
 )
 def test_bad_training_sets(factory, arguments, error, message):
     arguments = {"k_train_train": K, "y_train": Y, **arguments}
@@ -558,7 +557,6 @@ def test_bad_rates(factory, arguments, error, message):
         ({"f_test_0": Y, "k_test_train": K[:, :3]}, ValueError, r"k_test_train must have shape \[4, 4\], got \[4, 3\]"),
         ({"f_test_0": Y, "k_test_train": 3}, TypeError, "k_test_train must be a tensor of real numbers, got int"),
     ],
-    ids=str,
 )
 @pytest.mark.parametrize("factory", [gradient_flow_mse, lambda k, y: gradient_flow(half_mse, k, y)], ids=["mse", "any"])
 def test_bad_predictions(factory, arguments, error, message):

@@ -133,7 +133,6 @@ def test_the_model_is_left_as_found():
         (lambda: Squeezed(), "its output for one sample alone has another shape than in a batch"),
         (lambda: Overflows(), "its outputs are not finite"),
     ],
-    ids=str,
 )
 def test_refused_models(model, message):
     with pytest.raises(UnsupportedModelError, match=f"No empirical NNGP kernel of this model:\n.*{message}"):
@@ -220,7 +219,6 @@ def test_negative_axes_count_from_the_last_output_axis():
         ({"diagonal_axes": [0, True]}, TypeError, "diagonal_axes must be an integer"),
         ({"compute": "sum"}, ValueError, "compute must be one of 'full', 'diagonal', 'trace', got 'sum'"),
     ],
-    ids=str,
 )
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):

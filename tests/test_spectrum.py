@@ -230,7 +230,6 @@ K = torch.eye(4)
         ),
         (K * math.nan, ValueError, "kernel holds numbers that are not finite"),
     ],
-    ids=str,
 )
 def test_bad_kernels(function, kernel, error, message):
     with pytest.raises(error, match=message):

@@ -390,7 +390,6 @@ class FusedNorm(nn.Linear):
         (lambda: Returns(5, 3), "it returns dict, not a tensor"),
         (lambda: FusedNorm(5, 3), "torch.func does not get its derivatives right"),
     ],
-    ids=str,
 )
 def test_refused_models(model, message):
     model = model()
@@ -412,7 +411,6 @@ def test_refused_models(model, message):
         ({"params": {"0.bias": X}}, ValueError, r"params\['0.bias'\] must have the shape .*: \[6\], got \[3, 5\]"),
         ({"model": nn.Tanh()}, ValueError, "model has no parameters to expand in"),
     ],
-    ids=str,
 )
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
@@ -430,7 +428,6 @@ def test_bad_arguments(arguments, error, message):
         ({"0.bias": torch.zeros(6).double()}, ValueError, r"must have the dtype of the parameter: torch.float32, got"),
         (nn.Linear(5, 3), ValueError, "new_params names 'weight', which the model does not have"),
     ],
-    ids=str,
 )
 def test_bad_new_parameters(new, error, message):
     with pytest.raises(error, match=message):
