@@ -24,7 +24,7 @@ from ggn_ntk.einsum import (
     path_of,
     result_letters,
 )
-from ggn_ntk.lookup import cost, dense, looked_up, without_data
+from ggn_ntk.lookup import cost, dense, without_data
 from ggn_ntk.rules import Factored, OneHot
 
 RESULTS = {"full": "nmcd", "diagonal": "nmc", "trace": "nm"}
@@ -241,26 +241,6 @@ def _groups_before_meeting(product: Doubled, n: int, m: int) -> list[list[int]] 
     first = sorted(sorted(group) for group in found if max(group) < half)
     second = sorted(sorted(i - half for i in group) for group in found if min(group) >= half)
     return first if first == second else None
-
-
-def squared_norm(terms: Sequence[Factored], weights: Tensor) -> Tensor:
-    """Compute ``|sum_cn v[c, n] J[c, n]|^2`` for a Jacobian that is the sum of terms.
-
-    Args:
-        terms: The terms.
-        weights: The numbers v, ``[C, N]``.
-
-    Returns:
-        The squared norm, a scalar.
-    """
-    total = weights.new_zeros(())
-    first, second = Operand("cn", weights, "first"), Operand("dm", weights, "second")
-    for a in terms:
-        for b in terms:
-            product = double(a, b, "full")
-            operands = [*product.first, first, *product.second, second]
-            total += contract(looked_up(operands), "", Memo(symmetric=False)).tensor
-    return total
 
 
 def select_samples(factored: Factored, samples: Sequence[int]) -> Factored:

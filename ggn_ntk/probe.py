@@ -14,7 +14,9 @@ may take a unit to the other side of a kink, so a difference must show in severa
 """
 
 import math
+import string
 from collections.abc import Sequence
+from functools import lru_cache
 
 import torch
 from torch import Tensor
@@ -39,6 +41,11 @@ from ggn_ntk.rules import Factored, OneHot
 # How many samples are evaluated by themselves: at most so many, and one of so many.
 _PROBED, _SHARE = 3, 16
 
+# Gradients of large parameters are compared by their products with a few random vectors, and of fewer samples: to write
+# and read them in full, several times, would take as long as the kernel of a fully-connected network. How many vectors;
+# how many entries are many for a parameter, and for all of them times the samples.
+_VECTORS, _LARGE, _LARGE_IN_ALL = 8, 2**16, 2**22
+
 _DIFFERS = "its Jacobian by the layer's rule differs from autograd's (relative error {:.1e})"
 
 
@@ -51,8 +58,8 @@ def try_rules(request: Request, recording: Recording, v: Tensor) -> tuple[dict[s
         v: Numbers like its output, ``[1, *out]``.
 
     Returns:
-        Autograd's gradient of ``sum v f`` for each wanted parameter, and why rules do not give it where they do not,
-        by name.
+        Autograd's gradient of ``sum v f`` for each wanted parameter (see :func:`sketched`), and why rules do not give
+        it where they do not, by name.
     """
     tolerance = probe_tolerance(recording.output)
     failures = _used_elsewhere(request, recording)
@@ -67,7 +74,7 @@ def try_rules(request: Request, recording: Recording, v: Tensor) -> tuple[dict[s
             failures |= dict.fromkeys(call.params.values(), f"the rule of {type(call.module).__name__} fails ({error})")
             continue
         for name, jacobian in jacobians.items():
-            product = weighted_sum(jacobian, v.new_ones(1, 1))
+            product = weighted_sum(jacobian, v.new_ones(1, 1), request.params[name])
             actual[name] = actual[name] + product if name in actual else product
         missing = (name for name in call.params.values() if name not in jacobians and s is not None)
         failures |= dict.fromkeys(missing, f"the rule of {type(call.module).__name__} does not state its Jacobian")
@@ -171,17 +178,94 @@ def _gradients(
         v: Numbers like its output.
 
     Returns:
-        The gradients of ``sum v f`` with respect to the outputs of calls, and to wanted parameters, by name.
+        The gradients of ``sum v f`` with respect to the outputs of calls, and, :func:`sketched`, to wanted parameters,
+        by name.
     """
     outputs, params = [call.output for call in recording.calls], list(request.params.values())
     found: tuple[Tensor | None, ...] = (None,) * (len(outputs) + len(params))
     if recording.output.requires_grad:
         found = torch.autograd.grad(recording.output, [*outputs, *params], v, allow_unused=True)
     gradients = zip(request.params.items(), found[len(outputs) :], strict=True)
-    return found[: len(outputs)], {name: torch.zeros_like(p) if g is None else g for (name, p), g in gradients}
+    return found[: len(outputs)], {
+        name: sketched(torch.zeros_like(p) if g is None else g, p) for (name, p), g in gradients
+    }
 
 
-def weighted_sum(jacobian: Factored, weights: Tensor) -> Tensor:
+def _vectors(param: Tensor) -> Tensor | None:
+    """Draw the vectors that a gradient is multiplied by.
+
+    Args:
+        param: The parameter.
+
+    Returns:
+        ``[last axis of the parameter, V]``, always the same ones; ``None`` where its gradient is compared in full.
+    """
+    if param.ndim < 2 or param.numel() < _LARGE:
+        return None
+    return _random_vectors(param.shape[-1], param.dtype, param.device)
+
+
+@lru_cache(maxsize=64)
+def _random_vectors(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Draw vectors.
+
+    Args:
+        size: Their length.
+        dtype: Their dtype.
+        device: Their device.
+
+    Returns:
+        ``[size, V]``.
+    """
+    generator = torch.Generator().manual_seed(0)
+    with torch.inference_mode(False):
+        return torch.randn(size, _VECTORS, generator=generator, dtype=torch.float64).to(device, dtype)
+
+
+def sketched(gradient: Tensor, param: Tensor) -> Tensor:
+    """Multiply the rows of a large gradient with random vectors.
+
+    A difference of two gradients is as large, relative to them, after as before, but for a factor that is far from one
+    only with a small probability.
+
+    Args:
+        gradient: A gradient with as many entries as the parameter.
+        param: The parameter.
+
+    Returns:
+        The products, or the gradient of a small parameter, flattened.
+    """
+    vectors = _vectors(param)
+    return (
+        gradient.flatten() if vectors is None else (gradient.reshape(-1, len(vectors)) @ vectors.to(gradient)).flatten()
+    )
+
+
+def weighted_sum(jacobian: Factored, weights: Tensor, param: Tensor) -> Tensor:
+    """Compute ``sum_cn v[c, n] J[c, n]``, :func:`sketched`.
+
+    Args:
+        jacobian: The Jacobian.
+        weights: The numbers v, ``[C, N]``.
+        param: The parameter.
+
+    Returns:
+        The products with random vectors, or ``[P]`` for a small parameter with P entries.
+    """
+    vectors, last = _vectors(param), jacobian.result[-1]
+    hot = any(
+        isinstance(o, OneHot) and last == term[-1] for term, o in zip(jacobian.terms, jacobian.operands, strict=True)
+    )
+    if vectors is None or jacobian.sizes[last] != len(vectors) or hot:
+        return sketched(_weighted_sum(jacobian, weights), param)
+    new = next(letter for letter in string.ascii_letters if letter not in jacobian.equation)
+    terms = ",".join([*jacobian.terms, last + new])
+    dtype = next(o.dtype for o in jacobian.operands if isinstance(o, Tensor))
+    product = Factored(f"{terms}->{jacobian.result[:-1]}{new}", (*jacobian.operands, vectors.to(dtype)))
+    return _weighted_sum(product, weights)
+
+
+def _weighted_sum(jacobian: Factored, weights: Tensor) -> Tensor:
     """Compute ``sum_cn v[c, n] J[c, n]``.
 
     Args:
@@ -277,9 +361,10 @@ class Probe:
         Raises:
             UnsupportedModelError: If the output cannot be differentiated.
         """
-        inputs = request.x1.stack(request.x2)
+        self._params, inputs = request.params, request.x1.stack(request.x2)
         generator = torch.Generator().manual_seed(seed)
-        count = max(1, min(_PROBED, len(inputs) // _SHARE))
+        entries = sum(p.numel() for p in request.params.values())
+        count = max(1, min(_PROBED, len(inputs) // _SHARE, _LARGE_IN_ALL // max(1, entries)))
         self._samples = torch.randperm(len(inputs), generator=generator, device="cpu")[:count].tolist()
         self._outputs, weights, gradients = [], [], []
         self.failures: dict[str, str] = {}
@@ -321,7 +406,8 @@ class Probe:
             allow_unused=True,
             materialize_grads=True,
         )
-        return gradients_agree(dict(zip(params, found, strict=True)), self._expected, self._tolerance)
+        together = {name: sketched(g, p) for (name, p), g in zip(params.items(), found, strict=True)}
+        return gradients_agree(together, self._expected, self._tolerance)
 
     def outputs_agree(self, output: Tensor) -> bool:
         """Compare outputs of the samples among others and by themselves.
@@ -350,7 +436,7 @@ class Probe:
             jacobians: The Jacobian of each wanted parameter, over all samples, by name.
         """
         for name, jacobian in jacobians.items():
-            product = weighted_sum(select_samples(jacobian, self._samples), self._piece)
+            product = weighted_sum(select_samples(jacobian, self._samples), self._piece, self._params[name])
             self._actual[name] = self._actual[name] + product if name in self._actual else product
 
     def judge(self) -> dict[str, str]:

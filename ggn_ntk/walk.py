@@ -208,8 +208,9 @@ def _blocks(uses: list[Use], s: Tensor) -> list[slice]:
     n, use = s.shape[1], uses[-1]
     if s.stride(1) == 0 and (use.params or backpropagation_for(use.module).linear):
         return split(n, n)
-    sizes = [x[0].numel() for use in uses for x in (use.x if isinstance(use.x, tuple) else (use.x,))]
-    block = SIZES.get(s.device.type, SIZE_ELSEWHERE) // (len(s) * max(sizes))
+    first = next(i for i, use in enumerate(uses) if use.params)
+    entries = [s[0, 0].numel(), *(x[0].numel() for use in uses[first + 1 :] for x in _tensors(use.x))]
+    block = SIZES.get(s.device.type, SIZE_ELSEWHERE) // (len(s) * max(entries))
     threads = torch.get_num_threads()  # each takes as many products of a batch
     return split(n, ceil(block / threads) * threads)
 

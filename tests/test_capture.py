@@ -11,7 +11,7 @@ from models import LARGE, MODELS, Scaled
 from test_isolation import unchanged
 from torch import nn
 
-from ggn_ntk import Factored, UnsupportedModelError, capture, empirical_ntk, explain, register_rule
+from ggn_ntk import Factored, UnsupportedModelError, capture, empirical_ntk, explain, probe, register_rule
 from ggn_ntk.reference import jacobian_contraction
 from ggn_ntk.rules import rule_for
 from ggn_ntk.rules.registry import _RULES_BY_NAME
@@ -468,3 +468,25 @@ def test_importing_takes_no_third_party():
 
     code = "import sys, ggn_ntk; assert not {'transformers', 'timm'} & set(sys.modules)"
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+
+@pytest.mark.parametrize("name", ["embedding", "tied_embedding", "conv2d_options", "linear_3d", "bilinear", "tied"])
+@pytest.mark.parametrize("taken", ["backpack", "autograd"])
+def test_large_gradients_are_compared_by_products_with_vectors(name, taken, monkeypatch):
+    monkeypatch.setattr(probe, "_LARGE", 0)
+    case = BY_NAME[name]
+    model, x1, x2 = case.build()
+    kernel = empirical_ntk(model, x1, x2, method="structured", capture=taken)
+    assert_close(kernel, oracle_sum(case))
+    assert not explain(model, x1, x2, capture=taken).remainder
+
+
+@pytest.mark.parametrize("wrong", [lambda w: 1.001 * w, lambda w: w.flip(-1), lambda w: w.flip(0), lambda w: w.roll(1)])
+def test_products_with_vectors_tell_gradients_apart(wrong, monkeypatch):
+    monkeypatch.setattr(probe, "_LARGE", 0)
+    gradient = torch.randn(6, 4).double()
+    (name,) = probe.errors(
+        {"w": probe.sketched(wrong(gradient), gradient)}, {"w": probe.sketched(gradient, gradient)}, 1e-8
+    )
+    assert name == "w"
+    assert not probe.errors({"w": probe.sketched(gradient, gradient)}, {"w": probe.sketched(gradient, gradient)}, 1e-8)
