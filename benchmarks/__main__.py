@@ -11,9 +11,9 @@ from benchmarks.process import ROOT
 from benchmarks.report import summary_line, write_report
 from benchmarks.results import Results, WorkloadResult
 from benchmarks.runner import run_sweep, run_workload
-from benchmarks.workloads import FULL, QUICK, SMALL, SWEEPS, SYMMETRIC, TRACE
+from benchmarks.workloads import ANY_MODULE, FULL, QUICK, SMALL, SWEEPS, SYMMETRIC, TRACE
 
-_TABLES = {workload.name: workload for workload in (*FULL, *TRACE, *SMALL, *SYMMETRIC)}
+_TABLES = {workload.name: workload for workload in (*FULL, *TRACE, *SMALL, *SYMMETRIC, *ANY_MODULE)}
 _OVERHEAD = "overhead"
 _NAMES = [*_TABLES, *SWEEPS, _OVERHEAD]
 _SWEEP_ROUNDS = 3
@@ -41,7 +41,13 @@ def main(arguments: list[str] | None = None) -> int:
 
     for workload in chosen.values():
         contenders = plan.available(plan.contenders_of(workload), options.device)
-        result = run_workload(workload, contenders, options.rounds, options.device, with_floor=not workload.symmetric)
+        result = run_workload(
+            workload,
+            contenders,
+            options.rounds,
+            options.device,
+            with_floor=not (workload.symmetric or workload.architecture),
+        )
         results.workloads.append(result)
         _show(result)
         results.save(folder / "results.json")  # an interrupted run keeps what it has

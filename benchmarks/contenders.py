@@ -31,18 +31,20 @@ def prepare(contender: str, workload: Workload, device: str) -> tuple[Callable[[
         A function that loads samples, and one that computes the kernel from them.
     """
     # torch's default rounds the inputs of convolutions on GPUs, which is another problem than the others solve
+    torch.backends.mha.set_fastpath_enabled(False)  # torch.func does not go through it
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     kernel = _CONTENDERS[contender](network(workload, device), workload)
     return lambda x: torch.from_numpy(x).to(device), kernel
 
 
-def _ggn_ntk(model: nn.Module, workload: Workload, clone: bool = False) -> Kernel:
+def _ggn_ntk(model: nn.Module, workload: Workload, clone: bool = False, capture: str = "auto") -> Kernel:
     """Use this library.
 
     Args:
         model: The network.
         workload: The workload.
         clone: Hide from it that x2 is x1.
+        capture: How it finds the layers' inputs and Jacobians.
 
     Returns:
         The kernel function.
@@ -51,7 +53,7 @@ def _ggn_ntk(model: nn.Module, workload: Workload, clone: bool = False) -> Kerne
 
     def kernel(x1: Tensor, x2: Tensor) -> Any:
         second = x1.clone() if clone else None if workload.symmetric else x2
-        return empirical_ntk(model, x1, second, compute=workload.compute, method="structured")
+        return empirical_ntk(model, x1, second, compute=workload.compute, method="structured", capture=capture)
 
     return kernel
 
@@ -202,6 +204,7 @@ def _matrix_product(model: nn.Module, workload: Workload) -> Kernel:
 _CONTENDERS: dict[str, Callable[[nn.Module, Workload], Kernel]] = {
     plan.GGN_NTK: _ggn_ntk,
     plan.CLONE: partial(_ggn_ntk, clone=True),
+    plan.AUTOGRAD: partial(_ggn_ntk, capture="autograd"),
     plan.JACOBIANS: _jacobian_contraction,
     plan.PRODUCTS: _ntk_vector_products,
     plan.VIVIT: _vivit,

@@ -1,12 +1,15 @@
 """A workload's network in torch."""
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
 from benchmarks.workloads import Workload
 
 
-def network(workload: Workload, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Sequential:
+def network(workload: Workload, device: str = "cpu", dtype: torch.dtype = torch.float32) -> nn.Module:
     """Build the network with its weights.
 
     Args:
@@ -17,6 +20,9 @@ def network(workload: Workload, device: str = "cpu", dtype: torch.dtype = torch.
     Returns:
         The network.
     """
+    if workload.architecture:
+        torch.manual_seed(0)
+        return _ARCHITECTURES[workload.architecture](workload.outputs).eval().to(device, dtype)
     modules: list[nn.Module] = []
     for (kind, *sizes), drawn in zip(workload.layers, workload.parameters(), strict=True):
         numbers = [int(size) for size in sizes]
@@ -32,6 +38,51 @@ def network(workload: Workload, device: str = "cpu", dtype: torch.dtype = torch.
             own = zip(("weight", "bias"), drawn, strict=True)
             modules[-1].load_state_dict({name: torch.from_numpy(values) for name, values in own})
     return nn.Sequential(*modules).to(device, dtype)
+
+
+def _resnet18(outputs: int) -> nn.Module:
+    """Build torchvision's ResNet-18.
+
+    Args:
+        outputs: The number of outputs.
+
+    Returns:
+        The network, with random weights.
+    """
+    from torchvision.models import resnet18
+
+    model: nn.Module = resnet18(num_classes=outputs)
+    return model
+
+
+class _Transformer(nn.Module):
+    """A transformer of four layers on sequences of vectors, with the mean of the last layer's outputs on top."""
+
+    def __init__(self, outputs: int, width: int = 128) -> None:
+        """Set up.
+
+        Args:
+            outputs: The number of outputs.
+            width: Length of the vectors.
+        """
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True)
+        self.encoder = nn.TransformerEncoder(layer, 4, enable_nested_tensor=False)
+        self.head = nn.Linear(width, outputs)
+
+    def forward(self, x: Tensor) -> Any:
+        """Evaluate.
+
+        Args:
+            x: ``[N, T, width]``.
+
+        Returns:
+            ``[N, O]``.
+        """
+        return self.head(self.encoder(x).mean(1))
+
+
+_ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {"resnet18": _resnet18, "transformer": _Transformer}
 
 
 def samples(workload: Workload, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:

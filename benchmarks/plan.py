@@ -4,6 +4,7 @@ from benchmarks.workloads import Workload
 
 GGN_NTK = "ggn_ntk"
 CLONE = "ggn_ntk, x2=x1.clone()"
+AUTOGRAD = "ggn_ntk, capture='autograd'"
 JACOBIANS = "Jacobian contraction"
 PRODUCTS = "NTK-vector products"
 VIVIT = "ViViT"
@@ -32,11 +33,14 @@ def contenders_of(workload: Workload) -> list[str]:
     Returns:
         The contenders.
     """
+    if workload.architecture:
+        return [GGN_NTK, CLONE, JACOBIANS] if workload.symmetric else [GGN_NTK, JACOBIANS]
     if workload.symmetric:
         return [GGN_NTK, CLONE, JACOBIANS, NEURAL_TANGENTS]
     if workload.compute == "trace":
         return [GGN_NTK, JACOBIANS, NEURAL_TANGENTS]
-    return [GGN_NTK, JACOBIANS, PRODUCTS, VIVIT, NNGEOMETRY, ASDFGHJKL, NEURAL_TANGENTS]
+    captured = [AUTOGRAD] if workload.name in ("cnn", "vgg") else []
+    return [GGN_NTK, *captured, JACOBIANS, PRODUCTS, VIVIT, NNGEOMETRY, ASDFGHJKL, NEURAL_TANGENTS]
 
 
 def available(contenders: list[str], device: str) -> list[str]:

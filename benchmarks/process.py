@@ -21,7 +21,7 @@ ROOT = Path(__file__).parent.parent
 JAX_PYTHON = Path.cwd() / os.environ.get("JAX_PYTHON", ROOT / ".venv-jax/bin/python")
 
 #: The longest that a contender may take for anything, in seconds.
-TIME_LIMIT = 120.0
+TIME_LIMIT = 60.0
 
 
 class ContenderError(RuntimeError):

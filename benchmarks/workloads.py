@@ -26,6 +26,8 @@ class Workload:
         n2: The number of samples x2.
         compute: ``"full"`` or ``"trace"``.
         symmetric: Whether x2 is x1.
+        architecture: A network that is no sequence of layers, by its name in :mod:`benchmarks.network`; then ``layers``
+            holds the last one alone.
     """
 
     name: str
@@ -35,6 +37,7 @@ class Workload:
     n2: int
     compute: str = "full"
     symmetric: bool = False
+    architecture: str = ""
 
     @property
     def outputs(self) -> int:
@@ -129,6 +132,12 @@ FULL = (
     Workload("fcn_wideout", _mlp(784, 512, 512, 100), (784,), 16, 16),
 )
 TRACE = tuple(Workload(f"{w.name} trace", w.layers, w.shape, w.n1, w.n2, "trace") for w in FULL)
+_RESNET, _TRANSFORMER = (("linear", 512, 10),), (("linear", 128, 16),)
+ANY_MODULE = tuple(
+    Workload(name + " symmetric" * symmetric, last, shape, 8, 8, symmetric=symmetric, architecture=name)
+    for name, last, shape in (("resnet18", _RESNET, _IMAGE), ("transformer", _TRANSFORMER, (32, 128)))
+    for symmetric in (False, True)
+)
 SMALL = (Workload("fcn_wideout 4x4", FULL[3].layers, FULL[3].shape, 4, 4),)
 SYMMETRIC = tuple(Workload(f"{w.name} symmetric", w.layers, w.shape, 20, 20, symmetric=True) for w in FULL[:2])
 
@@ -157,5 +166,13 @@ SWEEPS = {
 
 WORKLOADS = {
     w.name: w
-    for w in (*FULL, *TRACE, *SMALL, *SYMMETRIC, *QUICK, *(w for sweep in SWEEPS.values() for w in sweep.values()))
+    for w in (
+        *FULL,
+        *TRACE,
+        *SMALL,
+        *SYMMETRIC,
+        *ANY_MODULE,
+        *QUICK,
+        *(w for sweep in SWEEPS.values() for w in sweep.values()),
+    )
 }
