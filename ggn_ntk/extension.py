@@ -16,7 +16,7 @@ from torch.nn.modules.loss import _Loss
 
 from ggn_ntk.checks import BATCH_STATISTICS, Problem, UnsupportedModelError, find, hidden_computation
 from ggn_ntk.isolation import without_hooks
-from ggn_ntk.layout import COMPUTES, finish
+from ggn_ntk.layout import check_compute, finish
 from ggn_ntk.request import check_split
 from ggn_ntk.rules import rule_for
 from ggn_ntk.structured import Accumulator
@@ -54,8 +54,7 @@ class EmpiricalNTK(BackpropExtension):
             ValueError: If ``compute`` is not one of these.
         """
         super().__init__(savefield="empirical_ntk", module_exts={})
-        if compute not in COMPUTES:
-            raise ValueError(f"compute must be one of {', '.join(map(repr, COMPUTES))}, got {compute!r}.")
+        check_compute(compute)
         self.n1, self.compute, self.per_parameter = n1, compute, per_parameter
         self._pass_id: int | None = None
         self._out_shape = Size()

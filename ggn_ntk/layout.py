@@ -11,6 +11,19 @@ from torch import Size, Tensor
 COMPUTES = ("full", "diagonal", "trace")
 
 
+def check_compute(compute: str) -> None:
+    """Check what is to be computed.
+
+    Args:
+        compute: The argument of that name.
+
+    Raises:
+        ValueError: If it is none of the accepted values.
+    """
+    if compute not in COMPUTES:
+        raise ValueError(f"compute must be one of {', '.join(map(repr, COMPUTES))}, got {compute!r}.")
+
+
 def transpose(kernel: Tensor) -> Tensor:
     """Exchange the two sets of inputs: ``(n, c) <-> (m, d)``.
 

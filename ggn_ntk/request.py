@@ -11,7 +11,7 @@ from torch import Size, Tensor
 from torch.jit import ScriptModule
 from torch.nn import DataParallel, Module
 
-from ggn_ntk.layout import COMPUTES, finish, sum_kernels
+from ggn_ntk.layout import check_compute, finish, sum_kernels
 
 CAPTURES = ("auto", "backpack", "autograd")
 
@@ -141,8 +141,7 @@ class Request:
             if isinstance(module, ScriptModule | DataParallel):
                 where = f" holds a {_kind(module)} at {name!r}" if name else f" is a {_kind(module)}"
                 raise TypeError(f"model{where}, whose parameters cannot be exchanged: use the module it was made from.")
-        if compute not in COMPUTES:
-            raise ValueError(f"compute must be one of {', '.join(map(repr, COMPUTES))}, got {compute!r}.")
+        check_compute(compute)
         if capture not in CAPTURES:
             raise ValueError(f"capture must be one of {', '.join(map(repr, CAPTURES))}, got {capture!r}.")
         if output is not None and not callable(output):
