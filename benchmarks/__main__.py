@@ -30,9 +30,12 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status: 0 if every kernel of ggn_ntk is right, else 1.
     """
     options = _parse(arguments)
-    results = Results(describe_environment(options.device))
-    folder = options.output / slug(results.environment)
+    environment = describe_environment(options.device)
+    folder = options.output / slug(environment)
     folder.mkdir(parents=True, exist_ok=True)
+    file = folder / "results.json"
+    # A part of the run replaces that part of the same day's results.
+    results = Results.load(file) if options.part and file.exists() else Results(environment)
     if options.quick:
         chosen, sweeps, overhead = {workload.name: workload for workload in QUICK}, [], True
     else:
@@ -48,18 +51,18 @@ def main(arguments: list[str] | None = None) -> int:
             options.device,
             with_floor=not (workload.symmetric or workload.architecture),
         )
-        results.workloads.append(result)
+        results.put(result)
         _show(result)
-        results.save(folder / "results.json")  # an interrupted run keeps what it has
+        results.save(file)  # an interrupted run keeps what it has
     for quantity in sweeps:
         results.sweeps[quantity] = {}
         for value, result in run_sweep(SWEEPS[quantity], min(options.rounds, _SWEEP_ROUNDS), options.device):
             results.sweeps[quantity][value] = result
             _show(result)
-            results.save(folder / "results.json")
+            results.save(file)
     if overhead:
         results.overhead = measure_overhead(options.rounds, options.device)
-        results.save(folder / "results.json")
+        results.save(file)
     write_report(results, folder)
     print(f"Report written to {folder}")
     return int(_ours_is_wrong(results))
@@ -88,8 +91,8 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         help="where to make a folder for the report (default: docs/benchmarks, for a part or --quick build/benchmarks)",
     )
     options = parser.parse_args(arguments)
-    whole = not (options.quick or options.only)
-    options.output = options.output or ROOT / ("docs" if whole else "build") / "benchmarks"
+    options.part = bool(options.only)
+    options.output = options.output or ROOT / ("build" if options.quick or options.part else "docs") / "benchmarks"
     options.rounds = options.rounds or (_QUICK_ROUNDS if options.quick else 7)
     options.only = options.only or _NAMES
     return options

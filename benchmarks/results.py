@@ -104,6 +104,18 @@ class Results:
     sweeps: dict[str, dict[int, WorkloadResult]] = field(default_factory=dict)
     overhead: dict[str, Measurement] = field(default_factory=dict)
 
+    def put(self, result: WorkloadResult) -> None:
+        """Add the results of a workload, in the place of earlier ones.
+
+        Args:
+            result: The results.
+        """
+        names = [known.name for known in self.workloads]
+        if result.name in names:
+            self.workloads[names.index(result.name)] = result
+        else:
+            self.workloads.append(result)
+
     def save(self, path: Path) -> None:
         """Write to a file.
 

@@ -18,7 +18,7 @@ from benchmarks.results import Measurement, WorkloadResult
 from benchmarks.workloads import Array, Workload
 
 #: After a round in which it takes longer than this many seconds, a contender is left out.
-PATIENCE = 12.0
+PATIENCE = 20.0
 SWEEP_PATIENCE = 10.0
 
 _PAUSE = 0.05  # seconds in which the threads of the contender before go to sleep
