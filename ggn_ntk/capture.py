@@ -457,12 +457,12 @@ class Capture:
         parts = torch.arange(total).split(max(1, size // 2))
         return [torch.cat(pair) for pair in combinations(parts, 2)]
 
-    def jacobians(self, outputs: Tensor, accumulator: object) -> Iterator[dict[str, Factored]]:
+    def jacobians(self, outputs: Tensor, parts: object) -> Iterator[dict[str, Factored]]:
         """Pass basis vectors of some outputs back and write Jacobians.
 
         Args:
             outputs: Their numbers.
-            accumulator: Will take the Jacobians.
+            parts: Not used: here all samples pass back together.
 
         Yields:
             The Jacobians of each call, by the names users know parameters by.

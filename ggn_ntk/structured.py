@@ -248,7 +248,7 @@ def _passed(
     for outputs in capture.pieces(request.compute):
         accumulator = make(request.compute, request.n1, request.per_parameter, capture.counts)
         probe.begin(outputs)
-        for jacobians in capture.jacobians(outputs, accumulator):
+        for jacobians in capture.jacobians(outputs, accumulator.parts):
             probe.add(jacobians)
             accumulator.add(jacobians)
             del jacobians  # frees its operands, but for those of parameters that are used again

@@ -7,9 +7,9 @@ is the same for all samples, and is kept once. Layers and their transposed Jacob
 
 import string
 from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from math import ceil
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -24,20 +24,9 @@ from ggn_ntk.rules import Factored, backpropagation_for, channels_last, rule_for
 _REMEDY = "Use capture='autograd' ('auto' does)"
 
 
-class Parts(Protocol):
-    """What takes Jacobians, and knows how they will be contracted."""
-
-    def parts(self, name: str, jacobian: Factored, n: int) -> list[Part] | None:
-        """Group the operands of a Jacobian by what can be contracted for some samples by themselves.
-
-        Args:
-            name: The parameter.
-            jacobian: The Jacobian of some samples.
-            n: The number of all samples.
-
-        Returns:
-            The groups, or ``None`` where nothing can.
-        """
+#: Takes a parameter's name, its Jacobian of some samples and the number of all; groups the operands by what can
+#: be contracted for these samples by themselves (``None`` where nothing can).
+Parts = Callable[[str, Factored, int], list[Part] | None]
 
 
 class Use(NamedTuple):
@@ -108,12 +97,12 @@ class Walk:
         """
         return [torch.arange(self.output[0].numel())]
 
-    def jacobians(self, outputs: Tensor, accumulator: Parts) -> Iterator[dict[str, Factored]]:
+    def jacobians(self, outputs: Tensor, parts: Parts) -> Iterator[dict[str, Factored]]:
         """Pass ``s`` back and write Jacobians on the way. Recorded inputs are freed, so this works once.
 
         Args:
             outputs: The numbers of all outputs.
-            accumulator: Will take the Jacobians.
+            parts: Tells what of a Jacobian can be contracted for some samples by themselves.
 
         Yields:
             The Jacobians of each layer, by the names users know parameters by. The caller has to drop them before it
@@ -122,7 +111,7 @@ class Walk:
         s = identity(self.output)
         while _any_wanted(self._uses):
             blocks = _blocks(self._uses, s)
-            s = yield from (self._in_blocks(s, blocks, accumulator) if len(blocks) > 1 else self._all(s))
+            s = yield from (self._in_blocks(s, blocks, parts) if len(blocks) > 1 else self._all(s))
 
     def _all(self, s: Tensor) -> Generator[dict[str, Factored], None, Tensor]:
         """Pass ``s`` of all samples back through the last layer.
@@ -144,9 +133,7 @@ class Walk:
         waits = any(self.counts[name] > 1 for name in use.params.values()) and s.stride(1) != 0
         return backpropagate(use, s.clone() if waits else s)  # which may overwrite it
 
-    def _in_blocks(
-        self, s: Tensor, blocks: list[slice], accumulator: Parts
-    ) -> Generator[dict[str, Factored], None, Tensor]:
+    def _in_blocks(self, s: Tensor, blocks: list[slice], parts: Parts) -> Generator[dict[str, Factored], None, Tensor]:
         """Pass ``s`` of one block of samples after the other back through a chain of layers.
 
         How many layers the chain has turns out at the first block: as many as let no more wait for the other blocks
@@ -155,7 +142,7 @@ class Walk:
         Args:
             s: ``[C, N, *layer output]``; may be overwritten.
             blocks: The blocks.
-            accumulator: Will take the Jacobians.
+            parts: Tells what of a Jacobian can be contracted for some samples by themselves.
 
         Yields:
             The Jacobians of each layer.
@@ -171,7 +158,7 @@ class Walk:
             for link in chain:
                 part = link.pass_back(block, part)
             while block is blocks[0] and _any_wanted(uses) and sum(link.waiting for link in chain) <= WAITING:
-                chain.append(_Link(uses.pop(), accumulator, passes_on=_any_wanted(uses), n=n))
+                chain.append(_Link(uses.pop(), parts, passes_on=_any_wanted(uses), n=n))
                 part = chain[-1].pass_back(block, part)
             if _any_wanted(uses):
                 passed.put(block, _axes(part), part)
@@ -230,16 +217,16 @@ def _axes(s: Tensor) -> str:
 class _Link:
     """A layer in a chain, through which blocks of samples pass."""
 
-    def __init__(self, use: Use, accumulator: Parts, *, passes_on: bool, n: int) -> None:
+    def __init__(self, use: Use, parts: Parts, *, passes_on: bool, n: int) -> None:
         """Set up.
 
         Args:
             use: The use of the layer.
-            accumulator: Tells what of a Jacobian can be contracted for some samples by themselves.
+            parts: Tells what of a Jacobian can be contracted for some samples by themselves.
             passes_on: Whether a layer before needs ``s``.
             n: The number of samples.
         """
-        self._use, self._accumulator, self._passes_on, self._n = use, accumulator, passes_on, n
+        self._use, self._parts, self._passes_on, self._n = use, parts, passes_on, n
         self._s = Joined(n)
         self._joined: dict[str, tuple[str, list[Joined]]] = {}
 
@@ -272,7 +259,7 @@ class _Link:
             s: ``[C, block, *layer output]``.
             factored: The Jacobians, by name.
         """
-        split_up = {name: self._accumulator.parts(name, jacobian, self._n) for name, jacobian in factored.items()}
+        split_up = {name: self._parts(name, jacobian, self._n) for name, jacobian in factored.items()}
         if any(found is None for found in split_up.values()):
             self._s.put(block, _axes(s), s)
             return

@@ -106,6 +106,7 @@ def test_blocks_of_samples(name, symmetric, compute, monkeypatch):
     for budget, kept in [(1, 1), (500, 1), (1, 500)]:
         monkeypatch.setattr(contraction, "BUDGET", budget)
         monkeypatch.setattr(contraction, "KEPT", kept)
+        monkeypatch.setattr(einsum, "KEPT", kept)
         kernel = empirical_ntk(model, x1, None if symmetric else x2, compute=compute, method="structured")
         assert_close(kernel, oracle_sum(case, symmetric, compute))
 
