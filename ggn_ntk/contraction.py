@@ -28,7 +28,7 @@ def add_products(kernels: dict[str, Tensor], products: Sequence[tuple[str, Doubl
     matrix of ``s``, and x1 and x2 the Jacobian where they are the same samples.
 
     Args:
-        kernels: The kernels, by name; changed in place.
+        kernels: The kernels ``[N1, N2, E, F, F]``, by name; changed in place.
         products: Which product to add to which kernel. Operands are over all samples.
         n1: How many samples are x1, the others x2; ``None`` where all are both: then only pairs of blocks on and
             above the diagonal are computed, and mirrored.
@@ -37,7 +37,7 @@ def add_products(kernels: dict[str, Tensor], products: Sequence[tuple[str, Doubl
     symmetric, offset = n1 is None, n1 or 0
     rows, columns = _blocks(products, n, m)
     if symmetric:  # the more blocks, the fewer pairs are computed twice; but small products are slow
-        most = max(ceil(n / 4), ceil(64 / prod(next(iter(kernels.values())).shape[3:])))
+        most = max(ceil(n / 4), ceil(64 / next(iter(kernels.values())).shape[-1]))
         rows = columns = split(n, min(most, rows[0].stop, columns[0].stop))
     memo = Memo(symmetric)
     for column in columns:
