@@ -147,7 +147,8 @@ AXES = (
         "segmentation",
         (("conv", 3, 32, 1), _RELU, ("conv", 32, 32, 1), _RELU, ("conv", 32, 8, 1)),
         (3, 8, 8),
-        *(8, 8),
+        8,
+        8,
         trace_axes=(1, 2),
     ),
 )

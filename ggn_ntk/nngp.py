@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, einsum
 from torch.nn import Module
 
-from ggn_ntk.axes import AxesRequest
+from ggn_ntk.axes import AxesRequest, OutputAxes
 from ggn_ntk.checks import (
     PROBE_TOLERANCES,
     Problem,
@@ -140,53 +140,57 @@ def _multiply_outputs(request: Request, outputs: Tensor | None = None) -> Tensor
     Returns:
         The kernel in the layout of the public API.
     """
-    _check(request)
+    axes = _check(request)
     sets = [x for x in (request.x1, request.x2) if x is not None]
     found = [request.evaluate(None, x) for x in sets] if outputs is None else outputs.split(request.sizes)
-    axes = request.axes.resolve(found[0].shape[1:])
     first, second = (axes.arrange(f.reshape(len(f), -1)) for f in (found[0], found[-1]))
     return finish(einsum("necf,medf->nmecd", first, second), axes, request.symmetric)
 
 
-def _check(request: Request) -> None:
+def _check(request: Request) -> OutputAxes:
     """Raise unless the model's outputs are a function of one sample each. Call it without gradients.
 
     Args:
         request: The request.
+
+    Returns:
+        The role of each output axis.
 
     Raises:
         UnsupportedModelError: If they are not.
     """
     # The check wants something to differentiate, and an NNGP kernel needs no parameter: let it have the inputs.
     problems = configuration_problems(replace(request, params=request.x1.tensors))
-    if not problems:
-        problems = _probe_samples(request, request.x1[:2].stack(request.second[-1:]))
     if problems:
         raise UnsupportedModelError(problems, _KIND)
+    samples = request.x1[:2].stack(request.second[-1:])
+    before = random_state(request.model)
+    together = request.evaluate(None, samples)
+    problem = output_problem(together, before == random_state(request.model), len(samples))
+    problem = problem or _batch_problem(request, samples, together)
+    if problem is not None:
+        raise UnsupportedModelError([problem], _KIND)
+    return request.axes.resolve(together.shape[1:])
 
 
-def _probe_samples(request: Request, samples: Inputs) -> list[Problem]:
-    """Evaluate a few samples together and one by one.
+def _batch_problem(request: Request, samples: Inputs, together: Tensor) -> Problem | None:
+    """Evaluate a few samples one by one.
 
     Args:
         request: The request.
         samples: The samples.
+        together: Their outputs in a batch.
 
     Returns:
-        The problems found.
+        What makes these outputs differ from those of the batch, if they do.
     """
-    before = random_state(request.model)
-    together = request.evaluate(None, samples)
-    problem = output_problem(together, before == random_state(request.model), len(samples))
-    if problem is not None:
-        return [problem]
     alone = [request.evaluate(None, samples[i : i + 1]) for i in range(len(samples))]
     if any(output.shape != together[:1].shape for output in alone):
         remedy = "Keep the sample axis also for a single sample (say squeeze(-1), not squeeze())"
-        return [Problem("", "its output for one sample alone has another shape than in a batch", remedy)]
+        return Problem("", "its output for one sample alone has another shape than in a batch", remedy)
     if not together.isfinite().all():
-        return [Problem("", "its outputs are not finite", "Look for overflow in its weights and inputs")]
+        return Problem("", "its outputs are not finite", "Look for overflow in its weights and inputs")
     if relative_error(torch.cat(alone), together) <= PROBE_TOLERANCES[together.dtype]:
-        return []
+        return None
     remedy = "Remove what mixes the leading axis, e.g. use batch_first=True, or eval()"
-    return [Problem("", "samples influence one another (outputs alone and in a batch differ)", remedy)]
+    return Problem("", "samples influence one another (outputs alone and in a batch differ)", remedy)

@@ -12,7 +12,6 @@ Letters: ``n``, ``m`` samples; ``c``, ``d`` outputs.
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from itertools import product
 from typing import Any
 
 import torch
@@ -346,20 +345,19 @@ def _gram_kernels(request: Request, axes: OutputAxes) -> Computed:
     params: dict[str, Parameter] = {}
     twin = _twin(eager(request.model), {id(p): name for name, p in request.params.items()}, params)
     kernels: dict[str, Tensor] = {}
-    e, _, f = axes.roles
-    several = e * f > 1
+    groups = axes.numbers.movedim(2, 1).flatten(0, 1)  # [E T, F]
+    several = len(groups) > 1
     with _backpack_session(samples.dtype) as extended:
         output = extended(twin)(samples)
         flat = extended(Flatten())(output) if output.ndim > 2 else output
         extension = _NamingViViT(twin)
-        for diagonal, traced in product(range(e), range(f)):
-            group = axes.numbers[diagonal, :, traced]
+        for number, group in enumerate(groups):
             chosen = extended(Slicing((slice(None), group)))(flat) if several else flat
             for name, gram in _backward(extended, params, extension, request.per_parameter, chosen, several):
                 block = _kernel_block(gram, request.n1, 2)
                 if name not in kernels:
                     kernels[name] = block.new_zeros(*block.shape[:2], *axes.roles.kernel)
-                kernels[name][:, :, diagonal] += block[:, :, 0]
+                kernels[name][:, :, number // axes.roles.traced] += block[:, :, 0]
     return Computed(axes, kernels.items(), output.detach())
 
 

@@ -414,20 +414,22 @@ def jacobians(use: Use, s: Tensor) -> dict[str, Factored]:
     return {name: factored[key] for key, name in use.params.items()}
 
 
-def identity(output: Tensor, outputs: Tensor | slice = slice(None)) -> Tensor:
+def identity(output: Tensor, outputs: Tensor | None = None) -> Tensor:
     """Start ``s`` at the output.
 
     Args:
         output: ``[N, *out]``.
-        outputs: Outputs by where they are in ``[*out]``, flattened, in the order wanted.
+        outputs: Some outputs, by where they are in ``[*out]``, flattened; ``None`` for all.
 
     Returns:
         The Jacobian of these outputs with respect to the output, ``[C, N, *out]``: the same for all samples, and kept
         once.
     """
     n, *out = output.shape
-    eye = torch.eye(output[0].numel(), dtype=output.dtype, device=output.device)[outputs]
-    return eye.reshape(-1, 1, *out).expand(-1, n, *out)
+    chosen = torch.arange(output[0].numel()) if outputs is None else outputs
+    rows = torch.zeros(len(chosen), output[0].numel(), dtype=output.dtype, device=output.device)
+    rows[torch.arange(len(chosen)), chosen] = 1
+    return rows.reshape(-1, 1, *out).expand(-1, n, *out)
 
 
 def backpropagate(use: Use, s: Tensor) -> Tensor:

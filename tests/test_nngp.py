@@ -215,6 +215,13 @@ def test_negative_axes_count_from_the_last_output_axis():
     assert torch.equal(nngp(model, x, diagonal_axes=-3), nngp(model, x, diagonal_axes=0))
 
 
+def test_missing_axes_are_found_before_all_samples_are_evaluated(monkeypatch):
+    sizes = batch_sizes(monkeypatch)
+    with pytest.raises(ValueError, match="trace_axes names output axis 3"):
+        nngp(fully_convolutional(), torch.randn(90, 1, 5, 4).double(), trace_axes=3)
+    assert 0 < max(sizes) < 90
+
+
 @pytest.mark.parametrize(("arguments", "error", "message"), BAD_AXES)
 def test_bad_arguments(arguments, error, message):
     with pytest.raises(error, match=message):
