@@ -207,8 +207,10 @@ def test_pieces_hold_each_pair_once(roles, size, data):
 @pytest.mark.parametrize("roles", ROLES, ids="-".join)
 def test_blocks_of_samples(roles, symmetric, monkeypatch):
     monkeypatch.setattr(walk, "SIZES", {"cpu": 1})
-    for budget, kept in [(1, 1), (200, 1), (1, 200)]:
+    monkeypatch.setattr(contraction, "SIZES", {})
+    for budget, kept, cached in [(1, 1, 1), (200, 1, 10**6), (1, 200, 10**6), (10**6, 10**6, 1)]:
         monkeypatch.setattr(contraction, "BUDGET", budget)
+        monkeypatch.setattr(contraction, "SIZE_ELSEWHERE", cached)
         monkeypatch.setattr(contraction, "KEPT", kept)
         monkeypatch.setattr(einsum, "KEPT", kept)
         check("convolutional", roles, symmetric, capture="backpack")

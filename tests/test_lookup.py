@@ -62,7 +62,7 @@ def test_all_pairs_of_uses_of_a_table(drawn, seed):
     torch.manual_seed(seed)
     roles, first, second = drawn
     product = double(first, second, roles)
-    kernel = contract(looked_up([*product.first, *product.second]), product.result, Memo(symmetric=False))
+    kernel = contract(looked_up([*product.first, *product.second]), product.result, Memo())
     expected = torch.einsum("ecfnp,edfmp->nmecd", in_full(first, roles), in_full(second, roles))
     assert_close(aligned(kernel, product.result).expand_as(expected), expected)
 
