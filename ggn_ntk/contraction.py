@@ -6,7 +6,7 @@ section 3, compare some orders by hand). It is chosen by cost alone (:mod:`ggn_n
 blocks, so that what the order forms on the way keeps to a budget.
 """
 
-from collections.abc import Hashable, Iterator, Sequence
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from math import ceil, prod
 from typing import NamedTuple
 
@@ -37,7 +37,8 @@ def add_products(kernels: dict[str, Tensor], products: Sequence[tuple[str, Doubl
     some = next(iter(kernels.values()))
     n, m = some.shape[:2]
     symmetric, offset = n1 is None, n1 or 0
-    size = _block_size(products, n, m, SIZES.get(some.device.type, SIZE_ELSEWHERE))
+    sizes = {"n": n, "m": m}
+    size = _block_size(products, sizes, SIZES.get(some.device.type, SIZE_ELSEWHERE))
     rows, columns = split(n, size.rows), split(m, size.columns)
     if symmetric:  # the more blocks, the fewer pairs are computed twice; but small products are slow
         most = max(ceil(n / 4), ceil(64 / some.shape[-1]))
@@ -50,7 +51,7 @@ def add_products(kernels: dict[str, Tensor], products: Sequence[tuple[str, Doubl
             for part in split(column.stop - column.start, size.pairs):
                 chosen = slice(column.start + part.start, column.start + part.stop)
                 shifted = slice(chosen.start + offset, chosen.stop + offset)
-                for name, large, other in _summed(products, row, shifted, memo):
+                for name, large, other in _summed(products, row, shifted, memo, sizes):
                     _accumulate(kernels[name][row, chosen], large, other)
                     if symmetric and row.start < column.start:
                         _accumulate(transpose(kernels[name][chosen, row]), large, other)
@@ -59,7 +60,7 @@ def add_products(kernels: dict[str, Tensor], products: Sequence[tuple[str, Doubl
 
 
 def _summed(
-    products: Sequence[tuple[str, Doubled]], rows: slice, columns: slice, memo: Memo
+    products: Sequence[tuple[str, Doubled]], rows: slice, columns: slice, memo: Memo, sizes: Mapping[str, int]
 ) -> Iterator[tuple[str, Tensor, Tensor | int]]:
     """Compute products of Jacobians, as few passes over a block of the kernel as they take.
 
@@ -71,6 +72,7 @@ def _summed(
         rows: Samples of x1.
         columns: Samples of x2.
         memo: Keeps intermediate results.
+        sizes: The numbers of all samples: each block is contracted in the order that is cheapest for all of them.
 
     Yields:
         The kernel's name and two factors that broadcast to the block.
@@ -78,7 +80,7 @@ def _summed(
     sums: dict[Hashable, tuple[str, Tensor, Tensor | int]] = {}
     for name, product in products:
         operands = looked_up(restrict(product, rows, columns))
-        factors = contract_to_last(operands, product.result, memo)
+        factors = contract_to_last(operands, product.result, memo, sizes)
         if not set(product.result).issuperset("".join(o.letters for o in factors)):
             factors = [step(factors, set(product.result), memo)]
         large, *others = sorted(factors, key=lambda o: -o.tensor.numel())
@@ -133,7 +135,7 @@ class _BlockSize(NamedTuple):
     pairs: int
 
 
-def _block_size(products: Sequence[tuple[str, Doubled]], n: int, m: int, cached: int) -> _BlockSize:
+def _block_size(products: Sequence[tuple[str, Doubled]], sizes: Mapping[str, int], cached: int) -> _BlockSize:
     """Choose blocks of samples for which intermediate results keep to their budgets.
 
     What depends on both x1 and x2 stays in a processor's cache. Of x2 as few samples as possible take part in it: with
@@ -141,8 +143,7 @@ def _block_size(products: Sequence[tuple[str, Doubled]], n: int, m: int, cached:
 
     Args:
         products: The products to compute.
-        n: The number of samples x1.
-        m: The number of samples x2.
+        sizes: The numbers of all samples x1 and x2, by letter.
         cached: Numbers that an intermediate result of both may hold.
 
     Returns:
@@ -150,19 +151,20 @@ def _block_size(products: Sequence[tuple[str, Doubled]], n: int, m: int, cached:
     """
     largest = {"n": 1, "m": 1, "nm": 1}
     for _, product in products:
-        for letters, size in intermediates(product):
+        for letters, size in _intermediates(product, sizes):
             samples = "".join(letter for letter in "nm" if letter in letters)
             largest[samples] = max(largest.get(samples, 1), size)
-    rows = max(1, min(n, BUDGET // largest["n"], cached // largest["nm"]))
-    columns = max(1, min(m, KEPT // largest["m"]))
+    rows = max(1, min(sizes["n"], BUDGET // largest["n"], cached // largest["nm"]))
+    columns = max(1, min(sizes["m"], KEPT // largest["m"]))
     return _BlockSize(rows, columns, max(1, min(columns, cached // (rows * largest["nm"]))))
 
 
-def intermediates(product: Doubled) -> Iterator[tuple[str, int]]:
+def _intermediates(product: Doubled, samples: Mapping[str, int]) -> Iterator[tuple[str, int]]:
     """List the intermediate results on the way to a product.
 
     Args:
         product: The product.
+        samples: The numbers of all samples x1 and x2, by letter.
 
     Yields:
         The letters of each, and its size for one sample of x1 and one of x2.
@@ -172,7 +174,7 @@ def intermediates(product: Doubled) -> Iterator[tuple[str, int]]:
     sizes = {letter: size for o in operands for letter, size in zip(o.letters, o.tensor.shape, strict=True)}
     remaining = [o.letters for o in operands]
     found = [o.letters for o in operands if o.key not in {g.key for g in given}]
-    for places in path_of(operands, product.result).path:
+    for places in path_of(operands, product.result, samples).path:
         taken = "".join(remaining.pop(i) for i in sorted(places, reverse=True))
         needed = set("".join(remaining) + product.result)
         remaining.append("".join(sorted(set(taken) & needed)))

@@ -153,19 +153,22 @@ def contract(operands: Sequence[Operand], result: str, memo: Memo) -> Operand:
     return step(contract_to_last(operands, result, memo), set(result), memo)
 
 
-def contract_to_last(operands: Sequence[Operand], result: str, memo: Memo) -> list[Operand]:
+def contract_to_last(
+    operands: Sequence[Operand], result: str, memo: Memo, sizes: Mapping[str, int] = MappingProxyType({})
+) -> list[Operand]:
     """Contract operands in the cheapest order, up to the last product.
 
     Args:
         operands: The operands.
         result: The letters to keep.
         memo: Keeps intermediate results.
+        sizes: The sizes of letters of which operands hold a block; they decide on the order.
 
     Returns:
         One or two operands, whose product is the result.
     """
     remaining = list(operands)
-    for places in path_of(operands, result).path:
+    for places in path_of(operands, result, sizes).path:
         taken = [remaining.pop(i) for i in sorted(places, reverse=True)][::-1]
         if not remaining:
             return taken
