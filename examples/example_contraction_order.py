@@ -38,9 +38,9 @@ torch.manual_seed(0)
 #     \Theta_{n,m,c,d} = \sum_{o,i} s_{c,n,o} \, x_{n,i} \, s'_{d,m,o} \, x'_{m,i} .
 #
 # There are two extremes. Multiply :math:`s` with :math:`x` first, and there are two Jacobians, each as large as the
-# weight for every sample and output. Or multiply :math:`s` with :math:`s'` and :math:`x` with :math:`x'` first, and there
-# are two Gram matrices, which know nothing of the weight's size any more. The second is what ViViT does for all pairs
-# of a batch. Between the two, the Gram matrix of :math:`x` can meet one :math:`s` after the other.
+# weight for every sample and output. Or multiply :math:`s` with :math:`s'` and :math:`x` with :math:`x'` first, and
+# there are two Gram matrices, which know nothing of the weight's size any more. The second is what ViViT does for all
+# pairs of a batch. Between the two, the Gram matrix of :math:`x` can meet one :math:`s` after the other.
 
 JACOBIANS, GRAMS, ONE_BY_ONE = "Jacobians first", "Gram matrices first", "one by one"
 ORDERS = {  # which two operands to multiply; the product goes to the end of the list
@@ -69,7 +69,7 @@ def costs(equation, sizes):
 LINEAR = "cno,ni,dmo,mi->nmcd"
 print(f"{'outputs':>8}" + "".join(f"{name:>22}" for name in [*ORDERS, "cheapest"]) + "   (MFLOP)")
 for outputs in (1, 10, 100):
-    sizes = dict(n=16, m=16, c=outputs, d=outputs, o=512, i=512)
+    sizes = {"n": 16, "m": 16, "c": outputs, "d": outputs, "o": 512, "i": 512}
     row = costs(LINEAR, sizes)
     print(f"{outputs:>8}" + "".join(f"{value / 1e6:>22.4g}" for value in row.values()))
     if row["cheapest"] > min(row[name] for name in ORDERS):
@@ -100,7 +100,7 @@ CONVOLUTION = "cnop,nip,dmoq,miq->nmcd"
 SIDES = [1, 2, 3, 4, 6, 8, 12, 16, 24, 32]
 curves = {name: [] for name in [*ORDERS, "cheapest"]}
 for side in SIDES:
-    sizes = dict(n=16, m=16, c=10, d=10, o=64, i=64 * 9, p=side**2, q=side**2)
+    sizes = {"n": 16, "m": 16, "c": 10, "d": 10, "o": 64, "i": 64 * 9, "p": side**2, "q": side**2}
     for name, value in costs(CONVOLUTION, sizes).items():
         curves[name].append(value / 1e9)
 
@@ -126,8 +126,8 @@ if curves["cheapest"][0] == curves[JACOBIANS][0] or curves["cheapest"][-1] != cu
 # ---------
 #
 # :func:`ggn_ntk.explain` shows the order that was found for each parameter of a network, without contracting anything.
-# Each step is an einsum, in which ``n`` and ``m`` stand for samples and ``c`` and ``d`` for outputs, as above. The first
-# convolution sees 32 x 32 pixels, the second 8 x 8 and the third 2 x 2.
+# Each step is an einsum, in which ``n`` and ``m`` stand for samples and ``c`` and ``d`` for outputs, as above. The
+# first convolution sees 32 x 32 pixels, the second 8 x 8 and the third 2 x 2.
 
 net = nn.Sequential(
     nn.Conv2d(3, 64, 3, padding=1),

@@ -3,8 +3,8 @@ A rule for a layer of your own
 ==============================
 
 The structured route knows the layers of ``torch.nn``. For any other, the kernel is exact all the same: a parameter
-without a rule is contracted from the Jacobians of each sample. A rule makes it fast. It is one function, which says what
-the Jacobian of each parameter is. How to contract it is found for you.
+without a rule is contracted from the Jacobians of each sample. A rule makes it fast. It is one function, which says
+what the Jacobian of each parameter is. How to contract it is found for you.
 
 As an example, this adds a low-rank linear layer, the adapter of `LoRA <https://arxiv.org/abs/2106.09685>`_ without the
 frozen weight: :math:`y = \mathbf{U} \mathbf{V} x`.
@@ -90,8 +90,8 @@ if not relative_error(kernel, oracle) < 1e-5:
 # A wrong rule
 # ------------
 #
-# No rule is trusted. Each call compares the Jacobians with plain autograd on a few samples, and a parameter whose rule is
-# wrong is contracted from Jacobians of each sample, as if it had none. Here the rank is left out of one rule:
+# No rule is trusted. Each call compares the Jacobians with plain autograd on a few samples, and a parameter whose rule
+# is wrong is contracted from Jacobians of each sample, as if it had none. Here one rule forgets a matrix:
 
 
 @register_rule(LowRank)
@@ -110,9 +110,9 @@ register_rule(LowRank)(low_rank)
 # Passing back
 # ------------
 #
-# In an ``nn.Sequential``, ``s`` passes back through the layer by autograd. Where a faster way is known, register it too.
-# This one takes :math:`s` to :math:`s \, \mathbf{U} \mathbf{V}`. The layer is linear: its Jacobian is the same for all
-# samples, so an ``s`` that is the same for all samples stays so, and is kept once.
+# In an ``nn.Sequential``, ``s`` passes back through the layer by autograd. Where a faster way is known, register it
+# too. This one takes :math:`s` to :math:`s \, \mathbf{U} \mathbf{V}`. The layer is linear: its Jacobian is the same for
+# all samples, so an ``s`` that is the same for all samples stays so, and is kept once.
 
 
 @register_backpropagation(LowRank, linear=True)

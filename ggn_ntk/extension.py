@@ -29,12 +29,17 @@ _REMEDY = "Use ggn_ntk.empirical_ntk"
 class EmpiricalNTK(BackpropExtension):
     """BackPACK extension that contracts the empirical NTK of the batch during a backward pass.
 
-    It takes no part in the gradients, and runs beside other extensions and with any extended loss::
+    It takes no part in the gradients, and runs beside other extensions and with any extended loss:
 
-        extension = EmpiricalNTK(n1=20)
-        with backpack(extension, BatchGrad()):
-            loss_func(model(x), y).backward()
-        ntk = extension.ntk()  # samples x[:20] against x[20:]
+    >>> from backpack import backpack, extend
+    >>> from backpack.extensions import BatchGrad
+    >>> from torch import nn
+    >>> model, loss_func = extend(nn.Linear(4, 2)), extend(nn.CrossEntropyLoss())
+    >>> extension = EmpiricalNTK(n1=3)
+    >>> with backpack(extension, BatchGrad()):
+    ...     loss_func(model(torch.randn(5, 4)), torch.randint(2, (5,))).backward()
+    >>> extension.ntk().shape  # the first three samples against the other two
+    torch.Size([3, 2, 2, 2])
 
     The kernel is that of the parameters that require a gradient, in extended modules, and of the network as it ran.
     Each backward pass starts afresh, at its loss. A layer of your own needs a rule

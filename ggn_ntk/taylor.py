@@ -54,6 +54,10 @@ def linearize(model: Module, params: Iterable[str] | Mapping[str, Tensor] | None
 
     Returns:
         ``f_lin(new_params, x)``; see :class:`TaylorExpansion`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a parameter does not exist or a value is not accepted.
     """
     return TaylorExpansion(model, 1, params)
 
@@ -76,6 +80,10 @@ def taylor_expand(
 
     Returns:
         ``f_k(new_params, x)``; see :class:`TaylorExpansion`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a parameter does not exist or a value is not accepted.
     """
     return TaylorExpansion(model, degree, params)
 
