@@ -2,6 +2,7 @@
 
 import re
 import sys
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +30,7 @@ extensions = [
 exclude_patterns = ["_build"]
 
 html_theme = "furo"
+pygments_dark_style = "github-dark"
 html_title = f"ggn_ntk {version}"
 html_static_path = ["_static"]
 html_css_files = ["style.css"]
@@ -54,6 +56,9 @@ nitpick_ignore_regex = [
     (r"py:.*", r"ggn_ntk\..*\._\w+"),  # type variables
 ]
 
+# torch, at each backward pass of a BackPACK pipeline whose input needs no gradient
+warnings.filterwarnings("ignore", "Full backward hook is firing", UserWarning)
+
 _ORDER = [
     "example_ntk_vivit.py",
     "example_any_module.py",
@@ -76,6 +81,10 @@ sphinx_gallery_conf = {
 }
 
 
+# What follows the summaries of the committed runs on the page about benchmarks.
+_AFTER_RESULTS = "## How it is measured"
+
+
 def _add_results(app: Sphinx, docname: str, source: list[str]) -> None:
     """Add the summary of each committed benchmark run to the page about benchmarks, the latest first.
 
@@ -87,7 +96,7 @@ def _add_results(app: Sphinx, docname: str, source: list[str]) -> None:
     if docname != "benchmarks/README":
         return
     reports = sorted((_DOCS / "benchmarks").glob("*/README.md"), key=lambda path: path.parent.name[-10:], reverse=True)
-    parts = [source[0]]
+    parts = []
     for report in reports:
         app.env.note_dependency(str(report))
         heading, *sections = report.read_text().split("\n## ")
@@ -95,8 +104,9 @@ def _add_results(app: Sphinx, docname: str, source: list[str]) -> None:
         parts.append(f"### [{title}]({folder}/README.md)")
         summaries = [section.removeprefix("Summary") for section in sections if section.startswith("Summary")]
         parts += [summary.replace("](", f"]({folder}/") for summary in summaries]
-    parts.append("```{toctree}\n:hidden:\n:glob:\n\n*/README\n```\n")
-    source[0] = "\n\n".join(parts)
+    parts.append("```{toctree}\n:hidden:\n:glob:\n\n*/README\n```")
+    before, after = source[0].split(_AFTER_RESULTS)
+    source[0] = "\n\n".join([before, *parts, _AFTER_RESULTS + after])
 
 
 def _drop_links_back(app: Sphinx, pagename: str, templatename: str, context: dict[str, Any], doctree: Any) -> None:

@@ -67,11 +67,11 @@ def costs(equation, sizes):
 # A linear layer of 512 to 512 units, 16 samples in each set, and a growing number of outputs of the network:
 
 LINEAR = "cno,ni,dmo,mi->nmcd"
-print(f"{'outputs':>8}" + "".join(f"{name:>22}" for name in [*ORDERS, "cheapest"]) + "   (MFLOP)")
+print(f"{'outputs':>8}" + "".join(f"{name:>20}" for name in [*ORDERS, "cheapest"]) + "  (MFLOP)")
 for outputs in (1, 10, 100):
     sizes = {"n": 16, "m": 16, "c": outputs, "d": outputs, "o": 512, "i": 512}
     row = costs(LINEAR, sizes)
-    print(f"{outputs:>8}" + "".join(f"{value / 1e6:>22.4g}" for value in row.values()))
+    print(f"{outputs:>8}" + "".join(f"{value / 1e6:>20.4g}" for value in row.values()))
     if row["cheapest"] > min(row[name] for name in ORDERS):
         raise ValueError("the cheapest order should not be above these")
 

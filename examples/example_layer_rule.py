@@ -10,6 +10,7 @@ As an example, this adds a low-rank linear layer, the adapter of `LoRA <https://
 frozen weight: :math:`y = \mathbf{U} \mathbf{V} x`.
 """
 
+import matplotlib.pyplot as plt
 import torch
 from torch import Tensor, nn
 
@@ -59,7 +60,7 @@ print(f"relative error: {relative_error(empirical_ntk(net, x1, x2), oracle):.1e}
 # with respect to the layer's output. By the chain rule,
 #
 # .. math::
-#     \frac{\partial f_c}{\partial U_{o,r}} = \sum_j s_{c,n,o} \, [\mathbf{V} x_n]_r
+#     \frac{\partial f_c}{\partial U_{o,r}} = s_{c,n,o} \, [\mathbf{V} x_n]_r
 #     \qquad \text{and} \qquad
 #     \frac{\partial f_c}{\partial V_{r,i}} = \sum_o s_{c,n,o} \, U_{o,r} \, x_{n,i} ,
 #
@@ -85,6 +86,16 @@ kernel = empirical_ntk(net, x1, x2, method="structured")
 print(f"relative error: {relative_error(kernel, oracle):.1e}")
 if not relative_error(kernel, oracle) < 1e-5:
     raise ValueError("the kernel does not match")
+
+# %%
+# What each matrix contributes to the trace kernel of twelve samples:
+
+parts = empirical_ntk(net, x1, compute="trace", per_parameter=True)
+figure, axes = plt.subplots(ncols=len(parts), figsize=(8, 2.2), layout="constrained")
+for ax, (name, part) in zip(axes, parts.items(), strict=True):
+    ax.imshow(part.numpy(), cmap="cividis")
+    ax.set(title=name, xticks=[], yticks=[])
+plt.show()
 
 # %%
 # A wrong rule
