@@ -24,7 +24,8 @@ THEIRS = ":caption: neural-tangents"
 
 mpl.use("agg")
 
-PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
 PAGES += [path for path in sorted((ROOT / "docs").rglob("*.md")) if not {"_build", "gallery"} & set(path.parts)]
 MODULES = [m.name for m in pkgutil.walk_packages(ggn_ntk.__path__, "ggn_ntk.") if m.name != "ggn_ntk.__main__"]
 PUBLIC = {f"ggn_ntk.{name}": getattr(ggn_ntk, name) for name in ggn_ntk.__all__}
@@ -75,14 +76,26 @@ def test_code_of_a_page_is_in_blocks_that_run(page):
     assert not any(re.search(r"^(import|from \w+ import) ", b.text, re.M) for b in blocks(page) if b.language == "")
 
 
-@pytest.mark.parametrize("page", of_language("python"), ids=page_name)
-@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own, in jvp
-def test_page(page, monkeypatch, tmp_path):
-    monkeypatch.chdir(tmp_path)
+def run(page: Path) -> dict:
+    """Run the Python of a page, in order and in one namespace, and return that."""
     namespace: dict = {"__name__": "page"}
     for block in blocks(page):
         if block.language == "python" and THEIRS not in block.options:
             exec(compile(block.text, page_name(page), "exec"), namespace)
+    return namespace
+
+
+def test_readme(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    assert len([block for block in blocks(README) if block.language == "python"]) >= 2
+    assert run(README)["ntk"].shape == (20, 5, 10, 10)
+
+
+@pytest.mark.parametrize("page", [page for page in of_language("python") if page != README], ids=page_name)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own, in jvp
+def test_page(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run(page)
 
 
 def test_page_of_neural_tangents(tmp_path):
@@ -105,11 +118,22 @@ def test_readme_names_targets_that_exist():
     assert {"demo", "test", "docs"} <= commands <= targets
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", ROOT / "CONTRIBUTING.md"], ids=page_name)
+@pytest.mark.parametrize("page", [README, ROOT / "CONTRIBUTING.md"], ids=page_name)
 def test_links_of_pages_outside_of_the_site_lead_to_files(page):
     links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
     assert links
     assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_site_checker_finds_dead_links_and_empty_pages(tmp_path):
+    (tmp_path / "good.html").write_text(f'<article id="here">{"word " * 30}<a href="good.html#here">x</a></article>')
+    (tmp_path / "bad.html").write_text('<article><a href="gone.html">x</a><img src="good.html#there"></article>')
+    found = runpy.run_path(str(ROOT / "docs" / "check_site.py"))["problems"](tmp_path)
+    assert found == [
+        "bad.html: empty (1 words)",
+        "bad.html: gone.html does not exist",
+        "bad.html: good.html#there names no place on that page",
+    ]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("example_*.py")), ids=lambda path: path.stem)
