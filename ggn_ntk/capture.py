@@ -10,6 +10,7 @@ whether the rules are right, is for :mod:`ggn_ntk.probe` to find out.
 """
 
 import inspect
+import math
 import string
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
@@ -30,6 +31,10 @@ from ggn_ntk.rules import Factored, OneHot, rule_for
 
 #: Numbers that ``s`` of all layers may hold before the outputs are taken in pieces.
 BUDGET = 2**27
+
+#: Numbers in a layer's output from which on the outputs are passed back one by one: several at once save calls of
+#: functions, but read and write more than a processor's cache holds. Elsewhere all pass back at once.
+ONE_BY_ONE = {"cpu": 2**18}
 
 
 @dataclass(frozen=True)
@@ -386,30 +391,52 @@ def used_elsewhere(recording: Recording) -> set[int]:
     return {id(getattr(node, "variable", None)) for node in graph_nodes(recording.output, sources)}
 
 
-def pull_back(output: Tensor, tensors: Sequence[Tensor], cotangents: Tensor) -> list[Tensor | None]:
-    """Pass several cotangents back at once, or one by one where ``vmap`` fails.
+def pull_back(output: Tensor, calls: Sequence[Call], cotangents: Tensor) -> list[Tensor]:
+    """Pass several cotangents back, at once where layers are small, and one by one where ``vmap`` fails.
 
     Args:
         output: The model's output ``[N, *out]``.
-        tensors: Tensors in its graph.
+        calls: Calls of layers, on all of whose outputs it depends.
         cotangents: ``[K, N, *out]``.
 
     Returns:
-        ``[K, *tensor]`` for each tensor; ``None`` where the output does not depend on it.
+        ``[K, *output]`` for each call.
     """
-    if not tensors or not output.requires_grad:
-        return [None] * len(tensors)
-    try:
-        return list(
-            torch.autograd.grad(
-                output, tensors, cotangents, is_grads_batched=True, retain_graph=True, allow_unused=True
-            )
-        )
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-    rows = [torch.autograd.grad(output, tensors, v, retain_graph=True, allow_unused=True) for v in cotangents]
-    return [None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True)]
+    outputs = [call.output for call in calls]
+    if not outputs:
+        return []
+    if max(o.numel() for o in outputs) < ONE_BY_ONE.get(output.device.type, math.inf):
+        try:
+            return list(torch.autograd.grad(output, outputs, cotangents, is_grads_batched=True, retain_graph=True))
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+    found = [_room(call, len(cotangents)) for call in calls]
+    for k, cotangent in enumerate(cotangents):
+        passed = torch.autograd.grad(output, outputs, cotangent, retain_graph=True)
+        for whole, part in zip(found, passed, strict=True):
+            whole[k].copy_(part)
+    return found
+
+
+def _room(call: Call, k: int) -> Tensor:
+    """Make room for the cotangents of a layer's output.
+
+    Args:
+        call: The call of the layer.
+        k: The number of cotangents K.
+
+    Returns:
+        ``[K, *output]``. Samples are outermost in memory, K is next to innermost: positions lie behind one another,
+        over which products sum, and cotangents and channels are one axis for them.
+    """
+    output, strides = call.output, call.output.stride()
+    axes = sorted(range(output.ndim), key=lambda axis: (axis != call.axis, -strides[axis]))
+    place = max(1, output.ndim - 1)
+    axes.insert(place, output.ndim)
+    sizes = [*output.shape, k]
+    room = output.new_empty([sizes[axis] for axis in axes])
+    return room.permute(place, *(axes.index(axis) for axis in range(output.ndim)))
 
 
 class Capture:
@@ -470,8 +497,6 @@ class Capture:
         n, *out = self.output.shape
         basis = torch.eye(self.output[0].numel(), dtype=self.output.dtype, device=self.output.device)
         basis = basis[outputs].reshape(-1, 1, *out).expand(-1, n, *out)
-        s = pull_back(self._output, [call.output for call in self._calls], basis)
+        s = pull_back(self._output, self._calls, basis)
         for call in reversed(self._calls):
-            passed = s.pop()
-            assert passed is not None
-            yield call.jacobians(passed)
+            yield call.jacobians(s.pop())

@@ -8,10 +8,11 @@ blocks, so that what the order forms on the way keeps to a budget.
 
 from collections.abc import Hashable, Iterator, Sequence
 from math import ceil, prod
+from typing import NamedTuple
 
 from torch import Tensor
 
-from ggn_ntk.blocks import split
+from ggn_ntk.blocks import SIZE_ELSEWHERE, SIZES, split
 from ggn_ntk.doubling import Doubled
 from ggn_ntk.einsum import KEPT, Memo, Operand, aligned, contract_to_last, path_of, step
 from ggn_ntk.layout import transpose
@@ -33,23 +34,28 @@ def add_products(kernels: dict[str, Tensor], products: Sequence[tuple[str, Doubl
         n1: How many samples are x1, the others x2; ``None`` where all are both: then only pairs of blocks on and
             above the diagonal are computed, and mirrored.
     """
-    n, m = next(iter(kernels.values())).shape[:2]
+    some = next(iter(kernels.values()))
+    n, m = some.shape[:2]
     symmetric, offset = n1 is None, n1 or 0
-    rows, columns = _blocks(products, n, m)
+    size = _block_size(products, n, m, SIZES.get(some.device.type, SIZE_ELSEWHERE))
+    rows, columns = split(n, size.rows), split(m, size.columns)
     if symmetric:  # the more blocks, the fewer pairs are computed twice; but small products are slow
-        most = max(ceil(n / 4), ceil(64 / prod(next(iter(kernels.values())).shape[3:])))
-        rows = columns = split(n, min(most, rows[0].stop, columns[0].stop))
-    memo = Memo(symmetric)
+        most = max(ceil(n / 4), ceil(64 / prod(some.shape[3:])))
+        rows = columns = split(n, min(most, size.rows, size.columns))
+    memo = Memo(symmetric, keep_copies=size.pairs < size.columns)
     for column in columns:
-        shifted = slice(column.start + offset, column.stop + offset)
         for row in rows:
             if symmetric and row.start > column.start:
                 break
-            for name, large, other in _summed(products, row, shifted, memo):
-                _accumulate(kernels[name][row, column], large, other)
-                if symmetric and row.start < column.start:
-                    _accumulate(transpose(kernels[name][column, row]), large, other)
-            memo.end_block()
+            for part in split(column.stop - column.start, size.pairs):
+                chosen = slice(column.start + part.start, column.start + part.stop)
+                shifted = slice(chosen.start + offset, chosen.stop + offset)
+                for name, large, other in _summed(products, row, shifted, memo):
+                    _accumulate(kernels[name][row, chosen], large, other)
+                    if symmetric and row.start < column.start:
+                        _accumulate(transpose(kernels[name][chosen, row]), large, other)
+                memo.end_pair()
+            memo.end_rows()
 
 
 def _summed(
@@ -113,25 +119,43 @@ def restrict(product: Doubled, rows: slice, columns: slice) -> list[Operand]:
     return first + [_sliced(o, "m", columns) for o in product.second]
 
 
-def _blocks(products: Sequence[tuple[str, Doubled]], n: int, m: int) -> tuple[list[slice], list[slice]]:
-    """Split samples so that intermediate results keep to their budgets.
+class _BlockSize(NamedTuple):
+    """How many samples are taken at a time.
+
+    Attributes:
+        rows: Of x1.
+        columns: Of x2, for what depends on x2 alone.
+        pairs: Of x2, for what depends on both.
+    """
+
+    rows: int
+    columns: int
+    pairs: int
+
+
+def _block_size(products: Sequence[tuple[str, Doubled]], n: int, m: int, cached: int) -> _BlockSize:
+    """Choose blocks of samples for which intermediate results keep to their budgets.
+
+    What depends on both x1 and x2 stays in a processor's cache. Of x2 as few samples as possible take part in it: with
+    one alone, its letter is no obstacle where others have to be put together.
 
     Args:
         products: The products to compute.
         n: The number of samples x1.
         m: The number of samples x2.
+        cached: Numbers that an intermediate result of both may hold.
 
     Returns:
-        Blocks of x1 and of x2.
+        The size of blocks.
     """
     largest = {"n": 1, "m": 1, "nm": 1}
     for _, product in products:
         for letters, size in intermediates(product):
             samples = "".join(letter for letter in "nm" if letter in letters)
             largest[samples] = max(largest.get(samples, 1), size)
-    columns = max(1, min(m, KEPT // largest["m"], KEPT // largest["nm"]))
-    rows = min(n, BUDGET // largest["n"], KEPT // (columns * largest["nm"]))
-    return split(n, rows), split(m, columns)
+    rows = max(1, min(n, BUDGET // largest["n"], cached // largest["nm"]))
+    columns = max(1, min(m, KEPT // largest["m"]))
+    return _BlockSize(rows, columns, max(1, min(columns, cached // (rows * largest["nm"]))))
 
 
 def intermediates(product: Doubled) -> Iterator[tuple[str, int]]:

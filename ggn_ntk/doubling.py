@@ -152,7 +152,7 @@ def expand(factored: Factored) -> Factored:
     """
     factored, n = sum_private_letters(factored), factored.sizes["n"]
     operands = [_as_operand(term, tensor) for term, tensor in zip(factored.terms, factored.operands, strict=True)]
-    jacobian = contract(dense(operands), factored.result, Memo(symmetric=False))
+    jacobian = contract(dense(operands), factored.result, Memo())
     tensor = aligned(jacobian, factored.result)
     shape = [factored.sizes[letter] for letter in factored.result]
     return Factored("cnk->cnk", (tensor.expand(shape).reshape(shape[0], n, -1),))
@@ -208,14 +208,14 @@ def contract_into(part: Part, whole: Joined, block: slice) -> None:
         whole: Takes the result, by its letters.
         block: The samples.
     """
-    taken = contract_to_last(part.operands, part.letters, Memo(symmetric=False))
+    taken = contract_to_last(part.operands, part.letters, Memo())
     if len(taken) == 1:
         whole.put(block, taken[0].letters, taken[0].tensor)
     else:
         a, b = taken
         sizes = {letter: size for o in taken for letter, size in zip(o.letters, o.tensor.shape, strict=True)}
         letters = result_letters(a, b, set(part.letters))
-        multiply(a, b, letters, set(part.letters), whole.room(block, letters, sizes, a.tensor))
+        multiply(a, b, letters, set(part.letters), Memo(), whole.room(block, letters, sizes, a.tensor))
 
 
 def _groups_before_meeting(product: Doubled, n: int, m: int) -> list[list[int]] | None:

@@ -62,16 +62,20 @@ class Memo:
 
     Attributes:
         symmetric: Whether x1 and x2 are the same samples, so that what depends on one serves for the other.
+        keep_copies: Whether to keep operands that were copied to put letters together.
     """
 
-    def __init__(self, symmetric: bool) -> None:
+    def __init__(self, symmetric: bool = False, keep_copies: bool = False) -> None:
         """Set up.
 
         Args:
             symmetric: Whether x1 and x2 are the same samples.
+            keep_copies: Whether to keep operands that were copied to put letters together: where several blocks of x2
+                meet the same of x1.
         """
-        self.symmetric = symmetric
-        self._of_block: dict[Hashable, Tensor] = {}
+        self.symmetric, self.keep_copies = symmetric, keep_copies
+        self._of_pair: dict[Hashable, Tensor] = {}
+        self._of_rows: dict[Hashable, Tensor] = {}
         self._of_samples: dict[Hashable, Tensor] = {}
 
     def get(self, key: Hashable, letters: str, compute: Callable[[], Tensor]) -> Tensor:
@@ -85,15 +89,19 @@ class Memo:
         Returns:
             The result.
         """
-        short_lived = "n" in letters and ("m" in letters or not self.symmetric)
-        kept = self._of_block if short_lived else self._of_samples
+        of_one = self._of_samples if self.symmetric or "n" not in letters else self._of_rows
+        kept = self._of_pair if "n" in letters and "m" in letters else of_one
         if key not in kept:
             kept[key] = compute()
         return kept[key]
 
-    def end_block(self) -> None:
-        """Forget what depends on the pair of blocks, and the rest if it has grown too large."""
-        self._of_block.clear()
+    def end_pair(self) -> None:
+        """Forget what depends on both a block of x1 and one of x2."""
+        self._of_pair.clear()
+
+    def end_rows(self) -> None:
+        """Forget what depends on a block of x1, and the rest if it has grown too large."""
+        self._of_rows.clear()
         if sum(tensor.numel() for tensor in self._of_samples.values()) > KEPT:
             self._of_samples.clear()
 
@@ -186,7 +194,7 @@ def step(taken: list[Operand], needed: set[str], memo: Memo) -> Operand:
         tuple(names.setdefault(letter, len(names)) for letter in t) for t in (a.letters, b.letters, letters)
     )
     key = (a.key, b.key, pattern)
-    return Operand(letters, memo.get(key, letters, lambda: multiply(a, b, letters, needed)), key)
+    return Operand(letters, memo.get(key, letters, lambda: multiply(a, b, letters, needed, memo)), key)
 
 
 def result_letters(a: Operand, b: Operand, needed: set[str]) -> str:
@@ -219,7 +227,7 @@ def _by_stride(operand: Operand) -> list[str]:
     return sorted(operand.letters, key=lambda letter: -strides[letter])
 
 
-def multiply(a: Operand, b: Operand, letters: str, needed: set[str], out: Tensor | None = None) -> Tensor:
+def multiply(a: Operand, b: Operand, letters: str, needed: set[str], memo: Memo, out: Tensor | None = None) -> Tensor:
     """Multiply two operands: entry by entry where no letter is summed, else as matrices.
 
     Args:
@@ -227,43 +235,68 @@ def multiply(a: Operand, b: Operand, letters: str, needed: set[str], out: Tensor
         b: The right factor.
         letters: The letters of the result, from :func:`result_letters`.
         needed: Letters that must remain.
+        memo: Keeps copies of operands.
         out: Where to put the product.
 
     Returns:
         The product.
     """
     if out is not None and not out.is_contiguous():
-        return out.copy_(multiply(a, b, letters, needed))
-    shared = [letter for letter in _by_stride(max(a, b, key=lambda o: o.tensor.numel())) if letter in a.letters]
-    summed = [letter for letter in shared if letter in b.letters and letter not in needed]
+        return out.copy_(multiply(a, b, letters, needed, memo))
+    larger, smaller = (a, b) if a.tensor.numel() >= b.tensor.numel() else (b, a)
+    order = _by_stride(larger)
+    summed = [letter for letter in order if letter in smaller.letters and letter not in needed]
     if not summed:
         return torch.mul(aligned(a, letters), aligned(b, letters), out=out)
-    sizes = dict(zip(a.letters + b.letters, a.tensor.shape + b.tensor.shape, strict=True))
     batch = [letter for letter in letters if letter in a.letters and letter in b.letters]
+    if order[-1] in batch and set(smaller.letters) <= set(larger.letters):  # vectors, that no matrix product runs along
+        terms = torch.mul(aligned(larger, "".join(order)), aligned(smaller, "".join(order)))
+        kept = "".join(letter for letter in order if letter not in summed)
+        total = Operand(kept, terms.sum([order.index(letter) for letter in summed]), key=None)
+        return aligned(total, letters) if out is None else out.copy_(aligned(total, letters))
+    sizes = dict(zip(a.letters + b.letters, a.tensor.shape + b.tensor.shape, strict=True))
     left = [letter for letter in letters if letter not in b.letters]
     right = [letter for letter in letters if letter not in a.letters]
-    first, second = _matrices(a, batch, left, summed), _matrices(b, batch, summed, right)
+    first, second = _matrices(a, (batch, left, summed), memo), _matrices(b, (batch, summed, right), memo)
     product = torch.bmm(first, second, out=None if out is None else out.view(*first.shape[:2], second.shape[2]))
     return product.reshape([sizes[letter] for letter in letters])
 
 
-def _matrices(operand: Operand, batch: list[str], rows: list[str], columns: list[str]) -> Tensor:
+def _matrices(operand: Operand, groups: tuple[list[str], ...], memo: Memo) -> Tensor:
     """Merge groups of letters to one axis each, without a copy where the operand's memory allows.
 
     Args:
         operand: The operand.
-        batch: Letters of the batch of matrices.
-        rows: Letters of their rows.
-        columns: Letters of their columns.
+        groups: Letters of the batch of matrices, of their rows, and of their columns.
+        memo: Keeps copies.
 
     Returns:
         ``[batch, rows, columns]``. A copy keeps innermost in memory what was, to be made in long runs.
     """
+    if not memo.keep_copies:
+        return _merged(operand, groups)
+    key = (operand.key, tuple(tuple(operand.letters.index(letter) for letter in group) for group in groups))
+    return memo.get(key, operand.letters, lambda: _merged(operand, groups))
+
+
+def _merged(operand: Operand, groups: tuple[list[str], ...]) -> Tensor:
+    """Merge groups of letters; see :func:`_matrices`.
+
+    Args:
+        operand: The operand.
+        groups: The groups.
+
+    Returns:
+        ``[batch, rows, columns]``.
+    """
+    batch, rows, columns = groups
     transposed = _by_stride(operand)[-1] in rows
-    groups = (batch, columns, rows) if transposed else (batch, rows, columns)
-    tensor = operand.tensor.permute([operand.letters.index(letter) for group in groups for letter in group])
+    order = (batch, columns, rows) if transposed else groups
+    tensor = operand.tensor.permute([operand.letters.index(letter) for group in order for letter in group])
     sizes = dict(zip(operand.letters, operand.tensor.shape, strict=True))
-    merged = tensor.reshape([prod(sizes[letter] for letter in group) for group in groups])
+    merged = tensor.reshape([prod(sizes[letter] for letter in group) for group in order])
+    if merged.stride(2) != 1 and merged.stride(1) != 1:  # bmm would copy one matrix after the other
+        merged = merged.contiguous()
     return merged.transpose(1, 2) if transposed else merged
 
 

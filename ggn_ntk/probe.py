@@ -198,7 +198,7 @@ def _vectors(param: Tensor) -> Tensor | None:
         param: The parameter.
 
     Returns:
-        ``[last axis of the parameter, V]``, always the same ones; ``None`` where its gradient is compared in full.
+        ``[V, last axis of the parameter]``, always the same ones; ``None`` where its gradient is compared in full.
     """
     if param.ndim < 2 or param.numel() < _LARGE:
         return None
@@ -215,11 +215,11 @@ def _random_vectors(size: int, dtype: torch.dtype, device: torch.device) -> Tens
         device: Their device.
 
     Returns:
-        ``[size, V]``.
+        ``[V, size]``.
     """
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False):
-        return torch.randn(size, _VECTORS, generator=generator, dtype=torch.float64).to(device, dtype)
+        return torch.randn(_VECTORS, size, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
 def sketched(gradient: Tensor, param: Tensor) -> Tensor:
@@ -236,9 +236,10 @@ def sketched(gradient: Tensor, param: Tensor) -> Tensor:
         The products, or the gradient of a small parameter, flattened.
     """
     vectors = _vectors(param)
-    return (
-        gradient.flatten() if vectors is None else (gradient.reshape(-1, len(vectors)) @ vectors.to(gradient)).flatten()
-    )
+    if vectors is None:
+        return gradient.flatten()
+    products = vectors.to(gradient) @ gradient.reshape(-1, vectors.shape[1]).T  # faster than its transpose
+    return products.T.flatten()
 
 
 def weighted_sum(jacobian: Factored, weights: Tensor, param: Tensor) -> Tensor:
@@ -256,10 +257,10 @@ def weighted_sum(jacobian: Factored, weights: Tensor, param: Tensor) -> Tensor:
     hot = any(
         isinstance(o, OneHot) and last == term[-1] for term, o in zip(jacobian.terms, jacobian.operands, strict=True)
     )
-    if vectors is None or jacobian.sizes[last] != len(vectors) or hot:
+    if vectors is None or jacobian.sizes[last] != vectors.shape[1] or hot:
         return sketched(_weighted_sum(jacobian, weights), param)
     new = next(letter for letter in string.ascii_letters if letter not in jacobian.equation)
-    terms = ",".join([*jacobian.terms, last + new])
+    terms = ",".join([*jacobian.terms, new + last])
     dtype = next(o.dtype for o in jacobian.operands if isinstance(o, Tensor))
     product = Factored(f"{terms}->{jacobian.result[:-1]}{new}", (*jacobian.operands, vectors.to(dtype)))
     return _weighted_sum(product, weights)

@@ -137,6 +137,20 @@ def test_outputs_in_pieces(symmetric, budget, compute, monkeypatch):
         assert_close(kernel, oracle_sum(BY_NAME[name], symmetric, compute))
 
 
+def test_outputs_one_by_one(case, compute, monkeypatch):
+    monkeypatch.setattr(capture, "ONE_BY_ONE", {"cpu": 0})
+    model, x1, x2 = case.build()
+    kernel = empirical_ntk(model, x1, x2, compute=compute, capture="autograd")
+    assert_close(kernel, oracle_sum(case, compute=compute))
+
+
+@pytest.mark.parametrize("case", each(MODELS))
+def test_outputs_one_by_one_of_any_model(case, monkeypatch):
+    monkeypatch.setattr(capture, "ONE_BY_ONE", {"cpu": 0})
+    model, x1, x2 = case.build(torch.float32)
+    assert_close(empirical_ntk(model, x1, x2, method="structured", output=case.output), expected(case.name)[0])
+
+
 @pytest.mark.parametrize("kind", ["torch.compile", "compile()", "inner"])
 def test_compiled(kind):
     model, x1, x2 = BY_NAME["residual"].build()

@@ -103,8 +103,10 @@ def test_convolutions_of_any_geometry(drawn, compute, symmetric):
 def test_blocks_of_samples(name, symmetric, compute, monkeypatch):
     case = BY_NAME[name]
     model, x1, x2 = case.build()
-    for budget, kept in [(1, 1), (500, 1), (1, 500)]:
+    monkeypatch.setattr(contraction, "SIZES", {})
+    for budget, kept, cached in [(1, 1, 1), (500, 1, 10**6), (1, 500, 10**6), (10**6, 10**6, 1), (10**6, 10**6, 500)]:
         monkeypatch.setattr(contraction, "BUDGET", budget)
+        monkeypatch.setattr(contraction, "SIZE_ELSEWHERE", cached)
         monkeypatch.setattr(contraction, "KEPT", kept)
         monkeypatch.setattr(einsum, "KEPT", kept)
         kernel = empirical_ntk(model, x1, None if symmetric else x2, compute=compute, method="structured")
