@@ -1,7 +1,8 @@
 """The structured route as a BackPACK extension, for a training step of your own.
 
-BackPACK calls the extension at each module of the backward pass, from the loss to the input. What it passes back here
-is not a loss Hessian but ``s``, the Jacobian of the model's outputs; it starts as the identity whatever the loss is.
+BackPACK calls the extension at each module of the backward pass, from the loss to the input (Dangel, Kunstner, Hennig:
+"BackPACK: Packing more into backprop", ICLR 2020, section 2). What it passes back here is not a loss Hessian but ``s``,
+the Jacobian of the model's outputs; it starts as the identity whatever the loss is.
 """
 
 import itertools

@@ -16,8 +16,9 @@ from ggn_ntk.matrix import check_kernel, flatten, level_of_caller, rounding, sym
 def eigenvalues(kernel: Tensor) -> Tensor:
     """Compute the eigenvalues of a kernel.
 
-    They are not negative but for rounding, which moves each by up to about ``10 eps |K|`` in the Frobenius norm (see
-    :mod:`ggn_ntk.matrix`). Negative ones are returned as they are, and a warning states their size in this unit.
+    They are not negative but for rounding, which moves each by up to about ``10 eps |K|`` in the Frobenius norm (by
+    Weyl's inequality; Golub, Van Loan: "Matrix Computations", 2013, section 8.1; see :mod:`ggn_ntk.matrix`). Negative
+    ones are returned as they are, and a warning states their size in this unit.
 
     Args:
         kernel: ``[N, N, *out, *out]`` or ``[N, N]``, symmetric up to rounding.
@@ -56,6 +57,8 @@ def _report_negative(values: Tensor, dtype: torch.dtype) -> str:
 
 def condition_number(kernel: Tensor) -> float:
     """Compute the condition number of a kernel: its largest eigenvalue over its smallest.
+
+    It is that of a symmetric matrix in the spectral norm (Golub, Van Loan: "Matrix Computations", 2013, section 2.6).
 
     Above about ``0.1 / eps`` (machine epsilon of the kernel's dtype) it says that, and no more.
 
