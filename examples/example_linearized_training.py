@@ -31,7 +31,7 @@ from ggn_ntk import empirical_ntk, gradient_descent_mse, linearize, max_learning
 from ggn_ntk.plots import plot_training
 
 REDUCED = os.environ.get("GGN_NTK_GALLERY") == "reduced"  # a smaller run, for tests
-SAMPLES, STEPS, SEEDS = (30, 60, 2) if REDUCED else (100, 200, 4)
+SAMPLES, STEPS, SEEDS = (30, 60, 2) if REDUCED else (80, 200, 3)
 WIDTHS = [64, 256, 1024, 2048] if REDUCED else [64, 128, 256, 512, 1024, 2048]
 
 torch.manual_seed(0)
