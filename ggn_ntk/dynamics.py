@@ -50,8 +50,8 @@ def gradient_flow_mse(
 
     With τ = η t / (N C) and K = Θ + diag_reg mean(diag Θ) I,
 
-        f_train(t) = f_train(0) + (exp(-K τ) - I) (f_train(0) - y)
-        f_test(t) = f_test(0) + Θ_test,train K⁻¹ (exp(-K τ) - I) (f_train(0) - y)
+    | f_train(t) = f_train(0) + (exp(-K τ) - I) (f_train(0) - y)
+    | f_test(t) = f_test(0) + Θ_test,train K⁻¹ (exp(-K τ) - I) (f_train(0) - y)
 
     (Lee et al. 2019, section 2.2), by one eigendecomposition of K for all calls. For so long a time that eigenvalues
     which cannot be told from zero matter, a jitter keeps rounding from growing large in test outputs; after infinite
