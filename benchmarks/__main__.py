@@ -11,9 +11,9 @@ from benchmarks.process import ROOT
 from benchmarks.report import summary_line, write_report
 from benchmarks.results import Results, WorkloadResult
 from benchmarks.runner import run_sweep, run_workload
-from benchmarks.workloads import ANY_MODULE, FULL, QUICK, SMALL, SWEEPS, SYMMETRIC, TRACE
+from benchmarks.workloads import ANY_MODULE, AXES, FULL, QUICK, SMALL, SWEEPS, SYMMETRIC, TRACE
 
-_TABLES = {workload.name: workload for workload in (*FULL, *TRACE, *SMALL, *SYMMETRIC, *ANY_MODULE)}
+_TABLES = {workload.name: workload for workload in (*FULL, *TRACE, *SMALL, *SYMMETRIC, *AXES, *ANY_MODULE)}
 _OVERHEAD = "overhead"
 _NAMES = [*_TABLES, *SWEEPS, _OVERHEAD]
 _SWEEP_ROUNDS = 3
@@ -49,7 +49,7 @@ def main(arguments: list[str] | None = None) -> int:
             contenders,
             options.rounds,
             options.device,
-            with_floor=not (workload.symmetric or workload.architecture),
+            with_floor=not (workload.symmetric or workload.architecture or workload.trace_axes),
         )
         results.put(result)
         _show(result)

@@ -64,14 +64,14 @@ def spot(workload: Workload, model: nn.Module, seed: int) -> Spot:
     c = rng.permutation(workload.outputs)[:number]
     d = c if trace else rng.permutation(workload.outputs)[:number]
     x1, x2 = samples(workload, seed, dtype=torch.float64)
-    first = [_gradient(model, x1[n], int(output)) for output in c]
+    first = [_gradients(model, x1[n], int(output)) for output in c]
     if trace:
-        products = [g @ _gradient(model, x2[m], int(output)) for g, output in zip(first, d, strict=True)]
+        products = [_product(g, _gradients(model, x2[m], int(output))) for g, output in zip(first, d, strict=True)]
         return Spot(n, m, c, d, torch.stack(products).sum().numpy())
     columns = []
     for output in d:  # gradients of the second sample are many numbers, and needed once
-        second = _gradient(model, x2[m], int(output))
-        columns.append(torch.stack([g @ second for g in first]))
+        second = _gradients(model, x2[m], int(output))
+        columns.append(torch.stack([_product(g, second) for g in first]))
     return Spot(n, m, c, d, torch.stack(columns, 1).numpy())
 
 
@@ -91,7 +91,7 @@ def relative_error(actual: Array, expected: Array | NDArray[np.float64]) -> floa
     return float(np.linalg.norm((actual - exact).ravel()) / np.linalg.norm(exact.ravel()))
 
 
-def _gradient(model: nn.Module, x: Tensor, output: int) -> Tensor:
+def _gradients(model: nn.Module, x: Tensor, output: int) -> list[Tensor]:
     """Differentiate an output of a sample.
 
     Args:
@@ -100,7 +100,21 @@ def _gradient(model: nn.Module, x: Tensor, output: int) -> Tensor:
         output: Index of the output.
 
     Returns:
-        The gradient with respect to all parameters, ``[P]``.
+        Its gradient with respect to all parameters, ``[P]``, at each of its positions; a network without has one.
     """
-    gradients = torch.autograd.grad(model(x[None])[0, output], list(model.parameters()))
-    return torch.cat([g.flatten() for g in gradients])
+    params = list(model.parameters())
+    rows = (torch.autograd.grad(y, params, retain_graph=True) for y in model(x[None])[0, output].flatten())
+    return [torch.cat([g.flatten() for g in row]) for row in rows]
+
+
+def _product(first: list[Tensor], second: list[Tensor]) -> Tensor:
+    """Multiply gradients of two outputs, and sum over positions.
+
+    Args:
+        first: The gradients of one, at each position.
+        second: Those of the other.
+
+    Returns:
+        The entry of the kernel.
+    """
+    return torch.stack([a @ b for a, b in zip(first, second, strict=True)]).sum()

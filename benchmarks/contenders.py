@@ -1,7 +1,9 @@
 """The contenders that use torch, each as its users would write it."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
+from math import prod
 from typing import Any
 
 import torch
@@ -53,7 +55,29 @@ def _ggn_ntk(model: nn.Module, workload: Workload, clone: bool = False, capture:
 
     def kernel(x1: Tensor, x2: Tensor) -> Any:
         second = x1.clone() if clone else None if workload.symmetric else x2
-        return empirical_ntk(model, x1, second, compute=workload.compute, method="structured", capture=capture)
+        traced = workload.trace_axes or None
+        return empirical_ntk(
+            model, x1, second, compute=workload.compute, method="structured", capture=capture, trace_axes=traced
+        )
+
+    return kernel
+
+
+def _reduced(model: nn.Module, workload: Workload) -> Kernel:
+    """Use this library for the full kernel, and sum over positions afterwards.
+
+    Args:
+        model: The network.
+        workload: The workload.
+
+    Returns:
+        The kernel function.
+    """
+    full = _ggn_ntk(model, replace(workload, trace_axes=()))
+    outputs = (workload.outputs, prod(workload.shapes()[-1][1:]))
+
+    def kernel(x1: Tensor, x2: Tensor) -> Tensor:
+        return torch.einsum("nmcpdp->nmcd", full(x1, x2).reshape(len(x1), len(x2), *outputs, *outputs))
 
     return kernel
 
@@ -90,6 +114,7 @@ def _jacobian_contraction(model: nn.Module, workload: Workload) -> Kernel:
 
     def kernel(x1: Tensor, x2: Tensor) -> Any:
         first, second = jacobian(params, x1), jacobian(params, x2)
+        # of outputs with several axes, positions are summed with the entries of parameters
         return sum(torch.einsum(equation, first[name].flatten(2), second[name].flatten(2)) for name in params)
 
     return kernel
@@ -204,6 +229,7 @@ def _matrix_product(model: nn.Module, workload: Workload) -> Kernel:
 _CONTENDERS: dict[str, Callable[[nn.Module, Workload], Kernel]] = {
     plan.GGN_NTK: _ggn_ntk,
     plan.CLONE: partial(_ggn_ntk, clone=True),
+    plan.REDUCED: _reduced,
     plan.AUTOGRAD: partial(_ggn_ntk, capture="autograd"),
     plan.JACOBIANS: _jacobian_contraction,
     plan.PRODUCTS: _ntk_vector_products,

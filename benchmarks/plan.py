@@ -4,6 +4,7 @@ from benchmarks.workloads import Workload
 
 GGN_NTK = "ggn_ntk"
 CLONE = "ggn_ntk, x2=x1.clone()"
+REDUCED = "ggn_ntk, full kernel reduced"
 AUTOGRAD = "ggn_ntk, capture='autograd'"
 JACOBIANS = "Jacobian contraction"
 PRODUCTS = "NTK-vector products"
@@ -35,6 +36,8 @@ def contenders_of(workload: Workload) -> list[str]:
     """
     if workload.architecture:
         return [GGN_NTK, CLONE, JACOBIANS] if workload.symmetric else [GGN_NTK, JACOBIANS]
+    if workload.trace_axes:
+        return [GGN_NTK, REDUCED, JACOBIANS]
     if workload.symmetric:
         return [GGN_NTK, CLONE, JACOBIANS, NEURAL_TANGENTS]
     if workload.compute == "trace":

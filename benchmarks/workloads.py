@@ -26,6 +26,7 @@ class Workload:
         n2: The number of samples x2.
         compute: ``"full"`` or ``"trace"``.
         symmetric: Whether x2 is x1.
+        trace_axes: Output axes to sum over, of those behind the first.
         architecture: A network that is no sequence of layers, by its name in :mod:`benchmarks.network`; then ``layers``
             holds the last one alone.
     """
@@ -38,10 +39,11 @@ class Workload:
     compute: str = "full"
     symmetric: bool = False
     architecture: str = ""
+    trace_axes: tuple[int, ...] = ()
 
     @property
     def outputs(self) -> int:
-        """The number of outputs of the network."""
+        """The number of outputs of the network, at each position where it has several."""
         return int(self.layers[-1][2])
 
     def shapes(self) -> list[tuple[int, ...]]:
@@ -139,6 +141,17 @@ ANY_MODULE = tuple(
     for symmetric in (False, True)
 )
 SMALL = (Workload("fcn_wideout 4x4", FULL[3].layers, FULL[3].shape, 4, 4),)
+# A small segmentation network: 512 outputs for a sample, of which the kernel keeps 8 classes.
+AXES = (
+    Workload(
+        "segmentation",
+        (("conv", 3, 32, 1), _RELU, ("conv", 32, 32, 1), _RELU, ("conv", 32, 8, 1)),
+        (3, 8, 8),
+        8,
+        8,
+        trace_axes=(1, 2),
+    ),
+)
 SYMMETRIC = tuple(Workload(f"{w.name} symmetric", w.layers, w.shape, 20, 20, symmetric=True) for w in FULL[:2])
 
 #: Loads the code of a contender; in no table.
@@ -171,6 +184,7 @@ WORKLOADS = {
         *TRACE,
         *SMALL,
         *SYMMETRIC,
+        *AXES,
         *ANY_MODULE,
         *QUICK,
         *(w for sweep in SWEEPS.values() for w in sweep.values()),

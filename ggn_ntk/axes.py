@@ -3,31 +3,40 @@
 A kernel pairs two outputs of shape ``[*out]``. ``compute="diagonal"`` takes all output axes at equal indices, and
 ``compute="trace"`` sums over them; ``diagonal_axes`` and ``trace_axes`` do so for single axes. A kernel has the shape
 ``[N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]``.
+
+Inside, the axes of each role are merged to one: of the C = E F T outputs, E diagonal ones are outermost, then come F
+free and T traced ones, and a kernel is ``[N1, N2, E, F, F]``. What ``compute`` offers are the three cases where two of
+the sizes are one. Letters: ``e`` diagonal outputs; ``c``, ``d`` free outputs of x1, x2; ``f`` traced outputs.
 """
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from string import ascii_lowercase
+from math import prod
 from typing import Any, NamedTuple
 
+import torch
 from torch import Size, Tensor
 
-# One letter for each output axis; n and m stand for samples.
-_LETTERS = [letter for letter in ascii_lowercase if letter not in "nm"]
+COMPUTES = ("full", "diagonal", "trace")
 
 
-class EinsumLetters(NamedTuple):
-    """Letters for an einsum over output axes; see :meth:`OutputAxes.letters`.
+class Roles(NamedTuple):
+    """The number of outputs in each role, outermost first.
 
     Attributes:
-        first: One for each output axis of x1.
-        second: One for each output axis of x2: that of x1 for a traced or diagonal axis.
-        result: Those of the kernel's output axes.
+        diagonal: E, along the axes that are taken at equal indices.
+        free: F, along the axes that are kept for both inputs.
+        traced: T, along the axes that are summed at equal indices.
     """
 
-    first: str
-    second: str
-    result: str
+    diagonal: int = 1
+    free: int = 1
+    traced: int = 1
+
+    @property
+    def kernel(self) -> tuple[int, int, int]:
+        """The shape of a kernel behind its two sample axes, ``[E, F, F]``."""
+        return self.diagonal, self.free, self.free
 
 
 @dataclass(frozen=True)
@@ -35,65 +44,66 @@ class OutputAxes:
     """The role of each output axis in a kernel.
 
     Attributes:
-        ndim: The number of output axes, without the sample axis.
+        out_shape: ``[*out]``, the shape of one sample's output.
         traced: The axes that are summed at equal indices, ascending.
         diagonal: The axes that are taken at equal indices, ascending.
     """
 
-    ndim: int
+    out_shape: Size
     traced: tuple[int, ...] = ()
     diagonal: tuple[int, ...] = ()
 
     @property
     def kept(self) -> tuple[int, ...]:
         """x1's axes in the result: those not traced."""
-        return tuple(axis for axis in range(self.ndim) if axis not in self.traced)
+        return tuple(axis for axis in range(len(self.out_shape)) if axis not in self.traced)
 
     @property
     def free(self) -> tuple[int, ...]:
         """x2's axes in the result: those neither traced nor diagonal."""
         return tuple(axis for axis in self.kept if axis not in self.diagonal)
 
-    def letters(self) -> EinsumLetters:
-        """Write the output axes of an einsum that pairs two outputs.
+    @property
+    def roles(self) -> Roles:
+        """The number of outputs in each role."""
+        return Roles(*(prod(self.out_shape[axis] for axis in axes) for axes in (self.diagonal, self.free, self.traced)))
 
-        Returns:
-            The letters, none of them ``n`` or ``m``: ``f"n{first},m{second}->nm{result}"`` is the kernel of outputs.
-        """
-        first = _LETTERS[: self.ndim]
-        second = [letter.upper() if axis in self.free else letter for axis, letter in enumerate(first)]
-        result = [first[axis] for axis in self.kept] + [second[axis] for axis in self.free]
-        return EinsumLetters("".join(first), "".join(second), "".join(result))
+    @property
+    def numbers(self) -> Tensor:
+        """Where outputs are in ``[*out]``, flattened: ``[E, F, T]``."""
+        return self.arrange(torch.arange(self.out_shape.numel()).unsqueeze(0)).squeeze(0)
 
-    def shape(self, out_shape: Size) -> Size:
-        """Give the shape of a kernel behind its two sample axes.
-
-        Args:
-            out_shape: ``[*out]``, the shape of one sample's output.
-
-        Returns:
-            ``[*(x1's axes not traced), *(x2's axes neither traced nor diagonal)]``.
-        """
-        return Size([out_shape[axis] for axis in (*self.kept, *self.free)])
-
-    def transpose(self, kernel: Tensor) -> Tensor:
-        """Exchange the two sets of inputs.
+    def arrange(self, x: Tensor) -> Tensor:
+        """Order outputs by their roles.
 
         Args:
-            kernel: ``[N1, N2, *kept, *free]``.
+            x: ``[N, C, ...]``, with outputs as they come.
 
         Returns:
-            The kernel of (x2, x1), a view.
+            ``[N, E, F, T, ...]``, a view where the order is that already.
         """
-        position = {axis: 2 + i for i, axis in enumerate(self.kept)}
-        partner = {axis: 2 + len(self.kept) + i for i, axis in enumerate(self.free)}
-        swapped = [partner.get(axis, position[axis]) for axis in self.kept] + [position[axis] for axis in self.free]
-        return kernel.permute(1, 0, *swapped)
+        axes = x.reshape(len(x), *self.out_shape, *x.shape[2:])
+        order = [0, *(1 + axis for axis in (*self.diagonal, *self.free, *self.traced))]
+        return axes.permute(*order, *range(len(order), axes.ndim)).reshape(len(x), *self.roles, *x.shape[2:])
+
+    def separate(self, kernel: Tensor) -> Tensor:
+        """Give each output axis an axis of its own.
+
+        Args:
+            kernel: ``[N1, N2, E, F, F]``.
+
+        Returns:
+            ``[N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]``, a view.
+        """
+        merged = [*self.diagonal, *self.free]
+        sizes = [self.out_shape[axis] for axis in (*merged, *self.free)]
+        order = [*(merged.index(axis) for axis in self.kept), *range(len(merged), len(sizes))]
+        return kernel.reshape(*kernel.shape[:2], *sizes).permute(0, 1, *(2 + axis for axis in order))
 
 
 @dataclass(frozen=True)
 class AxesRequest:
-    """What a call asks for about output axes, before the number of axes is known.
+    """What a call asks for about output axes, before their number is known.
 
     Attributes:
         compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
@@ -109,8 +119,8 @@ class AxesRequest:
     def parse(
         cls,
         compute: str,
-        trace_axes: int | Iterable[int] | None,
-        diagonal_axes: int | Iterable[int] | None,
+        trace_axes: int | Iterable[int] | None = None,
+        diagonal_axes: int | Iterable[int] | None = None,
     ) -> "AxesRequest":
         """Check the arguments of a call as far as that is possible before the model runs.
 
@@ -123,8 +133,11 @@ class AxesRequest:
             The checked request.
 
         Raises:
-            ValueError: If axes are given beside ``compute="diagonal"`` or ``"trace"``.
+            ValueError: If ``compute`` is none of the accepted values, or axes are given beside ``"diagonal"`` or
+                ``"trace"``.
         """
+        if compute not in COMPUTES:
+            raise ValueError(f"compute must be one of {', '.join(map(repr, COMPUTES))}, got {compute!r}.")
         given = {"trace_axes": trace_axes, "diagonal_axes": diagonal_axes}
         parsed = {argument: _parse_axes(argument, axes) for argument, axes in given.items()}
         for argument, axes in given.items():
@@ -132,11 +145,11 @@ class AxesRequest:
                 raise ValueError(f"{argument} goes with compute='full' alone, got compute={compute!r}: leave one out.")
         return cls(compute, **parsed)
 
-    def resolve(self, ndim: int) -> OutputAxes:
+    def resolve(self, out_shape: Size) -> OutputAxes:
         """Find the role of each output axis.
 
         Args:
-            ndim: The number of output axes, without the sample axis.
+            out_shape: ``[*out]``, the shape of one sample's output.
 
         Returns:
             The roles.
@@ -144,15 +157,16 @@ class AxesRequest:
         Raises:
             ValueError: If an axis does not exist, comes twice, or is in both arguments.
         """
+        ndim = len(out_shape)
         if self.compute == "diagonal":
-            return OutputAxes(ndim, diagonal=tuple(range(ndim)))
+            return OutputAxes(out_shape, diagonal=tuple(range(ndim)))
         if self.compute == "trace":
-            return OutputAxes(ndim, traced=tuple(range(ndim)))
+            return OutputAxes(out_shape, traced=tuple(range(ndim)))
         traced = _resolve("trace_axes", self.trace_axes, ndim)
         diagonal = _resolve("diagonal_axes", self.diagonal_axes, ndim)
         if both := sorted(set(traced) & set(diagonal)):
             raise ValueError(f"trace_axes and diagonal_axes both name output axis {both[0]}: name it in one of them.")
-        return OutputAxes(ndim, traced, diagonal)
+        return OutputAxes(out_shape, traced, diagonal)
 
 
 def _parse_axes(argument: str, axes: Any) -> tuple[int, ...]:

@@ -17,7 +17,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from itertools import combinations
 from typing import Any, NamedTuple
 
 import torch
@@ -25,9 +24,12 @@ from torch import Size, Tensor
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn import Module
 
+from ggn_ntk.axes import OutputAxes
 from ggn_ntk.checks import graph_nodes, is_out_of_memory, random_state
+from ggn_ntk.pieces import Piece, split_outputs
 from ggn_ntk.request import Inputs, Request
 from ggn_ntk.rules import Factored, OneHot, rule_for
+from ggn_ntk.walk import identity
 
 #: Numbers that ``s`` of all layers may hold before the outputs are taken in pieces.
 BUDGET = 2**27
@@ -465,38 +467,28 @@ class Capture:
         self._output, self.output = output, output.detach()
         self.counts = Counter(name for call in self._calls for name in call.params.values())
 
-    def pieces(self, compute: str) -> list[Tensor]:
+    def pieces(self, axes: OutputAxes) -> list[Piece]:
         """Split the outputs so that ``s`` of all layers does not exceed the budget.
 
         Args:
-            compute: What is computed; for ``"full"``, each pair of outputs is together in a piece.
+            axes: The role of each output axis.
 
         Returns:
-            Numbers of outputs.
+            The pieces.
         """
-        total = self.output[0].numel()
         per_output = sum(call.output.numel() for call in self._calls)
-        size = max(1, BUDGET // max(1, per_output))
-        if size >= total or (compute == "full" and total < 3):
-            return [torch.arange(total)]
-        if compute != "full":
-            return list(torch.arange(total).split(size))
-        parts = torch.arange(total).split(max(1, size // 2))
-        return [torch.cat(pair) for pair in combinations(parts, 2)]
+        return split_outputs(axes, BUDGET // max(1, per_output))
 
     def jacobians(self, outputs: Tensor, parts: object) -> Iterator[dict[str, Factored]]:
         """Pass basis vectors of some outputs back and write Jacobians.
 
         Args:
-            outputs: Their numbers.
+            outputs: Where they are in ``[*out]``, flattened.
             parts: Not used: here all samples pass back together.
 
         Yields:
             The Jacobians of each call, by the names users know parameters by.
         """
-        n, *out = self.output.shape
-        basis = torch.eye(self.output[0].numel(), dtype=self.output.dtype, device=self.output.device)
-        basis = basis[outputs].reshape(-1, 1, *out).expand(-1, n, *out)
-        s = pull_back(self._output, self._calls, basis)
+        s = pull_back(self._output, self._calls, identity(self.output, outputs))
         for call in reversed(self._calls):
             yield call.jacobians(s.pop())

@@ -29,7 +29,7 @@ def add_products(kernels: dict[str, Tensor], products: Sequence[tuple[str, Doubl
     matrix of ``s``, and x1 and x2 the Jacobian where they are the same samples.
 
     Args:
-        kernels: The kernels, by name; changed in place.
+        kernels: The kernels ``[N1, N2, E, F, F]``, by name; changed in place.
         products: Which product to add to which kernel. Operands are over all samples.
         n1: How many samples are x1, the others x2; ``None`` where all are both: then only pairs of blocks on and
             above the diagonal are computed, and mirrored.
@@ -40,7 +40,7 @@ def add_products(kernels: dict[str, Tensor], products: Sequence[tuple[str, Doubl
     size = _block_size(products, n, m, SIZES.get(some.device.type, SIZE_ELSEWHERE))
     rows, columns = split(n, size.rows), split(m, size.columns)
     if symmetric:  # the more blocks, the fewer pairs are computed twice; but small products are slow
-        most = max(ceil(n / 4), ceil(64 / prod(some.shape[3:])))
+        most = max(ceil(n / 4), ceil(64 / some.shape[-1]))
         rows = columns = split(n, min(most, size.rows, size.columns))
     memo = Memo(symmetric, keep_copies=size.pairs < size.columns)
     for column in columns:

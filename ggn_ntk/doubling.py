@@ -1,7 +1,11 @@
 """Doubling: the product of two factored Jacobians as one einsum.
 
-``cno,ni->cnoi`` with itself becomes ``cno,ni,dmo,mi->nmcd``. Letters: ``c``, ``d`` outputs; ``n``, ``m`` samples of x1
-and x2; all others are renamed so that a letter means the same everywhere in an einsum.
+``cno,ni->cnoi`` with itself becomes ``cno,ni,dmo,mi->nmcd``. The letter of the outputs is split by their roles
+(:mod:`ggn_ntk.axes`): both Jacobians share those of diagonal and traced outputs, and of these the latter are summed, so
+that ``ecfno,ni,edfmo,mi->nmecd`` is the general case. Roles without outputs of their own leave no letter.
+
+Letters: ``c``, ``d`` free, ``e`` diagonal and ``f`` traced outputs; ``n``, ``m`` samples of x1 and x2; all others are
+renamed so that a letter means the same everywhere in an einsum.
 """
 
 import string
@@ -12,6 +16,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ggn_ntk.axes import Roles
 from ggn_ntk.blocks import Joined
 from ggn_ntk.einsum import (
     Memo,
@@ -27,7 +32,8 @@ from ggn_ntk.einsum import (
 from ggn_ntk.lookup import cost, dense, without_data
 from ggn_ntk.rules import Factored, OneHot
 
-RESULTS = {"full": "nmcd", "diagonal": "nmc", "trace": "nm"}
+#: Letters of a kernel; operands lack those of size one.
+RESULT = "nmecd"
 
 
 @dataclass(frozen=True)
@@ -37,15 +43,15 @@ class Doubled:
     Attributes:
         first: Operands of the Jacobian of x1, over all samples; letter ``n``.
         second: Operands of the Jacobian of x2, over all samples; letter ``m``.
-        result: Letters of the kernel.
+        result: Letters of the kernel, of which operands may lack some.
     """
 
     first: tuple[Operand, ...]
     second: tuple[Operand, ...]
-    result: str
+    result: str = RESULT
 
 
-def double(first: Factored, second: Factored, compute: str) -> Doubled:
+def double(first: Factored, second: Factored, roles: Roles) -> Doubled:
     """Write the product of two Jacobians of one parameter as one einsum.
 
     The letters of the parameter's axes are matched by position. Where the two split these axes differently,
@@ -54,7 +60,7 @@ def double(first: Factored, second: Factored, compute: str) -> Doubled:
     Args:
         first: The Jacobian of x1.
         second: The Jacobian of x2.
-        compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
+        roles: The number of outputs in each role.
 
     Returns:
         The einsum and its operands.
@@ -63,13 +69,11 @@ def double(first: Factored, second: Factored, compute: str) -> Doubled:
         first, second = expand(first), expand(second)
     same, first = second is first, sum_private_letters(first)
     second = first if same else sum_private_letters(second)
-    names = iter(letter for letter in string.ascii_letters if letter not in "cdnm")
+    names = iter(letter for letter in string.ascii_letters if letter not in "cdefnm")
     axes = [next(names) for _ in first.result[2:]]
-    output = "d" if compute == "full" else "c"
     product = Doubled(
-        tuple(_rename(first, dict(zip(first.result, ["c", "n", *axes], strict=True)), names)),
-        tuple(_rename(second, dict(zip(second.result, [output, "m", *axes], strict=True)), names)),
-        RESULTS[compute],
+        tuple(_rename(first, roles, dict(zip(first.result, ["ecf", "n", *axes], strict=True)), names)),
+        tuple(_rename(second, roles, dict(zip(second.result, ["edf", "m", *axes], strict=True)), names)),
     )
     operands = [*product.first, *product.second]
     if not any(o.hot for o in operands) or cost(operands, product.result) <= _cost_of_dense(operands, product.result):
@@ -170,14 +174,14 @@ class Part(NamedTuple):
     letters: str
 
 
-def parts(jacobian: Factored, n: int, m: int, compute: str) -> list[Part] | None:
+def parts(jacobian: Factored, n: int, m: int, roles: Roles) -> list[Part] | None:
     """Group the operands of a Jacobian by what the cheapest order does with them before x1 meets x2.
 
     Args:
         jacobian: The Jacobian of some samples.
         n: The number of samples x1 in all.
         m: The number of samples x2 in all.
-        compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
+        roles: The number of outputs in each role.
 
     Returns:
         The groups, or ``None`` where each is an operand by itself, they are not the same for x1 and x2, or one-hot
@@ -186,7 +190,7 @@ def parts(jacobian: Factored, n: int, m: int, compute: str) -> list[Part] | None
     summed = sum_private_letters(jacobian)
     if any(isinstance(operand, OneHot) for operand in summed.operands):
         return None
-    groups = _groups_before_meeting(double(summed, summed, compute), n, m)
+    groups = _groups_before_meeting(double(summed, summed, roles), n, m)
     if groups is None or (summed.terms == jacobian.terms and len(groups) == len(summed.terms)):
         return None
     terms = zip(summed.terms, summed.operands, strict=True)
@@ -265,22 +269,28 @@ def select_samples(factored: Factored, samples: Sequence[int]) -> Factored:
     return Factored(factored.equation, tuple(operands))
 
 
-def _rename(factored: Factored, names: dict[str, str], fresh: Iterator[str]) -> Iterator[Operand]:
-    """Rename the letters of a Jacobian.
+def _rename(factored: Factored, roles: Roles, names: dict[str, str], fresh: Iterator[str]) -> Iterator[Operand]:
+    """Rename the letters of a Jacobian, and split that of the outputs.
 
     Args:
         factored: The Jacobian.
-        names: The new letters of its result.
+        roles: The number of outputs in each role.
+        names: The new letters of its result; for outputs, one for each role.
         fresh: New letters for those that are summed.
 
     Yields:
         Its operands.
     """
-    for term, tensor in zip(factored.terms, factored.operands, strict=True):
+    sizes = {letter: size for letter, size in zip(names["c"], roles, strict=True) if size > 1}
+    names["c"] = "".join(sizes)
+    for term, operand in zip(factored.terms, factored.operands, strict=True):
         for letter in term:
             if letter not in names:
                 names[letter] = next(fresh)
-        yield _as_operand("".join(names[letter] for letter in term), tensor)
+        axis = term.find("c")
+        if axis >= 0 and isinstance(operand, Tensor):
+            operand = operand.reshape(*operand.shape[:axis], *sizes.values(), *operand.shape[axis + 1 :])
+        yield _as_operand("".join(names[letter] for letter in term), operand)
 
 
 def _as_operand(letters: str, operand: Tensor | OneHot) -> Operand:

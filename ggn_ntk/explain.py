@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
+from ggn_ntk.axes import AxesRequest
 from ggn_ntk.checks import Problem, UnsupportedModelError, eager
 from ggn_ntk.contraction import restrict
 from ggn_ntk.doubling import Doubled
@@ -122,7 +123,7 @@ def explain(
     if method not in ("auto", "structured"):
         raise ValueError(f"method must be 'auto' or 'structured', the routes with a choice to explain, got {method!r}.")
     request = Request.parse(
-        model, x1, x2, compute=compute, params=params, per_parameter=True, capture=capture, output=output
+        model, x1, x2, AxesRequest.parse(compute), params=params, per_parameter=True, capture=capture, output=output
     )
     with isolated(model):
         try:

@@ -15,9 +15,10 @@ from torch import Size, Tensor
 from torch.nn import Module
 from torch.nn.modules.loss import _Loss
 
+from ggn_ntk.axes import AxesRequest, OutputAxes
 from ggn_ntk.checks import BATCH_STATISTICS, Problem, UnsupportedModelError, find, hidden_computation
 from ggn_ntk.isolation import without_hooks
-from ggn_ntk.layout import check_compute, finish
+from ggn_ntk.layout import finish
 from ggn_ntk.request import check_split
 from ggn_ntk.rules import rule_for
 from ggn_ntk.structured import Accumulator
@@ -60,12 +61,12 @@ class EmpiricalNTK(BackpropExtension):
             ValueError: If ``compute`` is not one of these.
         """
         super().__init__(savefield="empirical_ntk", module_exts={})
-        check_compute(compute)
+        self._requested = AxesRequest.parse(compute)
         self.n1, self.compute, self.per_parameter = n1, compute, per_parameter
         self._pass_id: int | None = None
-        self._out_shape = Size()
+        self._axes = OutputAxes(Size())
         self._seen: dict[str, Tensor] = {}
-        self._accumulator = Accumulator(compute, n1, per_parameter)
+        self._accumulator = Accumulator(self._axes.roles, n1, per_parameter)
         self._ended = False
 
     def expects_backpropagation_quantities(self) -> bool:
@@ -111,12 +112,12 @@ class EmpiricalNTK(BackpropExtension):
         """Bring a kernel to the layout of the public API.
 
         Args:
-            kernel: The kernel over flattened outputs.
+            kernel: ``[N1, N2, E, F, F]``.
 
         Returns:
             The kernel with the output's axes.
         """
-        return finish(kernel, self._out_shape, self.n1 is None)
+        return finish(kernel, self._axes, self.n1 is None)
 
     @torch.no_grad()
     def __call__(self, module: Module, g_inp: tuple[Tensor, ...], g_out: tuple[Tensor, ...]) -> None:
@@ -150,9 +151,10 @@ class EmpiricalNTK(BackpropExtension):
             )
         if self.n1 is not None:
             check_split(self.n1, len(loss.input0))
-        self._pass_id, self._seen, self._out_shape = pass_id, {}, loss.input0.shape[1:]
+        self._pass_id, self._seen = pass_id, {}
+        self._axes = self._requested.resolve(loss.input0.shape[1:])
         self.saved_quantities = SavedQuantities()
-        self._accumulator = Accumulator(self.compute, self.n1, self.per_parameter)
+        self._accumulator = Accumulator(self._axes.roles, self.n1, self.per_parameter)
         self._save(loss.input0, identity(loss.input0))
         torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 

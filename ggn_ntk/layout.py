@@ -1,40 +1,42 @@
 """The output convention: from kernels over flattened outputs to the tensors users get.
 
-Routes work with outputs flattened to one axis of length C. Letters: ``n``, ``m`` samples of x1, x2;
-``c``, ``d`` outputs.
+Routes work with outputs merged to one axis for each role, ``[N1, N2, E, F, F]`` (:mod:`ggn_ntk.axes`). Letters: ``n``,
+``m`` samples of x1, x2; ``e`` diagonal outputs; ``c``, ``d`` free outputs.
 """
 
 from collections.abc import Iterable
+from typing import NamedTuple
 
-from torch import Size, Tensor
+from torch import Tensor
 
-COMPUTES = ("full", "diagonal", "trace")
+from ggn_ntk.axes import OutputAxes
 
 
-def check_compute(compute: str) -> None:
-    """Check what is to be computed.
+class Computed(NamedTuple):
+    """What a route makes of a request.
 
-    Args:
-        compute: The argument of that name.
-
-    Raises:
-        ValueError: If it is none of the accepted values.
+    Attributes:
+        axes: The role of each output axis.
+        kernels: Names of parameters (empty for their sum, or for a part of it) and kernels ``[N1, N2, E, F, F]``.
+        outputs: The model's output for all samples, x2's behind x1's, ``[N1 + N2, ...]``; ``None`` where the route
+            has not evaluated them together.
     """
-    if compute not in COMPUTES:
-        raise ValueError(f"compute must be one of {', '.join(map(repr, COMPUTES))}, got {compute!r}.")
+
+    axes: OutputAxes
+    kernels: Iterable[tuple[str, Tensor]]
+    outputs: Tensor | None = None
 
 
 def transpose(kernel: Tensor) -> Tensor:
     """Exchange the two sets of inputs: ``(n, c) <-> (m, d)``.
 
     Args:
-        kernel: ``[N1, N2, C, C]``, ``[N1, N2, C]`` or ``[N1, N2]``.
+        kernel: ``[N1, N2, E, F, F]``.
 
     Returns:
         The kernel of (x2, x1), a view.
     """
-    swapped = kernel.transpose(0, 1)
-    return swapped.transpose(2, 3) if kernel.ndim == 4 else swapped
+    return kernel.transpose(0, 1).transpose(3, 4)
 
 
 def sum_kernels(kernels: Iterable[tuple[str, Tensor]], per_parameter: bool) -> dict[str, Tensor]:
@@ -54,17 +56,17 @@ def sum_kernels(kernels: Iterable[tuple[str, Tensor]], per_parameter: bool) -> d
     return sums
 
 
-def finish(kernel: Tensor, out_shape: Size, symmetric: bool) -> Tensor:
+def finish(kernel: Tensor, axes: OutputAxes, symmetric: bool) -> Tensor:
     """Give a kernel exact symmetry, where it has it up to rounding, and the model's output axes.
 
     Args:
-        kernel: ``[N1, N2, C, C]``, ``[N1, N2, C]`` or ``[N1, N2]``.
-        out_shape: ``[*out]``, the shape of one sample's output, C in all.
+        kernel: ``[N1, N2, E, F, F]``.
+        axes: The role of each output axis.
         symmetric: Whether x1 and x2 are the same samples.
 
     Returns:
-        ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``.
+        ``[N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]``.
     """
     if symmetric:
         kernel = (kernel + transpose(kernel)) / 2
-    return kernel.reshape(*kernel.shape[:2], *(out_shape * (kernel.ndim - 2)))
+    return axes.separate(kernel)

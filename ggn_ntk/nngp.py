@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, einsum
 from torch.nn import Module
 
-from ggn_ntk.axes import AxesRequest
+from ggn_ntk.axes import AxesRequest, OutputAxes
 from ggn_ntk.checks import (
     PROBE_TOLERANCES,
     Problem,
@@ -24,7 +24,8 @@ from ggn_ntk.checks import (
     relative_error,
 )
 from ggn_ntk.isolation import isolated
-from ggn_ntk.ntk import empirical_ntk
+from ggn_ntk.layout import finish
+from ggn_ntk.ntk import compute_kernels, parse_method
 from ggn_ntk.request import Inputs, Request
 
 _KIND = "empirical NNGP kernel"
@@ -77,16 +78,10 @@ def nngp(
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has a value that is not accepted.
     """
-    request = Request.parse(model, x1, x2, compute=compute, params=None, per_parameter=False)
-    axes_request = AxesRequest.parse(compute, trace_axes, diagonal_axes)
-    with isolated(model), torch.no_grad():
-        _check(request)
-        first = request.evaluate(None, request.x1)
-        second = first if request.x2 is None else request.evaluate(None, request.x2)
-        axes = axes_request.resolve(first.ndim - 1)
-        letters = axes.letters()
-        kernel = einsum(f"n{letters.first},m{letters.second}->nm{letters.result}", first, second)
-        return (kernel + axes.transpose(kernel)) / 2 if request.symmetric else kernel
+    axes = AxesRequest.parse(compute, trace_axes, diagonal_axes)
+    request = Request.parse(model, x1, x2, axes, params=None, per_parameter=False)
+    with isolated(model):
+        return _multiply_outputs(request)
 
 
 def empirical_kernels(
@@ -98,10 +93,13 @@ def empirical_kernels(
     method: str = "auto",
     params: Iterable[str] | None = None,
     check: bool = False,
+    trace_axes: int | Iterable[int] | None = None,
+    diagonal_axes: int | Iterable[int] | None = None,
 ) -> EmpiricalKernels:
     """Compute the empirical NTK and the empirical NNGP kernel of a model.
 
-    The NNGP kernel takes one forward pass without gradients beside the NTK's own.
+    The routes that evaluate the model on all samples at once, ``"structured"`` and ``"vivit"``, share this with the
+    NNGP kernel, which then takes a few samples by themselves, to see that they leave one another alone.
 
     Args:
         model: See :func:`ggn_ntk.empirical_ntk`, as for all arguments here.
@@ -111,9 +109,11 @@ def empirical_kernels(
         method: The route to the NTK.
         params: Names of the parameters that the NTK sums over.
         check: Compare a block of the NTK with an independent computation.
+        trace_axes: Output axes to sum at equal indices, in both kernels.
+        diagonal_axes: Output axes to take at equal indices, in both kernels.
 
     Returns:
-        Both kernels, each ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``.
+        Both kernels, each ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``, or as the axes say.
 
     Raises:
         UnsupportedModelError: If the model has no exact kernel.
@@ -121,49 +121,76 @@ def empirical_kernels(
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has a value that is not accepted.
     """
-    ntk = empirical_ntk(model, x1, x2, compute=compute, method=method, params=params, check=check)
-    return EmpiricalKernels(cast(Tensor, ntk), nngp(model, x1, x2, compute=compute))
+    axes = AxesRequest.parse(compute, trace_axes, diagonal_axes)
+    request = Request.parse(model, x1, x2, axes, params=params, per_parameter=False)
+    wanted = parse_method(method, check)
+    with isolated(model):
+        ntk, computed = compute_kernels(request, wanted, check)
+        return EmpiricalKernels(cast(Tensor, ntk), _multiply_outputs(request, computed.outputs))
 
 
-def _check(request: Request) -> None:
+@torch.no_grad()
+def _multiply_outputs(request: Request, outputs: Tensor | None = None) -> Tensor:
+    """Compute an NNGP kernel. Call it inside ``isolated(request.model)``.
+
+    Args:
+        request: The request.
+        outputs: The model's output for all samples, x2's behind x1's, ``[N1 + N2, *out]``; ``None`` to evaluate it.
+
+    Returns:
+        The kernel in the layout of the public API.
+    """
+    axes = _check(request)
+    sets = [x for x in (request.x1, request.x2) if x is not None]
+    found = [request.evaluate(None, x) for x in sets] if outputs is None else outputs.split(request.sizes)
+    first, second = (axes.arrange(f.reshape(len(f), -1)) for f in (found[0], found[-1]))
+    return finish(einsum("necf,medf->nmecd", first, second), axes, request.symmetric)
+
+
+def _check(request: Request) -> OutputAxes:
     """Raise unless the model's outputs are a function of one sample each. Call it without gradients.
 
     Args:
         request: The request.
+
+    Returns:
+        The role of each output axis.
 
     Raises:
         UnsupportedModelError: If they are not.
     """
     # The check wants something to differentiate, and an NNGP kernel needs no parameter: let it have the inputs.
     problems = configuration_problems(replace(request, params=request.x1.tensors))
-    if not problems:
-        problems = _probe_samples(request, request.x1[:2].stack(request.second[-1:]))
     if problems:
         raise UnsupportedModelError(problems, _KIND)
+    samples = request.x1[:2].stack(request.second[-1:])
+    before = random_state(request.model)
+    together = request.evaluate(None, samples)
+    problem = output_problem(together, before == random_state(request.model), len(samples))
+    problem = problem or _batch_problem(request, samples, together)
+    if problem is not None:
+        raise UnsupportedModelError([problem], _KIND)
+    return request.axes.resolve(together.shape[1:])
 
 
-def _probe_samples(request: Request, samples: Inputs) -> list[Problem]:
-    """Evaluate a few samples together and one by one.
+def _batch_problem(request: Request, samples: Inputs, together: Tensor) -> Problem | None:
+    """Evaluate a few samples one by one.
 
     Args:
         request: The request.
         samples: The samples.
+        together: Their outputs in a batch.
 
     Returns:
-        The problems found.
+        What makes these outputs differ from those of the batch, if they do.
     """
-    before = random_state(request.model)
-    together = request.evaluate(None, samples)
-    problem = output_problem(together, before == random_state(request.model), len(samples))
-    if problem is not None:
-        return [problem]
     alone = [request.evaluate(None, samples[i : i + 1]) for i in range(len(samples))]
     if any(output.shape != together[:1].shape for output in alone):
         remedy = "Keep the sample axis also for a single sample (say squeeze(-1), not squeeze())"
-        return [Problem("", "its output for one sample alone has another shape than in a batch", remedy)]
+        return Problem("", "its output for one sample alone has another shape than in a batch", remedy)
     if not together.isfinite().all():
-        return [Problem("", "its outputs are not finite", "Look for overflow in its weights and inputs")]
+        return Problem("", "its outputs are not finite", "Look for overflow in its weights and inputs")
     if relative_error(torch.cat(alone), together) <= PROBE_TOLERANCES[together.dtype]:
-        return []
+        return None
     remedy = "Remove what mixes the leading axis, e.g. use batch_first=True, or eval()"
-    return [Problem("", "samples influence one another (outputs alone and in a batch differ)", remedy)]
+    return Problem("", "samples influence one another (outputs alone and in a batch differ)", remedy)

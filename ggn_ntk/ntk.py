@@ -6,15 +6,17 @@ from enum import Enum
 from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 from torch.nn import Module
 
+from ggn_ntk.axes import AxesRequest, OutputAxes
 from ggn_ntk.checks import TOLERANCES, NTKMismatchError, check_model, is_out_of_memory
 from ggn_ntk.isolation import isolated
+from ggn_ntk.layout import Computed
 from ggn_ntk.reference import contract_jacobians, multiply_vectors
 from ggn_ntk.request import Request
 from ggn_ntk.structured import structured_kernels
-from ggn_ntk.vivit import check_vivit, gram_kernels
+from ggn_ntk.vivit import vivit_kernels
 
 
 class Method(str, Enum):
@@ -38,15 +40,29 @@ class Method(str, Enum):
     NTK_VECTOR_PRODUCTS = "ntk_vector_products"
 
 
-_Kernels = Iterable[tuple[str, Tensor]]
+def _by(kernels: Callable[[Request, OutputAxes], Iterable[tuple[str, Tensor]]]) -> Callable[[Request], Computed]:
+    """Make a route of a function of the reference.
 
-# How each method is carried out: it raises unless it gets the kernel right, and returns the shape of one sample's
-# output, and names of parameters with kernels.
-_ROUTES: dict[Method, Callable[[Request], tuple[Size, _Kernels]]] = {
+    Args:
+        kernels: The function.
+
+    Returns:
+        The route.
+    """
+
+    def route(request: Request) -> Computed:
+        axes = request.axes.resolve(check_model(request))
+        return Computed(axes, kernels(request, axes))
+
+    return route
+
+
+# How each method is carried out: it raises unless it gets the kernel right.
+_ROUTES: dict[Method, Callable[[Request], Computed]] = {
     Method.STRUCTURED: structured_kernels,
-    Method.VIVIT: lambda request: (check_vivit(request), gram_kernels(request)),
-    Method.JACOBIAN_CONTRACTION: lambda request: (check_model(request), contract_jacobians(request)),
-    Method.NTK_VECTOR_PRODUCTS: lambda request: (check_model(request), multiply_vectors(request)),
+    Method.VIVIT: vivit_kernels,
+    Method.JACOBIAN_CONTRACTION: _by(contract_jacobians),
+    Method.NTK_VECTOR_PRODUCTS: _by(multiply_vectors),
 }
 
 # How many samples of each set check=True compares.
@@ -65,6 +81,8 @@ def empirical_ntk(
     check: bool = False,
     capture: str = "auto",
     output: Callable[[Any], Tensor] | None = None,
+    trace_axes: int | Iterable[int] | None = None,
+    diagonal_axes: int | Iterable[int] | None = None,
 ) -> Tensor | dict[str, Tensor]:
     """Compute the empirical neural tangent kernel of a model.
 
@@ -90,10 +108,15 @@ def empirical_ntk(
             the first where it can. Another value forces the structured route.
         output: Turns what the model returns into the tensor ``[N, *out]`` to differentiate, say
             ``lambda out: out.logits``.
+        trace_axes: Output axes to sum at equal indices, counted without the sample axis (of ``[N, C, H, W]``, the
+            image axes are ``(1, 2)``); negative ones count from the last. With ``compute="full"`` alone, as
+            ``diagonal_axes``: ``"trace"`` is all axes here, ``"diagonal"`` all axes there.
+        diagonal_axes: Output axes to take at equal indices.
 
     Returns:
-        ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]`` for a model with outputs ``[N, *out]``, or a
-        dict of such kernels; in the model's dtype on its device, without a graph.
+        ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]`` for a model with outputs ``[N, *out]``; with
+        axes, ``[N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]``; or a dict of such
+        kernels. In the model's dtype on its device, without a graph.
 
     Raises:
         UnsupportedModelError: If the model has no exact kernel, or not by this method; lists every problem.
@@ -101,59 +124,69 @@ def empirical_ntk(
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has a value that is not accepted.
     """
-    wanted = _parse_method(method)
-    if not isinstance(check, bool):
-        raise TypeError(f"check must be True or False, got {type(check).__name__}.")
     request = Request.parse(
-        model, x1, x2, compute=compute, params=params, per_parameter=per_parameter, capture=capture, output=output
+        model,
+        x1,
+        x2,
+        AxesRequest.parse(compute, trace_axes, diagonal_axes),
+        params=params,
+        per_parameter=per_parameter,
+        capture=capture,
+        output=output,
     )
-    if capture != "auto":
-        wanted = _structured(wanted)
+    wanted = parse_method(method, check, capture)
     with isolated(model):
-        taken, out_shape, kernels = _take_route(request, wanted)
-        result = request.assemble(kernels, out_shape)
-        if check:
-            _compare_with_oracle(request, result, taken, out_shape)
-    return result
+        return compute_kernels(request, wanted, check)[0]
 
 
-def _parse_method(method: str) -> Method:
-    """Look up a method by name.
+def parse_method(method: str, check: bool, capture: str = "auto") -> Method:
+    """Check what a call says about how to compute.
 
     Args:
-        method: The name.
+        method: The name of the method.
+        check: Whether to compare a block with an independent computation.
+        capture: How the structured route takes the model apart.
 
     Returns:
-        The method.
+        The method; the structured route where its capture was asked for.
 
     Raises:
-        ValueError: If there is none of that name.
+        TypeError: If ``check`` is no truth value.
+        ValueError: If there is no method of that name, or it has no capture to ask for.
     """
+    if not isinstance(check, bool):
+        raise TypeError(f"check must be True or False, got {type(check).__name__}.")
     try:
-        return Method(method)
+        wanted = Method(method)
     except ValueError:
         accepted = ", ".join(repr(m.value) for m in Method)
         raise ValueError(f"method must be one of {accepted}, got {method!r}.") from None
-
-
-def _structured(method: Method) -> Method:
-    """Take the structured route, of which a capture was asked for.
-
-    Args:
-        method: The method asked for.
-
-    Returns:
-        The structured route.
-
-    Raises:
-        ValueError: If another was asked for.
-    """
-    if method not in (Method.AUTO, Method.STRUCTURED):
-        raise ValueError(f"capture is for method='structured' alone, got method={method.value!r}.")
+    if capture == "auto":
+        return wanted
+    if wanted not in (Method.AUTO, Method.STRUCTURED):
+        raise ValueError(f"capture is for method='structured' alone, got method={method!r}.")
     return Method.STRUCTURED
 
 
-def _take_route(request: Request, method: Method) -> tuple[Method, Size, _Kernels]:
+def compute_kernels(request: Request, method: Method, check: bool) -> tuple[Tensor | dict[str, Tensor], Computed]:
+    """Compute what a request asks for. Call it inside ``isolated(request.model)``.
+
+    Args:
+        request: The request.
+        method: The method asked for.
+        check: Whether to compare a block with an independent computation.
+
+    Returns:
+        The kernel, or one for each parameter by name, and what the route returned.
+    """
+    taken, computed = _take_route(request, method)
+    result = request.assemble(computed.kernels, computed.axes)
+    if check:
+        _compare_with_oracle(request, result, taken, computed.axes)
+    return result, computed
+
+
+def _take_route(request: Request, method: Method) -> tuple[Method, Computed]:
     """Compute by the method asked for, or choose one.
 
     Args:
@@ -161,26 +194,28 @@ def _take_route(request: Request, method: Method) -> tuple[Method, Size, _Kernel
         method: The method asked for.
 
     Returns:
-        The method taken, the shape of one sample's output, and names of parameters with kernels.
+        The method taken, and what it made of the request.
     """
     if method is not Method.AUTO:
-        return method, *_ROUTES[method](request)
+        return method, _ROUTES[method](request)
     try:
-        return Method.STRUCTURED, *_ROUTES[Method.STRUCTURED](request)
-    except Exception as error:  # what is wrong with the model itself, the other route will raise again
+        return Method.STRUCTURED, _ROUTES[Method.STRUCTURED](request)
+    except Exception as error:  # what is wrong with the request itself, the other route will raise again
         if is_out_of_memory(error):
             raise
-        return Method.JACOBIAN_CONTRACTION, *_ROUTES[Method.JACOBIAN_CONTRACTION](request)
+        return Method.JACOBIAN_CONTRACTION, _ROUTES[Method.JACOBIAN_CONTRACTION](request)
 
 
-def _compare_with_oracle(request: Request, result: Tensor | dict[str, Tensor], method: Method, out_shape: Size) -> None:
+def _compare_with_oracle(
+    request: Request, result: Tensor | dict[str, Tensor], method: Method, axes: OutputAxes
+) -> None:
     """Compare a random block of a kernel with an independent computation.
 
     Args:
         request: The request.
         result: What the method made of it.
         method: The method.
-        out_shape: The shape of one sample's output.
+        axes: The role of each output axis.
 
     Raises:
         NTKMismatchError: If they differ by more than the tolerance for the dtype.
@@ -188,7 +223,7 @@ def _compare_with_oracle(request: Request, result: Tensor | dict[str, Tensor], m
     rows, columns = (torch.randperm(len(x), device="cpu")[:_BLOCK].tolist() for x in (request.x1, request.second))
     block = replace(request, x1=request.x1[rows], x2=request.second[columns])
     oracle = contract_jacobians if method is Method.NTK_VECTOR_PRODUCTS else multiply_vectors
-    expected = block.assemble(oracle(block), out_shape)
+    expected = block.assemble(oracle(block, axes), axes)
     actuals = result if isinstance(result, dict) else {"": result}
     expecteds = expected if isinstance(expected, dict) else {"": expected}
     scale = torch.linalg.vector_norm(torch.stack(list(expecteds.values())).double().sum(0))

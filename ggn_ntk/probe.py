@@ -379,6 +379,7 @@ class Probe:
             found, failures = try_rules(request, recording, v)
             self.failures |= failures
             self._outputs.append(recording.output.detach())
+            self.out_shape = recording.output.shape[1:]
             weights.append(v.flatten())
             gradients.append(found)
         self._v = torch.stack(weights)
@@ -425,7 +426,7 @@ class Probe:
         """Start on some outputs.
 
         Args:
-            outputs: Their numbers. Those that have been there are not counted again.
+            outputs: Where they are in ``[*out]``, flattened. Those that have been there are not counted again.
         """
         self._piece = self._weights[outputs]
         self._weights = self._weights.index_fill(0, outputs, 0)

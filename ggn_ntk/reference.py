@@ -2,7 +2,8 @@
 
 Both functions follow the PyTorch tutorial "Neural Tangent Kernels" (Jacobian contraction and NTK-vector
 products), after Novak, Sohl-Dickstein, Schoenholz: "Fast Finite Width Neural Tangent Kernel", ICML 2022,
-sections 3.2 and 3.3. Letters: ``n``, ``m`` samples of x1, x2; ``c``, ``d`` outputs; ``p`` parameters.
+sections 3.2 and 3.3. Letters: ``n``, ``m`` samples of x1, x2; ``c``, ``d`` free, ``e`` diagonal and ``f`` traced
+outputs; ``p`` parameters.
 """
 
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +15,7 @@ from torch import Tensor, einsum
 from torch.func import jacrev, jvp, vjp, vmap
 from torch.nn import Module
 
+from ggn_ntk.axes import AxesRequest, OutputAxes
 from ggn_ntk.checks import (
     PROBE_TOLERANCES,
     TRIES,
@@ -27,8 +29,6 @@ from ggn_ntk.checks import (
 from ggn_ntk.isolation import isolated
 from ggn_ntk.layout import transpose
 from ggn_ntk.request import Inputs, Request
-
-_CONTRACTIONS = {"full": "ncp,mdp->nmcd", "diagonal": "ncp,mcp->nmc", "trace": "ncp,mcp->nmc"}
 
 
 def jacobian_contraction(
@@ -68,12 +68,13 @@ def jacobian_contraction(
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has a value that is not accepted.
     """
+    wanted = AxesRequest.parse(compute)
     request = Request.parse(
-        model, x1, x2, compute=compute, params=params, per_parameter=per_parameter, output=output, chunk_size=chunk_size
+        model, x1, x2, wanted, params=params, per_parameter=per_parameter, output=output, chunk_size=chunk_size
     )
     with isolated(model):
-        out_shape = check_model(request)
-        return request.assemble(contract_jacobians(request), out_shape)
+        axes = request.axes.resolve(check_model(request))
+        return request.assemble(contract_jacobians(request, axes), axes)
 
 
 def ntk_vector_products(
@@ -115,29 +116,31 @@ def ntk_vector_products(
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has a value that is not accepted.
     """
+    wanted = AxesRequest.parse(compute)
     request = Request.parse(
-        model, x1, x2, compute=compute, params=params, per_parameter=per_parameter, output=output, chunk_size=chunk_size
+        model, x1, x2, wanted, params=params, per_parameter=per_parameter, output=output, chunk_size=chunk_size
     )
     with isolated(model):
-        out_shape = check_model(request)
-        return request.assemble(multiply_vectors(request), out_shape)
+        axes = request.axes.resolve(check_model(request))
+        return request.assemble(multiply_vectors(request, axes), axes)
 
 
-def contract_jacobians(request: Request) -> Iterator[tuple[str, Tensor]]:
+def contract_jacobians(request: Request, axes: OutputAxes) -> Iterator[tuple[str, Tensor]]:
     """Contract Jacobians, parameter by parameter. Call it inside ``isolated(request.model)``.
 
     Args:
         request: The request.
+        axes: The role of each output axis.
 
     Yields:
-        The name of a parameter and its kernel over flattened outputs.
+        The name of a parameter and its kernel ``[N1, N2, E, F, F]``.
     """
     first = _jacobians(request, request.x1)
     second = first if request.x2 is None else _jacobians(request, request.x2)
     for name, jacobian in first.items():
-        kernel = einsum(_CONTRACTIONS[request.compute], jacobian, second[name])
-        # The trace as a sum of C inner products rounds less than as one long inner product.
-        yield name, kernel.sum(-1) if request.compute == "trace" else kernel
+        kernel = einsum("necfp,medfp->nmfecd", axes.arrange(jacobian), axes.arrange(second[name]))
+        # A trace as a sum of T inner products rounds less than as one long inner product.
+        yield name, kernel.sum(2)
 
 
 def _sample_output(request: Request, primals: dict[str, Tensor], sample: Inputs) -> Tensor:
@@ -253,32 +256,33 @@ def _autograd_jacobian(request: Request, sample: Inputs) -> dict[str, Tensor]:
     return {n: torch.stack([g.flatten() for g in c]) for n, c in zip(request.params, columns, strict=True)}
 
 
-def multiply_vectors(request: Request) -> Iterator[tuple[str, Tensor]]:
+def multiply_vectors(request: Request, axes: OutputAxes) -> Iterator[tuple[str, Tensor]]:
     """Compute kernels by NTK-vector products. Call it inside ``isolated(request.model)``.
 
     Args:
         request: The request.
+        axes: The role of each output axis.
 
     Yields:
-        Names of parameters (any one for their sum) and kernels over flattened outputs.
+        Names of parameters (any one for their sum) and kernels ``[N1, N2, E, F, F]``.
     """
     if request.per_parameter:
         for name, param in request.params.items():
-            yield from multiply_vectors(replace(request, params={name: param}, per_parameter=False))
+            yield from multiply_vectors(replace(request, params={name: param}, per_parameter=False), axes)
         return
     try:
-        kernel = _kernel_from_products(request) if _products_agree_with_autograd(request) else None
+        kernel = _kernel_from_products(request, axes) if _products_agree_with_autograd(request, axes) else None
     except Exception as error:
         if is_out_of_memory(error):
             raise
         kernel = None
     if kernel is None:
-        yield from contract_jacobians(request)
+        yield from contract_jacobians(request, axes)
     else:
         yield next(iter(request.params)), kernel
 
 
-def _products_agree_with_autograd(request: Request) -> bool:
+def _products_agree_with_autograd(request: Request, axes: OutputAxes) -> bool:
     """Tell whether ``torch.func`` gets NTK-vector products right.
 
     It does not where the model computes under ``torch.no_grad()``, which forward mode ignores, or keeps
@@ -286,6 +290,7 @@ def _products_agree_with_autograd(request: Request) -> bool:
 
     Args:
         request: The request.
+        axes: The role of each output axis.
 
     Returns:
         Whether ``v^T Theta v`` is ``|J^T v|^2`` by plain autograd, for one sample and random v.
@@ -293,56 +298,56 @@ def _products_agree_with_autograd(request: Request) -> bool:
     sample = request.x1[:1]
     v = cotangent(request.evaluate(None, sample), seed=0)
     expected = total_norm(gradients(request, sample, v).values()) ** 2
-    kernel = _column(replace(request, compute="full"), sample, sample)[0]
+    kernel = _column(request, OutputAxes(axes.out_shape), sample, sample)[0, 0]
     actual = (v.flatten() @ kernel @ v.flatten()).item()
     return abs(actual - expected) <= PROBE_TOLERANCES[v.dtype] * expected
 
 
-def _kernel_from_products(request: Request) -> Tensor:
+def _kernel_from_products(request: Request, axes: OutputAxes) -> Tensor:
     """Compute the kernel column by column: one sample of x2, then the next.
 
     Args:
         request: The request.
+        axes: The role of each output axis.
 
     Returns:
-        ``[N1, N2, C, C]``, ``[N1, N2, C]`` or ``[N1, N2]``, as it computes.
+        ``[N1, N2, E, F, F]``.
     """
     x2 = request.second
     if not request.symmetric:
-        return torch.stack([_column(request, request.x1, x2[m : m + 1]) for m in range(len(x2))], dim=1)
-    first = _column(request, request.x1, x2[:1])
+        return torch.stack([_column(request, axes, request.x1, x2[m : m + 1]) for m in range(len(x2))], dim=1)
+    first = _column(request, axes, request.x1, x2[:1])
     kernel = first.new_zeros(len(x2), *first.shape)
     for m in range(len(x2)):
-        column = _column(request, request.x1[m:], x2[m : m + 1]) if m else first
+        column = _column(request, axes, request.x1[m:], x2[m : m + 1]) if m else first
         kernel[m:, m] = column
         transpose(kernel)[m:, m] = column
     return kernel
 
 
-def _column(request: Request, x1: Inputs, y: Inputs) -> Tensor:
+def _column(request: Request, axes: OutputAxes, x1: Inputs, y: Inputs) -> Tensor:
     """Compute the kernel of x1 and one sample of x2.
 
     Args:
         request: The request.
+        axes: The role of each output axis.
         x1: N samples of x1.
         y: The sample, with a sample axis of length one.
 
     Returns:
-        ``[N, C, C]``, ``[N, C]`` or ``[N]``, as the request computes.
+        ``[N, E, F, F]``.
     """
     primals = request.primals
     output, pullback, *_ = vjp(lambda p: request.evaluate(p, y).flatten(), primals)
 
     def product(basis_vector: Tensor) -> Tensor:
         (gradient,) = pullback(basis_vector)
-        products: Tensor = _over_samples(lambda x: _pushforward(request, x, gradient), x1)  # [N, C]
-        return products if request.compute == "full" else products @ basis_vector
+        products = axes.arrange(_over_samples(lambda x: _pushforward(request, x, gradient), x1))
+        return einsum("necf,ef->nc", products, axes.arrange(basis_vector.unsqueeze(0))[0].sum(1))
 
     basis = torch.eye(len(output), dtype=output.dtype, device=output.device)
-    columns: Tensor = vmap(product, chunk_size=request.chunk_size)(basis)  # [D, N, C] or [D, N]
-    if request.compute == "full":
-        return columns.permute(1, 2, 0)
-    return columns.T if request.compute == "diagonal" else columns.sum(0)
+    columns = vmap(product, chunk_size=request.chunk_size)(basis)  # [C, N, F]
+    return axes.arrange(columns.unsqueeze(0))[0].sum(2).permute(2, 0, 3, 1)  # edfnc, over f, -> necd
 
 
 def _pushforward(request: Request, sample: Inputs, tangent: dict[str, Tensor]) -> Tensor:

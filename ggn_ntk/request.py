@@ -7,11 +7,12 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 from torch.jit import ScriptModule
 from torch.nn import DataParallel, Module
 
-from ggn_ntk.layout import check_compute, finish, sum_kernels
+from ggn_ntk.axes import AxesRequest, OutputAxes
+from ggn_ntk.layout import finish, sum_kernels
 
 CAPTURES = ("auto", "backpack", "autograd")
 
@@ -83,7 +84,7 @@ class Request:
         model: The model f.
         x1: N1 samples.
         x2: N2 samples, or ``None`` for x1 itself.
-        compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
+        axes: What is asked for about output axes.
         params: The parameters the kernel sums over, by the name the user knows them by.
         per_parameter: Whether one kernel per parameter is wanted instead of their sum.
         output: Turns what the model returns into the tensor ``[N, *out]``; ``None`` where it is that tensor.
@@ -94,7 +95,7 @@ class Request:
     model: Module
     x1: Inputs
     x2: Inputs | None
-    compute: str
+    axes: AxesRequest
     params: dict[str, Tensor]
     per_parameter: bool
     output: Callable[[Any], Tensor] | None = None
@@ -107,8 +108,8 @@ class Request:
         model: Module,
         x1: Any,
         x2: Any,
+        axes: AxesRequest,
         *,
-        compute: str,
         params: Iterable[str] | None,
         per_parameter: bool,
         output: Callable[[Any], Tensor] | None = None,
@@ -121,7 +122,7 @@ class Request:
             model: See :func:`ggn_ntk.empirical_ntk`, as for all arguments here.
             x1: A tensor, tuple or mapping.
             x2: The same, or ``None``.
-            compute: What to compute.
+            axes: What is asked for about output axes.
             params: Parameter names, or ``None``.
             per_parameter: One kernel per parameter.
             output: Turns what the model returns into a tensor.
@@ -141,7 +142,6 @@ class Request:
             if isinstance(module, ScriptModule | DataParallel):
                 where = f" holds a {_kind(module)} at {name!r}" if name else f" is a {_kind(module)}"
                 raise TypeError(f"model{where}, whose parameters cannot be exchanged: use the module it was made from.")
-        check_compute(compute)
         if capture not in CAPTURES:
             raise ValueError(f"capture must be one of {', '.join(map(repr, CAPTURES))}, got {capture!r}.")
         if output is not None and not callable(output):
@@ -155,7 +155,7 @@ class Request:
         if second is not None:
             _check_alike(first, second)
         wanted = _parse_params(model, params)
-        return cls(model, first, second, compute, wanted, per_parameter, output, chunk_size, capture)
+        return cls(model, first, second, axes, wanted, per_parameter, output, chunk_size, capture)
 
     @property
     def symmetric(self) -> bool:
@@ -204,20 +204,20 @@ class Request:
             result = self.model(*inputs.args, **inputs.kwargs)
         return result if self.output is None else self.output(result)
 
-    def assemble(self, kernels: Iterable[tuple[str, Tensor]], out_shape: Size) -> Tensor | dict[str, Tensor]:
+    def assemble(self, kernels: Iterable[tuple[str, Tensor]], axes: OutputAxes) -> Tensor | dict[str, Tensor]:
         """Bring what a route computed to the layout of the public API.
 
         Args:
-            kernels: Names of parameters and kernels over flattened outputs.
-            out_shape: The shape ``[*out]`` of one sample's output.
+            kernels: Names of parameters and kernels ``[N1, N2, E, F, F]``.
+            axes: The role of each output axis.
 
         Returns:
             The kernel, or one kernel for each parameter by name.
         """
         sums = sum_kernels(kernels, self.per_parameter)
         if not self.per_parameter:
-            return finish(sums[""], out_shape, self.symmetric)
-        return {name: finish(sums[name], out_shape, self.symmetric) for name in self.params}
+            return finish(sums[""], axes, self.symmetric)
+        return {name: finish(sums[name], axes, self.symmetric) for name in self.params}
 
 
 @contextmanager

@@ -13,11 +13,12 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
+from ggn_ntk.axes import OutputAxes, Roles
 from ggn_ntk.capture import Capture, Layout, Recording, learn_layouts, record
 from ggn_ntk.checks import (
     INTERACTION,
@@ -30,6 +31,8 @@ from ggn_ntk.checks import (
 )
 from ggn_ntk.contraction import add_products
 from ggn_ntk.doubling import Doubled, Part, double, parts
+from ggn_ntk.layout import Computed
+from ggn_ntk.pieces import Piece
 from ggn_ntk.probe import Probe, find_samples
 from ggn_ntk.reference import contract_jacobians
 from ggn_ntk.request import Request
@@ -52,31 +55,33 @@ class Prepared(NamedTuple):
 
     Attributes:
         capture: Yields the Jacobians that rules write.
+        axes: The role of each output axis.
         probe: What they are compared with.
         missed: Why rules do not give the Jacobian of a parameter, by name.
         interact: Whether samples seem to influence one another.
     """
 
     capture: Walk | Capture
+    axes: OutputAxes
     probe: Probe
     missed: dict[str, str]
     interact: bool = False
 
 
-def structured_kernels(request: Request) -> tuple[Size, Iterable[tuple[str, Tensor]]]:
+def structured_kernels(request: Request) -> Computed:
     """Compute kernels layer by layer. Call it inside ``isolated(request.model)``.
 
     Args:
         request: The request.
 
     Returns:
-        The shape ``[*out]`` of one sample's output; names of parameters (empty for their sum) and kernels over
-        flattened outputs.
+        The kernels, and the outputs of all samples.
     """
     prepared, kernels = _probed(request, lambda prepared: _contract(prepared, request))
     if prepared.missed:
         check_model(request)  # that samples leave one another alone, the remainder takes for granted
-    return prepared.capture.output.shape[1:], chain(kernels.items(), _remainder(request, prepared.missed))
+    remainder = _remainder(request, prepared.axes, prepared.missed)
+    return Computed(prepared.axes, chain(kernels.items(), remainder), prepared.capture.output)
 
 
 @torch.no_grad()
@@ -124,6 +129,7 @@ def prepare(request: Request, seed: int = 0, missed: dict[str, str] | None = Non
 
     Raises:
         UnsupportedModelError: If the model has no exact kernel, or the capture that was asked for does not support it.
+        ValueError: If an output axis that was asked for does not exist.
     """
     problems = configuration_problems(request)
     if problems:
@@ -132,10 +138,11 @@ def prepare(request: Request, seed: int = 0, missed: dict[str, str] | None = Non
     if not walk:
         layouts = learn_layouts(request, request.x1[:1])
     probe = Probe(request, seed, layouts)
+    axes = request.axes.resolve(probe.out_shape)
     missed = probe.failures | (missed or {})
     if walk:
         try:
-            return Prepared(Walk(_without(request, missed)), probe, missed)
+            return Prepared(Walk(_without(request, missed)), axes, probe, missed)
         except UnsupportedModelError:
             if request.capture == "backpack":
                 raise
@@ -146,7 +153,7 @@ def prepare(request: Request, seed: int = 0, missed: dict[str, str] | None = Non
     capture = Capture(_without(request, missed), calls, recording.output)
     with torch.enable_grad():
         interact = bool(failures) and not probe.agrees_in_batch(recording.output, request.params)
-    return Prepared(capture, probe, missed, interact)
+    return Prepared(capture, axes, probe, missed, interact)
 
 
 def _record_all(request: Request, probe: Probe, layouts: Sequence[Layout] | None) -> Recording:
@@ -220,20 +227,20 @@ def _contract(prepared: Prepared, request: Request) -> dict[str, Tensor]:
     Returns:
         Kernels by name (empty for their sum).
     """
-    capture, missed = prepared.capture, prepared.missed
     kernels: dict[str, Tensor] = {}
-    for outputs, accumulator in _passed(prepared, request, Accumulator):
-        _place(kernels, accumulator.kernels, outputs, capture.output[0].numel())
-    covered = [name for name in request.params if name not in missed]
+    for piece, accumulator in _passed(prepared, request, Accumulator):
+        _place(kernels, accumulator.kernels, piece, prepared.axes.roles)
+    covered = [name for name in request.params if name not in prepared.missed]
     for key in covered if request.per_parameter else covered and [""]:
-        if key not in kernels:
-            kernels[key] = _zeros(request, capture.output)
+        if key not in kernels:  # its parameters are not used
+            samples = len(request.x1), len(request.second)
+            kernels[key] = prepared.capture.output.new_zeros(*samples, *prepared.axes.roles.kernel)
     return kernels
 
 
 def _passed(
     prepared: Prepared, request: Request, make: Callable[..., "Accumulator"]
-) -> Iterator[tuple[Tensor, "Accumulator"]]:
+) -> Iterator[tuple[Piece, "Accumulator"]]:
     """Pass ``s`` back, a piece of the outputs at a time, and show Jacobians to the probe and to an accumulator.
 
     Args:
@@ -242,73 +249,57 @@ def _passed(
         make: Makes an accumulator.
 
     Yields:
-        The numbers of the outputs, and the accumulator that has all their Jacobians.
+        The outputs, and the accumulator that has all their Jacobians.
     """
     capture, probe = prepared.capture, prepared.probe
-    for outputs in capture.pieces(request.compute):
-        accumulator = make(request.compute, request.n1, request.per_parameter, capture.counts)
-        probe.begin(outputs)
-        for jacobians in capture.jacobians(outputs, accumulator.parts):
+    for piece in capture.pieces(prepared.axes):
+        accumulator = make(piece.roles, request.n1, request.per_parameter, capture.counts)
+        probe.begin(piece.outputs)
+        for jacobians in capture.jacobians(piece.outputs, accumulator.parts):
             probe.add(jacobians)
             accumulator.add(jacobians)
             del jacobians  # frees its operands, but for those of parameters that are used again
-        yield outputs, accumulator
+        yield piece, accumulator
 
 
-def _place(kernels: dict[str, Tensor], blocks: dict[str, Tensor], outputs: Tensor, total: int) -> None:
-    """Put kernels over some outputs into kernels over all of them.
+def _place(kernels: dict[str, Tensor], blocks: dict[str, Tensor], piece: Piece, roles: Roles) -> None:
+    """Add kernels over some outputs to kernels over all of them.
 
     Args:
         kernels: The kernels over all outputs, by name; changed in place.
         blocks: The kernels over some.
-        outputs: The numbers of these.
-        total: The number of all outputs.
+        piece: These.
+        roles: The number of all outputs in each role.
     """
     for name, block in blocks.items():
-        if len(outputs) == total or (block.ndim == 2 and name not in kernels):
+        if piece.roles == roles:
             kernels[name] = block
-        elif block.ndim == 2:
-            kernels[name] += block
-        else:
-            if name not in kernels:
-                kernels[name] = block.new_zeros(*block.shape[:2], *[total] * (block.ndim - 2))
-            chosen: Any = (..., outputs) if block.ndim == 3 else (..., outputs.unsqueeze(1), outputs)
-            kernels[name][chosen] = block
+            continue
+        if name not in kernels:
+            kernels[name] = block.new_zeros(*block.shape[:2], *roles.kernel)
+        piece.add(kernels[name], block)
 
 
-def _zeros(request: Request, output: Tensor) -> Tensor:
-    """Make the kernel of parameters that are not used.
-
-    Args:
-        request: The request.
-        output: The model's output ``[N, *out]``.
-
-    Returns:
-        ``[N1, N2, C, C]``, ``[N1, N2, C]`` or ``[N1, N2]``.
-    """
-    outputs = [output[0].numel()] * {"full": 2, "diagonal": 1, "trace": 0}[request.compute]
-    return output.new_zeros(len(request.x1), len(request.second), *outputs)
-
-
-def _remainder(request: Request, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+def _remainder(request: Request, axes: OutputAxes, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
     """Compute kernels of parameters that rules do not cover, from their Jacobians.
 
     Args:
         request: The request.
+        axes: The role of each output axis.
         names: The parameters.
 
     Yields:
-        The name of a parameter and its kernel over flattened outputs.
+        The name of a parameter and its kernel ``[N1, N2, E, F, F]``.
     """
     group: dict[str, Tensor] = {}
     largest = _BUDGET // sum(request.sizes)
     for name in names:
         if group and sum(p.numel() for p in group.values()) + request.params[name].numel() > largest:
-            yield from contract_jacobians(replace(request, params=group, chunk_size=_CHUNK))
+            yield from contract_jacobians(replace(request, params=group, chunk_size=_CHUNK), axes)
             group = {}
         group[name] = request.params[name]
     if group:
-        yield from contract_jacobians(replace(request, params=group, chunk_size=_CHUNK))
+        yield from contract_jacobians(replace(request, params=group, chunk_size=_CHUNK), axes)
 
 
 def recorded_products(request: Request) -> tuple[Prepared, list[tuple[str, Doubled]]]:
@@ -341,16 +332,16 @@ class Accumulator:
         kernels: The kernels so far, by name (empty for their sum).
     """
 
-    def __init__(self, compute: str, n1: int | None, per_parameter: bool, counts: Counter[str] | None = None) -> None:
+    def __init__(self, roles: Roles, n1: int | None, per_parameter: bool, counts: Counter[str] | None = None) -> None:
         """Set up.
 
         Args:
-            compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
+            roles: The number of outputs in each role.
             n1: How many samples are x1; ``None`` where all are both x1 and x2.
             per_parameter: Whether to keep kernels of parameters apart.
             counts: How often each parameter is used; ``None`` for once.
         """
-        self.compute, self.n1, self.per_parameter = compute, n1, per_parameter
+        self.roles, self.n1, self.per_parameter = roles, n1, per_parameter
         self._counts = Counter() if counts is None else counts
         self.kernels: dict[str, Tensor] = {}
         self._waiting: dict[str, list[Factored]] = defaultdict(list)
@@ -380,7 +371,7 @@ class Accumulator:
         if self.is_reused(name):
             return None
         n1 = n if self.n1 is None else self.n1
-        return parts(jacobian, n1, n1 if self.n1 is None else n - n1, self.compute)
+        return parts(jacobian, n1, n1 if self.n1 is None else n - n1, self.roles)
 
     def add(self, jacobians: dict[str, Factored]) -> None:
         """Add one use of a layer.
@@ -397,7 +388,7 @@ class Accumulator:
             key = name if self.per_parameter else ""
             if key not in self.kernels:
                 self.kernels[key] = self._zeros(jacobian)
-            products += [(key, double(a, b, self.compute)) for a in terms for b in terms]
+            products += [(key, double(a, b, self.roles)) for a in terms for b in terms]
         if products:
             self._contract(products)
 
@@ -416,12 +407,12 @@ class Accumulator:
             jacobian: A Jacobian.
 
         Returns:
-            ``[N1, N2, C, C]``, ``[N1, N2, C]`` or ``[N1, N2]``.
+            ``[N1, N2, E, F, F]``.
         """
-        c, n = (jacobian.sizes[letter] for letter in "cn")
+        n = jacobian.sizes["n"]
         samples = (n, n) if self.n1 is None else (self.n1, n - self.n1)
         like = next(operand for operand in jacobian.operands if isinstance(operand, Tensor))
-        return like.new_zeros(*samples, *[c] * {"full": 2, "diagonal": 1, "trace": 0}[self.compute])
+        return like.new_zeros(*samples, *self.roles.kernel)
 
 
 class _Recorder(Accumulator):
@@ -430,7 +421,7 @@ class _Recorder(Accumulator):
     def __init__(
         self,
         products: list[tuple[str, Doubled]],
-        compute: str,
+        roles: Roles,
         n1: int | None,
         per_parameter: bool,
         counts: Counter[str],
@@ -439,12 +430,12 @@ class _Recorder(Accumulator):
 
         Args:
             products: Where to: names of parameters and products.
-            compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
+            roles: The number of outputs in each role.
             n1: How many samples are x1; ``None`` where all are both x1 and x2.
             per_parameter: Whether to keep parameters apart.
             counts: How often each parameter is used.
         """
-        super().__init__(compute, n1, per_parameter, counts)
+        super().__init__(roles, n1, per_parameter, counts)
         self._products = products
 
     def parts(self, name: str, jacobian: Factored, n: int) -> None:

@@ -17,6 +17,7 @@ from torch.func import jvp, vjp
 from torch.nn import Module
 from torch.utils._pytree import tree_map
 
+from ggn_ntk.axes import AxesRequest
 from ggn_ntk.checks import (
     Problem,
     UnsupportedModelError,
@@ -145,7 +146,7 @@ class TaylorExpansion:
             ValueError: If an argument has a value that is not accepted.
         """
         step = self._step(new_params)
-        request = Request.parse(self._model, x, None, compute="full", params=None, per_parameter=False)
+        request = Request.parse(self._model, x, None, AxesRequest.parse("full"), params=None, per_parameter=False)
         request = replace(request, params={name: self._params[name] for name in step})
         records = torch.is_grad_enabled()
         with isolated(self._model), differentiable(self.degree):

@@ -9,11 +9,9 @@ layer by layer in one backward pass, as ``[C, N, C, N]``. The NTK of x1 and x2 i
 Letters: ``n``, ``m`` samples; ``c``, ``d`` outputs.
 """
 
-from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -26,6 +24,7 @@ from torch.nn import Flatten, Module, MSELoss, Parameter
 from torch.nn.modules.loss import _Loss
 from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
+from ggn_ntk.axes import AxesRequest, OutputAxes
 from ggn_ntk.checks import (
     BATCH_STATISTICS,
     OTHER_METHOD,
@@ -42,7 +41,7 @@ from ggn_ntk.checks import (
     is_out_of_memory,
 )
 from ggn_ntk.isolation import isolated
-from ggn_ntk.layout import finish, sum_kernels
+from ggn_ntk.layout import Computed, finish
 from ggn_ntk.request import Request, check_split
 
 _SAVEFIELD = "vivit_ggn_exact"
@@ -241,7 +240,7 @@ class AccumulateGramHook:
         num_outputs, n = self.gram.shape[:2]
         if n1 is not None:
             check_split(n1, n)
-        return finish(_kernel_block(self.gram, n1, hessian), Size([num_outputs]), symmetric=n1 is None)
+        return finish(_kernel_block(self.gram, n1, hessian), OutputAxes(Size([num_outputs])), symmetric=n1 is None)
 
 
 def _kernel_block(gram: Tensor, n1: int | None, hessian: float) -> Tensor:
@@ -253,9 +252,9 @@ def _kernel_block(gram: Tensor, n1: int | None, hessian: float) -> Tensor:
         hessian: The number h in the loss Hessian h I.
 
     Returns:
-        ``[N1, N2, C, C]``, or ``[N, N, C, C]`` for ``n1=None``.
+        ``[N1, N2, 1, C, C]``, or ``[N, N, 1, C, C]`` for ``n1=None``.
     """
-    kernel = gram.permute(1, 3, 0, 2)  # cndm -> nmcd
+    kernel = gram.permute(1, 3, 0, 2).unsqueeze(2)  # cndm -> nmecd
     return (kernel if n1 is None else kernel[:n1, n1:]) / hessian
 
 
@@ -291,29 +290,29 @@ def empirical_ntk_vivit(
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has a value that is not accepted.
     """
-    request = Request.parse(model, x1, x2, compute=compute, params=params, per_parameter=per_parameter)
+    request = Request.parse(model, x1, x2, AxesRequest.parse(compute), params=params, per_parameter=per_parameter)
     with isolated(model):
-        out_shape = check_vivit(request)
-        return request.assemble(gram_kernels(request), out_shape)
+        computed = vivit_kernels(request)
+        return request.assemble(computed.kernels, computed.axes)
 
 
-def check_vivit(request: Request) -> Size:
-    """Raise unless ViViT gets the model's kernel right. Call it inside ``isolated(request.model)``.
+def vivit_kernels(request: Request) -> Computed:
+    """Compute kernels, if ViViT gets them right for the model. Call it inside ``isolated(request.model)``.
 
     Args:
         request: The request.
 
     Returns:
-        The shape ``[*out]`` of one sample's output.
+        The kernels, and the outputs of all samples.
 
     Raises:
-        UnsupportedModelError: If there is any problem.
+        UnsupportedModelError: If it does not.
     """
-    out_shape = check_model(request, vivit=True)
-    problems = list(_probe_kernels(request, out_shape))
+    axes = request.axes.resolve(check_model(request, vivit=True))
+    problems = list(_probe_kernels(request, axes.out_shape))
     if problems:
         raise UnsupportedModelError(problems, _ROUTE)
-    return out_shape
+    return _gram_kernels(request, axes)
 
 
 def _probe_kernels(request: Request, out_shape: Size) -> Iterator[Problem]:
@@ -333,41 +332,44 @@ def _probe_kernels(request: Request, out_shape: Size) -> Iterator[Problem]:
     v = cotangent(sample.args[0].new_empty(1, *out_shape), seed=1)
     expected = {name: gradient.square().sum() for name, gradient in gradients(request, sample, v).items()}
     total, v = sum(e.item() for e in expected.values()), v.flatten()
-    for name, kernel in gram_kernels(replace(request, x1=sample, x2=None, compute="full", per_parameter=True)):
-        error = gradient_error(v @ kernel[0, 0] @ v, expected[name], total)
+    of_sample = replace(request, x1=sample, x2=None, per_parameter=True)
+    for name, kernel in _gram_kernels(of_sample, OutputAxes(out_shape)).kernels:
+        error = gradient_error(v @ kernel[0, 0, 0] @ v, expected[name], total)
         if not error <= PROBE_TOLERANCES[v.dtype]:
             what = f"its kernel by ViViT differs from autograd's (relative error {error:.1e} on a random sample)"
             yield Problem(name, what, OTHER_METHOD)
 
 
-def gram_kernels(request: Request) -> Iterable[tuple[str, Tensor]]:
+def _gram_kernels(request: Request, axes: OutputAxes) -> Computed:
     """Compute kernels from Gram matrices, on a twin of the model.
+
+    One backward pass for each group of free outputs, those that have to meet: for the full kernel, of all outputs.
 
     Args:
         request: A request for a model that ViViT supports.
+        axes: The role of each output axis.
 
     Returns:
-        Names of parameters (empty for their sum) and kernels over flattened outputs.
+        The kernels, and the outputs of all samples.
     """
-    n1 = request.n1
     samples = request.x1.stack(request.x2).args[0]
     params: dict[str, Parameter] = {}
     twin = _twin(eager(request.model), {id(p): name for name, p in request.params.items()}, params)
+    kernels: dict[str, Tensor] = {}
+    groups = axes.numbers.movedim(2, 1).flatten(0, 1)  # [E T, F]
+    several = len(groups) > 1
     with _backpack_session(samples.dtype) as extended:
         output = extended(twin)(samples)
-        output = extended(Flatten())(output) if output.ndim > 2 else output
-        backward = partial(_backward, extended, params, _NamingViViT(twin), request.per_parameter)
-        if request.compute == "full":
-            return [(name, _kernel_block(gram, n1, 2)) for name, gram in backward(output)]
-        columns = (extended(Slicing((slice(None), slice(c, c + 1))))(output) for c in range(output.shape[1]))
-        grams = (pair for column in columns for pair in backward(column, retain_graph=True))
-        entries = ((name, _kernel_block(gram, n1, 2)[..., 0, 0]) for name, gram in grams)
-        if request.compute == "trace":
-            return sum_kernels(entries, request.per_parameter).items()
-        diagonals: dict[str, list[Tensor]] = defaultdict(list)
-        for name, entry in entries:
-            diagonals[name].append(entry)
-        return [(name, torch.stack(diagonal, dim=2)) for name, diagonal in diagonals.items()]
+        flat = extended(Flatten())(output) if output.ndim > 2 else output
+        extension = _NamingViViT(twin)
+        for number, group in enumerate(groups):
+            chosen = extended(Slicing((slice(None), group)))(flat) if several else flat
+            for name, gram in _backward(extended, params, extension, request.per_parameter, chosen, several):
+                block = _kernel_block(gram, request.n1, 2)
+                if name not in kernels:
+                    kernels[name] = block.new_zeros(*block.shape[:2], *axes.roles.kernel)
+                kernels[name][:, :, number // axes.roles.traced] += block[:, :, 0]
+    return Computed(axes, kernels.items(), output.detach())
 
 
 def _backward(
@@ -376,7 +378,7 @@ def _backward(
     extension: ViViTGGNExact,
     per_parameter: bool,
     output: Tensor,
-    retain_graph: bool = False,
+    retain_graph: bool,
 ) -> Iterator[tuple[str, Tensor]]:
     """Run one backward pass with ViViT.
 

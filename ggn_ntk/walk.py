@@ -15,9 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
+from ggn_ntk.axes import OutputAxes
 from ggn_ntk.blocks import SIZE_ELSEWHERE, SIZES, WAITING, Joined, split
 from ggn_ntk.checks import Problem, UnsupportedModelError, eager, hidden_computation, output_problem, random_state
 from ggn_ntk.doubling import Part, contract_into
+from ggn_ntk.pieces import Piece, split_outputs
 from ggn_ntk.request import Request
 from ggn_ntk.rules import Factored, backpropagation_for, channels_last, rule_for
 
@@ -86,29 +88,29 @@ class Walk:
             raise UnsupportedModelError(problems)
         self.counts = Counter(name for use in self._uses for name in use.params.values())
 
-    def pieces(self, compute: str) -> list[Tensor]:
+    def pieces(self, axes: OutputAxes) -> list[Piece]:
         """Split the outputs: here they pass back together.
 
         Args:
-            compute: What is computed.
+            axes: The role of each output axis.
 
         Returns:
-            The numbers of all outputs.
+            All outputs as one piece.
         """
-        return [torch.arange(self.output[0].numel())]
+        return split_outputs(axes, self.output[0].numel())
 
     def jacobians(self, outputs: Tensor, parts: Parts) -> Iterator[dict[str, Factored]]:
         """Pass ``s`` back and write Jacobians on the way. Recorded inputs are freed, so this works once.
 
         Args:
-            outputs: The numbers of all outputs.
+            outputs: All outputs, by where they are in ``[*out]``, flattened.
             parts: Tells what of a Jacobian can be contracted for some samples by themselves.
 
         Yields:
             The Jacobians of each layer, by the names users know parameters by. The caller has to drop them before it
             asks for more, since ``s`` may be overwritten, unless a parameter among them is used again.
         """
-        s = identity(self.output)
+        s = identity(self.output, outputs)
         while _any_wanted(self._uses):
             blocks = _blocks(self._uses, s)
             s = yield from (self._in_blocks(s, blocks, parts) if len(blocks) > 1 else self._all(s))
@@ -412,19 +414,22 @@ def jacobians(use: Use, s: Tensor) -> dict[str, Factored]:
     return {name: factored[key] for key, name in use.params.items()}
 
 
-def identity(output: Tensor) -> Tensor:
+def identity(output: Tensor, outputs: Tensor | None = None) -> Tensor:
     """Start ``s`` at the output.
 
     Args:
         output: ``[N, *out]``.
+        outputs: Some outputs, by where they are in ``[*out]``, flattened; ``None`` for all.
 
     Returns:
-        The Jacobian of the flattened output with respect to the output, ``[C, N, *out]``: the same for all samples,
-        and kept once.
+        The Jacobian of these outputs with respect to the output, ``[C, N, *out]``: the same for all samples, and kept
+        once.
     """
     n, *out = output.shape
-    eye = torch.eye(output[0].numel(), dtype=output.dtype, device=output.device)
-    return eye.reshape(-1, 1, *out).expand(-1, n, *out)
+    chosen = torch.arange(output[0].numel()) if outputs is None else outputs
+    rows = torch.zeros(len(chosen), output[0].numel(), dtype=output.dtype, device=output.device)
+    rows[torch.arange(len(chosen)), chosen] = 1
+    return rows.reshape(-1, 1, *out).expand(-1, n, *out)
 
 
 def backpropagate(use: Use, s: Tensor) -> Tensor:

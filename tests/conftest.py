@@ -1,13 +1,14 @@
 """Fixtures, the oracle and the comparison that all tests share."""
 
 from functools import cache
+from itertools import product
 from typing import Any
 
 import pytest
 import torch
 from backpack.context import CTX
 from cases import BY_NAME, CASES, Case
-from torch import Tensor
+from torch import Tensor, nn
 
 from ggn_ntk.checks import TOLERANCES
 from ggn_ntk.rules import registry
@@ -16,6 +17,23 @@ torch.set_num_threads(1)  # the models are tiny, and test processes run side by 
 
 METHODS = ["structured", "vivit", "jacobian_contraction", "ntk_vector_products", "auto"]
 COMPUTES = ["full", "diagonal", "trace"]
+
+# What may become of the axes of an output [N, C, H, W].
+ROLES = list(product(("kept", "traced", "diagonal"), repeat=3))
+
+# What is refused about these axes, with what is said.
+BAD_AXES = [
+    ({"trace_axes": 3}, ValueError, "trace_axes names output axis 3. Accepted, .* sample axis: from -3 to 2"),
+    ({"diagonal_axes": (0, -4)}, ValueError, "diagonal_axes names output axis -4. Accepted, .*: from -3 to 2"),
+    ({"trace_axes": (0, -3)}, ValueError, r"trace_axes must name each output axis once, got \(0, -3\) for 3 axes"),
+    ({"trace_axes": 1, "diagonal_axes": (0, -2)}, ValueError, "trace_axes and diagonal_axes both name output axis"),
+    ({"trace_axes": 0, "compute": "trace"}, ValueError, "trace_axes goes with compute='full' alone, got comp"),
+    ({"diagonal_axes": (), "compute": "diagonal"}, ValueError, "diagonal_axes goes with compute='full' alone"),
+    ({"trace_axes": "0"}, TypeError, "trace_axes must be an integer, an iterable of integers or None, got '0'"),
+    ({"trace_axes": 1.0}, TypeError, r"trace_axes must be an integer, .* got 1\.0"),
+    ({"diagonal_axes": [0, True]}, TypeError, "diagonal_axes must be an integer"),
+    ({"compute": "sum"}, ValueError, "compute must be one of 'full', 'diagonal', 'trace', got 'sum'"),
+]
 
 
 @pytest.fixture(autouse=True)
@@ -109,6 +127,54 @@ def oracle(name: str, symmetric: bool = False, compute: str = "full") -> dict[st
 def oracle_sum(case: Case, symmetric: bool = False, compute: str = "full") -> Tensor:
     """The float64 kernel of a case."""
     return sum(oracle(case.name, symmetric, compute).values())
+
+
+def axes_of(roles: tuple[str, ...]) -> dict[str, list[int]]:
+    """The arguments that ask for the roles of output axes."""
+    names = {"trace_axes": "traced", "diagonal_axes": "diagonal"}
+    return {key: [axis for axis, role in enumerate(roles) if role == wanted] for key, wanted in names.items()}
+
+
+def reduce_axes(full: Tensor, roles: tuple[str, ...]) -> Tensor:
+    """A kernel [N1, N2, *out, *out] with axes summed or taken at equal indices, one axis after the other."""
+    first, second = list(range(len(roles))), list(range(len(roles)))
+    for axis, role in reversed(list(enumerate(roles))):
+        if role == "kept":
+            continue
+        at = 2 + first.index(axis)
+        full = full.diagonal(dim1=at, dim2=2 + len(first) + second.index(axis))  # behind all others
+        second.remove(axis)
+        if role == "traced":
+            full, _ = full.sum(-1), first.remove(axis)
+        else:
+            full = full.movedim(-1, at)
+    return full
+
+
+def exchanged(kernel: Tensor, roles: tuple[str, ...]) -> Tensor:
+    """A kernel with axes, x1 and x2 exchanged."""
+    first = [axis for axis, role in enumerate(roles) if role != "traced"]
+    second = [axis for axis in first if roles[axis] == "kept"]
+    order = [("second" if axis in second else "first", axis) for axis in first] + [("first", axis) for axis in second]
+    places = [("first", axis) for axis in first] + [("second", axis) for axis in second]
+    return kernel.permute(1, 0, *(2 + places.index(entry) for entry in order))
+
+
+def batch_sizes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """How many samples pass through two-dimensional convolutions, call by call; the list grows with them."""
+    sizes, forward = [], nn.Conv2d._conv_forward
+
+    def counted(module: nn.Conv2d, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        sizes.append(len(x))
+        return forward(module, x, weight, bias)
+
+    monkeypatch.setattr(nn.Conv2d, "_conv_forward", counted)
+    return sizes
+
+
+def fully_convolutional(channels: int = 2) -> nn.Module:
+    """A network with outputs of several axes, [N, 2, 3, 2] for images [N, 1, 5, 4]."""
+    return nn.Sequential(nn.Conv2d(1, 3, 2), nn.Tanh(), nn.Conv2d(3, channels, 2)).double()
 
 
 def assert_close(actual: Tensor, expected: Tensor, scale: Tensor | None = None) -> None:

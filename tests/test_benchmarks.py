@@ -22,6 +22,7 @@ SMALL = Workload(
     3,
     2,
 )
+TRACED = Workload("traced", (("conv", 2, 3, 1), ("relu",), ("conv", 3, 4, 0)), (2, 4, 4), 3, 2, trace_axes=(1, 2))
 ENVIRONMENT = {"date": "2026-01-31", "CPU": "A CPU (TM)", "cores": "2", "torch": "2.6.0"}
 
 
@@ -60,6 +61,16 @@ def test_contenders_agree(contender):
     load, run = contenders.prepare(contender, SMALL, "cpu")
     spot = check.spot(SMALL, network(SMALL, dtype=torch.float64), 3)
     assert spot.error(run(*(load(x) for x in SMALL.inputs(3))).numpy()) < 1e-5
+
+
+@pytest.mark.parametrize("contender", plan.contenders_of(TRACED))
+def test_contenders_agree_where_axes_are_traced(contender):
+    load, run = contenders.prepare(contender, TRACED, "cpu")
+    spot = check.spot(TRACED, network(TRACED, dtype=torch.float64), 3)
+    kernel = run(*(load(x) for x in TRACED.inputs(3))).numpy()
+    assert kernel.shape == (3, 2, 4, 4)
+    assert spot.error(kernel) < 1e-5
+    assert spot.error(1.01 * kernel) > check.TOLERANCE
 
 
 def test_floor_counts_what_explain_counts():

@@ -1,5 +1,7 @@
 """One-hot operands: compared and looked up, formed only where that is cheaper."""
 
+from math import prod
+
 import pytest
 import torch
 from conftest import COMPUTES, assert_close
@@ -8,7 +10,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ggn_ntk import empirical_ntk, explain, lookup
-from ggn_ntk.doubling import RESULTS, double
+from ggn_ntk.axes import Roles
+from ggn_ntk.doubling import double
 from ggn_ntk.einsum import Memo, aligned, contract
 from ggn_ntk.lookup import looked_up
 from ggn_ntk.reference import jacobian_contraction
@@ -17,8 +20,10 @@ from ggn_ntk.rules import Factored, OneHot
 
 @st.composite
 def jacobians(draw):
-    """Two Jacobians of a table [V, K], each of tokens, bags, maxima or a tied Linear layer."""
-    c, v, k = draw(st.integers(1, 3)), draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    """Roles of outputs; two Jacobians of a table [V, K], each of tokens, bags, maxima or a tied Linear layer."""
+    v, k = draw(st.integers(1, 5)), draw(st.integers(1, 3))
+    roles = Roles(*(draw(st.integers(1, 3)) for _ in range(3)))
+    c = prod(roles)
 
     def jacobian(n):
         p = draw(st.integers(1, 4))
@@ -40,26 +45,26 @@ def jacobians(draw):
             )
         )
 
-    return jacobian(3), jacobian(2)
+    return roles, jacobian(3), jacobian(2)
 
 
-def in_full(jacobian):
+def in_full(jacobian, roles):
     operands = [
         (o.places.unsqueeze(-1) == torch.arange(o.size)).double() if isinstance(o, OneHot) else o
         for o in jacobian.operands
     ]
-    return torch.einsum(jacobian.equation, *operands).flatten(2)
+    return torch.einsum(jacobian.equation, *operands).flatten(2).unflatten(0, roles)
 
 
 @settings(deadline=None, max_examples=200)
-@given(drawn=jacobians(), compute=st.sampled_from(COMPUTES), seed=st.integers(0, 99))
-def test_all_pairs_of_uses_of_a_table(drawn, compute, seed):
+@given(drawn=jacobians(), seed=st.integers(0, 99))
+def test_all_pairs_of_uses_of_a_table(drawn, seed):
     torch.manual_seed(seed)
-    product = double(*drawn, compute)
+    roles, first, second = drawn
+    product = double(first, second, roles)
     kernel = contract(looked_up([*product.first, *product.second]), product.result, Memo())
-    equation = {"full": "cnp,dmp->nmcd", "diagonal": "cnp,cmp->nmc", "trace": "cnp,cmp->nm"}[compute]
-    expected = torch.einsum(equation, *map(in_full, drawn))
-    assert_close(aligned(kernel, RESULTS[compute]).expand_as(expected), expected)
+    expected = torch.einsum("ecfnp,edfmp->nmecd", in_full(first, roles), in_full(second, roles))
+    assert_close(aligned(kernel, product.result).expand_as(expected), expected)
 
 
 @pytest.mark.parametrize("compute", COMPUTES)
@@ -84,7 +89,7 @@ def test_the_cost_decides():
     def forms_vectors(vocabulary, positions):
         one_hot = OneHot(torch.zeros(2, positions, dtype=torch.long), vocabulary)
         jacobian = Factored("cnpk,npv->cnvk", (torch.randn(3, 2, positions, 4), one_hot))
-        return not double(jacobian, jacobian, "full").first[1].hot
+        return not double(jacobian, jacobian, Roles(free=3)).first[1].hot
 
     assert not forms_vectors(50_000, 8)
     assert forms_vectors(2, 200)

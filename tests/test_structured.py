@@ -19,6 +19,7 @@ from ggn_ntk import (
     structured,
     walk,
 )
+from ggn_ntk.axes import Roles
 from ggn_ntk.checks import relative_error
 from ggn_ntk.doubling import double
 from ggn_ntk.reference import jacobian_contraction
@@ -153,11 +154,11 @@ def test_weight_and_bias_share_the_gram_matrix_of_s(monkeypatch):
     n, c, features = 8, 3, 500
     s, x = torch.randn(c, n, features), torch.randn(n, features)
     jacobians = {"weight": Factored("cno,ni->cnoi", (s, x)), "bias": Factored("cno->cno", (s,))}
-    kernels = {"": torch.zeros(4, 4, c, c)}
-    contraction.add_products(kernels, [("", double(j, j, "full")) for j in jacobians.values()], n1=4)
+    kernels = {"": torch.zeros(4, 4, 1, c, c)}
+    contraction.add_products(kernels, [("", double(j, j, Roles(free=c))) for j in jacobians.values()], n1=4)
     assert len(products) == 2  # x with x and s with s, of which the kernel is the product
     expected = torch.einsum("cno,ni,dmo,mi->nmcd", s[:, :4], x[:4], s[:, 4:], x[4:])
-    torch.testing.assert_close(kernels[""], expected + torch.einsum("cno,dmo->nmcd", s[:, :4], s[:, 4:]))
+    torch.testing.assert_close(kernels[""][:, :, 0], expected + torch.einsum("cno,dmo->nmcd", s[:, :4], s[:, 4:]))
 
 
 def test_the_jacobian_of_one_set_is_formed_once(monkeypatch):
@@ -166,8 +167,8 @@ def test_the_jacobian_of_one_set_is_formed_once(monkeypatch):
     jacobian = Factored("cnop,nip->cnoi", (s, x))
     for n1, count in [(None, 2), (2, 3)]:
         products.clear()
-        kernel = torch.zeros((4, 4, 2, 2) if n1 is None else (2, 2, 2, 2))
-        contraction.add_products({"": kernel}, [("", double(jacobian, jacobian, "full"))], n1)
+        kernel = torch.zeros((4, 4, 1, 2, 2) if n1 is None else (2, 2, 1, 2, 2))
+        contraction.add_products({"": kernel}, [("", double(jacobian, jacobian, Roles(free=2)))], n1)
         assert len(products) == count
 
 
@@ -179,9 +180,9 @@ def test_different_factorisations_are_matched_by_position():
     dense = [torch.einsum(f.equation, *f.operands).reshape(2, 3, 30) for f in (embedding, linear, grouped)]
     for a, i in zip((embedding, linear, grouped), dense, strict=True):
         for b, j in zip((embedding, linear, grouped), dense, strict=True):
-            kernel = torch.zeros(1, 2, 2, 2).double()
-            contraction.add_products({"": kernel}, [("", double(a, b, "full"))], n1=1)
-            assert relative_error(kernel, torch.einsum("cnz,dmz->nmcd", i[:, :1], j[:, 1:])) < 1e-14
+            kernel = torch.zeros(1, 2, 1, 2, 2).double()
+            contraction.add_products({"": kernel}, [("", double(a, b, Roles(free=2)))], n1=1)
+            assert relative_error(kernel[:, :, 0], torch.einsum("cnz,dmz->nmcd", i[:, :1], j[:, 1:])) < 1e-14
 
 
 def test_s_is_kept_once_up_to_the_last_nonlinearity():

@@ -1,0 +1,84 @@
+"""Outputs a few at a time, where ``s`` of all of them would not fit.
+
+Pieces of traced outputs have kernels to be added up, pieces of diagonal ones have different entries of the kernel. Free
+outputs are the only ones that have to meet: there, each pair of parts is a piece.
+"""
+
+from itertools import combinations
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ggn_ntk.axes import OutputAxes, Roles
+
+
+class Piece(NamedTuple):
+    """Some outputs, and their place in the kernel.
+
+    Attributes:
+        outputs: Where they are in ``[*out]``, flattened; diagonal ones outermost, then free and traced ones.
+        roles: The number of outputs in each role.
+        diagonal: The numbers of its diagonal outputs, ``[E]``.
+        free: The numbers of its free outputs, ``[F]``.
+        new: Which pairs of free outputs are in no piece before, ``[F, F]``.
+    """
+
+    outputs: Tensor
+    roles: Roles
+    diagonal: Tensor
+    free: Tensor
+    new: Tensor
+
+    def add(self, kernel: Tensor, block: Tensor) -> None:
+        """Add the piece's part to a kernel.
+
+        Args:
+            kernel: The kernel over all outputs; changed in place.
+            block: The kernel over those of the piece.
+        """
+        kernel[..., self.diagonal[:, None, None], self.free[:, None], self.free] += block * self.new.to(block)
+
+
+def split_outputs(axes: OutputAxes, size: int) -> list[Piece]:
+    """Split outputs into pieces.
+
+    Args:
+        axes: The role of each output axis.
+        size: How many outputs a piece may have; one is always taken, and two where free ones have to meet.
+
+    Returns:
+        The pieces.
+    """
+    e, f, t = axes.roles
+    traced = min(t, max(1, size // (e * f)))
+    diagonal = min(e, max(1, size // (f * traced)))
+    numbers, pairs = axes.numbers, _pairs(f, size // (traced * diagonal))
+    return [
+        Piece(numbers[i][:, j][:, :, k].flatten(), Roles(len(i), len(j), len(k)), i, j, new)
+        for i in torch.arange(e).split(diagonal)
+        for j, new in pairs
+        for k in torch.arange(t).split(traced)
+    ]
+
+
+def _pairs(total: int, size: int) -> list[tuple[Tensor, Tensor]]:
+    """Split free outputs so that each two of them meet.
+
+    Args:
+        total: Their number.
+        size: How many to take together; never less than two.
+
+    Returns:
+        Numbers of free outputs, and which pairs of them did not meet before.
+    """
+    everything = torch.arange(total)
+    parts = everything.split(max(1, size // 2))
+    if size >= total or len(parts) < 3:
+        return [(everything, torch.ones(total, total, dtype=torch.bool))]
+    met, found = torch.zeros(total, total, dtype=torch.bool), []
+    for pair in combinations(parts, 2):
+        free = torch.cat(pair)
+        found.append((free, ~met[free][:, free]))
+        met[free[:, None], free] = True
+    return found

@@ -1,0 +1,270 @@
+"""Single output axes summed or taken at equal indices, on every route, against the full kernel in float64."""
+
+from functools import cache
+
+import pytest
+import torch
+from cases import BY_NAME, CustomParameter
+from conftest import (
+    BAD_AXES,
+    ROLES,
+    assert_close,
+    axes_of,
+    batch_sizes,
+    exchanged,
+    fully_convolutional,
+    loop_jacobians,
+    reduce_axes,
+)
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Size, nn
+
+from ggn_ntk import capture, contraction, einsum, empirical_ntk, walk
+from ggn_ntk.axes import AxesRequest, OutputAxes
+from ggn_ntk.explain import _contractions
+from ggn_ntk.isolation import isolated
+from ggn_ntk.pieces import split_outputs
+from ggn_ntk.request import Request
+from ggn_ntk.structured import recorded_products
+
+# Every way to compute a kernel.
+ROUTES = [
+    {"capture": "backpack"},
+    {"capture": "autograd"},
+    {"method": "vivit"},
+    {"method": "jacobian_contraction"},
+    {"method": "ntk_vector_products"},
+    {},
+]
+
+
+def tied():
+    """A convolution that is called twice."""
+    twice = nn.Conv2d(1, 1, 2)
+    return nn.Sequential(twice, nn.Tanh(), twice, nn.Tanh(), nn.Conv2d(1, 2, 1))
+
+
+class Shifted(nn.Module):
+    """A layer without a rule behind one with, and a parameter that is not used."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.shift = nn.Conv2d(1, 2, 2), nn.Parameter(torch.rand(2, 1, 1))
+        self.unused = nn.Parameter(torch.rand(3))
+
+    def forward(self, x):
+        return (self.layer(x) * self.shift).tanh()
+
+
+NETWORKS = {
+    "convolutional": (fully_convolutional, (1, 4, 3)),
+    "one_channel": (lambda: fully_convolutional(channels=1), (1, 4, 3)),
+    "one_output": (lambda: fully_convolutional(channels=1), (1, 3, 3)),
+    "tied": (tied, (1, 4, 3)),
+    "remainder": (Shifted, (1, 3, 3)),
+}
+
+
+def build(name, dtype=torch.float64):
+    torch.manual_seed(0)
+    model, shape = NETWORKS[name]
+    return model().to(dtype), torch.randn(3, *shape).to(dtype), torch.randn(2, *shape).to(dtype)
+
+
+@cache
+def full(name, symmetric):
+    """Each parameter's full kernel [N1, N2, C, H, W, C, H, W] from Jacobians in float64."""
+    torch.manual_seed(0)
+    model, x1, x2 = build(name)
+    if name in ("convolutional", "one_channel"):  # the numbers of float32, so that both dtypes compute the same
+        model, x1, x2 = model.float().double(), x1.float().double(), x2.float().double()
+    out = model(x1).shape[1:]
+    first, second = loop_jacobians(model, x1), loop_jacobians(model, x1 if symmetric else x2)
+    return {
+        key: torch.einsum("ncp,mdp->nmcd", first[key], second[key]).reshape(len(first[key]), -1, *out, *out)
+        for key in first
+    }
+
+
+def check(name, roles, symmetric, dtype=torch.float64, **options):
+    """Compare a kernel with the full one, reduced."""
+    model, x1, x2 = build(name, dtype)
+    kernel = empirical_ntk(model, x1, None if symmetric else x2, **axes_of(roles), **options)
+    assert_close(kernel, reduce_axes(sum(full(name, symmetric).values()), roles))
+    if symmetric:
+        assert torch.equal(kernel, exchanged(kernel, roles))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("roles", ROLES, ids="-".join)
+@pytest.mark.parametrize("route", ROUTES, ids=str)
+def test_every_combination_of_axes(route, roles, symmetric, dtype):
+    check("convolutional", roles, symmetric, dtype, **route)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("roles", ROLES, ids="-".join)
+@pytest.mark.parametrize("name", ["one_channel", "one_output", "tied", "remainder"])
+def test_other_networks(name, roles, symmetric):
+    check(name, roles, symmetric, capture="autograd")
+    check(name, roles, symmetric, check=True)
+
+
+@pytest.mark.parametrize("roles", ROLES, ids="-".join)
+@pytest.mark.parametrize("name", ["convolutional", "tied", "remainder"])
+def test_per_parameter(name, roles):
+    model, x1, x2 = build(name)
+    expected = full(name, False)
+    for route in ({}, {"capture": "autograd"}, {"method": "jacobian_contraction"}):
+        kernels = empirical_ntk(model, x1, x2, per_parameter=True, check=True, **axes_of(roles), **route)
+        assert list(kernels) == list(expected)
+        for key, kernel in kernels.items():
+            scale = reduce_axes(sum(expected.values()), roles)
+            assert_close(kernel, reduce_axes(expected[key], roles), scale=scale)
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=str)
+def test_parameters_and_check(route):
+    model, x1, x2 = build("convolutional")
+    roles = ("kept", "traced", "diagonal")
+    kernel = empirical_ntk(model, x1, x2, params=["2.weight", "0.bias"], check=True, **axes_of(roles), **route)
+    expected = full("convolutional", False)
+    assert_close(kernel, reduce_axes(expected["2.weight"] + expected["0.bias"], roles))
+
+
+@pytest.mark.parametrize("method", ["structured", "jacobian_contraction", "ntk_vector_products", "auto"])
+def test_what_output_picks_has_the_axes(method):
+    model, x1, x2 = build("convolutional")
+    roles = ("kept", "traced", "kept")
+    options = {"method": method, "output": lambda y: y.movedim(2, 1), **axes_of(roles)}
+    kernel = empirical_ntk(model, x1, x2, **options)
+    whole = sum(full("convolutional", False).values()).movedim((3, 6), (2, 5))
+    assert_close(kernel, reduce_axes(whole, roles))
+
+
+def test_devices(device):
+    model, x1, x2 = build("convolutional")
+    model, x1, x2 = model.to(device), x1.to(device), x2.to(device)
+    for route in ROUTES:
+        kernel = empirical_ntk(model, x1, x2, trace_axes=(1,), diagonal_axes=0, **route)
+        assert kernel.device == x1.device
+        assert_close(kernel, reduce_axes(sum(full("convolutional", False).values()), ("diagonal", "traced", "kept")))
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=str)
+def test_compute_is_all_axes_in_one_role(route):
+    model, x, _ = build("convolutional")
+    for compute, axes in [("trace", {"trace_axes": (0, 1, 2)}), ("diagonal", {"diagonal_axes": [0, -1, 1]})]:
+        kernel = empirical_ntk(model, x, compute=compute, **route)
+        assert torch.equal(empirical_ntk(model, x, **axes, **route), kernel)
+    assert torch.equal(empirical_ntk(model, x, trace_axes=(), **route), empirical_ntk(model, x, **route))
+
+
+def test_negative_axes_count_from_the_last_output_axis():
+    model, x, _ = build("convolutional")
+    first, second = empirical_ntk(model, x, trace_axes=(-1, -2)), empirical_ntk(model, x, trace_axes=iter([1, 2]))
+    assert torch.equal(first, second)
+    assert first.shape == (3, 3, 2, 2)
+    assert torch.equal(empirical_ntk(model, x, diagonal_axes=-3), empirical_ntk(model, x, diagonal_axes=0))
+
+
+# ---------------------------------------------------------------- a few outputs or samples at a time
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("roles", ROLES, ids="-".join)
+@pytest.mark.parametrize("budget", [1, 300, 600])
+def test_outputs_in_pieces(budget, roles, symmetric, monkeypatch):
+    monkeypatch.setattr(capture, "BUDGET", budget)
+    for name in ("convolutional", "tied", "remainder"):
+        check(name, roles, symmetric, capture="autograd")
+
+
+@settings(deadline=None)
+@given(
+    roles=st.lists(st.sampled_from(["kept", "traced", "diagonal"]), min_size=1, max_size=4),
+    size=st.integers(0, 60),
+    data=st.data(),
+)
+def test_pieces_hold_each_pair_once(roles, size, data):
+    out = Size(data.draw(st.integers(1, 4)) for _ in roles)
+    axes = axes_of(roles)
+    axes = OutputAxes(out, tuple(axes["trace_axes"]), tuple(axes["diagonal_axes"]))
+    e, f, _ = axes.roles
+    outputs = torch.randn(out.numel()).double()
+    kernel = torch.zeros(1, 1, e, f, f).double()
+    for piece in split_outputs(axes, size):
+        assert piece.outputs.numel() == piece.roles.diagonal * piece.roles.free * piece.roles.traced
+        assert piece.outputs.numel() <= max(2, size)
+        y = outputs[piece.outputs].reshape(piece.roles)
+        piece.add(kernel, torch.einsum("ecf,edf->ecd", y, y)[None, None])
+    y = outputs[axes.numbers]
+    torch.testing.assert_close(kernel[0, 0], torch.einsum("ecf,edf->ecd", y, y))
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("roles", ROLES, ids="-".join)
+def test_blocks_of_samples(roles, symmetric, monkeypatch):
+    monkeypatch.setattr(walk, "SIZES", {"cpu": 1})
+    monkeypatch.setattr(contraction, "SIZES", {})
+    for budget, kept, cached in [(1, 1, 1), (200, 1, 10**6), (1, 200, 10**6), (10**6, 10**6, 1)]:
+        monkeypatch.setattr(contraction, "BUDGET", budget)
+        monkeypatch.setattr(contraction, "SIZE_ELSEWHERE", cached)
+        monkeypatch.setattr(contraction, "KEPT", kept)
+        monkeypatch.setattr(einsum, "KEPT", kept)
+        check("convolutional", roles, symmetric, capture="backpack")
+
+
+# ---------------------------------------------------------------- what it costs
+
+
+@pytest.mark.parametrize("route", ["backpack", "autograd"])
+def test_axes_prune_the_contraction(route):
+    model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 3, 3))
+    x1, x2 = torch.randn(3, 2, 8, 8), torch.randn(2, 2, 8, 8)
+
+    def costs(**axes):
+        wanted = AxesRequest.parse("full", **axes)
+        request = Request.parse(model, x1, x2, wanted, params=None, per_parameter=True, capture=route)
+        with isolated(model):
+            return {c.parameter: c for c in _contractions(request, recorded_products(request)[1])}
+
+    whole, traced, diagonal = costs(), costs(trace_axes=(1, 2)), costs(diagonal_axes=(1, 2))
+    assert list(whole) == list(traced) == list(diagonal) == ["2.weight", "2.bias", "0.weight", "0.bias"]
+    for name in whole:
+        assert traced[name].flops <= diagonal[name].flops < whole[name].flops / 2
+        assert traced[name].memory <= diagonal[name].memory <= whole[name].memory
+
+
+# ---------------------------------------------------------------- bad arguments
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD_AXES)
+@pytest.mark.parametrize("route", ROUTES, ids=str)
+def test_bad_arguments(route, arguments, error, message):
+    model, x, _ = build("convolutional")
+    with pytest.raises(error, match=message):
+        empirical_ntk(model, x, **arguments, **route)
+
+
+@pytest.mark.parametrize("route", ROUTES, ids=str)
+def test_missing_axes_are_found_before_all_samples_are_evaluated(route, monkeypatch):
+    model, x, _ = build("convolutional")
+    sizes = batch_sizes(monkeypatch)
+    with pytest.raises(ValueError, match="trace_axes names output axis 3"):
+        empirical_ntk(model, x.repeat(30, 1, 1, 1), trace_axes=3, **route)
+    assert 0 < max(sizes) < 90
+
+
+def test_outputs_without_axes():
+    model, x, _ = BY_NAME["output_scalar"].build()
+    assert empirical_ntk(model, x, trace_axes=()).shape == (3, 3)
+    with pytest.raises(ValueError, match="Accepted, counted without the sample axis: none"):
+        empirical_ntk(model, x, trace_axes=0)
+
+
+def test_one_output_axis_beside_a_remainder():
+    model, x = CustomParameter().double(), torch.randn(3, 5).double()
+    for compute, axes in [("trace", {"trace_axes": 0}), ("diagonal", {"diagonal_axes": 0})]:
+        assert torch.equal(empirical_ntk(model, x, **axes), empirical_ntk(model, x, compute=compute))
