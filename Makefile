@@ -4,10 +4,11 @@ PYTHON_OLDEST ?= python3.10
 PYTHON_JAX ?= $(PYTHON)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
+INSTALLED_DOCS := .venv/.installed-docs
 INSTALLED_PEERS := .venv/.installed-peers
 INSTALLED_JAX := .venv-jax/.installed
 
-.PHONY: help demo test test-oldest check format benchmark clean
+.PHONY: help demo test test-oldest check format docs benchmark clean
 
 help:
 	@echo "make demo         the NTK of a small CNN by every route: agreement, times, a picture"
@@ -15,6 +16,7 @@ help:
 	@echo "make test-oldest  the tests with the oldest Python and torch that setup.cfg allows"
 	@echo "make check        format, lint and type checks alone"
 	@echo "make format       format the code"
+	@echo "make docs         the documentation and the gallery, in docs/_build/html"
 	@echo "make benchmark    ggn_ntk beside its peers: tables and plots in docs/benchmarks, on a quiet machine"
 	@echo "                  (PYTHON_JAX=python3.11 for neural-tangents, which needs Python 3.9 to 3.12)"
 	@echo "make clean        remove .venv and what the tools left"
@@ -45,6 +47,14 @@ format: $(INSTALLED)
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+$(INSTALLED_DOCS): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable ".[docs]"
+	touch $@
+
+docs: $(INSTALLED_DOCS)
+	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build/html
+	$(BIN)/python docs/check_site.py docs/_build/html
+
 $(INSTALLED_PEERS): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable ".[benchmark]"
 	touch $@
@@ -59,4 +69,4 @@ benchmark: $(INSTALLED_PEERS) $(INSTALLED_JAX)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf .venv .venv-oldest .venv-jax build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis
+	rm -rf .venv .venv-oldest .venv-jax build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis docs/_build docs/gallery

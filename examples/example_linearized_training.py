@@ -31,7 +31,7 @@ from ggn_ntk import empirical_ntk, gradient_descent_mse, linearize, max_learning
 from ggn_ntk.plots import plot_training
 
 REDUCED = os.environ.get("GGN_NTK_GALLERY") == "reduced"  # a smaller run, for tests
-SAMPLES, STEPS, SEEDS = (30, 60, 2) if REDUCED else (100, 200, 4)
+SAMPLES, STEPS, SEEDS = (30, 60, 2) if REDUCED else (80, 200, 3)
 WIDTHS = [64, 256, 1024, 2048] if REDUCED else [64, 128, 256, 512, 1024, 2048]
 
 torch.manual_seed(0)
@@ -103,7 +103,8 @@ def train(model, learning_rate, record):
 # Curves
 # ------
 #
-# The lines are the predictions, from the network before training. The markers are what training did.
+# The lines are the predictions, from the network before training. The markers are what training did. The prediction is
+# not only that of the loss: to the right are the outputs for one test image.
 
 
 def losses(train_outputs, test_outputs):
@@ -122,10 +123,6 @@ real = train(model, learning_rate, record)
 figure, (left, right) = plt.subplots(ncols=2, figsize=(10, 4), layout="constrained")
 plot_training(steps, losses(*predicted), steps[::record], losses(*real), ax=left)
 left.set(ylim=(0, None), ylabel="loss", title="Width 2048: the loss")
-
-# %%
-# The prediction is not only that of the loss: here are the outputs for one test image.
-
 one_predicted = {f"output {c}": predicted[1][:, 0, c] for c in (0, 1, 2)}
 one_real = {f"output {c}": real[1][:, 0, c] for c in (0, 1, 2)}
 plot_training(steps, one_predicted, steps[::record], one_real, ax=right)

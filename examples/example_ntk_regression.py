@@ -33,7 +33,7 @@ from ggn_ntk import (
 from ggn_ntk.plots import COLORS
 
 REDUCED = os.environ.get("GGN_NTK_GALLERY") == "reduced"  # a smaller run, for tests
-SIZES, TESTS, STEPS, NETWORKS = ([20, 60], 100, 100, 5) if REDUCED else ([25, 50, 100, 200, 400, 800], 500, 500, 20)
+SIZES, TESTS, STEPS, NETWORKS = ([20, 60], 100, 100, 5) if REDUCED else ([25, 50, 100, 200, 400], 500, 500, 10)
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -72,7 +72,7 @@ print(f"Shape [N1, N2, C, C]: {list(ntk_contraction.shape)}")
 # .. math::
 #     \mathbf{G} = \sum_n \mathbf{J}(x_n)^\top \, \mathbf{H}_n \, \mathbf{J}(x_n) = \mathbf{V} \mathbf{V}^\top ,
 #     \qquad
-#     \mathbf{V} = \left( \mathbf{J}(x_1)^\top \sqrt{\mathbf{H}_1}, \dots, \mathbf{J}(x_N)^\top
+#     \mathbf{V} = \left( \mathbf{J}(x_1)^\top \sqrt{\mathbf{H}_1}, \ldots, \mathbf{J}(x_N)^\top
 #     \sqrt{\mathbf{H}_N} \right) \in \mathbb{R}^{P \times NC} ,
 #
 # with the loss Hessian :math:`\mathbf{H}_n = \nabla^2_f \ell(f_\theta(x_n), y_n)`. ViViT computes the other

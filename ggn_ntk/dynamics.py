@@ -50,8 +50,8 @@ def gradient_flow_mse(
 
     With τ = η t / (N C) and K = Θ + diag_reg mean(diag Θ) I,
 
-        f_train(t) = f_train(0) + (exp(-K τ) - I) (f_train(0) - y)
-        f_test(t) = f_test(0) + Θ_test,train K⁻¹ (exp(-K τ) - I) (f_train(0) - y)
+    | f_train(t) = f_train(0) + (exp(-K τ) - I) (f_train(0) - y)
+    | f_test(t) = f_test(0) + Θ_test,train K⁻¹ (exp(-K τ) - I) (f_train(0) - y)
 
     (Lee et al. 2019, section 2.2), by one eigendecomposition of K for all calls. For so long a time that eigenvalues
     which cannot be told from zero matter, a jitter keeps rounding from growing large in test outputs; after infinite
@@ -68,6 +68,10 @@ def gradient_flow_mse(
         infinite; ``f_train_0`` ``[N, *out]`` and ``f_test_0`` ``[M, *out]`` are the outputs at time 0;
         ``k_test_train`` is ``[M, N, *out, *out]`` or ``[M, N]``. It returns the outputs ``f_train`` ``[*t, N, *out]``,
         or the tuple ``(f_train, f_test)`` where ``f_test_0`` is given.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a shape does not fit, the kernel is not symmetric, or a number is not accepted.
     """
     training = _Training.parse(k_train_train, y_train, diag_reg)
     rate = _rate(learning_rate, y_train)
@@ -103,6 +107,10 @@ def gradient_descent_mse(
     Returns:
         ``predict(steps, f_train_0, f_test_0=None, k_test_train=None)``, as :func:`gradient_flow_mse` returns, with a
         number of steps or an array of them in place of the time.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a shape does not fit, the kernel is not symmetric, or a number is not accepted.
     """
     training = _Training.parse(k_train_train, y_train, diag_reg)
     rate = _rate(learning_rate, y_train)
@@ -131,6 +139,10 @@ def max_learning_rate(k_train_train: Tensor, momentum: float = 0.0) -> float:
 
     Returns:
         The learning rate; infinite for the zero kernel.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a shape does not fit, the kernel is not symmetric, or a number is not accepted.
     """
     check_number("momentum", momentum, 0.0, 1.0)
     values = torch.linalg.eigvalsh(symmetric_matrix(k_train_train, "k_train_train"))
@@ -168,6 +180,7 @@ def gradient_flow(
 
     Raises:
         TypeError: If an argument is of the wrong type.
+        ValueError: If a shape does not fit, the kernel is not symmetric, or a number is not accepted.
     """
     if not callable(loss):
         raise TypeError(f"loss must be a callable loss(f, y_train), got {type(loss).__name__}.")
@@ -213,6 +226,10 @@ def kernel_ridge_regression(k_train_train: Tensor, y_train: Tensor, *, diag_reg:
 
     Returns:
         ``predict(k_test_train)``, which takes ``[M, N, *out, *out]`` or ``[M, N]`` and returns ``[M, *out]``.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a shape does not fit, the kernel is not symmetric, or a number is not accepted.
     """
     training = _Training.parse(k_train_train, y_train, diag_reg)
     weights = training.kernel.inverse() @ training.targets
@@ -239,6 +256,10 @@ def nngp_posterior(k_train_train: Tensor, y_train: Tensor, *, diag_reg: float = 
     Returns:
         ``predict(k_test_train, k_test_test)``, which takes kernels ``[M, N, *out, *out]`` and ``[M, M, *out, *out]``,
         or ``[M, N]`` and ``[M, M]``, and returns a :class:`Gaussian`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a shape does not fit, the kernel is not symmetric, or a number is not accepted.
     """
     training = _Training.parse(k_train_train, y_train, diag_reg)
     inverse = training.kernel.inverse()
@@ -272,6 +293,10 @@ def ntk_ensemble(k_train_train: EmpiricalKernels, y_train: Tensor, *, diag_reg: 
     Returns:
         ``predict(k_test_train, nngp_test_test)``, which takes the two kernels of test and training samples and the NNGP
         kernel of the test samples, and returns a :class:`Gaussian`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a shape does not fit, the kernel is not symmetric, or a number is not accepted.
     """
     check_kernels("k_train_train", k_train_train)
     training = _Training.parse(k_train_train.ntk, y_train, diag_reg, "k_train_train.ntk")

@@ -99,11 +99,13 @@ def explain(
     """Tell how :func:`ggn_ntk.empirical_ntk` computes a kernel, without contracting it.
 
     The costs are those of the contractions alone, each by itself: what parameters share, say the Gram matrix of
-    ``s`` for weight and bias, is counted for both, and passing ``s`` back is not counted.
+    ``s`` for weight and bias, is counted for both, and passing ``s`` back is not counted. opt_einsum counts them
+    (Smith, Gray: "opt_einsum - A Python package for optimizing contraction order for einsum-like expressions", Journal
+    of Open Source Software, 2018).
 
     Args:
         model: The model.
-        x1: N1 samples, as for :func:`ggn_ntk.empirical_ntk`.
+        x1: N1 samples ``[N1, ...]``, as for :func:`ggn_ntk.empirical_ntk`.
         x2: N2 samples, or ``None`` for x1.
         compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
         method: ``"structured"``, or ``"auto"``: then a model that the structured route does not support is no error.

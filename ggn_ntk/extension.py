@@ -1,7 +1,8 @@
 """The structured route as a BackPACK extension, for a training step of your own.
 
-BackPACK calls the extension at each module of the backward pass, from the loss to the input. What it passes back here
-is not a loss Hessian but ``s``, the Jacobian of the model's outputs; it starts as the identity whatever the loss is.
+BackPACK calls the extension at each module of the backward pass, from the loss to the input (Dangel, Kunstner, Hennig:
+"BackPACK: Packing more into backprop", ICLR 2020, section 2). What it passes back here is not a loss Hessian but ``s``,
+the Jacobian of the model's outputs; it starts as the identity whatever the loss is.
 """
 
 import itertools
@@ -30,12 +31,17 @@ _REMEDY = "Use ggn_ntk.empirical_ntk"
 class EmpiricalNTK(BackpropExtension):
     """BackPACK extension that contracts the empirical NTK of the batch during a backward pass.
 
-    It takes no part in the gradients, and runs beside other extensions and with any extended loss::
+    It takes no part in the gradients, and runs beside other extensions and with any extended loss:
 
-        extension = EmpiricalNTK(n1=20)
-        with backpack(extension, BatchGrad()):
-            loss_func(model(x), y).backward()
-        ntk = extension.ntk()  # samples x[:20] against x[20:]
+    >>> from backpack import backpack, extend
+    >>> from backpack.extensions import BatchGrad
+    >>> from torch import nn
+    >>> model, loss_func = extend(nn.Linear(4, 2)), extend(nn.CrossEntropyLoss())
+    >>> extension = EmpiricalNTK(n1=3)
+    >>> with backpack(extension, BatchGrad()):
+    ...     loss_func(model(torch.randn(5, 4)), torch.randint(2, (5,))).backward()
+    >>> extension.ntk().shape  # the first three samples against the other two
+    torch.Size([3, 2, 2, 2])
 
     The kernel is that of the parameters that require a gradient, in extended modules, and of the network as it ran.
     Each backward pass starts afresh, at its loss. A layer of your own needs a rule

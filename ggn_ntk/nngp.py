@@ -113,7 +113,7 @@ def empirical_kernels(
         diagonal_axes: Output axes to take at equal indices, in both kernels.
 
     Returns:
-        Both kernels, of the same shape.
+        Both kernels, each ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``, or as the axes say.
 
     Raises:
         UnsupportedModelError: If the model has no exact kernel.

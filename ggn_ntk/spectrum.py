@@ -16,8 +16,9 @@ from ggn_ntk.matrix import check_kernel, flatten, level_of_caller, rounding, sym
 def eigenvalues(kernel: Tensor) -> Tensor:
     """Compute the eigenvalues of a kernel.
 
-    They are not negative but for rounding, which moves each by up to about ``10 eps |K|`` in the Frobenius norm (see
-    :mod:`ggn_ntk.matrix`). Negative ones are returned as they are, and a warning states their size in this unit.
+    They are not negative but for rounding, which moves each by up to about ``10 eps |K|`` in the Frobenius norm (by
+    Weyl's inequality; Golub, Van Loan: "Matrix Computations", 2013, section 8.1; see :mod:`ggn_ntk.matrix`). Negative
+    ones are returned as they are, and a warning states their size in this unit.
 
     Args:
         kernel: ``[N, N, *out, *out]`` or ``[N, N]``, symmetric up to rounding.
@@ -57,6 +58,8 @@ def _report_negative(values: Tensor, dtype: torch.dtype) -> str:
 def condition_number(kernel: Tensor) -> float:
     """Compute the condition number of a kernel: its largest eigenvalue over its smallest.
 
+    It is that of a symmetric matrix in the spectral norm (Golub, Van Loan: "Matrix Computations", 2013, section 2.6).
+
     Above about ``0.1 / eps`` (machine epsilon of the kernel's dtype) it says that, and no more.
 
     Args:
@@ -84,6 +87,9 @@ def effective_rank(kernel: Tensor, definition: str = "entropy") -> float:
     - ``"participation"``: the participation ratio 1 / Σ p_i² = (Σ λ)² / Σ λ² (Bell, Dean: "Atomic Vibrations in
       Vitreous Silica", Discussions of the Faraday Society, 1970). It is never above the other: large ones weigh more.
 
+    >>> effective_rank(torch.diag(torch.tensor([2.0, 2.0, 0.0])), "participation")
+    2.0
+
     Args:
         kernel: ``[N, N, *out, *out]`` or ``[N, N]``, symmetric up to rounding. Negative eigenvalues count as zero.
         definition: ``"entropy"`` or ``"participation"``.
@@ -109,8 +115,8 @@ def effective_rank(kernel: Tensor, definition: str = "entropy") -> float:
 def kernel_target_alignment(kernel: Tensor, y: Tensor) -> float:
     """Compute the alignment of a kernel with targets.
 
-    <K, y y^T> / (|K| |y y^T|), with Frobenius products and norms (Cristianini, Shawe-Taylor, Elisseeff, Kandola: "On
-    Kernel-Target Alignment", NeurIPS 2001, section 2). It is not centred; centre the targets, or use
+    ``<K, y y^T> / (|K| |y y^T|)``, with Frobenius products and norms (Cristianini, Shawe-Taylor, Elisseeff, Kandola:
+    "On Kernel-Target Alignment", NeurIPS 2001, section 2). It is not centred; centre the targets, or use
     :func:`centered_kernel_alignment` with y y^T.
 
     Args:
@@ -137,9 +143,10 @@ def kernel_target_alignment(kernel: Tensor, y: Tensor) -> float:
 def centered_kernel_alignment(kernel1: Tensor, kernel2: Tensor) -> float:
     """Compute the centred alignment of two kernels.
 
-    <H K1 H, H K2 H> / (|H K1 H| |H K2 H|), where H subtracts the mean over samples, output by output (Cortes, Mohri,
-    Rostamizadeh: "Algorithms for Learning Kernels Based on Centered Alignment", JMLR 2012, section 2; as a similarity
-    of representations, "CKA", Kornblith, Norouzi, Lee, Hinton, ICML 2019). Scaling a kernel does not change it.
+    ``<H K1 H, H K2 H> / (|H K1 H| |H K2 H|)``, where H subtracts the mean over samples, output by output (Cortes,
+    Mohri, Rostamizadeh: "Algorithms for Learning Kernels Based on Centered Alignment", JMLR 2012, section 2; as a
+    similarity of representations, "CKA", Kornblith, Norouzi, Lee, Hinton, ICML 2019). Scaling a kernel does not change
+    it.
 
     Args:
         kernel1: ``[N, N, *out, *out]`` or ``[N, N]``.
@@ -161,8 +168,8 @@ def centered_kernel_alignment(kernel1: Tensor, kernel2: Tensor) -> float:
 def relative_kernel_change(before: Tensor, after: Tensor) -> float:
     """Compute how far a kernel has moved, say between two checkpoints of a training.
 
-    |K_after - K_before| / |K_before| in the Frobenius norm. It tells lazy training, where the kernel stays, from the
-    learning of features (Chizat, Oyallon, Bach: "On Lazy Training in Differentiable Programming", NeurIPS 2019).
+    ``|K_after - K_before| / |K_before|`` in the Frobenius norm. It tells lazy training, where the kernel stays, from
+    the learning of features (Chizat, Oyallon, Bach: "On Lazy Training in Differentiable Programming", NeurIPS 2019).
 
     Args:
         before: A kernel of any kind: ``[N1, N2, *out, *out]``, ``[N1, N2]``.

@@ -54,7 +54,11 @@ def linearize(model: Module, params: Iterable[str] | Mapping[str, Tensor] | None
         params: See :func:`taylor_expand`.
 
     Returns:
-        ``f_lin(new_params, x)``; see :class:`TaylorExpansion`.
+        ``f_lin(new_params, x)``, which returns ``[N, *out]``; see :class:`TaylorExpansion`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a parameter does not exist or a value is not accepted.
     """
     return TaylorExpansion(model, 1, params)
 
@@ -76,7 +80,11 @@ def taylor_expand(
             expansion point. The others are held constant. ``None`` for all, at the model's values.
 
     Returns:
-        ``f_k(new_params, x)``; see :class:`TaylorExpansion`.
+        ``f_k(new_params, x)``, which returns ``[N, *out]``; see :class:`TaylorExpansion`.
+
+    Raises:
+        TypeError: If an argument is of the wrong type.
+        ValueError: If a parameter does not exist or a value is not accepted.
     """
     return TaylorExpansion(model, degree, params)
 

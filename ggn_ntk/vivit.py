@@ -52,12 +52,18 @@ class AccumulateGramHook:
     """BackPACK extension hook that sums ViViT's Gram matrices over parameters.
 
     It takes no part in the gradients and leaves other extensions' quantities alone, so the kernel can be
-    read off a backward pass that is run anyway::
+    read off a backward pass that is run anyway:
 
-        hook = AccumulateGramHook()
-        with backpack(ViViTGGNExact(), BatchGrad(), extension_hook=hook):
-            loss_func(model(x), y).backward()
-        ntk = hook.ntk(loss=loss_func)
+    >>> from backpack import backpack, extend
+    >>> from backpack.extensions import BatchGrad
+    >>> from torch import nn
+    >>> from vivit.extensions.secondorder.vivit import ViViTGGNExact
+    >>> model, loss_func = extend(nn.Linear(4, 2)), extend(nn.MSELoss())
+    >>> hook = AccumulateGramHook()
+    >>> with backpack(ViViTGGNExact(), BatchGrad(), extension_hook=hook):
+    ...     loss_func(model(torch.randn(5, 4)), torch.zeros(5, 2)).backward()
+    >>> hook.ntk(loss=loss_func).shape
+    torch.Size([5, 5, 2, 2])
 
     Every backward pass starts afresh, at its loss. Frozen parameters are skipped. The kernel is that of the
     parameters and the network that took part in the pass: of extended modules only, and with active dropout of the
@@ -278,6 +284,11 @@ def empirical_ntk_vivit(
 
     Returns:
         ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``, or a dict of such kernels.
+
+    Raises:
+        UnsupportedModelError: If the model has no exact kernel, or ViViT does not get it right; lists every problem.
+        TypeError: If an argument is of the wrong type.
+        ValueError: If an argument has a value that is not accepted.
     """
     request = Request.parse(model, x1, x2, AxesRequest.parse(compute), params=params, per_parameter=per_parameter)
     with isolated(model):

@@ -1,31 +1,139 @@
-"""What the README shows, and the gallery, run."""
+"""What the README, the pages and the docstrings show runs, and so does the gallery."""
 
+import doctest
+import importlib
+import inspect
+import pkgutil
 import re
 import runpy
+import subprocess
+import sys
+from itertools import takewhile
 from pathlib import Path
+from typing import NamedTuple
 
 import matplotlib as mpl
 import pytest
 
+import ggn_ntk
+
 ROOT = Path(__file__).parent.parent
+NEURAL_TANGENTS = ROOT / ".venv-jax" / "bin" / "python"  # what `make benchmark` sets up
+
+THEIRS = ":caption: neural-tangents"
 
 mpl.use("agg")
+
+README = ROOT / "README.md"
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES += [path for path in sorted((ROOT / "docs").rglob("*.md")) if not {"_build", "gallery"} & set(path.parts)]
+MODULES = [m.name for m in pkgutil.walk_packages(ggn_ntk.__path__, "ggn_ntk.") if m.name != "ggn_ntk.__main__"]
+PUBLIC = {f"ggn_ntk.{name}": getattr(ggn_ntk, name) for name in ggn_ntk.__all__}
+for module in (ggn_ntk.plots, ggn_ntk.reference):
+    own = inspect.getmembers(module, lambda member: inspect.isfunction(member))
+    PUBLIC |= {f"{module.__name__}.{name}": f for name, f in own if f.__module__ == module.__name__ and name[0] != "_"}
+for internal in ("contract_jacobians", "multiply_vectors"):  # the same two for requests
+    del PUBLIC[f"ggn_ntk.reference.{internal}"]
+
+
+class Block(NamedTuple):
+    """A fenced block of a page: what stands behind its fence, its options and its text."""
+
+    info: str
+    options: str
+    text: str
+
+    @property
+    def language(self) -> str:
+        return self.info.removeprefix("{code-block}").split()[0] if self.info else ""
+
+
+def blocks(page: Path) -> list[Block]:
+    """The fenced blocks of a page, in order; those fenced with colons hold others, which are found by themselves."""
+    found, lines = [], iter(page.read_text().splitlines())
+    for line in lines:
+        assert not re.match(r"\s+```|\s*~~~", line), f"{page.name} has a fence that the tests do not look for"
+        if line.startswith("```"):
+            body = list(takewhile(lambda line: line != "```", lines))
+            options = list(takewhile(lambda line: line.startswith(":"), body))
+            found.append(Block(line[3:].strip(), "\n".join(options), "\n".join(body[len(options) :])))
+    return found
+
+
+def of_language(language: str) -> list[Path]:
+    return [page for page in PAGES if any(block.language == language for block in blocks(page))]
+
+
+def page_name(page: Path) -> str:
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_code_of_a_page_is_in_blocks_that_run(page):
+    """Python runs below, commands are those of the Makefile, a fence alone is a drawing, the rest is Sphinx's."""
+    assert {block.language for block in blocks(page)} <= {"python", "console", "", "{toctree}", "{include}"}
+    assert ">>>" not in page.read_text()
+    assert not any(re.search(r"^(import|from \w+ import) ", b.text, re.M) for b in blocks(page) if b.language == "")
+
+
+def run(page: Path) -> dict:
+    """Run the Python of a page, in order and in one namespace, and return that."""
+    namespace: dict = {"__name__": "page"}
+    for block in blocks(page):
+        if block.language == "python" and THEIRS not in block.options:
+            exec(compile(block.text, page_name(page), "exec"), namespace)
+    return namespace
 
 
 def test_readme(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    blocks = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(), flags=re.DOTALL)
-    assert len(blocks) >= 2
-    namespace: dict = {}
-    for block in blocks:
-        exec(compile(block, "README.md", "exec"), namespace)
-    assert namespace["ntk"].shape == (20, 5, 10, 10)
+    assert len([block for block in blocks(README) if block.language == "python"]) >= 2
+    assert run(README)["ntk"].shape == (20, 5, 10, 10)
+
+
+@pytest.mark.parametrize("page", [page for page in of_language("python") if page != README], ids=page_name)
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own, in jvp
+def test_page(page, monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
+    run(page)
+
+
+def test_page_of_neural_tangents(tmp_path):
+    """Their lines, in a Python that has neural-tangents: this one, or the one of `make benchmark`."""
+    lines = [block.text for page in PAGES for block in blocks(page) if THEIRS in block.options]
+    assert len(lines) >= 8
+    python = str(NEURAL_TANGENTS) if NEURAL_TANGENTS.exists() else sys.executable
+    if subprocess.run([python, "-c", "import neural_tangents"], capture_output=True, check=False).returncode:
+        pytest.skip("neural-tangents is not installed; `make benchmark` installs it in .venv-jax")
+    script = tmp_path / "page.py"
+    script.write_text("\n".join(lines))
+    ran = subprocess.run([python, script], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
 
 
 def test_readme_names_targets_that_exist():
-    commands = set(re.findall(r"make (\w+)  ", (ROOT / "README.md").read_text()))
+    text = "\n".join(block.text for page in PAGES for block in blocks(page) if block.language == "console")
+    commands = set(re.findall(r"^make (\w+)", text, flags=re.MULTILINE))
     targets = set(re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), flags=re.MULTILINE))
-    assert {"demo", "test"} <= commands <= targets
+    assert {"demo", "test", "docs"} <= commands <= targets
+
+
+@pytest.mark.parametrize("page", [README, ROOT / "CONTRIBUTING.md"], ids=page_name)
+def test_links_of_pages_outside_of_the_site_lead_to_files(page):
+    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
+    assert links
+    assert not [link for link in links if not (ROOT / link).exists()]
+
+
+def test_site_checker_finds_dead_links_and_empty_pages(tmp_path):
+    (tmp_path / "good.html").write_text(f'<article id="here">{"word " * 30}<a href="good.html#here">x</a></article>')
+    (tmp_path / "bad.html").write_text('<article><a href="gone.html">x</a><img src="good.html#there"></article>')
+    found = runpy.run_path(str(ROOT / "docs" / "check_site.py"))["problems"](tmp_path)
+    assert found == [
+        "bad.html: empty (1 words)",
+        "bad.html: gone.html does not exist",
+        "bad.html: good.html#there names no place on that page",
+    ]
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "examples").glob("example_*.py")), ids=lambda path: path.stem)
@@ -35,7 +143,39 @@ def test_examples(path, monkeypatch, tmp_path):
     runpy.run_path(str(path), run_name="__main__")
 
 
-def test_version_is_in_the_changelog():
-    from ggn_ntk import __version__
+@pytest.mark.parametrize("name", MODULES)
+def test_doctests(name):
+    assert doctest.testmod(importlib.import_module(name), optionflags=doctest.ELLIPSIS).failed == 0
 
-    assert f"## {__version__}" in (ROOT / "CHANGELOG.md").read_text()
+
+def test_code_in_public_docstrings_is_doctests():
+    """A literal block would be code that nothing runs."""
+    shown = {name: inspect.getdoc(item) or "" for name, item in PUBLIC.items()}
+    assert not [name for name, text in shown.items() if re.search(r"::\n\n    ", text)]
+    assert any(">>>" in text for text in shown.values())
+
+
+@pytest.mark.parametrize("name", PUBLIC)
+def test_public_name_is_in_the_reference(name):
+    pages = "".join(path.read_text() for path in sorted((ROOT / "docs" / "api").glob("*.rst")))
+    by_module = "automodule:: ggn_ntk.plots\n   :members:" in pages and name.startswith("ggn_ntk.plots.")
+    assert by_module or re.search(rf"^\.\. auto\w+:: {re.escape(name)}$", pages, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("name", [name for name, item in PUBLIC.items() if inspect.isfunction(item)])
+def test_public_function_states_shapes_and_errors(name):
+    text = inspect.getdoc(PUBLIC[name]) or ""
+    assert {"Args:", "Returns:", "Raises:"} <= set(text.splitlines())
+    assert "``[" in text
+
+
+@pytest.mark.parametrize("name", [name for name, item in PUBLIC.items() if inspect.isfunction(item)])
+def test_public_function_names_its_source(name):
+    """A publication, with its year, in its own docstring or in that of its module."""
+    if not name.startswith("ggn_ntk.plots."):  # these draw what others compute
+        texts = [inspect.getdoc(PUBLIC[name]) or "", inspect.getmodule(PUBLIC[name]).__doc__ or ""]
+        assert any(re.search(r"\b(19|20)\d\d\b", text) for text in texts)
+
+
+def test_version_is_in_the_changelog():
+    assert f"## {ggn_ntk.__version__}" in (ROOT / "CHANGELOG.md").read_text()

@@ -1,4 +1,9 @@
-"""The registry of rules, and the form in which they state a Jacobian."""
+"""The registry of rules, and the form in which they state a Jacobian.
+
+That the NTK of a layer is cheaper than a product of its Jacobians is due to their structure (Novak, Sohl-Dickstein,
+Schoenholz: "Fast Finite Width Neural Tangent Kernel", ICML 2022). Here the structure is an einsum, for convolutions too
+(Dangel: "Convolutions and More as Einsum", NeurIPS 2024).
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -14,7 +19,7 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 
 
 class OneHot(NamedTuple):
-    """One-hot vectors as an operand of :class:`Factored`, given by the places of their ones.
+    """One-hot vectors as an operand of :class:`ggn_ntk.Factored`, given by the places of their ones.
 
     They are compared and looked up, and only formed where that is cheaper.
 
@@ -45,7 +50,8 @@ class Factored:
         equation: Say ``"cno,ni->cnoi"``. The result starts with ``cn`` (output, sample), in this order; its
             other letters stand, in order, for the parameter's axes, of which adjacent ones may be merged or
             split.
-        operands: One tensor (or :class:`OneHot`) for each term on the left. Each letter has one size everywhere.
+        operands: One tensor (or :class:`ggn_ntk.rules.OneHot`) for each term on the left. Each letter has one size
+            everywhere.
     """
 
     equation: str
@@ -182,7 +188,7 @@ _BACKPROPAGATIONS: dict[type[Module], Backpropagation] = {}
 
 
 def register_backpropagation(*layer_types: type[Module], linear: bool = False) -> Callable[[_F], _F]:
-    """Register how a Jacobian passes back through layers, faster than by :func:`batched_vjp`.
+    """Register how a Jacobian passes back through layers, faster than by autograd.
 
     Args:
         *layer_types: The exact types of the layers.
