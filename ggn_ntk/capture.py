@@ -34,9 +34,9 @@ from ggn_ntk.walk import identity
 #: Numbers that ``s`` of all layers may hold before the outputs are taken in pieces.
 BUDGET = 2**27
 
-#: Numbers in a layer's output from which on the outputs are passed back one by one: several at once save calls of
-#: functions, but read and write more than a processor's cache holds. Elsewhere all pass back at once.
-ONE_BY_ONE = {"cpu": 2**18}
+#: Numbers in the output of a layer, on average, from which on the model's outputs are passed back one by one: several
+#: at once save calls of functions, but read and write more than a processor's cache holds. Elsewhere all pass at once.
+ONE_BY_ONE = {"cpu": 2**16}
 
 
 @dataclass(frozen=True)
@@ -407,7 +407,7 @@ def pull_back(output: Tensor, calls: Sequence[Call], cotangents: Tensor) -> list
     outputs = [call.output for call in calls]
     if not outputs:
         return []
-    if max(o.numel() for o in outputs) < ONE_BY_ONE.get(output.device.type, math.inf):
+    if sum(o.numel() for o in outputs) < len(outputs) * ONE_BY_ONE.get(output.device.type, math.inf):
         try:
             return list(torch.autograd.grad(output, outputs, cotangents, is_grads_batched=True, retain_graph=True))
         except Exception as error:

@@ -200,7 +200,7 @@ def _vectors(param: Tensor) -> Tensor | None:
     Returns:
         ``[V, last axis of the parameter]``, always the same ones; ``None`` where its gradient is compared in full.
     """
-    if param.ndim < 2 or param.numel() < _LARGE:
+    if param.ndim < 2 or param.numel() < _LARGE or param.shape[-1] <= _VECTORS:
         return None
     return _random_vectors(param.shape[-1], param.dtype, param.device)
 
@@ -238,8 +238,7 @@ def sketched(gradient: Tensor, param: Tensor) -> Tensor:
     vectors = _vectors(param)
     if vectors is None:
         return gradient.flatten()
-    products = vectors.to(gradient) @ gradient.reshape(-1, vectors.shape[1]).T  # faster than its transpose
-    return products.T.flatten()
+    return (vectors.to(gradient) @ gradient.reshape(-1, vectors.shape[1]).T).flatten()  # faster than its transpose
 
 
 def weighted_sum(jacobian: Factored, weights: Tensor, param: Tensor) -> Tensor:
@@ -262,7 +261,8 @@ def weighted_sum(jacobian: Factored, weights: Tensor, param: Tensor) -> Tensor:
     new = next(letter for letter in string.ascii_letters if letter not in jacobian.equation)
     terms = ",".join([*jacobian.terms, new + last])
     dtype = next(o.dtype for o in jacobian.operands if isinstance(o, Tensor))
-    product = Factored(f"{terms}->{jacobian.result[:-1]}{new}", (*jacobian.operands, vectors.to(dtype)))
+    result = jacobian.result[:2] + new + jacobian.result[2:-1]
+    product = Factored(f"{terms}->{result}", (*jacobian.operands, vectors.to(dtype)))
     return _weighted_sum(product, weights)
 
 
