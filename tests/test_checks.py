@@ -159,6 +159,32 @@ def test_samples_that_interact_where_no_output_shows_it():
         empirical_ntk(Centred(), X)
 
 
+class Kink(nn.Module):
+    """One of many units is at its kink, and rounding, which depends on how many samples there are, decides its side."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(5, 20_000), nn.Linear(20_000, 2)
+
+    def forward(self, x):
+        h = self.body(x)
+        at_kink = (h - h.detach() + (1e-9 if len(x) > 1 else -1e-9)).relu()
+        return self.head(torch.cat([at_kink[:, :1], h[:, 1:].tanh()], 1))
+
+
+class Weakly(Kink):
+    """Samples influence one another, by little."""
+
+    def forward(self, x):
+        return super().forward(x + 1e-3 * x.roll(1, 0))
+
+
+def test_kinks_that_rounding_decides_on_are_no_sign_of_interaction():
+    assert empirical_ntk(Kink(), X, method="jacobian_contraction").shape == (4, 4, 2, 2)
+    with pytest.raises(UnsupportedModelError, match="samples influence one another"):
+        empirical_ntk(Weakly(), X, method="jacobian_contraction")
+
+
 @pytest.mark.parametrize("seed", range(5))
 def test_outputs_that_cancel_are_no_sign_of_interaction(seed):
     """Two copies of a network whose outputs cancel at initialisation, a usual set-up in NTK studies."""
