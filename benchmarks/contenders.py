@@ -32,8 +32,8 @@ def prepare(contender: str, workload: Workload, device: str) -> tuple[Callable[[
     Returns:
         A function that loads samples, and one that computes the kernel from them.
     """
-    # torch's default rounds the inputs of convolutions on GPUs, which is another problem than the others solve
     torch.backends.mha.set_fastpath_enabled(False)  # torch.func does not go through it
+    # torch's default rounds the inputs of convolutions on GPUs, which is another problem than the others solve
     torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
     kernel = _CONTENDERS[contender](network(workload, device), workload)
     return lambda x: torch.from_numpy(x).to(device), kernel

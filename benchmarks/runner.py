@@ -173,7 +173,7 @@ class _Run:
     def _measure_rate(self) -> None:
         """Multiply large matrices, if the floor is wanted."""
         if self._result.floor is not None:
-            self._product.compute(0)
+            self._product.compute(0)  # primed, as contenders are
             seconds, _ = self._product.compute(0)
             time.sleep(_PAUSE)
             self._result.rates.append(2 * MATRIX_SIZE**3 / seconds)

@@ -12,8 +12,8 @@ from math import ceil
 
 from torch import Tensor
 
-#: Numbers that ``s`` may hold in a block: 8 MiB in float32, which fits a last-level cache, and on other devices as much
-#: as their memory should spare.
+#: Numbers that ``s`` may hold in a block, and an intermediate result of samples of both x1 and x2: 8 MiB in float32,
+#: which fits a last-level cache, and on other devices as much as their memory should spare.
 SIZES = {"cpu": 2**21}
 SIZE_ELSEWHERE = 2**28
 
