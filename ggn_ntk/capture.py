@@ -21,14 +21,14 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module
 
 from ggn_ntk.axes import OutputAxes
 from ggn_ntk.checks import graph_nodes, is_out_of_memory, random_state
 from ggn_ntk.pieces import Piece, split_outputs
 from ggn_ntk.request import Inputs, Request
-from ggn_ntk.rules import Factored, OneHot, rule_for
+from ggn_ntk.rules import Factored, OneHot, Rule, inner_of, rule_for
 from ggn_ntk.walk import identity
 
 #: Numbers that ``s`` of all layers may hold before the outputs are taken in pieces.
@@ -38,6 +38,8 @@ BUDGET = 2**27
 #: at once save calls of functions, but read and write more than a processor's cache holds. Elsewhere all pass at once.
 ONE_BY_ONE = {"cpu": 2**16}
 
+_TRANSPOSED = "TBackward0"
+
 
 @dataclass(frozen=True)
 class Call:
@@ -45,8 +47,10 @@ class Call:
 
     Attributes:
         module: The layer.
+        rule: Its rule.
         x: Its input, with the samples in front; a tuple where it took several arguments.
-        output: What it returned, in the graph of the model's output.
+        edge: Where its output is in the graph of the model's output.
+        shape: Shape of its output.
         params: Its wanted parameters: their names on the layer, and those users know them by.
         axis: The axis of the samples in the output; ``None`` where it is not known.
         rows: How many entries of that axis, one behind the other, belong to a sample.
@@ -54,8 +58,10 @@ class Call:
     """
 
     module: Module
+    rule: Rule
     x: Any
-    output: Tensor
+    edge: GradientEdge
+    shape: Size
     params: dict[str, str]
     axis: int | None
     rows: int
@@ -70,10 +76,8 @@ class Call:
         Returns:
             The Jacobians, by the names users know parameters by; those that the rule does not state are left out.
         """
-        rule = rule_for(self.module)
-        assert rule is not None
         assert self.axis is not None
-        factored = rule(self.module, self.x, s.movedim(1 + self.axis, 1))
+        factored = self.rule(self.module, self.x, s.movedim(1 + self.axis, 1))
         return {name: _split_rows(factored[key], self.rows) for key, name in self.params.items() if key in factored}
 
 
@@ -163,14 +167,15 @@ def record(
         The recording.
     """
     calls: list[Call] = []
-    n, repeated = len(inputs), False
+    n, number, repeated = len(inputs), 0, False
 
     def take(module: Module, args: tuple[Any, ...], output: Tensor, params: dict[str, str]) -> Tensor:
-        nonlocal repeated
+        nonlocal number, repeated
         sources = tuple(get_gradient_edge(t).node for t in _tensors(args) if t.requires_grad)
         args, output = _map_tensors(Tensor.detach, args), output.view_as(output)  # a node of the graph of its own
         shape = None
-        layout = None if layouts is None else _layout_of(module, layouts[len(calls) :])
+        layout = None if layouts is None else _layout_of(module, layouts[number:])
+        number += 1
         axis, rows = (0, len(output) // n) if layouts is None else _sample_axis(layout, output, n)
         if layout is not None and axis is not None:
             moved = (_to_front(x, *shapes) for x, shapes in zip(args, layout.args, strict=False))
@@ -180,7 +185,10 @@ def record(
             args = _map_tensors(lambda t: t.expand(n, *t.shape[kept:]), args)
             shape, output, axis, rows = output.shape, output.expand(n, *output.shape[kept:]), 0, 1
             repeated = n > 1
-        calls.append(Call(module, args[0] if len(args) == 1 else args, output, params, axis, rows, sources))
+        x, rule = args[0] if len(args) == 1 else args, rule_for(module)
+        assert rule is not None
+        call = Call(module, rule, x, get_gradient_edge(output), output.shape, params, axis, rows, sources)
+        calls.extend(_split_call(call, output) if shape is None else [call])
         # A copy, so that the recorded output stays as it is where others work in place.
         return output.clone() if n > 1 or shape is None else output.reshape(shape).clone()
 
@@ -188,6 +196,45 @@ def record(
     with hooked(request, take), torch.enable_grad():
         result = request.evaluate(None, inputs)
     return Recording(calls, result, before == random_state(request.model), repeated)
+
+
+def _split_call(call: Call, output: Tensor) -> list[Call]:
+    """Tell a product with a parameter inside of a layer from the rest of the layer.
+
+    Args:
+        call: A call of the layer.
+        output: Its output.
+
+    Returns:
+        The layer without the product, and the product; the call as it is where there is none in the graph.
+    """
+    inner = inner_of(call.module, call.x) if call.axis is not None and call.rows == 1 else None
+    if inner is None:
+        return [call]
+    own = {id(p) for name in inner.params if (p := getattr(call.module, name)) is not None}
+    inside = graph_nodes(output, dict.fromkeys(call.sources, ()))
+    nodes = (n for n in inside if n.name() != _TRANSPOSED and any(id(_leaf(m)) in own for m, _ in n.next_functions))
+    node = next(nodes, None)  # the nearest to the output: a bias may be added by a node of its own
+    if node is None or math.prod(node._input_metadata[0].shape) != inner.shape.numel():
+        return [call]
+    names = [{k: v for k, v in call.params.items() if (k in inner.params) == enters} for enters in (True, False)]
+    edge = GradientEdge(node, 0)
+    product = replace(call, rule=inner.rule, edge=edge, shape=inner.shape, params=names[0], axis=inner.axis)
+    return [replace(call, rule=inner.outer_rule, params=names[1]), product]
+
+
+def _leaf(node: Node | None) -> Any:
+    """Look up the parameter that a node of a graph accumulates the gradient of, itself or behind a transposition.
+
+    Args:
+        node: The node.
+
+    Returns:
+        The parameter, or ``None``.
+    """
+    while node is not None and node.name() == _TRANSPOSED:
+        node = node.next_functions[0][0]
+    return getattr(node, "variable", None)
 
 
 @contextmanager
@@ -389,8 +436,35 @@ def used_elsewhere(recording: Recording) -> set[int]:
     Returns:
         The ids of parameters that are used outside of the calls of layers that have rules.
     """
-    sources = {call.output.grad_fn: call.sources for call in recording.calls}
+    sources = {call.edge.node: call.sources for call in recording.calls}
     return {id(getattr(node, "variable", None)) for node in graph_nodes(recording.output, sources)}
+
+
+def pass_back(
+    output: Tensor, calls: Sequence[Call], cotangents: Tensor, params: Sequence[Tensor] = (), *, batched: bool = False
+) -> tuple[list[Tensor | None], tuple[Tensor | None, ...]]:
+    """Pass cotangents back to layers.
+
+    Args:
+        output: The model's output ``[N, *out]``, in a graph, which is kept.
+        calls: Calls of layers.
+        cotangents: ``[N, *out]``.
+        params: Parameters.
+        batched: Whether there are several, ``[K, N, *out]``.
+
+    Returns:
+        ``[*output]`` of each call, or ``[K, *output]``, and the gradient of each parameter, or with ``K`` in front;
+        ``None`` where the output does not depend on it.
+    """
+    inputs: Any = [*(call.edge for call in calls), *params]
+    if not inputs or not output.requires_grad:
+        return [None] * len(calls), (None,) * len(params)
+    found = torch.autograd.grad(
+        output, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=batched
+    )
+    lead = cotangents.shape[:batched]
+    passed = zip(found[: len(calls)], calls, strict=True)
+    return [None if s is None else s.reshape(*lead, *call.shape) for s, call in passed], found[len(calls) :]
 
 
 def pull_back(output: Tensor, calls: Sequence[Call], cotangents: Tensor) -> list[Tensor]:
@@ -404,41 +478,42 @@ def pull_back(output: Tensor, calls: Sequence[Call], cotangents: Tensor) -> list
     Returns:
         ``[K, *output]`` for each call.
     """
-    outputs = [call.output for call in calls]
-    if not outputs:
-        return []
-    if sum(o.numel() for o in outputs) < len(outputs) * ONE_BY_ONE.get(output.device.type, math.inf):
+    if sum(call.shape.numel() for call in calls) < len(calls) * ONE_BY_ONE.get(output.device.type, math.inf):
         try:
-            return list(torch.autograd.grad(output, outputs, cotangents, is_grads_batched=True, retain_graph=True))
+            return [s for s in pass_back(output, calls, cotangents, batched=True)[0] if s is not None]
         except Exception as error:
             if is_out_of_memory(error):
                 raise
-    found = [_room(call, len(cotangents)) for call in calls]
+    found: list[Tensor] = []
     for k, cotangent in enumerate(cotangents):
-        passed = torch.autograd.grad(output, outputs, cotangent, retain_graph=True)
-        for whole, part in zip(found, passed, strict=True):
+        parts = [s for s in pass_back(output, calls, cotangent)[0] if s is not None]
+        found = found or [_room(call, part, len(cotangents)) for call, part in zip(calls, parts, strict=True)]
+        for whole, part in zip(found, parts, strict=True):
             whole[k].copy_(part)
     return found
 
 
-def _room(call: Call, k: int) -> Tensor:
+def _room(call: Call, part: Tensor, k: int) -> Tensor:
     """Make room for the cotangents of a layer's output.
 
     Args:
         call: The call of the layer.
+        part: The first cotangent.
         k: The number of cotangents K.
 
     Returns:
-        ``[K, *output]``. Samples are outermost in memory, K is next to innermost: positions lie behind one another,
-        over which products sum, and cotangents and channels are one axis for them.
+        ``[K, *output]``. Samples are outermost in memory. Behind them are positions, if there are more of them than
+        channels: products sum over them, to which K and channels are one axis. Fewer positions stay beside their
+        channels, behind K: products that keep either leave them one axis for the next.
     """
-    output, strides = call.output, call.output.stride()
-    axes = sorted(range(output.ndim), key=lambda axis: (axis != call.axis, -strides[axis]))
-    place = max(1, output.ndim - 1)
-    axes.insert(place, output.ndim)
-    sizes = [*output.shape, k]
-    room = output.new_empty([sizes[axis] for axis in axes])
-    return room.permute(place, *(axes.index(axis) for axis in range(output.ndim)))
+    strides = part.contiguous().stride() if 0 in part.stride() else part.stride()
+    axes = sorted(range(part.ndim), key=lambda axis: (axis != call.axis, -strides[axis]))
+    channels = part.shape[axes[-1]]
+    place = max(1, part.ndim - 1) if part.numel() > part.shape[axes[0]] * channels**2 else 1
+    axes.insert(place, part.ndim)
+    sizes = [*part.shape, k]
+    room = part.new_empty([sizes[axis] for axis in axes])
+    return room.permute(place, *(axes.index(axis) for axis in range(part.ndim)))
 
 
 class Capture:
@@ -476,7 +551,7 @@ class Capture:
         Returns:
             The pieces.
         """
-        per_output = sum(call.output.numel() for call in self._calls)
+        per_output = sum(call.shape.numel() for call in self._calls)
         return split_outputs(axes, BUDGET // max(1, per_output))
 
     def jacobians(self, outputs: Tensor, parts: object) -> Iterator[dict[str, Factored]]:

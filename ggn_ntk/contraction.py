@@ -82,7 +82,8 @@ def _summed(
         operands = looked_up(restrict(product, rows, columns))
         factors = contract_to_last(operands, product.result, memo, sizes)
         if not set(product.result).issuperset("".join(o.letters for o in factors)):
-            factors = [step(factors, set(product.result), memo)]
+            by_size = sorted(factors, key=lambda o: -o.tensor.numel())  # many rows and few columns are the faster
+            factors = [step(by_size, set(product.result), memo)]
         large, *others = sorted(factors, key=lambda o: -o.tensor.numel())
         other: Tensor | int = aligned(others[0], product.result) if others else 1
         key = (name, large.key, large.letters)

@@ -22,12 +22,12 @@ from ggn_ntk.einsum import (
     Memo,
     Operand,
     aligned,
+    as_matrices,
     as_operand,
     contract,
     contract_to_last,
     multiply,
     path_of,
-    result_letters,
 )
 from ggn_ntk.lookup import cost, dense, without_data
 from ggn_ntk.rules import Factored, OneHot
@@ -218,8 +218,8 @@ def contract_into(part: Part, whole: Joined, block: slice) -> None:
     else:
         a, b = taken
         sizes = {letter: size for o in taken for letter, size in zip(o.letters, o.tensor.shape, strict=True)}
-        letters = result_letters(a, b, set(part.letters))
-        multiply(a, b, letters, set(part.letters), Memo(), whole.room(block, letters, sizes, a.tensor))
+        product = as_matrices(a, b, set(part.letters))
+        multiply(product, Memo(), whole.room(block, product.letters, sizes, a.tensor))
 
 
 def _groups_before_meeting(product: Doubled, n: int, m: int) -> list[list[int]] | None:

@@ -191,30 +191,84 @@ def step(taken: list[Operand], needed: set[str], memo: Memo) -> Operand:
     if len(taken) == 1:
         return taken[0]
     a, b = taken
-    letters = result_letters(a, b, needed)
+    product = as_matrices(a, b, needed)
+    letters = product.letters
     names: dict[str, int] = {}
     pattern = tuple(
         tuple(names.setdefault(letter, len(names)) for letter in t) for t in (a.letters, b.letters, letters)
     )
     key = (a.key, b.key, pattern)
-    return Operand(letters, memo.get(key, letters, lambda: multiply(a, b, letters, needed, memo)), key)
+    return Operand(letters, memo.get(key, letters, lambda: multiply(product, memo)), key)
 
 
-def result_letters(a: Operand, b: Operand, needed: set[str]) -> str:
-    """Order the letters of a product as matrix products leave them in memory.
+class Matrices(NamedTuple):
+    """How two operands are multiplied as matrices.
+
+    Attributes:
+        first: The factor that gives the rows.
+        second: The factor that gives the columns.
+        batch: Letters of the batch of matrices, of which the first factor may lack some: it is repeated along these.
+        rows: Letters of the first factor alone.
+        summed: Letters that are summed.
+        columns: Letters of the second factor alone.
+    """
+
+    first: Operand
+    second: Operand
+    batch: list[str]
+    rows: list[str]
+    summed: list[str]
+    columns: list[str]
+
+    @property
+    def letters(self) -> str:
+        """The letters of the product, as it lies in memory."""
+        return "".join(self.batch + self.rows + self.columns)
+
+
+def as_matrices(a: Operand, b: Operand, needed: set[str]) -> Matrices:
+    """Order the letters of a product of two operands.
 
     Args:
-        a: The left factor.
-        b: The right factor.
+        a: One factor.
+        b: The other factor.
         needed: Letters that must remain.
 
     Returns:
-        Letters of both, then of the left, then of the right, each as they lie in memory.
+        The order: rows from ``a`` and columns from ``b``, each as they lie in memory. But where rows of the larger
+        factor lie both outside and inside of what is summed, so that they are no one axis without a copy of it, the
+        outer ones go to the batch and the inner ones are the columns, if the other factor can be repeated for less.
     """
-    batch = [letter for letter in _by_stride(a) if letter in b.letters and letter in needed]
-    left = [letter for letter in _by_stride(a) if letter not in b.letters]
-    right = [letter for letter in _by_stride(b) if letter not in a.letters]
-    return "".join(batch + left + right)
+    larger, smaller = (a, b) if a.tensor.numel() >= b.tensor.numel() else (b, a)
+    summed = [letter for letter in _by_stride(larger) if letter in smaller.letters and letter not in needed]
+    outer = _outer_rows(larger, smaller, summed)
+    first, second = (smaller, larger) if outer else (a, b)
+    shared = needed.intersection(a.letters, b.letters).union(outer)
+    batch = [letter for letter in _by_stride(larger if outer else a) if letter in shared]
+    rows = [letter for letter in _by_stride(first) if letter not in second.letters]
+    columns = [letter for letter in _by_stride(second) if letter not in (*first.letters, *outer)]
+    return Matrices(first, second, batch, rows, summed, columns)
+
+
+def _outer_rows(larger: Operand, smaller: Operand, summed: list[str]) -> list[str]:
+    """Find rows of the larger factor that lie outside of what is summed, others lying inside.
+
+    Args:
+        larger: The larger factor.
+        smaller: The other factor.
+        summed: Letters that are summed, at least one of them.
+
+    Returns:
+        The letters of these rows; none where the other factor would be no smaller when it is repeated for each.
+    """
+    order = _by_stride(larger)
+    places = [order.index(letter) for letter in summed]
+    if not summed or all(letter in smaller.letters for letter in order[min(places) :]):
+        return []
+    outer = [letter for letter in order[: min(places)] if letter not in smaller.letters]
+    sizes = dict(zip(larger.letters, larger.tensor.shape, strict=True))
+    times = prod(sizes[letter] for letter in outer)
+    return outer if times * smaller.tensor.numel() < larger.tensor.numel() else []
 
 
 def _by_stride(operand: Operand) -> list[str]:
@@ -230,64 +284,62 @@ def _by_stride(operand: Operand) -> list[str]:
     return sorted(operand.letters, key=lambda letter: -strides[letter])
 
 
-def multiply(a: Operand, b: Operand, letters: str, needed: set[str], memo: Memo, out: Tensor | None = None) -> Tensor:
+def multiply(product: Matrices, memo: Memo, out: Tensor | None = None) -> Tensor:
     """Multiply two operands: entry by entry where no letter is summed, else as matrices.
 
     Args:
-        a: The left factor.
-        b: The right factor.
-        letters: The letters of the result, from :func:`result_letters`.
-        needed: Letters that must remain.
+        product: The operands, and the order of their letters.
         memo: Keeps copies of operands.
         out: Where to put the product.
 
     Returns:
-        The product.
+        The product, with an axis for each of its letters.
     """
     if out is not None and not out.is_contiguous():
-        return out.copy_(multiply(a, b, letters, needed, memo))
-    larger, smaller = (a, b) if a.tensor.numel() >= b.tensor.numel() else (b, a)
+        return out.copy_(multiply(product, memo))
+    first, second, letters = product.first, product.second, product.letters
+    if not product.summed:
+        return torch.mul(aligned(first, letters), aligned(second, letters), out=out)
+    larger, smaller = (first, second) if first.tensor.numel() >= second.tensor.numel() else (second, first)
     order = _by_stride(larger)
-    summed = [letter for letter in order if letter in smaller.letters and letter not in needed]
-    if not summed:
-        return torch.mul(aligned(a, letters), aligned(b, letters), out=out)
-    batch = [letter for letter in letters if letter in a.letters and letter in b.letters]
-    if order[-1] in batch and set(smaller.letters) <= set(larger.letters):  # vectors, that no matrix product runs along
+    if order[-1] in product.batch and set(smaller.letters) <= set(larger.letters):  # vectors: no matrix has rows along
         terms = torch.mul(aligned(larger, "".join(order)), aligned(smaller, "".join(order)))
-        kept = "".join(letter for letter in order if letter not in summed)
-        total = Operand(kept, terms.sum([order.index(letter) for letter in summed]), key=None)
+        kept = "".join(letter for letter in order if letter not in product.summed)
+        total = Operand(kept, terms.sum([order.index(letter) for letter in product.summed]), key=None)
         return aligned(total, letters) if out is None else out.copy_(aligned(total, letters))
-    sizes = dict(zip(a.letters + b.letters, a.tensor.shape + b.tensor.shape, strict=True))
-    left = [letter for letter in letters if letter not in b.letters]
-    right = [letter for letter in letters if letter not in a.letters]
-    first, second = _matrices(a, (batch, left, summed), memo), _matrices(b, (batch, summed, right), memo)
-    product = torch.bmm(first, second, out=None if out is None else out.view(*first.shape[:2], second.shape[2]))
-    return product.reshape([sizes[letter] for letter in letters])
+    sizes = dict(zip(first.letters + second.letters, first.tensor.shape + second.tensor.shape, strict=True))
+    left = _matrices(first, (product.batch, product.rows, product.summed), sizes, memo)
+    right = _matrices(second, (product.batch, product.summed, product.columns), sizes, memo)
+    found = torch.bmm(left, right, out=None if out is None else out.view(*left.shape[:2], right.shape[2]))
+    return found.reshape([sizes[letter] for letter in letters])
 
 
-def _matrices(operand: Operand, groups: tuple[list[str], ...], memo: Memo) -> Tensor:
+def _matrices(operand: Operand, groups: tuple[list[str], ...], sizes: Mapping[str, int], memo: Memo) -> Tensor:
     """Merge groups of letters to one axis each, without a copy where the operand's memory allows.
 
     Args:
         operand: The operand.
         groups: Letters of the batch of matrices, of their rows, and of their columns.
+        sizes: The size of each letter.
         memo: Keeps copies.
 
     Returns:
         ``[batch, rows, columns]``. A copy keeps innermost in memory what was, to be made in long runs.
     """
     if not memo.keep_copies:
-        return _merged(operand, groups)
-    key = (operand.key, tuple(tuple(operand.letters.index(letter) for letter in group) for group in groups))
-    return memo.get(key, operand.letters, lambda: _merged(operand, groups))
+        return _merged(operand, groups, sizes)
+    names = {letter: operand.letters.find(letter) for group in groups for letter in group}
+    key = (operand.key, tuple(tuple((names[letter], sizes[letter]) for letter in group) for group in groups))
+    return memo.get(key, operand.letters, lambda: _merged(operand, groups, sizes))
 
 
-def _merged(operand: Operand, groups: tuple[list[str], ...]) -> Tensor:
+def _merged(operand: Operand, groups: tuple[list[str], ...], sizes: Mapping[str, int]) -> Tensor:
     """Merge groups of letters; see :func:`_matrices`.
 
     Args:
         operand: The operand.
         groups: The groups.
+        sizes: The size of each letter.
 
     Returns:
         ``[batch, rows, columns]``.
@@ -295,8 +347,8 @@ def _merged(operand: Operand, groups: tuple[list[str], ...]) -> Tensor:
     batch, rows, columns = groups
     transposed = _by_stride(operand)[-1] in rows
     order = (batch, columns, rows) if transposed else groups
-    tensor = operand.tensor.permute([operand.letters.index(letter) for group in order for letter in group])
-    sizes = dict(zip(operand.letters, operand.tensor.shape, strict=True))
+    letters = [letter for group in order for letter in group]
+    tensor = aligned(operand, "".join(letters)).expand([sizes[letter] for letter in letters])
     merged = tensor.reshape([prod(sizes[letter] for letter in group) for group in order])
     if merged.stride(2) != 1 and merged.stride(1) != 1:  # bmm would copy one matrix after the other
         merged = merged.contiguous()

@@ -21,7 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ggn_ntk.capture import Call, Layout, Recording, record, used_elsewhere
+from ggn_ntk.capture import Call, Layout, Recording, pass_back, record, used_elsewhere
 from ggn_ntk.checks import (
     TRIES,
     UnsupportedModelError,
@@ -100,10 +100,9 @@ def find_samples(request: Request, recording: Recording) -> tuple[list[Call], di
     output, n = recording.output, len(recording.output)
     failures = _used_elsewhere(request, recording)
     t, r = cotangent(output[:1], seed=0), cotangent(output.new_empty(n), seed=1)
-    outputs, tolerance = [call.output for call in recording.calls], probe_tolerance(output)
+    tolerance = probe_tolerance(output)
     same, weighted = (
-        torch.autograd.grad(output, outputs, v, retain_graph=True, allow_unused=True) if outputs else ()
-        for v in (t.expand_as(output), r.reshape(-1, *[1] * (t.ndim - 1)) * t)
+        pass_back(output, recording.calls, v)[0] for v in (t.expand_as(output), r.reshape(-1, *[1] * (t.ndim - 1)) * t)
     )
     largest = max((total_norm([w]) for w in weighted if w is not None), default=0.0)
     calls = []
@@ -117,7 +116,7 @@ def find_samples(request: Request, recording: Recording) -> tuple[list[Call], di
             rows = r.repeat_interleave(call.rows).reshape(-1, *[1] * (s.ndim - 1 - call.axis))
             error = gradient_error(s * rows, w, largest)
         if not error <= tolerance:
-            what = f"samples are not told apart in an output {list(call.output.shape)} of its layer"
+            what = f"samples are not told apart in an output {list(call.shape)} of its layer"
             failures |= dict.fromkeys(call.params.values(), what)
     return calls, failures
 
@@ -159,7 +158,7 @@ def _jacobians(call: Call, s: Tensor, n: int) -> dict[str, Factored]:
         ValueError: If they are not.
     """
     if call.axis is None:
-        raise ValueError(f"samples are not an axis of its output of shape {list(call.output.shape)}")
+        raise ValueError(f"samples are not an axis of its output of shape {list(call.shape)}")
     jacobians = call.jacobians(s)
     for jacobian in jacobians.values():
         if jacobian.sizes["n"] != n:
@@ -167,9 +166,7 @@ def _jacobians(call: Call, s: Tensor, n: int) -> dict[str, Factored]:
     return jacobians
 
 
-def _gradients(
-    request: Request, recording: Recording, v: Tensor
-) -> tuple[tuple[Tensor | None, ...], dict[str, Tensor]]:
+def _gradients(request: Request, recording: Recording, v: Tensor) -> tuple[list[Tensor | None], dict[str, Tensor]]:
     """Compute gradients in a graph that is kept.
 
     Args:
@@ -181,14 +178,9 @@ def _gradients(
         The gradients of ``sum v f`` with respect to the outputs of calls, and, :func:`sketched`, to wanted parameters,
         by name.
     """
-    outputs, params = [call.output for call in recording.calls], list(request.params.values())
-    found: tuple[Tensor | None, ...] = (None,) * (len(outputs) + len(params))
-    if recording.output.requires_grad:
-        found = torch.autograd.grad(recording.output, [*outputs, *params], v, allow_unused=True)
-    gradients = zip(request.params.items(), found[len(outputs) :], strict=True)
-    return found[: len(outputs)], {
-        name: sketched(torch.zeros_like(p) if g is None else g, p) for (name, p), g in gradients
-    }
+    passed, found = pass_back(recording.output, recording.calls, v, list(request.params.values()))
+    gradients = zip(request.params.items(), found, strict=True)
+    return passed, {name: sketched(torch.zeros_like(p) if g is None else g, p) for (name, p), g in gradients}
 
 
 def _vectors(param: Tensor) -> Tensor | None:

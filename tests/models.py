@@ -357,7 +357,7 @@ MODELS = [
         with_memory,
         missed=(*PACKED, "attention.bias_k", "attention.bias_v"),
     ),
-    Model("attention_weights_used", ViewedWeights, with_memory, missed=PACKED[:2]),
+    Model("attention_weights_used", ViewedWeights, with_memory),
     Model("checkpointed", partial(Checkpointed, False), normal(5)),
     *(
         Model(kind.__name__, partial(Recurrent, kind), normal(3, 3), missed=RECURRENT)

@@ -15,10 +15,12 @@ axes (adjacent axes may be merged or split), and all remaining letters are summe
 from ggn_ntk.rules.registry import (
     Backpropagation,
     Factored,
+    Inner,
     OneHot,
     Rule,
     backpropagation_for,
     channels_last,
+    inner_of,
     register_backpropagation,
     register_rule,
     rule_for,
@@ -39,6 +41,7 @@ from ggn_ntk.rules import (  # isort: skip
 __all__ = [
     "Backpropagation",
     "Factored",
+    "Inner",
     "OneHot",
     "Rule",
     "activation",
@@ -47,6 +50,7 @@ __all__ = [
     "channels_last",
     "convolution",
     "embedding",
+    "inner_of",
     "linear",
     "normalization",
     "pooling",

@@ -1,6 +1,7 @@
 """Multi-head attention, whose projections are no modules of their own.
 
-They are linear layers; what lies between them is left to autograd.
+They are linear layers; what lies between them is left to autograd. In self-attention autograd meets the projections in
+on its way through the model; else ``s`` is passed back through the heads once more.
 
 Letters: ``o``, ``i`` output and input features; ``g`` query, key and value; ``p`` positions.
 """
@@ -9,10 +10,10 @@ from collections.abc import Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Size, Tensor, nn
 from torch.nn import functional as F
 
-from ggn_ntk.rules.registry import Factored, register_rule
+from ggn_ntk.rules.registry import Factored, Inner, register_inner, register_rule
 
 
 @register_rule(nn.MultiheadAttention)
@@ -27,27 +28,95 @@ def multihead_attention(module: nn.MultiheadAttention, x: tuple[Any, ...], s: Te
     Returns:
         The Jacobians of weights and biases of the projections in and out; of none for options that add keys.
     """
-    if module.bias_k is not None or module.add_zero_attn:
+    if _adds_keys(module):
         return {}
-    inputs, options = x[:3], dict(zip(("mask", "need_weights", "attn_mask"), x[3:6], strict=False))
+    inputs = x[:3]
     queries = [t.requires_grad_() for t in _project(module, inputs)]
     with torch.enable_grad():
-        attended = _attend(module, queries, options.get("mask"), options.get("attn_mask"))
+        attended = _attend(module, queries, *x[3:])
     passed = torch.autograd.grad(attended, queries, s @ module.out_proj.weight, is_grads_batched=True)
-    jacobians = {
-        "out_proj.weight": Factored("cnpo,npi->cnoi", (s, attended.detach())),
-        "out_proj.bias": Factored("cnpo->cno", (s,)),
-        "in_proj_bias": Factored("cngpo->cngo", (_stack(passed, 2),)),
-    }
+    jacobians = _out_projection(attended.detach(), s)
+    jacobians["in_proj_bias"] = Factored("cngpo->cngo", (_stack(passed, 2),))
     if module.in_proj_weight is None:
         for key, own, t in zip("qkv", passed, inputs, strict=True):
             jacobians[f"{key}_proj_weight"] = Factored("cnpo,npi->cnoi", (own, t))
-    elif all(t.data_ptr() == inputs[0].data_ptr() and t.shape == inputs[0].shape for t in inputs):
-        jacobians["in_proj_weight"] = Factored("cnpo,npi->cnoi", (torch.cat(passed, -1), inputs[0]))
     else:
         operands = (_stack(passed, 2), _stack(inputs, 1))
         jacobians["in_proj_weight"] = Factored("cngpo,ngpi->cngoi", operands)
     return jacobians
+
+
+@register_inner(multihead_attention)
+def self_attention(module: nn.MultiheadAttention, x: tuple[Any, ...]) -> Inner | None:
+    """State where the queries, keys and values of self-attention come from: a single product.
+
+    Args:
+        module: The layer.
+        x: Its arguments, as above.
+
+    Returns:
+        The product, ``[T, N, 3 O]`` in :func:`torch.nn.functional.multi_head_attention_forward`.
+    """
+    same = all(t.data_ptr() == x[0].data_ptr() and t.shape == x[0].shape for t in x[:3])
+    if _adds_keys(module) or module.in_proj_weight is None or not same:
+        return None
+    n, positions = x[0].shape[:2]
+    shape = Size([positions, n, len(module.in_proj_weight)])
+    return Inner(("in_proj_weight", "in_proj_bias"), shape, 1, packed_projection, projection_out)
+
+
+def packed_projection(module: nn.MultiheadAttention, x: tuple[Any, ...], s: Tensor) -> dict[str, Factored]:
+    """Write the Jacobians of the projection to queries, keys and values.
+
+    Args:
+        module: The layer.
+        x: Its arguments.
+        s: ``[C, N, T, 3 O]``, for queries, keys and values.
+
+    Returns:
+        The Jacobians.
+    """
+    return {"in_proj_weight": Factored("cnpo,npi->cnoi", (s, x[0])), "in_proj_bias": Factored("cnpo->cno", (s,))}
+
+
+def projection_out(module: nn.MultiheadAttention, x: tuple[Any, ...], s: Tensor) -> dict[str, Factored]:
+    """Write the Jacobians of the projection of what the heads return.
+
+    Args:
+        module: The layer.
+        x: Its arguments.
+        s: ``[C, N, T, O]``.
+
+    Returns:
+        The Jacobians.
+    """
+    return _out_projection(_attend(module, _project(module, x[:3]), *x[3:]), s)
+
+
+def _out_projection(attended: Tensor, s: Tensor) -> dict[str, Factored]:
+    """Write the Jacobians of the projection of what the heads return.
+
+    Args:
+        attended: What they return, ``[N, T, O]``.
+        s: ``[C, N, T, O]``.
+
+    Returns:
+        The Jacobians.
+    """
+    weight = Factored("cnpo,npi->cnoi", (s, attended))
+    return {"out_proj.weight": weight, "out_proj.bias": Factored("cnpo->cno", (s,))}
+
+
+def _adds_keys(module: nn.MultiheadAttention) -> bool:
+    """Tell whether a layer attends to keys and values of its own.
+
+    Args:
+        module: The layer.
+
+    Returns:
+        Whether it does.
+    """
+    return module.bias_k is not None or module.add_zero_attn
 
 
 def _project(module: nn.MultiheadAttention, inputs: Sequence[Tensor]) -> list[Tensor]:
@@ -68,7 +137,12 @@ def _project(module: nn.MultiheadAttention, inputs: Sequence[Tensor]) -> list[Te
 
 
 def _attend(
-    module: nn.MultiheadAttention, projected: Sequence[Tensor], padding: Tensor | None, mask: Tensor | None
+    module: nn.MultiheadAttention,
+    projected: Sequence[Tensor],
+    padding: Tensor | None = None,
+    need_weights: bool = True,
+    mask: Tensor | None = None,
+    *options: bool,
 ) -> Tensor:
     """Compute what the heads return.
 
@@ -76,7 +150,9 @@ def _attend(
         module: The layer.
         projected: Queries ``[N, T, O]``, keys and values ``[N, S, O]``.
         padding: ``[N, S]``, which keys to leave out: true, or minus infinity.
+        need_weights: Decides on another result.
         mask: ``[T, S]`` or ``[N * heads, T, S]``, the same for each query.
+        *options: Decide on another result, or how a mask may be used.
 
     Returns:
         ``[N, T, O]``.

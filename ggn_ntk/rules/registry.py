@@ -170,6 +170,58 @@ def _rule_by_name(name: str) -> Rule | None:
     return next((rule for pattern, rule in _RULES_BY_NAME.items() if fnmatchcase(name, pattern)), None)
 
 
+class Inner(NamedTuple):
+    """A product with a parameter inside of a layer, to which autograd passes ``s`` on its way through the layer.
+
+    Attributes:
+        params: The names of its parameters on the layer, the factor first.
+        shape: Shape of the product, of all samples.
+        axis: The axis of the samples.
+        rule: Writes Jacobians from the layer, its input and ``s`` at the product, samples in front.
+        outer_rule: Writes the Jacobians of the layer's other parameters as :func:`register_rule` has it.
+    """
+
+    params: tuple[str, ...]
+    shape: Size
+    axis: int
+    rule: Rule
+    outer_rule: Rule
+
+
+_INNER: dict[Rule, Callable[[Any, Any], Inner | None]] = {}
+
+
+def register_inner(rule: Rule) -> Callable[[_F], _F]:
+    """Register where autograd meets parameters inside of layers, which saves their rule a way back of its own.
+
+    Args:
+        rule: The layers' rule.
+
+    Returns:
+        The decorator of a function that takes the layer and its input, and returns an :class:`Inner` or ``None``.
+    """
+
+    def register(function: _F) -> _F:
+        _INNER[rule] = function
+        return function
+
+    return register
+
+
+def inner_of(module: Module, x: Any) -> Inner | None:
+    """Look up where autograd meets parameters inside of a layer.
+
+    Args:
+        module: The layer.
+        x: Its input.
+
+    Returns:
+        What is registered for its rule.
+    """
+    rule = rule_for(module)
+    return None if rule not in _INNER else _INNER[rule](module, x)
+
+
 class Backpropagation(NamedTuple):
     """How a Jacobian passes back through a layer.
 
