@@ -10,6 +10,7 @@ from collections.abc import Hashable, Iterator, Mapping, Sequence
 from math import ceil, prod
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ggn_ntk.blocks import SIZE_ELSEWHERE, SIZES, split
@@ -22,26 +23,31 @@ from ggn_ntk.lookup import looked_up, without_data
 BUDGET = 2**24
 
 
-def add_products(kernels: dict[str, Tensor], products: Sequence[tuple[str, Doubled]], n1: int | None) -> None:
+def add_products(
+    kernels: dict[str, Tensor], products: Sequence[tuple[str, Doubled]], shape: Sequence[int], n1: int | None
+) -> None:
     """Add products of Jacobians to kernels, in blocks of samples that keep intermediate results small.
 
     Products are taken together, so that they share intermediate results: the weight and bias of a layer the Gram
     matrix of ``s``, and x1 and x2 the Jacobian where they are the same samples.
 
     Args:
-        kernels: The kernels ``[N1, N2, E, F, F]``, by name; changed in place.
+        kernels: The kernels, by name; changed in place. Those that are not there yet are made.
         products: Which product to add to which kernel. Operands are over all samples.
+        shape: Shape of a kernel, ``[N1, N2, E, F, F]``.
         n1: How many samples are x1, the others x2; ``None`` where all are both: then only pairs of blocks on and
             above the diagonal are computed, and mirrored.
     """
-    some = next(iter(kernels.values()))
-    n, m = some.shape[:2]
+    n, m = shape[:2]
+    some = next(o.tensor for _, product in products for o in product.first if not o.hot)
+    new = {name: some.new_empty(*shape) for name, _ in products if name not in kernels}
+    kernels.update(new)
     symmetric, offset = n1 is None, n1 or 0
     sizes = {"n": n, "m": m}
     size = _block_size(products, sizes, SIZES.get(some.device.type, SIZE_ELSEWHERE))
     rows, columns = split(n, size.rows), split(m, size.columns)
     if symmetric:  # the more blocks, the fewer pairs are computed twice; but small products are slow
-        most = max(ceil(n / 4), ceil(64 / some.shape[-1]))
+        most = max(ceil(n / 4), ceil(64 / shape[-1]))
         rows = columns = split(n, min(most, size.rows, size.columns))
     memo = Memo(symmetric, keep_copies=size.pairs < size.columns)
     for column in columns:
@@ -51,10 +57,13 @@ def add_products(kernels: dict[str, Tensor], products: Sequence[tuple[str, Doubl
             for part in split(column.stop - column.start, size.pairs):
                 chosen = slice(column.start + part.start, column.start + part.stop)
                 shifted = slice(chosen.start + offset, chosen.stop + offset)
+                empty = set(new)
                 for name, large, other in _summed(products, row, shifted, memo, sizes):
-                    _accumulate(kernels[name][row, chosen], large, other)
+                    put = _write if name in empty else _accumulate
+                    put(kernels[name][row, chosen], large, other)
                     if symmetric and row.start < column.start:
-                        _accumulate(transpose(kernels[name][chosen, row]), large, other)
+                        put(transpose(kernels[name][chosen, row]), large, other)
+                    empty.discard(name)
                 memo.end_pair()
             memo.end_rows()
 
@@ -105,6 +114,17 @@ def _accumulate(block: Tensor, large: Tensor, other: Tensor | int) -> None:
         block.add_(large, alpha=other)
     else:
         block.addcmul_(large, other)
+
+
+def _write(block: Tensor, large: Tensor, other: Tensor | int) -> None:
+    """Write a product to a block of a kernel that holds no numbers yet.
+
+    Args:
+        block: The block; changed in place.
+        large: One factor.
+        other: The other factor.
+    """
+    torch.mul(large.expand(block.shape), other, out=block)
 
 
 def restrict(product: Doubled, rows: slice, columns: slice) -> list[Operand]:

@@ -259,16 +259,18 @@ def _outer_rows(larger: Operand, smaller: Operand, summed: list[str]) -> list[st
         summed: Letters that are summed, at least one of them.
 
     Returns:
-        The letters of these rows; none where the other factor would be no smaller when it is repeated for each.
+        The letters of these rows; none where the other factor, repeated for each, would be larger than this factor and
+        than the product.
     """
     order = _by_stride(larger)
     places = [order.index(letter) for letter in summed]
     if not summed or all(letter in smaller.letters for letter in order[min(places) :]):
         return []
+    sizes = dict(zip(larger.letters + smaller.letters, larger.tensor.shape + smaller.tensor.shape, strict=True))
     outer = [letter for letter in order[: min(places)] if letter not in smaller.letters]
-    sizes = dict(zip(larger.letters, larger.tensor.shape, strict=True))
-    times = prod(sizes[letter] for letter in outer)
-    return outer if times * smaller.tensor.numel() < larger.tensor.numel() else []
+    repeated = smaller.tensor.numel() * prod(sizes[letter] for letter in outer)
+    product = prod(size for letter, size in sizes.items() if letter not in summed)
+    return outer if repeated <= max(larger.tensor.numel(), product) else []
 
 
 def _by_stride(operand: Operand) -> list[str]:

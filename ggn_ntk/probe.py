@@ -245,17 +245,18 @@ def weighted_sum(jacobian: Factored, weights: Tensor, param: Tensor) -> Tensor:
         The products with random vectors, or ``[P]`` for a small parameter with P entries.
     """
     vectors, last = _vectors(param), jacobian.result[-1]
-    hot = any(
-        isinstance(o, OneHot) and last == term[-1] for term, o in zip(jacobian.terms, jacobian.operands, strict=True)
-    )
-    if vectors is None or jacobian.sizes[last] != vectors.shape[1] or hot:
+    holders = [i for i, term in enumerate(jacobian.terms) if last in term]
+    holder = jacobian.operands[holders[0]]
+    if vectors is None or vectors.shape[1] != jacobian.sizes[last] or len(holders) > 1 or isinstance(holder, OneHot):
         return sketched(_weighted_sum(jacobian, weights), param)
     new = next(letter for letter in string.ascii_letters if letter not in jacobian.equation)
-    terms = ",".join([*jacobian.terms, new + last])
-    dtype = next(o.dtype for o in jacobian.operands if isinstance(o, Tensor))
-    result = jacobian.result[:2] + new + jacobian.result[2:-1]
-    product = Factored(f"{terms}->{result}", (*jacobian.operands, vectors.to(dtype)))
-    return _weighted_sum(product, weights)
+    terms, operands = jacobian.terms, list(jacobian.operands)
+    (place,) = holders
+    shorter = terms[place].replace(last, new)
+    operands[place] = torch.einsum(f"{terms[place]},{new}{last}->{shorter}", holder, vectors.to(holder.dtype))
+    terms[place] = shorter
+    equation = f"{','.join(terms)}->cn{new}{jacobian.result[2:-1]}"
+    return _weighted_sum(Factored(equation, tuple(operands)), weights)
 
 
 def _weighted_sum(jacobian: Factored, weights: Tensor) -> Tensor:

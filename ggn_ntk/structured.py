@@ -386,33 +386,19 @@ class Accumulator:
                 continue
             terms = self._waiting.pop(name)
             key = name if self.per_parameter else ""
-            if key not in self.kernels:
-                self.kernels[key] = self._zeros(jacobian)
             products += [(key, double(a, b, self.roles)) for a in terms for b in terms]
         if products:
-            self._contract(products)
+            self._contract(products, jacobian.sizes["n"])
 
-    def _contract(self, products: list[tuple[str, Doubled]]) -> None:
+    def _contract(self, products: list[tuple[str, Doubled]], n: int) -> None:
         """Contract products of Jacobians.
 
         Args:
             products: Which product to add to which kernel.
+            n: The number of samples.
         """
-        add_products(self.kernels, products, self.n1)
-
-    def _zeros(self, jacobian: Factored) -> Tensor:
-        """Allocate a kernel.
-
-        Args:
-            jacobian: A Jacobian.
-
-        Returns:
-            ``[N1, N2, E, F, F]``.
-        """
-        n = jacobian.sizes["n"]
         samples = (n, n) if self.n1 is None else (self.n1, n - self.n1)
-        like = next(operand for operand in jacobian.operands if isinstance(operand, Tensor))
-        return like.new_zeros(*samples, *self.roles.kernel)
+        add_products(self.kernels, products, (*samples, *self.roles.kernel), self.n1)
 
 
 class _Recorder(Accumulator):
@@ -447,10 +433,11 @@ class _Recorder(Accumulator):
             n: The number of all samples.
         """
 
-    def _contract(self, products: list[tuple[str, Doubled]]) -> None:
+    def _contract(self, products: list[tuple[str, Doubled]], n: int) -> None:
         """Take products down.
 
         Args:
             products: Which product belongs to which parameter.
+            n: The number of samples.
         """
         self._products += products

@@ -484,10 +484,19 @@ def test_importing_takes_no_third_party():
     subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
 
 
+@pytest.fixture
+def few_vectors(monkeypatch):
+    """Take every gradient for a large one, of which products with two vectors are compared."""
+    monkeypatch.setattr(probe, "_LARGE", 0)
+    monkeypatch.setattr(probe, "_VECTORS", 2)
+    probe._random_vectors.cache_clear()
+    yield
+    probe._random_vectors.cache_clear()
+
+
 @pytest.mark.parametrize("name", ["embedding", "tied_embedding", "conv2d_options", "linear_3d", "bilinear", "tied"])
 @pytest.mark.parametrize("taken", ["backpack", "autograd"])
-def test_large_gradients_are_compared_by_products_with_vectors(name, taken, monkeypatch):
-    monkeypatch.setattr(probe, "_LARGE", 0)
+def test_large_gradients_are_compared_by_products_with_vectors(name, taken, few_vectors):
     case = BY_NAME[name]
     model, x1, x2 = case.build()
     kernel = empirical_ntk(model, x1, x2, method="structured", capture=taken)
@@ -496,9 +505,9 @@ def test_large_gradients_are_compared_by_products_with_vectors(name, taken, monk
 
 
 @pytest.mark.parametrize("wrong", [lambda w: 1.001 * w, lambda w: w.flip(-1), lambda w: w.flip(0), lambda w: w.roll(1)])
-def test_products_with_vectors_tell_gradients_apart(wrong, monkeypatch):
-    monkeypatch.setattr(probe, "_LARGE", 0)
+def test_products_with_vectors_tell_gradients_apart(wrong, few_vectors):
     gradient = torch.randn(6, 4).double()
+    assert probe.sketched(gradient, gradient).shape == (12,)
     (name,) = probe.errors(
         {"w": probe.sketched(wrong(gradient), gradient)}, {"w": probe.sketched(gradient, gradient)}, 1e-8
     )

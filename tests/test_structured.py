@@ -153,7 +153,9 @@ def test_weight_and_bias_share_the_gram_matrix_of_s(monkeypatch):
     s, x = torch.randn(c, n, features), torch.randn(n, features)
     jacobians = {"weight": Factored("cno,ni->cnoi", (s, x)), "bias": Factored("cno->cno", (s,))}
     kernels = {"": torch.zeros(4, 4, 1, c, c)}
-    contraction.add_products(kernels, [("", double(j, j, Roles(free=c))) for j in jacobians.values()], n1=4)
+    contraction.add_products(
+        kernels, [("", double(j, j, Roles(free=c))) for j in jacobians.values()], (4, 4, 1, c, c), n1=4
+    )
     assert len(products) == 2  # x with x and s with s, of which the kernel is the product
     expected = torch.einsum("cno,ni,dmo,mi->nmcd", s[:, :4], x[:4], s[:, 4:], x[4:])
     torch.testing.assert_close(kernels[""][:, :, 0], expected + torch.einsum("cno,dmo->nmcd", s[:, :4], s[:, 4:]))
@@ -166,7 +168,7 @@ def test_the_jacobian_of_one_set_is_formed_once(monkeypatch):
     for n1, count in [(None, 2), (2, 3)]:
         products.clear()
         kernel = torch.zeros((4, 4, 1, 2, 2) if n1 is None else (2, 2, 1, 2, 2))
-        contraction.add_products({"": kernel}, [("", double(jacobian, jacobian, Roles(free=2)))], n1)
+        contraction.add_products({"": kernel}, [("", double(jacobian, jacobian, Roles(free=2)))], kernel.shape, n1)
         assert len(products) == count
 
 
@@ -179,7 +181,7 @@ def test_different_factorisations_are_matched_by_position():
     for a, i in zip((embedding, linear, grouped), dense, strict=True):
         for b, j in zip((embedding, linear, grouped), dense, strict=True):
             kernel = torch.zeros(1, 2, 1, 2, 2).double()
-            contraction.add_products({"": kernel}, [("", double(a, b, Roles(free=2)))], n1=1)
+            contraction.add_products({"": kernel}, [("", double(a, b, Roles(free=2)))], kernel.shape, n1=1)
             assert relative_error(kernel[:, :, 0], torch.einsum("cnz,dmz->nmcd", i[:, :1], j[:, 1:])) < 1e-14
 
 
