@@ -18,7 +18,7 @@ SIZES = {"cpu": 2**21}
 SIZE_ELSEWHERE = 2**28
 
 #: Numbers that may wait for other blocks. At the layer that exceeds it, blocks are put together.
-WAITING = 2**25
+WAITING = 2**24
 
 
 def split(n: int, block: int) -> list[slice]:
