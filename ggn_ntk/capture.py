@@ -206,7 +206,8 @@ def _split_call(call: Call, output: Tensor) -> list[Call]:
         output: Its output.
 
     Returns:
-        The layer without the product, and the product; the call as it is where there is none in the graph.
+        The layer without the product, and the product, as far as their parameters are wanted; the call as it is where
+        there is none in the graph.
     """
     inner = inner_of(call.module, call.x) if call.axis is not None and call.rows == 1 else None
     if inner is None:
@@ -220,7 +221,7 @@ def _split_call(call: Call, output: Tensor) -> list[Call]:
     names = [{k: v for k, v in call.params.items() if (k in inner.params) == enters} for enters in (True, False)]
     edge = GradientEdge(node, 0)
     product = replace(call, rule=inner.rule, edge=edge, shape=inner.shape, params=names[0], axis=inner.axis)
-    return [replace(call, rule=inner.outer_rule, params=names[1]), product]
+    return [part for part in (replace(call, rule=inner.outer_rule, params=names[1]), product) if part.params]
 
 
 def _leaf(node: Node | None) -> Any:

@@ -256,21 +256,19 @@ def _outer_rows(larger: Operand, smaller: Operand, summed: list[str]) -> list[st
     Args:
         larger: The larger factor.
         smaller: The other factor.
-        summed: Letters that are summed, at least one of them.
+        summed: Letters that are summed.
 
     Returns:
-        The letters of these rows; none where the other factor, repeated for each, would be larger than this factor and
-        than the product.
+        The letters of these rows; none where the other factor, repeated for each, would be larger than this factor.
     """
-    order = _by_stride(larger)
-    places = [order.index(letter) for letter in summed]
-    if not summed or all(letter in smaller.letters for letter in order[min(places) :]):
+    sizes = dict(zip(larger.letters, larger.tensor.shape, strict=True))
+    order = [letter for letter in _by_stride(larger) if sizes[letter] > 1]  # the others may lie anywhere
+    first = next((place for place, letter in enumerate(order) if letter in summed), len(order))
+    if all(letter in smaller.letters for letter in order[first:]):
         return []
-    sizes = dict(zip(larger.letters + smaller.letters, larger.tensor.shape + smaller.tensor.shape, strict=True))
-    outer = [letter for letter in order[: min(places)] if letter not in smaller.letters]
+    outer = [letter for letter in order[:first] if letter not in smaller.letters]
     repeated = smaller.tensor.numel() * prod(sizes[letter] for letter in outer)
-    product = prod(size for letter, size in sizes.items() if letter not in summed)
-    return outer if repeated <= max(larger.tensor.numel(), product) else []
+    return outer if repeated <= larger.tensor.numel() else []
 
 
 def _by_stride(operand: Operand) -> list[str]:
@@ -304,7 +302,9 @@ def multiply(product: Matrices, memo: Memo, out: Tensor | None = None) -> Tensor
         return torch.mul(aligned(first, letters), aligned(second, letters), out=out)
     larger, smaller = (first, second) if first.tensor.numel() >= second.tensor.numel() else (second, first)
     order = _by_stride(larger)
-    if order[-1] in product.batch and set(smaller.letters) <= set(larger.letters):  # vectors: no matrix has rows along
+    if order[-1] in product.batch and set(smaller.letters) <= set(
+        larger.letters
+    ):  # vectors, along which no matrix lies
         terms = torch.mul(aligned(larger, "".join(order)), aligned(smaller, "".join(order)))
         kept = "".join(letter for letter in order if letter not in product.summed)
         total = Operand(kept, terms.sum([order.index(letter) for letter in product.summed]), key=None)

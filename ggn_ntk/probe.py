@@ -244,19 +244,36 @@ def weighted_sum(jacobian: Factored, weights: Tensor, param: Tensor) -> Tensor:
     Returns:
         The products with random vectors, or ``[P]`` for a small parameter with P entries.
     """
-    vectors, last = _vectors(param), jacobian.result[-1]
-    holders = [i for i, term in enumerate(jacobian.terms) if last in term]
-    holder = jacobian.operands[holders[0]]
-    if vectors is None or vectors.shape[1] != jacobian.sizes[last] or len(holders) > 1 or isinstance(holder, OneHot):
+    vectors = _vectors(param)
+    shorter = None if vectors is None else _multiply_last_axis(jacobian, vectors)
+    if shorter is None:
         return sketched(_weighted_sum(jacobian, weights), param)
+    return _weighted_sum(shorter, weights)
+
+
+def _multiply_last_axis(jacobian: Factored, vectors: Tensor) -> Factored | None:
+    """Multiply the rows of a parameter's Jacobian with vectors, where this is for one operand alone to do.
+
+    Args:
+        jacobian: The Jacobian.
+        vectors: ``[V, last axis of the parameter]``.
+
+    Returns:
+        The products, with V in front of the parameter's axes; ``None`` where several operands have the last axis, where
+        it is split or one-hot, and where its operand is over outputs: that is summed over these first.
+    """
+    last, terms, operands = jacobian.result[-1], jacobian.terms, list(jacobian.operands)
+    places = [i for i, term in enumerate(terms) if last in term]
+    if len(places) != 1:
+        return None
+    (place,) = places
+    term, operand = terms[place], operands[place]
+    if "c" in term or jacobian.sizes[last] != vectors.shape[1] or not isinstance(operand, Tensor):
+        return None
     new = next(letter for letter in string.ascii_letters if letter not in jacobian.equation)
-    terms, operands = jacobian.terms, list(jacobian.operands)
-    (place,) = holders
-    shorter = terms[place].replace(last, new)
-    operands[place] = torch.einsum(f"{terms[place]},{new}{last}->{shorter}", holder, vectors.to(holder.dtype))
-    terms[place] = shorter
-    equation = f"{','.join(terms)}->cn{new}{jacobian.result[2:-1]}"
-    return _weighted_sum(Factored(equation, tuple(operands)), weights)
+    terms[place] = term.replace(last, new)
+    operands[place] = torch.einsum(f"{term},{new}{last}->{terms[place]}", operand, vectors.to(operand.dtype))
+    return Factored(f"{','.join(terms)}->cn{new}{jacobian.result[2:-1]}", tuple(operands))
 
 
 def _weighted_sum(jacobian: Factored, weights: Tensor) -> Tensor:

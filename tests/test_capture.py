@@ -13,8 +13,8 @@ from torch import nn
 
 from ggn_ntk import Factored, UnsupportedModelError, capture, empirical_ntk, explain, probe, register_rule
 from ggn_ntk.reference import jacobian_contraction
-from ggn_ntk.rules import rule_for
-from ggn_ntk.rules.registry import _RULES_BY_NAME
+from ggn_ntk.rules import attention, rule_for
+from ggn_ntk.rules.registry import _RULES, _RULES_BY_NAME
 
 BOTH = {model.name: model for model in (*MODELS, *LARGE)}
 
@@ -474,6 +474,51 @@ def test_every_rule_by_name_has_a_model():
         "transformers.models.*ScaledWordEmbedding",  # gemma
         "torchvision.models.convnext.LayerNorm2d",  # convnext_tiny
     }
+
+
+class Attention(nn.Module):
+    """Self-attention, with a layer in front unless its input is to be the model's."""
+
+    def __init__(self, batch_first=True, first=True, again=False, **options):
+        super().__init__()
+        self.first = nn.Linear(4, 4) if first else nn.Identity()
+        self.attention = nn.MultiheadAttention(4, 2, batch_first=batch_first, **options)
+        self.head, self.batch_first, self.again = nn.Linear(4, 2), batch_first, again
+
+    def attend(self, x, mask=None):
+        x = x if self.batch_first else x.transpose(0, 1)
+        h, _ = self.attention(x, x, x, need_weights=False, attn_mask=mask)
+        return h if self.batch_first else h.transpose(0, 1)
+
+    def forward(self, x):
+        h = self.attend(self.first(x), torch.ones(3, 3).triu(1).bool())
+        return self.head(self.attend(h).sum(1) if self.again else h.sum(1))
+
+
+@pytest.mark.parametrize(
+    "options",
+    [{}, {"batch_first": False}, {"bias": False}, {"first": False}, {"again": True}, {"again": True, "first": False}],
+    ids=str,
+)
+@pytest.mark.parametrize("wanted", ["", "weight", "in_proj", "in_proj_bias", "out_proj", "out_proj.bias"])
+def test_the_projection_of_self_attention_is_found_in_the_graph(options, wanted, monkeypatch):
+    torch.manual_seed(0)
+    model, x1, x2 = Attention(**options).double(), torch.randn(3, 3, 4).double(), torch.randn(2, 3, 4).double()
+    names = [name for name, _ in model.named_parameters() if wanted in name]
+    if not names:
+        pytest.skip("no such parameter")
+    monkeypatch.setattr(attention, "_stack", None)  # the rule that passes s through the heads itself would fail
+    kernel = empirical_ntk(model, x1, x2, params=names, method="structured")
+    assert_close(kernel, jacobian_contraction(model, x1, x2, params=names))
+    assert not explain(model, x1, x2, params=names).remainder
+
+
+def test_the_projection_is_not_looked_for_by_a_rule_of_the_user(monkeypatch):
+    monkeypatch.setitem(_RULES, nn.MultiheadAttention, lambda module, x, s: {})
+    model, x = Attention().double(), torch.randn(3, 3, 4).double()
+    attended = {name for name, _ in model.named_parameters() if "attention" in name}
+    assert set(explain(model, x).remainder) == attended
+    assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
 
 
 def test_importing_takes_no_third_party():

@@ -96,6 +96,41 @@ def test_convolutions_of_any_geometry(drawn, compute, symmetric):
 # ---------------------------------------------------------------- contraction
 
 
+def in_memory_order(letters, order, sizes):
+    """A random tensor with an axis for each letter, which lie in memory as the order says."""
+    kept = [letter for letter in order if letter in letters]
+    tensor = torch.randn([sizes[letter] for letter in kept], dtype=torch.float64)
+    return einsum.as_operand(letters, tensor.permute([kept.index(letter) for letter in letters]))
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.data())
+def test_products_of_operands_in_any_memory_order(data):
+    letters = "abcde"
+    sizes = {letter: data.draw(st.integers(1, 5), label=letter) for letter in letters}
+    first, second = (data.draw(st.sets(st.sampled_from(letters), min_size=1).map(sorted)) for _ in range(2))
+    both, shared = set(first) | set(second), set(first) & set(second)
+    needed = (both - shared) | data.draw(st.sets(st.sampled_from(letters)))
+    a, b = (
+        in_memory_order("".join(names), data.draw(st.permutations(letters)), sizes)._replace(key=key)
+        for key, names in enumerate((first, second))
+    )
+    expected = torch.einsum(f"{a.letters},{b.letters}->{''.join(sorted(both & needed))}", a.tensor, b.tensor)
+    for keep_copies in (False, True):
+        product = einsum.as_matrices(a, b, needed)
+        found = einsum.Operand(product.letters, einsum.multiply(product, einsum.Memo(keep_copies=keep_copies)), None)
+        torch.testing.assert_close(einsum.aligned(found, "".join(sorted(both & needed))), expected)
+
+
+def test_outer_rows_become_a_batch_instead_of_a_copy():
+    sizes = {"n": 3, "c": 4, "p": 6, "o": 64, "q": 6}
+    s, gram = in_memory_order("cnpo", "ncpo", sizes), in_memory_order("npq", "npq", sizes)
+    product = einsum.as_matrices(s, gram, set("cnoq"))
+    assert (product.letters, product.batch, product.first.letters) == ("ncqo", ["n", "c"], "npq")
+    windows = in_memory_order("npk", "npk", {**sizes, "k": 5000})
+    assert einsum.as_matrices(s, windows, set("cnok")).batch == ["n"]  # repeating these would cost more than the copy
+
+
 @pytest.mark.parametrize("compute", COMPUTES)
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(
