@@ -38,6 +38,7 @@ BUDGET = 2**27
 #: at once save calls of functions, but read and write more than a processor's cache holds. Elsewhere all pass at once.
 ONE_BY_ONE = {"cpu": 2**16}
 
+# The node of a graph that transposes a weight.
 _TRANSPOSED = "TBackward0"
 
 
@@ -442,7 +443,13 @@ def used_elsewhere(recording: Recording) -> set[int]:
 
 
 def pass_back(
-    output: Tensor, calls: Sequence[Call], cotangents: Tensor, params: Sequence[Tensor] = (), *, batched: bool = False
+    output: Tensor,
+    calls: Sequence[Call],
+    cotangents: Tensor,
+    params: Sequence[Tensor] = (),
+    *,
+    batched: bool = False,
+    allow_unused: bool = True,
 ) -> tuple[list[Tensor | None], tuple[Tensor | None, ...]]:
     """Pass cotangents back to layers.
 
@@ -452,16 +459,20 @@ def pass_back(
         cotangents: ``[N, *out]``.
         params: Parameters.
         batched: Whether there are several, ``[K, N, *out]``.
+        allow_unused: Whether the output may not depend on some of them.
 
     Returns:
         ``[*output]`` of each call, or ``[K, *output]``, and the gradient of each parameter, or with ``K`` in front;
         ``None`` where the output does not depend on it.
+
+    Raises:
+        RuntimeError: If it does not depend on one, and has to.
     """
     inputs: Any = [*(call.edge for call in calls), *params]
     if not inputs or not output.requires_grad:
         return [None] * len(calls), (None,) * len(params)
     found = torch.autograd.grad(
-        output, inputs, cotangents, retain_graph=True, allow_unused=True, is_grads_batched=batched
+        output, inputs, cotangents, retain_graph=True, allow_unused=allow_unused, is_grads_batched=batched
     )
     lead = cotangents.shape[:batched]
     passed = zip(found[: len(calls)], calls, strict=True)
@@ -481,13 +492,15 @@ def pull_back(output: Tensor, calls: Sequence[Call], cotangents: Tensor) -> list
     """
     if sum(call.shape.numel() for call in calls) < len(calls) * ONE_BY_ONE.get(output.device.type, math.inf):
         try:
-            return [s for s in pass_back(output, calls, cotangents, batched=True)[0] if s is not None]
+            return [
+                s for s in pass_back(output, calls, cotangents, batched=True, allow_unused=False)[0] if s is not None
+            ]
         except Exception as error:
             if is_out_of_memory(error):
                 raise
     found: list[Tensor] = []
     for k, cotangent in enumerate(cotangents):
-        parts = [s for s in pass_back(output, calls, cotangent)[0] if s is not None]
+        parts = [s for s in pass_back(output, calls, cotangent, allow_unused=False)[0] if s is not None]
         found = found or [_room(call, part, len(cotangents)) for call, part in zip(calls, parts, strict=True)]
         for whole, part in zip(found, parts, strict=True):
             whole[k].copy_(part)

@@ -12,9 +12,12 @@ from test_isolation import unchanged
 from torch import nn
 
 from ggn_ntk import Factored, UnsupportedModelError, capture, empirical_ntk, explain, probe, register_rule
+from ggn_ntk.axes import AxesRequest
 from ggn_ntk.reference import jacobian_contraction
+from ggn_ntk.request import Request
 from ggn_ntk.rules import attention, rule_for
 from ggn_ntk.rules.registry import _RULES, _RULES_BY_NAME
+from ggn_ntk.walk import identity
 
 BOTH = {model.name: model for model in (*MODELS, *LARGE)}
 
@@ -474,6 +477,23 @@ def test_every_rule_by_name_has_a_model():
         "transformers.models.*ScaledWordEmbedding",  # gemma
         "torchvision.models.convnext.LayerNorm2d",  # convnext_tiny
     }
+
+
+@pytest.mark.parametrize("largest", [0, 2**16], ids=["one by one", "at once"])
+def test_a_call_without_s_is_an_error_and_shifts_no_other(largest, monkeypatch):
+    class Aside(nn.Sequential):
+        def forward(self, x):
+            self[1](x)
+            return self[0](x)
+
+    monkeypatch.setattr(capture, "ONE_BY_ONE", {"cpu": largest})
+    model, x = Aside(nn.Linear(3, 2), nn.Linear(3, 2)), torch.randn(4, 3)
+    request = Request.parse(model, x, None, AxesRequest("full", (), ()), params=None, per_parameter=False)
+    recording = capture.record(request, request.x1)
+    assert len(recording.calls) == 2
+    with pytest.raises(RuntimeError, match="not have been used"):
+        capture.pull_back(recording.output, recording.calls, identity(recording.output))
+    assert_close(empirical_ntk(model, x, capture="autograd"), jacobian_contraction(model, x))
 
 
 class Attention(nn.Module):

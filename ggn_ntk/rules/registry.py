@@ -174,7 +174,7 @@ class Inner(NamedTuple):
     """A product with a parameter inside of a layer, to which autograd passes ``s`` on its way through the layer.
 
     Attributes:
-        params: The names of its parameters on the layer, the factor first.
+        params: The names of its parameters on the layer.
         shape: Shape of the product, of all samples.
         axis: The axis of the samples.
         rule: Writes Jacobians from the layer, its input and ``s`` at the product, samples in front.
