@@ -1,7 +1,8 @@
-"""Capture by autograd: the inputs of layers and ``s``, for any ``nn.Module`` whose samples do not interact.
+"""Capture by autograd: the calls of layers, for any ``nn.Module`` whose samples do not interact.
 
 Forward hooks record the input and output of each call of a layer that has a rule and wanted parameters; then autograd
-passes all output basis vectors back to the recorded outputs at once. The rest of the model may be anything.
+passes all output basis vectors back to the recorded outputs (:mod:`ggn_ntk.way_back`). The rest of the model may be
+anything.
 
 A layer's leading axis need not hold the samples. Their axis is the one that grows from one sample to two: in front,
 further back (sequence first), or in front with several rows for each sample (windows). An output that does not grow is
@@ -12,7 +13,6 @@ whether the rules are right, is for :mod:`ggn_ntk.probe` to find out.
 import inspect
 import math
 import string
-from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,19 +24,9 @@ from torch import Size, Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module
 
-from ggn_ntk.axes import OutputAxes
-from ggn_ntk.checks import graph_nodes, is_out_of_memory, random_state
-from ggn_ntk.pieces import Piece, split_outputs
+from ggn_ntk.checks import graph_nodes, random_state
 from ggn_ntk.request import Inputs, Request
 from ggn_ntk.rules import Factored, OneHot, Rule, inner_of, rule_for
-from ggn_ntk.walk import identity
-
-#: Numbers that ``s`` of all layers may hold before the outputs are taken in pieces.
-BUDGET = 2**27
-
-#: Numbers in the output of a layer, on average, from which on the model's outputs are passed back one by one: several
-#: at once save calls of functions, but read and write more than a processor's cache holds. Elsewhere all pass at once.
-ONE_BY_ONE = {"cpu": 2**16}
 
 # The node of a graph that transposes a weight.
 _TRANSPOSED = "TBackward0"
@@ -440,144 +430,3 @@ def used_elsewhere(recording: Recording) -> set[int]:
     """
     sources = {call.edge.node: call.sources for call in recording.calls}
     return {id(getattr(node, "variable", None)) for node in graph_nodes(recording.output, sources)}
-
-
-def pass_back(
-    output: Tensor,
-    calls: Sequence[Call],
-    cotangents: Tensor,
-    params: Sequence[Tensor] = (),
-    *,
-    batched: bool = False,
-    allow_unused: bool = True,
-) -> tuple[list[Tensor | None], tuple[Tensor | None, ...]]:
-    """Pass cotangents back to layers.
-
-    Args:
-        output: The model's output ``[N, *out]``, in a graph, which is kept.
-        calls: Calls of layers.
-        cotangents: ``[N, *out]``.
-        params: Parameters.
-        batched: Whether there are several, ``[K, N, *out]``.
-        allow_unused: Whether the output may not depend on some of them.
-
-    Returns:
-        ``[*output]`` of each call, or ``[K, *output]``, and the gradient of each parameter, or with ``K`` in front;
-        ``None`` where the output does not depend on it.
-
-    Raises:
-        RuntimeError: If it does not depend on one, and has to.
-    """
-    inputs: Any = [*(call.edge for call in calls), *params]
-    if not inputs or not output.requires_grad:
-        return [None] * len(calls), (None,) * len(params)
-    found = torch.autograd.grad(
-        output, inputs, cotangents, retain_graph=True, allow_unused=allow_unused, is_grads_batched=batched
-    )
-    lead = cotangents.shape[:batched]
-    passed = zip(found[: len(calls)], calls, strict=True)
-    return [None if s is None else s.reshape(*lead, *call.shape) for s, call in passed], found[len(calls) :]
-
-
-def pull_back(output: Tensor, calls: Sequence[Call], cotangents: Tensor) -> list[Tensor]:
-    """Pass several cotangents back, at once where layers are small, and one by one where ``vmap`` fails.
-
-    Args:
-        output: The model's output ``[N, *out]``.
-        calls: Calls of layers, on all of whose outputs it depends.
-        cotangents: ``[K, N, *out]``.
-
-    Returns:
-        ``[K, *output]`` for each call.
-    """
-    if sum(call.shape.numel() for call in calls) < len(calls) * ONE_BY_ONE.get(output.device.type, math.inf):
-        try:
-            return [
-                s for s in pass_back(output, calls, cotangents, batched=True, allow_unused=False)[0] if s is not None
-            ]
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-    found: list[Tensor] = []
-    for k, cotangent in enumerate(cotangents):
-        parts = [s for s in pass_back(output, calls, cotangent, allow_unused=False)[0] if s is not None]
-        found = found or [_room(call, part, len(cotangents)) for call, part in zip(calls, parts, strict=True)]
-        for whole, part in zip(found, parts, strict=True):
-            whole[k].copy_(part)
-    return found
-
-
-def _room(call: Call, part: Tensor, k: int) -> Tensor:
-    """Make room for the cotangents of a layer's output.
-
-    Args:
-        call: The call of the layer.
-        part: The first cotangent.
-        k: The number of cotangents K.
-
-    Returns:
-        ``[K, *output]``. Samples are outermost in memory. Behind them are positions, if there are more of them than
-        channels: products sum over them, to which K and channels are one axis. Fewer positions stay beside their
-        channels, behind K: products that keep either leave them one axis for the next.
-    """
-    strides = part.contiguous().stride() if 0 in part.stride() else part.stride()
-    axes = sorted(range(part.ndim), key=lambda axis: (axis != call.axis, -strides[axis]))
-    channels = part.shape[axes[-1]]
-    place = max(1, part.ndim - 1) if part.numel() > part.shape[axes[0]] * channels**2 else 1
-    axes.insert(place, part.ndim)
-    sizes = [*part.shape, k]
-    room = part.new_empty([sizes[axis] for axis in axes])
-    return room.permute(place, *(axes.index(axis) for axis in range(part.ndim)))
-
-
-class Capture:
-    """A forward pass of all samples, and autograd's way back.
-
-    Attributes:
-        output: The model's output ``[N, *out]``.
-        counts: How often each wanted parameter is used, by name.
-    """
-
-    kind = "autograd"
-
-    def __init__(self, request: Request, calls: Sequence[Call], output: Tensor) -> None:
-        """Set up.
-
-        Args:
-            request: The request; calls count with its parameters alone.
-            calls: Calls of layers, on all of whose outputs the model's depends.
-            output: The model's output ``[N, *out]``, in a graph.
-        """
-        wanted = [
-            replace(call, params={key: name for key, name in call.params.items() if name in request.params})
-            for call in calls
-        ]
-        self._calls = [call for call in wanted if call.params]
-        self._output, self.output = output, output.detach()
-        self.counts = Counter(name for call in self._calls for name in call.params.values())
-
-    def pieces(self, axes: OutputAxes) -> list[Piece]:
-        """Split the outputs so that ``s`` of all layers does not exceed the budget.
-
-        Args:
-            axes: The role of each output axis.
-
-        Returns:
-            The pieces.
-        """
-        per_output = sum(call.shape.numel() for call in self._calls)
-        return split_outputs(axes, BUDGET // max(1, per_output))
-
-    def jacobians(self, outputs: Tensor, parts: object) -> Iterator[dict[str, Factored]]:
-        """Pass basis vectors of some outputs back and write Jacobians.
-
-        Args:
-            outputs: Where they are in ``[*out]``, flattened.
-            parts: Not used: here all samples pass back together.
-
-        Yields:
-            The Jacobians of each call, by the names users know parameters by.
-        """
-        s = pull_back(self._output, self._calls, identity(self.output, outputs))
-        for call in reversed(self._calls):
-            yield call.jacobians(s.pop())

@@ -21,7 +21,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ggn_ntk.capture import Call, Layout, Recording, pass_back, record, used_elsewhere
+from ggn_ntk.capture import Call, Layout, Recording, record, used_elsewhere
 from ggn_ntk.checks import (
     TRIES,
     UnsupportedModelError,
@@ -37,6 +37,7 @@ from ggn_ntk.checks import (
 from ggn_ntk.doubling import select_samples
 from ggn_ntk.request import Request
 from ggn_ntk.rules import Factored, OneHot
+from ggn_ntk.way_back import pass_back
 
 # How many samples are evaluated by themselves: at most so many, and one of so many.
 _PROBED, _SHARE = 3, 16

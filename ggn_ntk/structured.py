@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ggn_ntk.axes import OutputAxes, Roles
-from ggn_ntk.capture import Capture, Layout, Recording, learn_layouts, record
+from ggn_ntk.capture import Layout, Recording, learn_layouts, record
 from ggn_ntk.checks import (
     INTERACTION,
     TRIES,
@@ -38,6 +38,7 @@ from ggn_ntk.reference import contract_jacobians
 from ggn_ntk.request import Request
 from ggn_ntk.rules import Factored, channels_last
 from ggn_ntk.walk import Walk, structure_problems
+from ggn_ntk.way_back import Capture
 
 _T = TypeVar("_T")
 

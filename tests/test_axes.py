@@ -20,7 +20,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Size, nn
 
-from ggn_ntk import capture, contraction, einsum, empirical_ntk, walk
+from ggn_ntk import contraction, einsum, empirical_ntk, walk, way_back
 from ggn_ntk.axes import AxesRequest, OutputAxes
 from ggn_ntk.explain import _contractions
 from ggn_ntk.isolation import isolated
@@ -176,7 +176,7 @@ def test_negative_axes_count_from_the_last_output_axis():
 @pytest.mark.parametrize("roles", ROLES, ids="-".join)
 @pytest.mark.parametrize("budget", [1, 300, 600])
 def test_outputs_in_pieces(budget, roles, symmetric, monkeypatch):
-    monkeypatch.setattr(capture, "BUDGET", budget)
+    monkeypatch.setattr(way_back, "BUDGET", budget)
     for name in ("convolutional", "tied", "remainder"):
         check(name, roles, symmetric, capture="autograd")
 

@@ -11,7 +11,7 @@ from models import LARGE, MODELS, Scaled
 from test_isolation import unchanged
 from torch import nn
 
-from ggn_ntk import Factored, UnsupportedModelError, capture, empirical_ntk, explain, probe, register_rule
+from ggn_ntk import Factored, UnsupportedModelError, capture, empirical_ntk, explain, probe, register_rule, way_back
 from ggn_ntk.axes import AxesRequest
 from ggn_ntk.reference import jacobian_contraction
 from ggn_ntk.request import Request
@@ -133,23 +133,31 @@ def test_per_parameter(name, compute):
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("budget", [1, 1000, 10**4])
 def test_outputs_in_pieces(symmetric, budget, compute, monkeypatch):
-    monkeypatch.setattr(capture, "BUDGET", budget)
+    monkeypatch.setattr(way_back, "BUDGET", budget)
     for name in ("output_sequence", "tied_embedding", "output_scalar", "mlp_one_output"):
         model, x1, x2 = BY_NAME[name].build()
         kernel = empirical_ntk(model, x1, None if symmetric else x2, compute=compute, capture="autograd")
         assert_close(kernel, oracle_sum(BY_NAME[name], symmetric, compute))
 
 
-def test_outputs_one_by_one(case, compute, monkeypatch):
-    monkeypatch.setattr(capture, "ONE_BY_ONE", {"cpu": 0})
+@pytest.fixture(params=["one by one", "at once"])
+def stage_by_stage(request, monkeypatch):
+    """Divides the way back wherever it can be, and passes outputs one by one, or where they can be at once."""
+    monkeypatch.setattr(way_back, "SIZES", {})
+    monkeypatch.setattr(way_back, "SIZE_ELSEWHERE", 0)
+    monkeypatch.setattr(way_back, "ONE_BY_ONE", {"cpu": 0 if request.param == "one by one" else 2**30})
+
+
+@pytest.mark.usefixtures("stage_by_stage")
+def test_way_back_in_stages(case, compute):
     model, x1, x2 = case.build()
     kernel = empirical_ntk(model, x1, x2, compute=compute, capture="autograd")
     assert_close(kernel, oracle_sum(case, compute=compute))
 
 
+@pytest.mark.usefixtures("stage_by_stage")
 @pytest.mark.parametrize("case", each(MODELS))
-def test_outputs_one_by_one_of_any_model(case, monkeypatch):
-    monkeypatch.setattr(capture, "ONE_BY_ONE", {"cpu": 0})
+def test_way_back_in_stages_through_any_model(case):
     model, x1, x2 = case.build(torch.float32)
     assert_close(empirical_ntk(model, x1, x2, method="structured", output=case.output), expected(case.name)[0])
 
@@ -486,13 +494,14 @@ def test_a_call_without_s_is_an_error_and_shifts_no_other(largest, monkeypatch):
             self[1](x)
             return self[0](x)
 
-    monkeypatch.setattr(capture, "ONE_BY_ONE", {"cpu": largest})
+    monkeypatch.setattr(way_back, "ONE_BY_ONE", {"cpu": largest})
     model, x = Aside(nn.Linear(3, 2), nn.Linear(3, 2)), torch.randn(4, 3)
     request = Request.parse(model, x, None, AxesRequest("full", (), ()), params=None, per_parameter=False)
     recording = capture.record(request, request.x1)
     assert len(recording.calls) == 2
+    *_, stage = way_back.stages(recording.output, recording.calls)
     with pytest.raises(RuntimeError, match="not have been used"):
-        capture.pull_back(recording.output, recording.calls, identity(recording.output))
+        way_back.pull_back(stage, identity(recording.output))
     assert_close(empirical_ntk(model, x, capture="autograd"), jacobian_contraction(model, x))
 
 

@@ -1,0 +1,285 @@
+"""The way back of capture by autograd: from the model's output to the outputs of layers, in stages.
+
+Where a residual block ends, or a layer of a sequence, all that lies before is reached through one tensor. There the way
+back is divided: the cotangents of all outputs pass one stage, its layers are contracted, and from where it ends they
+pass the next. So ``s`` of one stage is in memory at a time, not that of all layers.
+"""
+
+import math
+from collections import Counter
+from collections.abc import Collection, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from ggn_ntk.axes import OutputAxes
+from ggn_ntk.blocks import SIZE_ELSEWHERE, SIZES
+from ggn_ntk.capture import Call
+from ggn_ntk.checks import is_out_of_memory
+from ggn_ntk.pieces import Piece, split_outputs
+from ggn_ntk.request import Request
+from ggn_ntk.rules import Factored
+from ggn_ntk.walk import identity
+
+#: Numbers that ``s`` of a stage may hold before the outputs are taken in pieces.
+BUDGET = 2**27
+
+#: Numbers in the output of a layer, on average, from which on the model's outputs are passed back one by one: several
+#: at once save calls of functions, but read and write more than a processor's cache holds. Elsewhere all pass at once.
+ONE_BY_ONE = {"cpu": 2**16}
+
+
+@dataclass(frozen=True)
+class Stage:
+    """A part of the way back.
+
+    Attributes:
+        start: Where it starts in the graph.
+        calls: The calls of layers on the way, those first that it passes last.
+        end: Where the next stage starts; empty for the last stage.
+    """
+
+    start: GradientEdge
+    calls: tuple[Call, ...]
+    end: tuple[GradientEdge, ...]
+
+    @property
+    def numel(self) -> int:
+        """Numbers that ``s`` of its calls holds for one output."""
+        return sum(call.shape.numel() for call in self.calls)
+
+
+def stages(output: Tensor, calls: Sequence[Call]) -> list[Stage]:
+    """Divide the way back wherever all of it passes through one tensor.
+
+    Args:
+        output: The model's output, in a graph.
+        calls: Calls of layers, on all of whose outputs it depends.
+
+    Returns:
+        The stages, from the output on.
+    """
+    if not calls:
+        return []
+    nodes = _sorted_nodes(output, {call.edge.node for call in calls})
+    places = {node: place for place, node in enumerate(nodes)}
+    waiting = sorted(calls, key=lambda call: places.get(call.edge.node, len(nodes)), reverse=True)
+    found: list[Stage] = []
+    start, passed, reached = get_gradient_edge(output), list[Call](), 0
+    for place, node in enumerate(nodes):
+        while waiting and waiting[-1].edge.node is node:
+            passed.append(waiting.pop())
+        around = reached > place  # an edge leads past this node
+        if passed and waiting and not around and len(node._input_metadata) == 1:
+            end = GradientEdge(node, 0)
+            found.append(Stage(start, tuple(reversed(passed)), (end,)))
+            start, passed = end, []
+        reached = max([reached, *(places[before] for before, _ in node.next_functions if before in places)])
+    return [*found, Stage(start, (*waiting, *reversed(passed)), ())]
+
+
+def _sorted_nodes(output: Tensor, ends: Collection[Node]) -> list[Node]:
+    """Sort the nodes of a graph, as far as they lead to some of them, so that each comes before those it leads to.
+
+    Args:
+        output: The tensor whose graph it is.
+        ends: Where they shall lead.
+
+    Returns:
+        The nodes, from the output on.
+    """
+    leads: dict[Node, bool] = {}
+    found: list[Node] = []
+    waiting = [(get_gradient_edge(output).node, False)]
+    while waiting:
+        node, done = waiting.pop()
+        following = [before for before, _ in node.next_functions if before is not None]
+        if done:
+            leads[node] = node in ends or any(leads[before] for before in following)
+            found += [node] * leads[node]
+        elif node not in leads:
+            leads[node] = False
+            waiting.append((node, True))
+            waiting += [(before, False) for before in following]
+    return found[::-1]
+
+
+def merged(parts: Sequence[Stage], size: int) -> list[Stage]:
+    """Join stages, for fewer calls of functions.
+
+    Args:
+        parts: Stages, one behind the other.
+        size: Numbers that ``s`` of several stages may hold for one output.
+
+    Returns:
+        The stages; those that are larger by themselves stay as they are.
+    """
+    found: list[Stage] = []
+    for stage in parts:
+        if found and found[-1].numel + stage.numel <= size:
+            last = found.pop()
+            stage = Stage(last.start, stage.calls + last.calls, stage.end)
+        found.append(stage)
+    return found
+
+
+def pass_back(
+    start: Tensor | GradientEdge,
+    calls: Sequence[Call],
+    cotangents: Tensor,
+    others: Sequence[Tensor | GradientEdge] = (),
+    *,
+    batched: bool = False,
+    allow_unused: bool = True,
+) -> tuple[list[Tensor | None], tuple[Tensor | None, ...]]:
+    """Pass cotangents back to layers.
+
+    Args:
+        start: A tensor or its place in a graph, which is kept.
+        calls: Calls of layers.
+        cotangents: Numbers like the tensor.
+        others: Parameters, or other places in the graph.
+        batched: Whether there are several cotangents, ``[K, ...]``.
+        allow_unused: Whether the tensor may not depend on some of them.
+
+    Returns:
+        ``[*output]`` of each call, or ``[K, *output]``, and the gradient of each of the others, or with ``K`` in front;
+        ``None`` where the tensor does not depend on it.
+
+    Raises:
+        RuntimeError: If it does not depend on one, and has to.
+    """
+    inputs: Any = [*(call.edge for call in calls), *others]
+    if not inputs or (isinstance(start, Tensor) and not start.requires_grad):
+        return [None] * len(calls), (None,) * len(others)
+    found = torch.autograd.grad(
+        start, inputs, cotangents, retain_graph=True, allow_unused=allow_unused, is_grads_batched=batched
+    )
+    lead = cotangents.shape[:batched]
+    passed = zip(found[: len(calls)], calls, strict=True)
+    return [None if s is None else s.reshape(*lead, *call.shape) for s, call in passed], found[len(calls) :]
+
+
+def pull_back(stage: Stage, cotangents: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], Tensor | Sequence[Tensor]]:
+    """Pass several cotangents back, at once where layers are small, and one by one where ``vmap`` fails.
+
+    Args:
+        stage: The part of the way that they pass.
+        cotangents: ``[K, ...]`` where it starts.
+
+    Returns:
+        ``[K, *output]`` for each call, and ``[K, ...]`` where the stage ends; nothing for the last one.
+    """
+    if stage.numel < len(stage.calls) * ONE_BY_ONE.get(cotangents[0].device.type, math.inf):
+        try:
+            several = cotangents if isinstance(cotangents, Tensor) else torch.stack(list(cotangents))
+            found, ends = _pass_stage(stage, several, batched=True)
+            return found, ends[0] if ends else []
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+    found, passed = [], []
+    for k, cotangent in enumerate(cotangents):
+        parts, ends = _pass_stage(stage, cotangent)
+        passed += ends
+        found = found or [_room(call, part, len(cotangents)) for call, part in zip(stage.calls, parts, strict=True)]
+        for whole, part in zip(found, parts, strict=True):
+            whole[k].copy_(part)
+    return found, passed
+
+
+def _pass_stage(stage: Stage, cotangents: Tensor, *, batched: bool = False) -> tuple[list[Tensor], list[Tensor]]:
+    """Pass a stage.
+
+    Args:
+        stage: The stage.
+        cotangents: What starts.
+        batched: Whether there are several, ``[K, ...]``.
+
+    Returns:
+        What reaches its calls, and its end.
+    """
+    found, ends = pass_back(stage.start, stage.calls, cotangents, stage.end, batched=batched, allow_unused=False)
+    return [s for s in found if s is not None], [s for s in ends if s is not None]
+
+
+def _room(call: Call, part: Tensor, k: int) -> Tensor:
+    """Make room for the cotangents of a layer's output.
+
+    Args:
+        call: The call of the layer.
+        part: The first cotangent.
+        k: The number of cotangents K.
+
+    Returns:
+        ``[K, *output]``. Samples are outermost in memory. Behind them are positions, if there are more of them than
+        channels: products sum over them, to which K and channels are one axis. Fewer positions stay beside their
+        channels, behind K: products that keep either leave them one axis for the next.
+    """
+    strides = part.contiguous().stride() if 0 in part.stride() else part.stride()
+    axes = sorted(range(part.ndim), key=lambda axis: (axis != call.axis, -strides[axis]))
+    channels = part.shape[axes[-1]]
+    place = max(1, part.ndim - 1) if part.numel() > part.shape[axes[0]] * channels**2 else 1
+    axes.insert(place, part.ndim)
+    sizes = [*part.shape, k]
+    room = part.new_empty([sizes[axis] for axis in axes])
+    return room.permute(place, *(axes.index(axis) for axis in range(part.ndim)))
+
+
+class Capture:
+    """A forward pass of all samples, and autograd's way back.
+
+    Attributes:
+        output: The model's output ``[N, *out]``.
+        counts: How often each wanted parameter is used, by name.
+    """
+
+    kind = "autograd"
+
+    def __init__(self, request: Request, calls: Sequence[Call], output: Tensor) -> None:
+        """Set up.
+
+        Args:
+            request: The request; calls count with its parameters alone.
+            calls: Calls of layers, on all of whose outputs the model's depends.
+            output: The model's output ``[N, *out]``, in a graph.
+        """
+        wanted = [
+            replace(call, params={key: name for key, name in call.params.items() if name in request.params})
+            for call in calls
+        ]
+        calls = [call for call in wanted if call.params]
+        self._stages, self.output = stages(output, calls), output.detach()
+        self.counts = Counter(name for call in calls for name in call.params.values())
+
+    def pieces(self, axes: OutputAxes) -> list[Piece]:
+        """Split the outputs so that ``s`` of no stage exceeds the budget.
+
+        Args:
+            axes: The role of each output axis.
+
+        Returns:
+            The pieces.
+        """
+        per_output = max((stage.numel for stage in self._stages), default=1)
+        return split_outputs(axes, BUDGET // per_output)
+
+    def jacobians(self, outputs: Tensor, parts: object) -> Iterator[dict[str, Factored]]:
+        """Pass basis vectors of some outputs back and write Jacobians.
+
+        Args:
+            outputs: Where they are in ``[*out]``, flattened.
+            parts: Not used: here all samples pass back together.
+
+        Yields:
+            The Jacobians of each call, by the names users know parameters by.
+        """
+        cotangents: Tensor | Sequence[Tensor] = identity(self.output, outputs)
+        size = SIZES.get(self.output.device.type, SIZE_ELSEWHERE)
+        for stage in merged(self._stages, size // len(outputs)):
+            found, cotangents = pull_back(stage, cotangents)
+            for call in reversed(stage.calls):
+                yield call.jacobians(found.pop())

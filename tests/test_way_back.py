@@ -1,0 +1,102 @@
+"""The way back of capture by autograd: where it is divided, and that nothing is lost there."""
+
+import torch
+from conftest import assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from ggn_ntk import capture, empirical_ntk, way_back
+from ggn_ntk.axes import AxesRequest
+from ggn_ntk.reference import jacobian_contraction
+from ggn_ntk.request import Request
+
+
+class Branches(nn.Module):
+    """Layers in a random graph: each takes the sum of results before it."""
+
+    def __init__(self, inputs):
+        super().__init__()
+        self.inputs = inputs
+        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in inputs)
+
+    def forward(self, x):
+        results = [x]
+        for layer, places in zip(self.layers, self.inputs, strict=True):
+            results.append(torch.tanh(layer(sum(results[place] for place in places))))
+        return results[-1]
+
+    def names(self, calls):
+        return [next(i for i, layer in enumerate(self.layers) if layer is call.module) for call in calls]
+
+
+def stages_of(model, x):
+    """Record a model and divide its way back."""
+    request = Request.parse(model, x, None, AxesRequest("full", (), ()), params=None, per_parameter=False)
+    recording = capture.record(request, request.x1)
+    used = [c for c, s in zip(recording.calls, passed(recording, x), strict=True) if s is not None]
+    return recording, way_back.stages(recording.output, used)
+
+
+def passed(recording, x):
+    return way_back.pass_back(recording.output, recording.calls, torch.ones_like(recording.output))[0]
+
+
+def test_a_sequence_is_divided_behind_each_layer():
+    model = Branches([{0}, {1}, {2}])
+    _, stages = stages_of(model, torch.randn(2, 3))
+    assert [model.names(stage.calls) for stage in stages] == [[2], [1], [0]]
+
+
+def test_a_residual_block_is_one_stage():
+    model = Branches([{0}, {1}, {2}, {1, 3}, {4}])
+    _, stages = stages_of(model, torch.randn(2, 3))
+    assert [model.names(stage.calls) for stage in stages] == [[4], [3], [1, 2], [0]]
+
+
+def test_stages_are_joined_up_to_a_size():
+    _, stages = stages_of(Branches([{0}, {1}, {2}, {1, 3}, {4}]), torch.randn(2, 3))
+    assert [stage.numel for stage in stages] == [6, 6, 12, 6]
+    for size, expected in [(0, [6, 6, 12, 6]), (12, [12, 12, 6]), (18, [12, 18]), (100, [30])]:
+        joined = way_back.merged(stages, size)
+        assert [stage.numel for stage in joined] == expected
+        assert [stage.start for stage in joined[1:]] == [end for stage in joined for end in stage.end]
+
+
+graphs = st.integers(1, 7).flatmap(
+    lambda n: st.tuples(*(st.sets(st.integers(0, i), min_size=1, max_size=3) for i in range(n)))
+)
+
+
+@settings(deadline=None)
+@given(inputs=graphs)
+def test_cotangents_pass_stages_of_any_graph(inputs):
+    model, x = Branches(inputs).double(), torch.randn(2, 3).double()
+    recording, stages = stages_of(model, x)
+    several = torch.randn(4, *recording.output.shape).double()
+    cotangents = several
+    for stage in stages:
+        found, cotangents = way_back.pull_back(stage, cotangents)
+        for call, s in zip(stage.calls, found, strict=True):
+            whole = [way_back.pass_back(recording.output, [call], v)[0][0] for v in several]
+            torch.testing.assert_close(s, torch.stack(whole))
+    used = [c for c, s in zip(recording.calls, passed(recording, x), strict=True) if s is not None]
+    assert sorted(model.names([call for stage in stages for call in stage.calls])) == model.names(used)
+    assert_close(empirical_ntk(model, x, capture="autograd"), jacobian_contraction(model, x))
+
+
+def test_a_hook_that_changes_gradients_at_the_end_of_a_stage(monkeypatch):
+    class Hooked(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 3), nn.Linear(3, 3)
+
+        def forward(self, x):
+            y = self.first(x).tanh()
+            if y.requires_grad:
+                y.register_hook(lambda g: 2 * g)
+            return self.last(y.sin() + y)
+
+    monkeypatch.setattr(way_back, "SIZES", {"cpu": 0})
+    model, x = Hooked().double(), torch.randn(4, 3).double()
+    assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
