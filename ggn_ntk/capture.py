@@ -42,6 +42,7 @@ class Call:
         x: Its input, with the samples in front; a tuple where it took several arguments.
         edge: Where its output is in the graph of the model's output.
         shape: Shape of its output.
+        strides: How its output lies in memory.
         params: Its wanted parameters: their names on the layer, and those users know them by.
         axis: The axis of the samples in the output; ``None`` where it is not known.
         rows: How many entries of that axis, one behind the other, belong to a sample.
@@ -53,6 +54,7 @@ class Call:
     x: Any
     edge: GradientEdge
     shape: Size
+    strides: tuple[int, ...]
     params: dict[str, str]
     axis: int | None
     rows: int
@@ -178,7 +180,8 @@ def record(
             repeated = n > 1
         x, rule = args[0] if len(args) == 1 else args, rule_for(module)
         assert rule is not None
-        call = Call(module, rule, x, get_gradient_edge(output), output.shape, params, axis, rows, sources)
+        edge = get_gradient_edge(output)
+        call = Call(module, rule, x, edge, output.shape, output.stride(), params, axis, rows, sources)
         calls.extend(_split_call(call, output) if shape is None else [call])
         # A copy, so that the recorded output stays as it is where others work in place.
         return output.clone() if n > 1 or shape is None else output.reshape(shape).clone()
@@ -210,8 +213,9 @@ def _split_call(call: Call, output: Tensor) -> list[Call]:
     if node is None or math.prod(node._input_metadata[0].shape) != inner.shape.numel():
         return [call]
     names = [{k: v for k, v in call.params.items() if (k in inner.params) == enters} for enters in (True, False)]
+    strides = torch.empty(inner.shape, device="meta").stride()
     edge = GradientEdge(node, 0)
-    product = replace(call, rule=inner.rule, edge=edge, shape=inner.shape, params=names[0], axis=inner.axis)
+    product = Call(call.module, inner.rule, call.x, edge, inner.shape, strides, names[0], inner.axis, 1, call.sources)
     return [part for part in (replace(call, rule=inner.outer_rule, params=names[1]), product) if part.params]
 
 

@@ -99,7 +99,8 @@ def explain(
     """Tell how :func:`ggn_ntk.empirical_ntk` computes a kernel, without contracting it.
 
     The costs are those of the contractions alone, each by itself: what parameters share, say the Gram matrix of
-    ``s`` for weight and bias, is counted for both, and passing ``s`` back is not counted. opt_einsum counts them
+    ``s`` for weight and bias, is counted for both, also where their sum is contracted as one, and passing ``s`` back is
+    not counted. opt_einsum counts them
     (Smith, Gray: "opt_einsum - A Python package for optimizing contraction order for einsum-like expressions", Journal
     of Open Source Software, 2018).
 

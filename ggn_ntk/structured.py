@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ggn_ntk.axes import OutputAxes, Roles
+from ggn_ntk.bias import join_biases
 from ggn_ntk.capture import Layout, Recording, learn_layouts, record
 from ggn_ntk.checks import (
     INTERACTION,
@@ -380,14 +381,15 @@ class Accumulator:
         Args:
             jacobians: The Jacobian of each wanted parameter, by name.
         """
-        products: list[tuple[str, Doubled]] = []
+        complete: list[tuple[str, list[Factored]]] = []
         for name, jacobian in jacobians.items():
             self._waiting[name].append(jacobian)
-            if len(self._waiting[name]) < self._counts[name]:
-                continue
-            terms = self._waiting.pop(name)
-            key = name if self.per_parameter else ""
-            products += [(key, double(a, b, self.roles)) for a in terms for b in terms]
+            if len(self._waiting[name]) >= self._counts[name]:
+                complete.append((name if self.per_parameter else "", self._waiting.pop(name)))
+        if not self.per_parameter:
+            once = join_biases(terms[0] for _, terms in complete if len(terms) == 1)
+            complete = [("", [term]) for term in once] + [entry for entry in complete if len(entry[1]) > 1]
+        products = [(key, double(a, b, self.roles)) for key, terms in complete for a in terms for b in terms]
         if products:
             self._contract(products, jacobian.sizes["n"])
 

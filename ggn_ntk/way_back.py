@@ -219,8 +219,7 @@ def _room(call: Call, part: Tensor, k: int) -> Tensor:
         channels: products sum over them, to which K and channels are one axis. Fewer positions stay beside their
         channels, behind K: products that keep either leave them one axis for the next.
     """
-    strides = part.contiguous().stride() if 0 in part.stride() else part.stride()
-    axes = sorted(range(part.ndim), key=lambda axis: (axis != call.axis, -strides[axis]))
+    axes = sorted(range(part.ndim), key=lambda axis: (axis != call.axis, -call.strides[axis]))
     channels = part.shape[axes[-1]]
     place = max(1, part.ndim - 1) if part.numel() > part.shape[axes[0]] * channels**2 else 1
     axes.insert(place, part.ndim)
