@@ -4,10 +4,10 @@ Forward hooks record the input and output of each call of a layer that has a rul
 passes all output basis vectors back to the recorded outputs (:mod:`ggn_ntk.way_back`). The rest of the model may be
 anything.
 
-A layer's leading axis need not hold the samples. Their axis is the one that grows from one sample to two: in front,
-further back (sequence first), or in front with several rows for each sample (windows). An output that does not grow is
-the same for all samples (position embeddings), and is repeated for each. Whether this holds for all samples, and
-whether the rules are right, is for :mod:`ggn_ntk.probe` to find out.
+A layer's leading axis need not hold the samples. Their axis is the one that grows from one sample to several: in
+front, further back (sequence first), or in front with several rows for each sample (windows). An output that does not
+grow is the same for all samples (position embeddings), and is repeated for each. Whether this holds for all samples,
+and whether the rules are right, is for :mod:`ggn_ntk.probe` to find out.
 """
 
 import inspect
@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Size, Tensor
@@ -39,26 +39,33 @@ class Call:
     Attributes:
         module: The layer.
         rule: Its rule.
-        x: Its input, with the samples in front; a tuple where it took several arguments.
+        args: Its arguments; once the samples are found, they are in front.
         edge: Where its output is in the graph of the model's output.
         shape: Shape of its output.
         strides: How its output lies in memory.
         params: Its wanted parameters: their names on the layer, and those users know them by.
+        sources: Nodes of the graph that its inputs come from.
+        repeated: Whether its output was the same for all samples, and repeated for each.
         axis: The axis of the samples in the output; ``None`` where it is not known.
         rows: How many entries of that axis, one behind the other, belong to a sample.
-        sources: Nodes of the graph that its inputs come from.
     """
 
     module: Module
     rule: Rule
-    x: Any
+    args: tuple[Any, ...]
     edge: GradientEdge
     shape: Size
     strides: tuple[int, ...]
     params: dict[str, str]
-    axis: int | None
-    rows: int
     sources: tuple[Node, ...]
+    repeated: bool = False
+    axis: int | None = None
+    rows: int = 1
+
+    @property
+    def x(self) -> Any:
+        """Its input; a tuple where it took several arguments."""
+        return self.args[0] if len(self.args) == 1 else self.args
 
     def jacobians(self, s: Tensor) -> dict[str, Factored]:
         """Write the Jacobians of the layer's wanted parameters.
@@ -74,20 +81,6 @@ class Call:
         return {name: _split_rows(factored[key], self.rows) for key, name in self.params.items() if key in factored}
 
 
-class Layout(NamedTuple):
-    """Where the samples are in one call of a layer.
-
-    Attributes:
-        module: The layer.
-        output: The shapes of its output for one sample and for two.
-        args: The same for each of its arguments; empty for those that are no tensors.
-    """
-
-    module: Module
-    output: tuple[Size, Size]
-    args: list[tuple[Size, Size]]
-
-
 @dataclass(frozen=True)
 class Recording:
     """A forward pass.
@@ -95,127 +88,200 @@ class Recording:
     Attributes:
         calls: The calls of layers that have rules and wanted parameters, in their order.
         output: The model's output, in a graph.
+        n: The number of samples N.
         deterministic: Whether no random numbers were drawn.
-        repeated: Whether outputs of layers were repeated for each sample.
     """
 
     calls: list[Call]
     output: Any
+    n: int
     deterministic: bool
+
+
+class Layout(NamedTuple):
+    """Where the samples are in one call of a layer.
+
+    Attributes:
+        module: The layer.
+        axis: Their axis in the output; ``None`` if there is none.
+        rows: How many entries of that axis belong to a sample.
+        args: Their axes in the arguments; ``None`` where there is none.
+        repeated: Whether the output is the same for all samples, and was repeated for each.
+    """
+
+    module: Module
+    axis: int | None
+    rows: int
+    args: list[int | None]
     repeated: bool
 
 
-def learn_layouts(request: Request, sample: Inputs) -> list[Layout]:
-    """Find out where the samples are in each call of a layer.
-
-    Args:
-        request: The request.
-        sample: One sample.
-
-    Returns:
-        The layouts of the calls, in their order.
-    """
-    one, two = _shapes(request, sample), _shapes(request, sample[[0, 0]])
-    return [
-        Layout(module, (shape, shape_of_two), list(zip(args, args_of_two, strict=True)))
-        for (module, shape, args), (module_of_two, shape_of_two, args_of_two) in zip(one, two, strict=False)
-        if module is module_of_two and len(args) == len(args_of_two)
-    ]
-
-
-def _shapes(request: Request, inputs: Inputs) -> list[tuple[Module, Size, list[Size]]]:
-    """Evaluate the model, and note the shapes of calls.
-
-    Args:
-        request: The request.
-        inputs: N samples.
-
-    Returns:
-        The layer of each call, with the shapes of its output and its arguments.
-    """
-    found = []
-
-    def note(module: Module, args: tuple[Any, ...], output: Tensor, params: dict[str, str]) -> Tensor:
-        shapes = [x.shape if isinstance(x, Tensor) else Size() for x in args]
-        found.append((module, output.shape, shapes))
-        return output
-
-    with hooked(request, note), torch.enable_grad():
-        request.evaluate(None, inputs)
-    return found
-
-
-def record(
-    request: Request, inputs: Inputs, layouts: Sequence[Layout] | None = None, *, repeat: bool = True
-) -> Recording:
+def record(request: Request, inputs: Inputs, one: Recording | None = None) -> Recording:
     """Evaluate the model, and record the calls of layers.
 
     Args:
         request: The request.
         inputs: N samples.
-        layouts: Where the samples are in each call; ``None``: in front.
-        repeat: Whether outputs that are the same for all samples are repeated for each.
+        one: A recording of one sample: outputs that are the same for all samples, since they do not grow from one to
+            several, are repeated for each. ``None`` to repeat nothing.
 
     Returns:
-        The recording.
+        The recording; where the samples are is for :func:`locate`.
     """
     calls: list[Call] = []
-    n, number, repeated = len(inputs), 0, False
+    n = len(inputs)
 
-    def take(module: Module, args: tuple[Any, ...], output: Tensor, params: dict[str, str]) -> Tensor:
-        nonlocal number, repeated
+    def take(module: Module, rule: Rule, args: tuple[Any, ...], output: Tensor, params: dict[str, str]) -> Tensor:
         sources = tuple(get_gradient_edge(t).node for t in _tensors(args) if t.requires_grad)
         args, output = _map_tensors(Tensor.detach, args), output.view_as(output)  # a node of the graph of its own
-        shape = None
-        layout = None if layouts is None else _layout_of(module, layouts[number:])
-        number += 1
-        axis, rows = (0, len(output) // n) if layouts is None else _sample_axis(layout, output, n)
-        if layout is not None and axis is not None:
-            moved = (_to_front(x, *shapes) for x, shapes in zip(args, layout.args, strict=False))
-            args = tuple(moved)
-        elif layout is not None and repeat and layout.output[0] == layout.output[1] == output.shape:
-            kept = 1 if len(output) == 1 else 0  # an axis of length one stands for the samples
+        shape, alone = output.shape, None if one is None else _of_same_layer(module, one.calls, len(calls))
+        repeated = n > 1 and alone is not None and alone.shape == shape
+        if repeated:
+            kept = _axes_of_all(shape)
             args = _map_tensors(lambda t: t.expand(n, *t.shape[kept:]), args)
-            shape, output, axis, rows = output.shape, output.expand(n, *output.shape[kept:]), 0, 1
-            repeated = n > 1
-        x, rule = args[0] if len(args) == 1 else args, rule_for(module)
-        assert rule is not None
+            output = output.expand(n, *shape[kept:])
         edge = get_gradient_edge(output)
-        call = Call(module, rule, x, edge, output.shape, output.stride(), params, axis, rows, sources)
-        calls.extend(_split_call(call, output) if shape is None else [call])
-        # A copy, so that the recorded output stays as it is where others work in place.
-        return output.clone() if n > 1 or shape is None else output.reshape(shape).clone()
+        calls.append(Call(module, rule, args, edge, output.shape, output.stride(), params, sources, repeated))
+        return output.clone()  # so that the recorded output stays as it is where others work in place
 
     before = random_state(request.model)
     with hooked(request, take), torch.enable_grad():
         result = request.evaluate(None, inputs)
-    return Recording(calls, result, before == random_state(request.model), repeated)
+    return Recording(calls, result, n, before == random_state(request.model))
 
 
-def _split_call(call: Call, output: Tensor) -> list[Call]:
+def _axes_of_all(shape: Size) -> int:
+    """Count the axes that stand for the samples in an output that is the same for all.
+
+    Args:
+        shape: Its shape.
+
+    Returns:
+        One where its leading axis has length one, else none.
+    """
+    return 1 if shape[:1] == (1,) else 0
+
+
+_Module = TypeVar("_Module", Call, Layout)
+
+
+def _of_same_layer(module: Module, entries: Sequence[_Module], place: int) -> _Module | None:
+    """Look up what is known of a call from another pass.
+
+    Args:
+        module: The layer that is called.
+        entries: An entry for each call of the other pass.
+        place: How many calls there were before.
+
+    Returns:
+        The entry; ``None`` where another layer was called.
+    """
+    return entries[place] if place < len(entries) and entries[place].module is module else None
+
+
+def learn_layouts(one: Recording, several: Recording) -> list[Layout]:
+    """Find out where the samples are in each call of a layer.
+
+    Args:
+        one: A recording of one sample.
+        several: A recording of several.
+
+    Returns:
+        The layouts of the calls, in their order.
+    """
+    layouts = []
+    for place, call in enumerate(several.calls):
+        axis, rows, args = None, 1, list[int | None]()
+        alone = _of_same_layer(call.module, one.calls, place)
+        if alone is not None and len(alone.args) == len(call.args) and not call.repeated:
+            axis = _grown(alone.shape, call.shape, several.n)
+            rows = 1 if axis is None else alone.shape[axis]
+            args = [_grown(_shape(x), _shape(y), several.n) for x, y in zip(alone.args, call.args, strict=True)]
+        layouts.append(Layout(call.module, axis if rows == 1 or axis == 0 else None, rows, args, call.repeated))
+    return layouts
+
+
+def locate(recording: Recording, layouts: Sequence[Layout] | None) -> Recording:
+    """Find the samples in recorded calls, and tell products inside of layers from the rest of these.
+
+    Args:
+        recording: The recording.
+        layouts: Where the samples are in each call; ``None``: in front.
+
+    Returns:
+        The recording with samples in front of arguments; without an axis of samples where it is not known.
+    """
+    calls: list[Call] = []
+    for place, call in enumerate(recording.calls):
+        if layouts is None:
+            located = replace(call, axis=0, rows=call.shape[0] // recording.n)
+        else:
+            located = _locate(call, _of_same_layer(call.module, layouts, place), recording.n)
+        calls += _split_call(located)
+    return replace(recording, calls=calls)
+
+
+def _locate(call: Call, layout: Layout | None, n: int) -> Call:
+    """Find the samples in a call.
+
+    Args:
+        call: The call.
+        layout: Where they are.
+        n: The number of samples.
+
+    Returns:
+        The call.
+    """
+    if layout is None:
+        return call
+    if layout.repeated:
+        return _repeat_for_one(call) if n == 1 else replace(call, axis=0)
+    if layout.axis is None or call.shape[layout.axis : layout.axis + 1] != (n * layout.rows,):
+        return call
+    moved = (x.movedim(axis, 0) if axis else x for x, axis in zip(call.args, layout.args, strict=False))
+    return replace(call, args=tuple(moved), axis=layout.axis, rows=layout.rows)
+
+
+def _repeat_for_one(call: Call) -> Call:
+    """Give an output that is the same for all samples an axis of samples.
+
+    Args:
+        call: The call, of one sample.
+
+    Returns:
+        The call.
+    """
+    kept = _axes_of_all(call.shape)
+    args = _map_tensors(lambda t: t.expand(1, *t.shape[kept:]), call.args)
+    strides = (0, *call.strides[kept:])
+    return replace(call, args=args, shape=Size([1, *call.shape[kept:]]), strides=strides, axis=0, repeated=True)
+
+
+def _split_call(call: Call) -> list[Call]:
     """Tell a product with a parameter inside of a layer from the rest of the layer.
 
     Args:
         call: A call of the layer.
-        output: Its output.
 
     Returns:
         The layer without the product, and the product, as far as their parameters are wanted; the call as it is where
         there is none in the graph.
     """
-    inner = inner_of(call.module, call.x) if call.axis is not None and call.rows == 1 else None
+    inner = None
+    if call.axis is not None and call.rows == 1 and not call.repeated:
+        inner = inner_of(call.rule, call.module, call.x)
     if inner is None:
         return [call]
     own = {id(p) for name in inner.params if (p := getattr(call.module, name)) is not None}
-    inside = graph_nodes(output, dict.fromkeys(call.sources, ()))
+    inside = graph_nodes(call.edge, dict.fromkeys(call.sources, ()))
     nodes = (n for n in inside if n.name() != _TRANSPOSED and any(id(_leaf(m)) in own for m, _ in n.next_functions))
     node = next(nodes, None)  # the nearest to the output: a bias may be added by a node of its own
     if node is None or math.prod(node._input_metadata[0].shape) != inner.shape.numel():
         return [call]
     names = [{k: v for k, v in call.params.items() if (k in inner.params) == enters} for enters in (True, False)]
     strides = torch.empty(inner.shape, device="meta").stride()
-    edge = GradientEdge(node, 0)
-    product = Call(call.module, inner.rule, call.x, edge, inner.shape, strides, names[0], inner.axis, 1, call.sources)
+    place = GradientEdge(node, 0), inner.shape, strides
+    product = Call(call.module, inner.rule, call.args, *place, names[0], call.sources, axis=inner.axis)
     return [part for part in (replace(call, rule=inner.outer_rule, params=names[1]), product) if part.params]
 
 
@@ -235,14 +301,14 @@ def _leaf(node: Node | None) -> Any:
 
 @contextmanager
 def hooked(
-    request: Request, take: Callable[[Module, tuple[Any, ...], Tensor, dict[str, str]], Tensor]
+    request: Request, take: Callable[[Module, Rule, tuple[Any, ...], Tensor, dict[str, str]], Tensor]
 ) -> Iterator[None]:
     """Call a function for each call of a layer that has a rule and wanted parameters.
 
     Args:
         request: The request.
-        take: Takes the layer, its arguments, its output, and its wanted parameters; returns what to pass on as the
-            output.
+        take: Takes the layer, its rule, its arguments, its output, and its wanted parameters; returns what to pass on
+            as the output.
 
     Yields:
         Nothing. The hooks are gone before a backward pass, in which checkpoints evaluate layers again.
@@ -253,9 +319,10 @@ def hooked(
         for module in request.model.modules():
             params = module.named_parameters(remove_duplicate=False)
             wanted = {key: names[id(p)] for key, p in params if id(p) in names}
-            if wanted and rule_for(module) is not None:
+            rule = rule_for(module) if wanted else None
+            if rule is not None:
                 # In front of the user's hooks: what these make of the output is no longer the layer's.
-                hook = partial(_hook, take, wanted)
+                hook = partial(_hook, take, rule, wanted)
                 handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         yield
     finally:
@@ -264,12 +331,19 @@ def hooked(
 
 
 def _hook(
-    take: Callable[..., Tensor], params: dict[str, str], module: Module, args: Any, kwargs: dict[str, Any], output: Any
+    take: Callable[..., Tensor],
+    rule: Rule,
+    params: dict[str, str],
+    module: Module,
+    args: Any,
+    kwargs: dict[str, Any],
+    output: Any,
 ) -> Any:
     """Pass a call on.
 
     Args:
         take: See :func:`hooked`.
+        rule: The rule of the layer.
         params: The wanted parameters of the layer.
         module: The layer.
         args: Its positional arguments.
@@ -282,7 +356,7 @@ def _hook(
     first = output[0] if isinstance(output, tuple) else output
     if not (isinstance(first, Tensor) and first.requires_grad):
         return output
-    passed = take(module, _positional(module, args, kwargs), first, params)
+    passed = take(module, rule, _positional(module, args, kwargs), first, params)
     return (passed, *output[1:]) if isinstance(output, tuple) else passed
 
 
@@ -336,66 +410,33 @@ def _tensors(x: Any) -> Iterator[Tensor]:
         yield x
 
 
-def _layout_of(module: Module, layouts: Sequence[Layout]) -> Layout | None:
-    """Look up the layout of a call.
-
-    Args:
-        module: The layer that is called.
-        layouts: Those of this call and the following.
-
-    Returns:
-        The layout; ``None`` where another layer was called when the layouts were learned.
-    """
-    return layouts[0] if layouts and layouts[0].module is module else None
-
-
-def _sample_axis(layout: Layout | None, output: Tensor, n: int) -> tuple[int | None, int]:
-    """Find the samples in a layer's output.
-
-    Args:
-        layout: The layout.
-        output: The output for N samples.
-        n: The number of samples N.
-
-    Returns:
-        Their axis, ``None`` where there is none, and how many entries of it belong to a sample.
-    """
-    axis = None if layout is None else _grown(*layout.output)
-    if layout is None or axis is None or output.ndim <= axis:
-        return None, 0
-    rows = layout.output[0][axis]
-    return (axis, rows) if output.shape[axis] == n * rows and (rows == 1 or axis == 0) else (None, 0)
-
-
-def _grown(one: Size, two: Size) -> int | None:
-    """Find the axis along which a tensor for two samples is twice as long as for one.
-
-    Args:
-        one: Its shape for one sample.
-        two: Its shape for two.
-
-    Returns:
-        The axis; ``None`` if it is not a single one.
-    """
-    if len(one) != len(two):
-        return None
-    axes = [axis for axis, (a, b) in enumerate(zip(one, two, strict=True)) if a != b]
-    return axes[0] if len(axes) == 1 and two[axes[0]] == 2 * one[axes[0]] else None
-
-
-def _to_front(x: Any, one: Size, two: Size) -> Any:
-    """Move the samples of an argument to its leading axis.
+def _shape(x: Any) -> Size:
+    """Look up the shape of an argument.
 
     Args:
         x: The argument.
-        one: Its shape for one sample.
-        two: Its shape for two.
 
     Returns:
-        The argument; as it is where it does not depend on the samples.
+        Its shape; empty for those that are no tensors.
     """
-    axis = _grown(one, two)
-    return x.movedim(axis, 0) if isinstance(x, Tensor) and axis else x
+    return x.shape if isinstance(x, Tensor) else Size()
+
+
+def _grown(one: Size, several: Size, n: int) -> int | None:
+    """Find the axis along which a tensor for several samples is longer than for one.
+
+    Args:
+        one: Its shape for one sample.
+        several: Its shape for several.
+        n: How many.
+
+    Returns:
+        The axis; ``None`` if it is not a single one, or not as many times as long.
+    """
+    if len(one) != len(several):
+        return None
+    axes = [axis for axis, (a, b) in enumerate(zip(one, several, strict=True)) if a != b]
+    return axes[0] if len(axes) == 1 and several[axes[0]] == n * one[axes[0]] else None
 
 
 def _split_rows(factored: Factored, rows: int) -> Factored:

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from backpack import hook_store_io
 from torch import Size, Tensor, nn
-from torch.autograd.graph import Node, get_gradient_edge
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -438,17 +438,20 @@ def probe_tolerance(output: Tensor) -> float:
     return PROBE_TOLERANCES[torch.float32 if converts else output.dtype]
 
 
-def graph_nodes(output: Tensor, sources: Mapping[Any, Iterable[Node]] | None = None) -> Iterator[Node]:
+def graph_nodes(output: Tensor | GradientEdge, sources: Mapping[Any, Iterable[Node]] | None = None) -> Iterator[Node]:
     """Walk through the graph of a tensor, from the tensor back.
 
     Args:
-        output: The tensor.
+        output: The tensor, or its place in the graph.
         sources: Where to go on behind some nodes, instead of at those they come from; such nodes are left out.
 
     Yields:
         Each node once.
     """
-    waiting = [get_gradient_edge(output).node] if output.requires_grad else []
+    if isinstance(output, Tensor):
+        waiting = [get_gradient_edge(output).node] if output.requires_grad else []
+    else:
+        waiting = [output.node]
     seen = set()
     while waiting:
         node = waiting.pop()

@@ -19,9 +19,9 @@ from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
-from ggn_ntk.capture import Call, Layout, Recording, record, used_elsewhere
+from ggn_ntk.capture import Call, Layout, Recording, locate, record, used_elsewhere
 from ggn_ntk.checks import (
     TRIES,
     UnsupportedModelError,
@@ -359,44 +359,56 @@ class Probe:
     """A few samples, each by itself: what the Jacobians that a capture yields are compared with.
 
     Attributes:
-        failures: Why rules do not give the Jacobian of a parameter, by name.
+        recordings: A forward pass of each, until rules were tried.
     """
 
-    def __init__(self, request: Request, seed: int, layouts: Sequence[Layout] | None) -> None:
-        """Evaluate the samples, and try the rules on them.
+    def __init__(self, request: Request, seed: int) -> None:
+        """Evaluate the samples.
 
         Args:
             request: The request.
             seed: Decides on the samples and on v.
-            layouts: Where the samples are in each call of a layer; ``None``: in front.
 
         Raises:
             UnsupportedModelError: If the output cannot be differentiated.
         """
-        self._params, inputs = request.params, request.x1.stack(request.x2)
+        self._request, inputs = request, request.x1.stack(request.x2)
         generator = torch.Generator().manual_seed(seed)
         entries = sum(p.numel() for p in request.params.values())
         count = max(1, min(_PROBED, len(inputs) // _SHARE, _LARGE_IN_ALL // max(1, entries)))
         self._samples = torch.randperm(len(inputs), generator=generator, device="cpu")[:count].tolist()
-        self._outputs, weights, gradients = [], [], []
-        self.failures: dict[str, str] = {}
-        for sample in self._samples:
-            recording = record(request, inputs[[sample]], layouts)
+        self.recordings = [record(request, inputs[[sample]]) for sample in self._samples]
+        for recording in self.recordings:
             problem = output_problem(recording.output, recording.deterministic, 1)
             if problem is not None:
                 raise UnsupportedModelError([problem])
-            self._tolerance = probe_tolerance(recording.output)
-            v = cotangent(recording.output, seed=TRIES * sample + seed)
-            found, failures = try_rules(request, recording, v)
-            self.failures |= failures
-            self._outputs.append(recording.output.detach())
-            self.out_shape = recording.output.shape[1:]
-            weights.append(v.flatten())
-            gradients.append(found)
-        self._v = torch.stack(weights)
-        self._weights = self._v.T
-        self._expected = {name: torch.stack([g[name] for g in gradients]).sum(0) for name in request.params}
+        outputs = [recording.output for recording in self.recordings]
+        self._outputs, self._tolerance = torch.cat(outputs).detach(), probe_tolerance(outputs[0])
+        self._v = torch.cat([cotangent(outputs[0], seed=TRIES * sample + seed) for sample in self._samples])
+        self._weights = self._v.reshape(count, -1).T
         self._actual: dict[str, Tensor] = {}
+
+    @property
+    def out_shape(self) -> Size:
+        """Shape of the output of one sample."""
+        return self._outputs.shape[1:]
+
+    def try_rules(self, layouts: Sequence[Layout] | None) -> dict[str, str]:
+        """Try the rules on the samples. This frees their recordings, so it works once.
+
+        Args:
+            layouts: Where the samples are in each call of a layer; ``None``: in front.
+
+        Returns:
+            Why rules do not give the Jacobian of a parameter, by name.
+        """
+        tried = [
+            try_rules(self._request, locate(recording, layouts), v)
+            for recording, v in zip(self.recordings, self._v.split(1), strict=True)
+        ]
+        self.recordings.clear()
+        self._expected = {name: torch.stack([g[name] for g, _ in tried]).sum(0) for name in self._request.params}
+        return {name: why for _, failures in tried for name, why in failures.items()}
 
     def agrees_in_batch(self, output: Tensor, params: dict[str, Tensor]) -> bool:
         """Compare gradients of the samples' outputs among others and by themselves.
@@ -431,7 +443,7 @@ class Probe:
         Returns:
             Whether they are equal but for rounding.
         """
-        return relative_error(output[self._samples], torch.cat(self._outputs)) <= self._tolerance
+        return relative_error(output[self._samples], self._outputs) <= self._tolerance
 
     def begin(self, outputs: Tensor) -> None:
         """Start on some outputs.
@@ -449,7 +461,7 @@ class Probe:
             jacobians: The Jacobian of each wanted parameter, over all samples, by name.
         """
         for name, jacobian in jacobians.items():
-            product = weighted_sum(select_samples(jacobian, self._samples), self._piece, self._params[name])
+            product = weighted_sum(select_samples(jacobian, self._samples), self._piece, self._request.params[name])
             self._actual[name] = self._actual[name] + product if name in self._actual else product
 
     def judge(self) -> dict[str, str]:

@@ -9,7 +9,7 @@ No rule is trusted (:mod:`ggn_ntk.probe`). Parameters whose Jacobian no rule giv
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ggn_ntk.axes import OutputAxes, Roles
 from ggn_ntk.bias import join_biases
-from ggn_ntk.capture import Layout, Recording, learn_layouts, record
+from ggn_ntk.capture import Layout, Recording, learn_layouts, locate, record
 from ggn_ntk.checks import (
     INTERACTION,
     TRIES,
@@ -136,56 +136,56 @@ def prepare(request: Request, seed: int = 0, missed: dict[str, str] | None = Non
     problems = configuration_problems(request)
     if problems:
         raise UnsupportedModelError(problems, _ROUTE)
-    walk, layouts = _can_walk(request), None
-    if not walk:
-        layouts = learn_layouts(request, request.x1[:1])
-    probe = Probe(request, seed, layouts)
+    missed, walk = missed or {}, _can_walk(request)
+    probe = Probe(request, seed)
     axes = request.axes.resolve(probe.out_shape)
-    missed = probe.failures | (missed or {})
     if walk:
+        found = probe.try_rules(None) | missed
         try:
-            return Prepared(Walk(_without(request, missed)), axes, probe, missed)
+            return Prepared(Walk(_without(request, found)), axes, probe, found)
         except UnsupportedModelError:
             if request.capture == "backpack":
                 raise
-            layouts = learn_layouts(request, request.x1[:1])
-    recording = _record_all(request, probe, layouts)
+            probe = Probe(request, seed)
+    recording, layouts = _record_all(request, probe)
     calls, failures = find_samples(request, recording)
-    missed = failures | missed
+    missed = failures | probe.try_rules(layouts) | missed
     capture = Capture(_without(request, missed), calls, recording.output)
     with torch.enable_grad():
         interact = bool(failures) and not probe.agrees_in_batch(recording.output, request.params)
     return Prepared(capture, axes, probe, missed, interact)
 
 
-def _record_all(request: Request, probe: Probe, layouts: Sequence[Layout] | None) -> Recording:
-    """Evaluate the model on all samples.
+def _record_all(request: Request, probe: Probe) -> tuple[Recording, list[Layout]]:
+    """Evaluate the model on all samples, and find them in each call of a layer.
 
     Args:
         request: The request.
         probe: Samples by themselves.
-        layouts: Where the samples are in each call of a layer.
 
     Returns:
-        The recording.
+        The recording, and where the samples are.
 
     Raises:
         UnsupportedModelError: If the output cannot be differentiated.
     """
-    inputs = request.x1.stack(request.x2)
-    for x, repeat in [(inputs.map(channels_last), True), (inputs, True), (inputs, False)]:
+    inputs, one = request.x1.stack(request.x2), probe.recordings[0]
+    for x, alone in [(inputs.map(channels_last), one), (inputs, one), (inputs, None)]:
         try:
-            recording = record(request, x, layouts, repeat=repeat)
+            recording = record(request, x, alone)
+            several = recording if len(x) > 1 else record(request, x[[0, 0]], alone)
         except Exception as error:  # a view that asks for another layout in memory, an output that may not be repeated
-            if not repeat or is_out_of_memory(error):
+            if alone is None or is_out_of_memory(error):
                 raise
             continue
         problem = output_problem(recording.output, recording.deterministic, len(inputs))
-        if problem is None and (not recording.repeated or probe.outputs_agree(recording.output)):
-            return recording
+        repeated = any(call.repeated for call in recording.calls)
+        if problem is None and (not repeated or probe.outputs_agree(recording.output)):
+            break
     if problem is not None:
         raise UnsupportedModelError([problem])
-    return recording
+    layouts = learn_layouts(one, several)
+    return locate(recording, layouts), layouts
 
 
 def _can_walk(request: Request) -> bool:

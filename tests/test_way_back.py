@@ -33,7 +33,7 @@ class Branches(nn.Module):
 def stages_of(model, x):
     """Record a model and divide its way back."""
     request = Request.parse(model, x, None, AxesRequest("full", (), ()), params=None, per_parameter=False)
-    recording = capture.record(request, request.x1)
+    recording = capture.locate(capture.record(request, request.x1), None)
     used = [c for c, s in zip(recording.calls, passed(recording, x), strict=True) if s is not None]
     return recording, way_back.stages(recording.output, used)
 

@@ -208,17 +208,17 @@ def register_inner(rule: Rule) -> Callable[[_F], _F]:
     return register
 
 
-def inner_of(module: Module, x: Any) -> Inner | None:
+def inner_of(rule: Rule, module: Module, x: Any) -> Inner | None:
     """Look up where autograd meets parameters inside of a layer.
 
     Args:
+        rule: The layer's rule.
         module: The layer.
         x: Its input.
 
     Returns:
         What is registered for its rule.
     """
-    rule = rule_for(module)
     return None if rule not in _INNER else _INNER[rule](module, x)
 
 
