@@ -106,14 +106,14 @@ class Layout(NamedTuple):
         axis: Their axis in the output; ``None`` if there is none.
         rows: How many entries of that axis belong to a sample.
         args: Their axes in the arguments; ``None`` where there is none.
-        repeated: Whether the output is the same for all samples, and was repeated for each.
+        same: Whether the output is the same for all samples, since it does not grow.
     """
 
     module: Module
     axis: int | None
     rows: int
     args: list[int | None]
-    repeated: bool
+    same: bool
 
 
 def record(request: Request, inputs: Inputs, one: Recording | None = None) -> Recording:
@@ -141,7 +141,8 @@ def record(request: Request, inputs: Inputs, one: Recording | None = None) -> Re
             args = _map_tensors(lambda t: t.expand(n, *t.shape[kept:]), args)
             output = output.expand(n, *shape[kept:])
         edge = get_gradient_edge(output)
-        calls.append(Call(module, rule, args, edge, output.shape, output.stride(), params, sources, repeated))
+        axis = 0 if repeated else None
+        calls.append(Call(module, rule, args, edge, output.shape, output.stride(), params, sources, repeated, axis))
         return output.clone()  # so that the recorded output stays as it is where others work in place
 
     before = random_state(request.model)
@@ -193,11 +194,12 @@ def learn_layouts(one: Recording, several: Recording) -> list[Layout]:
     for place, call in enumerate(several.calls):
         axis, rows, args = None, 1, list[int | None]()
         alone = _of_same_layer(call.module, one.calls, place)
-        if alone is not None and len(alone.args) == len(call.args) and not call.repeated:
+        same = alone is not None and (call.repeated or call.shape == alone.shape)
+        if alone is not None and len(alone.args) == len(call.args) and not same:
             axis = _grown(alone.shape, call.shape, several.n)
             rows = 1 if axis is None else alone.shape[axis]
             args = [_grown(_shape(x), _shape(y), several.n) for x, y in zip(alone.args, call.args, strict=True)]
-        layouts.append(Layout(call.module, axis if rows == 1 or axis == 0 else None, rows, args, call.repeated))
+        layouts.append(Layout(call.module, axis if rows == 1 or axis == 0 else None, rows, args, same))
     return layouts
 
 
@@ -232,11 +234,9 @@ def _locate(call: Call, layout: Layout | None, n: int) -> Call:
     Returns:
         The call.
     """
-    if layout is None:
-        return call
-    if layout.repeated:
-        return _repeat_for_one(call) if n == 1 else replace(call, axis=0)
-    if layout.axis is None or call.shape[layout.axis : layout.axis + 1] != (n * layout.rows,):
+    if layout is not None and layout.same and n == 1:
+        return _repeat_for_one(call)
+    if layout is None or layout.axis is None or call.shape[layout.axis : layout.axis + 1] != (n * layout.rows,):
         return call
     moved = (x.movedim(axis, 0) if axis else x for x, axis in zip(call.args, layout.args, strict=False))
     return replace(call, args=tuple(moved), axis=layout.axis, rows=layout.rows)
@@ -252,7 +252,7 @@ def _repeat_for_one(call: Call) -> Call:
         The call.
     """
     kept = _axes_of_all(call.shape)
-    args = _map_tensors(lambda t: t.expand(1, *t.shape[kept:]), call.args)
+    args = call.args if kept else _map_tensors(lambda t: t.unsqueeze(0), call.args)
     strides = (0, *call.strides[kept:])
     return replace(call, args=args, shape=Size([1, *call.shape[kept:]]), strides=strides, axis=0, repeated=True)
 

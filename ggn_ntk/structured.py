@@ -173,7 +173,7 @@ def _record_all(request: Request, probe: Probe) -> tuple[Recording, list[Layout]
     for x, alone in [(inputs.map(channels_last), one), (inputs, one), (inputs, None)]:
         try:
             recording = record(request, x, alone)
-            several = recording if len(x) > 1 else record(request, x[[0, 0]], alone)
+            several = recording if len(x) > 1 else record(request, x[[0, 0]])
         except Exception as error:  # a view that asks for another layout in memory, an output that may not be repeated
             if alone is None or is_out_of_memory(error):
                 raise

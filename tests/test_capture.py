@@ -140,6 +140,13 @@ def test_outputs_in_pieces(symmetric, budget, compute, monkeypatch):
         assert_close(kernel, oracle_sum(BY_NAME[name], symmetric, compute))
 
 
+@pytest.mark.parametrize("case", each(MODELS))
+def test_rules_cover_no_less_of_one_sample_than_of_several(case):
+    model, x1, x2 = case.build(torch.float32)
+    one, several = (explain(model, *x, output=case.output) for x in ((first_samples(x1, slice(1)),), (x1, x2)))
+    assert set(one.remainder) <= set(several.remainder)
+
+
 @pytest.fixture(params=["one by one", "at once"])
 def stage_by_stage(request, monkeypatch):
     """Divides the way back wherever it can be, and passes outputs one by one, or where they can be at once."""
