@@ -355,6 +355,25 @@ def errors(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: fl
     return found
 
 
+def _choose(n: int, count: int, seed: int) -> list[int]:
+    """Choose samples, neither the first nor the last of more than two.
+
+    What a model makes of all samples with the help of one of them, say of ``x[:1]``, shows at the others alone.
+
+    Args:
+        n: The number of samples.
+        count: How many to choose of more than two; of two, both are.
+        seed: Decides on the choice.
+
+    Returns:
+        The samples.
+    """
+    if n <= 2:
+        return list(range(n))
+    order = torch.randperm(n - 2, generator=torch.Generator().manual_seed(seed), device="cpu") + 1
+    return order[:count].tolist()
+
+
 class Probe:
     """A few samples, each by itself: what the Jacobians that a capture yields are compared with.
 
@@ -373,10 +392,9 @@ class Probe:
             UnsupportedModelError: If the output cannot be differentiated.
         """
         self._request, inputs = request, request.x1.stack(request.x2)
-        generator = torch.Generator().manual_seed(seed)
         entries = sum(p.numel() for p in request.params.values())
         count = max(1, min(_PROBED, len(inputs) // _SHARE, _LARGE_IN_ALL // max(1, entries)))
-        self._samples = torch.randperm(len(inputs), generator=generator, device="cpu")[:count].tolist()
+        self._samples = _choose(len(inputs), count, seed)
         self.recordings = [record(request, inputs[[sample]]) for sample in self._samples]
         for recording in self.recordings:
             problem = output_problem(recording.output, recording.deterministic, 1)
@@ -385,7 +403,7 @@ class Probe:
         outputs = [recording.output for recording in self.recordings]
         self._outputs, self._tolerance = torch.cat(outputs).detach(), probe_tolerance(outputs[0])
         self._v = torch.cat([cotangent(outputs[0], seed=TRIES * sample + seed) for sample in self._samples])
-        self._weights = self._v.reshape(count, -1).T
+        self._weights = self._v.reshape(len(self._samples), -1).T
         self._actual: dict[str, Tensor] = {}
 
     @property

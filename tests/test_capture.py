@@ -305,6 +305,21 @@ def test_samples_that_interact_in_front_of_or_behind_a_layer(wanted, n):
         empirical_ntk(Centred(), torch.randn(n, 5), method="structured", params=wanted)
 
 
+@pytest.mark.parametrize("n", range(2, 20))
+@pytest.mark.parametrize("special", [slice(None, 1), slice(-1, None)], ids=["first", "last"])
+def test_a_single_sample_that_enters_the_output_of_all(special, n):
+    class Special(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.body, self.aside = nn.Linear(5, 4), nn.Linear(5, 4)
+
+        def forward(self, x):
+            return self.body(x).tanh() + self.aside(x[special])
+
+    with pytest.raises(UnsupportedModelError, match="samples influence one another"):
+        empirical_ntk(Special(), torch.randn(n, 5), method="structured")
+
+
 def test_samples_that_interact_in_large_batches_alone():
     class Large(Scaled):
         def forward(self, x):
