@@ -27,6 +27,9 @@ from ggn_ntk.walk import identity
 #: Numbers that ``s`` of a stage may hold before the outputs are taken in pieces.
 BUDGET = 2**27
 
+# Tensors start at multiples of so many numbers, for the sake of vector instructions.
+_ALIGNED = 64
+
 #: Numbers in the output of a layer, on average, from which on the model's outputs are passed back one by one: several
 #: at once save calls of functions, but read and write more than a processor's cache holds. Elsewhere all pass at once.
 ONE_BY_ONE = {"cpu": 2**16}
@@ -163,12 +166,50 @@ def pass_back(
     return [None if s is None else s.reshape(*lead, *call.shape) for s, call in passed], found[len(calls) :]
 
 
-def pull_back(stage: Stage, cotangents: Tensor | Sequence[Tensor]) -> tuple[list[Tensor], Tensor | Sequence[Tensor]]:
+class Rooms:
+    """Memory for ``s`` of one stage after the other: to get new memory for each takes as long as to write it."""
+
+    def __init__(self, numel: int) -> None:
+        """Set up.
+
+        Args:
+            numel: How many numbers to keep memory for; what does not fit gets its own.
+        """
+        self._numel, self._used = numel, 0
+        self._memory: Tensor | None = None
+
+    def clear(self) -> None:
+        """Let what was taken be overwritten."""
+        self._used = 0
+
+    def take(self, shape: Sequence[int], like: Tensor) -> Tensor:
+        """Make room.
+
+        Args:
+            shape: The shape of a tensor.
+            like: Decides on its dtype and device.
+
+        Returns:
+            A contiguous tensor, to be written to.
+        """
+        if self._memory is None:
+            self._memory = like.new_empty(self._numel)
+        start, stop = self._used, self._used + math.prod(shape)
+        if stop > self._numel or self._memory.dtype != like.dtype or self._memory.device != like.device:
+            return like.new_empty(shape)
+        self._used = stop + -stop % _ALIGNED
+        return self._memory[start:stop].view(shape)
+
+
+def pull_back(
+    stage: Stage, cotangents: Tensor | Sequence[Tensor], rooms: Rooms
+) -> tuple[list[Tensor], Tensor | Sequence[Tensor]]:
     """Pass several cotangents back, at once where layers are small, and one by one where ``vmap`` fails.
 
     Args:
         stage: The part of the way that they pass.
         cotangents: ``[K, ...]`` where it starts.
+        rooms: Memory for the result.
 
     Returns:
         ``[K, *output]`` for each call, and ``[K, ...]`` where the stage ends; nothing for the last one.
@@ -185,7 +226,9 @@ def pull_back(stage: Stage, cotangents: Tensor | Sequence[Tensor]) -> tuple[list
     for k, cotangent in enumerate(cotangents):
         parts, ends = _pass_stage(stage, cotangent)
         passed += ends
-        found = found or [_room(call, part, len(cotangents)) for call, part in zip(stage.calls, parts, strict=True)]
+        found = found or [
+            _room(call, part, len(cotangents), rooms) for call, part in zip(stage.calls, parts, strict=True)
+        ]
         for whole, part in zip(found, parts, strict=True):
             whole[k].copy_(part)
     return found, passed
@@ -206,13 +249,14 @@ def _pass_stage(stage: Stage, cotangents: Tensor, *, batched: bool = False) -> t
     return [s for s in found if s is not None], [s for s in ends if s is not None]
 
 
-def _room(call: Call, part: Tensor, k: int) -> Tensor:
+def _room(call: Call, part: Tensor, k: int, rooms: Rooms) -> Tensor:
     """Make room for the cotangents of a layer's output.
 
     Args:
         call: The call of the layer.
         part: The first cotangent.
         k: The number of cotangents K.
+        rooms: Memory.
 
     Returns:
         ``[K, *output]``. Samples are outermost in memory. Behind them are positions, if there are more of them than
@@ -224,7 +268,7 @@ def _room(call: Call, part: Tensor, k: int) -> Tensor:
     place = max(1, part.ndim - 1) if part.numel() > part.shape[axes[0]] * channels**2 else 1
     axes.insert(place, part.ndim)
     sizes = [*part.shape, k]
-    room = part.new_empty([sizes[axis] for axis in axes])
+    room = rooms.take([sizes[axis] for axis in axes], part)
     return room.permute(place, *(axes.index(axis) for axis in range(part.ndim)))
 
 
@@ -274,11 +318,26 @@ class Capture:
             parts: Not used: here all samples pass back together.
 
         Yields:
-            The Jacobians of each call, by the names users know parameters by.
+            The Jacobians of each call, by the names users know parameters by. The caller has to drop them before it
+            asks for more, since ``s`` may be overwritten, unless a parameter among them is used again.
         """
         cotangents: Tensor | Sequence[Tensor] = identity(self.output, outputs)
         size = SIZES.get(self.output.device.type, SIZE_ELSEWHERE)
-        for stage in merged(self._stages, size // len(outputs)):
-            found, cotangents = pull_back(stage, cotangents)
+        divided = merged(self._stages, size // len(outputs))
+        rooms = Rooms(max((len(outputs) * stage.numel + _ALIGNED * len(stage.calls) for stage in divided), default=0))
+        for stage in divided:
+            found, cotangents = pull_back(stage, cotangents, Rooms(0) if self._waits(stage) else rooms)
             for call in reversed(stage.calls):
                 yield call.jacobians(found.pop())
+            rooms.clear()
+
+    def _waits(self, stage: Stage) -> bool:
+        """Tell whether Jacobians of a stage wait for those of others.
+
+        Args:
+            stage: The stage.
+
+        Returns:
+            Whether a parameter among them is used again.
+        """
+        return any(self.counts[name] > 1 for call in stage.calls for name in call.params.values())

@@ -523,7 +523,7 @@ def test_a_call_without_s_is_an_error_and_shifts_no_other(largest, monkeypatch):
     assert len(recording.calls) == 2
     *_, stage = way_back.stages(recording.output, recording.calls)
     with pytest.raises(RuntimeError, match="not have been used"):
-        way_back.pull_back(stage, identity(recording.output))
+        way_back.pull_back(stage, identity(recording.output), way_back.Rooms(0))
     assert_close(empirical_ntk(model, x, capture="autograd"), jacobian_contraction(model, x))
 
 

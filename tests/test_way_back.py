@@ -74,9 +74,10 @@ def test_cotangents_pass_stages_of_any_graph(inputs):
     model, x = Branches(inputs).double(), torch.randn(2, 3).double()
     recording, stages = stages_of(model, x)
     several = torch.randn(4, *recording.output.shape).double()
-    cotangents = several
+    cotangents, rooms = several, way_back.Rooms(20)
     for stage in stages:
-        found, cotangents = way_back.pull_back(stage, cotangents)
+        rooms.clear()
+        found, cotangents = way_back.pull_back(stage, cotangents, rooms)
         for call, s in zip(stage.calls, found, strict=True):
             whole = [way_back.pass_back(recording.output, [call], v)[0][0] for v in several]
             torch.testing.assert_close(s, torch.stack(whole))
@@ -99,4 +100,25 @@ def test_a_hook_that_changes_gradients_at_the_end_of_a_stage(monkeypatch):
 
     monkeypatch.setattr(way_back, "SIZES", {"cpu": 0})
     model, x = Hooked().double(), torch.randn(4, 3).double()
+    assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
+
+
+def test_rooms_hold_what_fits_until_they_are_cleared():
+    rooms, like = way_back.Rooms(200), torch.empty(0)
+    first, second = rooms.take([4, 5], like), rooms.take([10], like)
+    assert first.is_contiguous()
+    assert second.data_ptr() - first.data_ptr() == 64 * first.element_size()
+    kept = {first.untyped_storage().data_ptr(), second.untyped_storage().data_ptr()}
+    assert len(kept) == 1
+    for apart in (rooms.take([80], like), rooms.take([1], like.double())):
+        assert apart.untyped_storage().data_ptr() not in kept
+    rooms.clear()
+    assert rooms.take([200], like).data_ptr() == first.data_ptr()
+
+
+def test_jacobians_that_wait_for_others_are_not_overwritten(monkeypatch):
+    monkeypatch.setattr(way_back, "SIZES", {"cpu": 0})
+    monkeypatch.setattr(way_back, "ONE_BY_ONE", {"cpu": 0})
+    model, x = Branches([{0}, {1}, {2}, {3}]).double(), torch.randn(4, 3).double()
+    model.layers[3] = model.layers[1]
     assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
