@@ -307,7 +307,7 @@ class Capture:
         Returns:
             The pieces.
         """
-        per_output = max((stage.numel for stage in self._stages), default=1)
+        per_output = max((1, *(stage.numel for stage in self._stages)))  # a layer's output may be empty
         return split_outputs(axes, BUDGET // per_output)
 
     def jacobians(self, outputs: Tensor, parts: object) -> Iterator[dict[str, Factored]]:

@@ -122,3 +122,20 @@ def test_jacobians_that_wait_for_others_are_not_overwritten(monkeypatch):
     model, x = Branches([{0}, {1}, {2}, {3}]).double(), torch.randn(4, 3).double()
     model.layers[3] = model.layers[1]
     assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
+
+
+def test_a_layer_whose_output_is_empty():
+    class Empty(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.nothing = nn.Linear(3, 1)
+            self.nothing.weight = nn.Parameter(torch.empty(0, 3).double())
+            self.nothing.bias = nn.Parameter(torch.empty(0).double())
+            self.scale = nn.Parameter(torch.ones(()).double())
+
+        def forward(self, x):
+            return self.nothing(x).sum(1, keepdim=True) + self.scale * x
+
+    model, x = Empty(), torch.randn(4, 3).double()
+    assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
+    assert empirical_ntk(model, x, method="structured", params=["nothing.weight"]).count_nonzero() == 0
