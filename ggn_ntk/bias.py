@@ -10,6 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
+from ggn_ntk.einsum import memory_of
 from ggn_ntk.rules import Factored
 
 
@@ -44,26 +45,13 @@ def _joined(weight: Factored, bias: Factored) -> Factored | None:
     inputs = [letter for letter in weight.result if letter not in bias.result]
     if len(weight.operands) != 2 or len(bias.operands) != 1 or len(inputs) != 1:
         return None
-    (s, x), (s_term, x_term), (i,) = weight.operands, weight.terms, inputs
+    (s, x), (own,), (s_term, x_term), (i,) = weight.operands, bias.operands, weight.terms, inputs
+    if not (isinstance(s, Tensor) and isinstance(x, Tensor) and isinstance(own, Tensor)):
+        return None
     positions = set(x_term) - set(weight.result)
-    same = [s_term] == bias.terms and weight.result.replace(i, "") == bias.result and _is_same(s, bias.operands[0])
+    same = [s_term] == bias.terms and weight.result.replace(i, "") == bias.result and memory_of(s) == memory_of(own)
     fits = same and i in x_term and set(x_term) - {i} <= set(s_term) - {"c"} and i not in s_term
-    if not (fits and positions and isinstance(x, Tensor) and 0 not in x.stride() and x.numel() <= s.shape.numel()):
+    if not (fits and positions and 0 not in x.stride() and x.numel() <= s.numel()):
         return None
     axis = x_term.index(i)
     return Factored(weight.equation, (s, torch.cat([x, torch.ones_like(x.narrow(axis, 0, 1))], axis)))
-
-
-def _is_same(a: object, b: object) -> bool:
-    """Tell whether two operands are one.
-
-    Args:
-        a: An operand.
-        b: Another.
-
-    Returns:
-        Whether they are the same entries of the same memory.
-    """
-    if not (isinstance(a, Tensor) and isinstance(b, Tensor)):
-        return False
-    return (a.data_ptr(), a.shape, a.stride()) == (b.data_ptr(), b.shape, b.stride())

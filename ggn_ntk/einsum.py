@@ -37,6 +37,18 @@ class Operand(NamedTuple):
     size: int = 0
 
 
+def memory_of(tensor: Tensor) -> Hashable:
+    """Tell which entries of which memory a tensor holds.
+
+    Args:
+        tensor: The tensor.
+
+    Returns:
+        A key, equal for tensors of one dtype that are views of the same entries in the same order.
+    """
+    return (tensor.data_ptr(), tensor.shape, tensor.stride())
+
+
 def as_operand(letters: str, tensor: Tensor) -> Operand:
     """Give a tensor letters, without the axes along which it has one value.
 
@@ -47,7 +59,7 @@ def as_operand(letters: str, tensor: Tensor) -> Operand:
     Returns:
         The operand; it lacks the letter of samples where the tensor is the same for all of them.
     """
-    key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+    key = memory_of(tensor)
     for axis in reversed(range(tensor.ndim)):
         same_for_samples = letters[axis] in "nm" and tensor.stride(axis) == 0 and tensor.shape[axis] > 1
         if same_for_samples:

@@ -428,23 +428,22 @@ class Probe:
         self._expected = {name: torch.stack([g[name] for g, _ in tried]).sum(0) for name in self._request.params}
         return {name: why for _, failures in tried for name, why in failures.items()}
 
-    def agrees_in_batch(self, output: Tensor, params: dict[str, Tensor]) -> bool:
+    def agrees_in_batch(self, output: Tensor) -> bool:
         """Compare gradients of the samples' outputs among others and by themselves.
 
         Args:
             output: The outputs ``[N, *out]`` of all samples, in a graph.
-            params: The wanted parameters.
 
         Returns:
             Whether they are equal but for rounding.
         """
         if not output.requires_grad:
             return True
-        v = self._v.reshape(len(self._samples), *output.shape[1:])
+        params = self._request.params
         found = torch.autograd.grad(
             output[self._samples],
             list(params.values()),
-            v,
+            self._v,
             retain_graph=True,
             allow_unused=True,
             materialize_grads=True,

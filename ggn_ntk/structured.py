@@ -152,7 +152,7 @@ def prepare(request: Request, seed: int = 0, missed: dict[str, str] | None = Non
     missed = failures | probe.try_rules(layouts) | missed
     capture = Capture(_without(request, missed), calls, recording.output)
     with torch.enable_grad():
-        interact = bool(failures) and not probe.agrees_in_batch(recording.output, request.params)
+        interact = bool(failures) and not probe.agrees_in_batch(recording.output)
     return Prepared(capture, axes, probe, missed, interact)
 
 
