@@ -1,7 +1,6 @@
 """Empirical neural tangent kernels of PyTorch models, from the Gram matrix of the generalized Gauss-Newton."""
 
 from ggn_ntk import plots, reference
-from ggn_ntk.checks import NTKMismatchError, UnsupportedModelError
 from ggn_ntk.columns import Gaussian
 from ggn_ntk.dynamics import (
     gradient_descent_mse,
@@ -12,8 +11,17 @@ from ggn_ntk.dynamics import (
     nngp_posterior,
     ntk_ensemble,
 )
+from ggn_ntk.errors import (
+    KernelMemoryError,
+    NotFiniteWarning,
+    NTKMismatchError,
+    RouteWarning,
+    UnsupportedModelError,
+    UnsupportedRouteError,
+)
 from ggn_ntk.explain import explain
 from ggn_ntk.extension import EmpiricalNTK
+from ggn_ntk.gram_hook import AccumulateGramHook
 from ggn_ntk.matrix import IllConditionedWarning
 from ggn_ntk.nngp import EmpiricalKernels, empirical_kernels, nngp
 from ggn_ntk.ntk import empirical_ntk
@@ -28,7 +36,7 @@ from ggn_ntk.spectrum import (
     relative_kernel_change,
 )
 from ggn_ntk.taylor import TaylorExpansion, linearize, taylor_expand
-from ggn_ntk.vivit import AccumulateGramHook, empirical_ntk_vivit
+from ggn_ntk.vivit import empirical_ntk_vivit
 
 __version__ = "0.1.0"
 
@@ -39,9 +47,13 @@ __all__ = [
     "Factored",
     "Gaussian",
     "IllConditionedWarning",
+    "KernelMemoryError",
     "NTKMismatchError",
+    "NotFiniteWarning",
+    "RouteWarning",
     "TaylorExpansion",
     "UnsupportedModelError",
+    "UnsupportedRouteError",
     "centered_kernel_alignment",
     "condition_number",
     "effective_rank",

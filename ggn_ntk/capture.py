@@ -13,6 +13,7 @@ and whether the rules are right, is for :mod:`ggn_ntk.probe` to find out.
 import inspect
 import math
 import string
+import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -24,15 +25,18 @@ from torch import Size, Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module
 
-from ggn_ntk.checks import graph_nodes, random_state
-from ggn_ntk.request import Inputs, Request
+from ggn_ntk.autograd_graph import graph_nodes, is_transformed
+from ggn_ntk.errors import NotCapturedError, is_out_of_memory
+from ggn_ntk.inputs import Inputs
+from ggn_ntk.isolation import has_global_hooks
+from ggn_ntk.request import Request
 from ggn_ntk.rules import Factored, OneHot, Rule, inner_of, rule_for
 
 # The node of a graph that transposes a weight.
 _TRANSPOSED = "TBackward0"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Call:
     """One call of a layer that has a rule.
 
@@ -45,6 +49,7 @@ class Call:
         strides: How its output lies in memory.
         params: Its wanted parameters: their names on the layer, and those users know them by.
         sources: Nodes of the graph that its inputs come from.
+        versions: The arguments that were not copied, and how often each had been written to.
         repeated: Whether its output was the same for all samples, and repeated for each.
         axis: The axis of the samples in the output; ``None`` where it is not known.
         rows: How many entries of that axis, one behind the other, belong to a sample.
@@ -58,9 +63,14 @@ class Call:
     strides: tuple[int, ...]
     params: dict[str, str]
     sources: tuple[Node, ...]
+    versions: tuple[tuple[Tensor, int], ...] = ()
     repeated: bool = False
     axis: int | None = None
     rows: int = 1
+
+    def at(self, edge: GradientEdge, shape: Size, strides: tuple[int, ...]) -> "Call":
+        """Move its output to another place in the graph."""
+        return replace(self, edge=edge, shape=shape, strides=strides)
 
     @property
     def x(self) -> Any:
@@ -75,27 +85,36 @@ class Call:
 
         Returns:
             The Jacobians, by the names users know parameters by; those that the rule does not state are left out.
+
+        Raises:
+            NotCapturedError: If there is nothing to apply the rule to.
         """
-        assert self.axis is not None
+        if any(tensor._version != version for tensor, version in self.versions):
+            raise NotCapturedError("an argument of a call of its layer was changed in place later")
+        if self.axis is None:
+            raise NotCapturedError(f"samples are not told apart in an output {list(self.shape)} of its layer")
         factored = self.rule(self.module, self.x, s.movedim(1 + self.axis, 1))
         return {name: _split_rows(factored[key], self.rows) for key, name in self.params.items() if key in factored}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Recording:
     """A forward pass.
 
     Attributes:
         calls: The calls of layers that have rules and wanted parameters, in their order.
         output: The model's output, in a graph.
-        n: The number of samples N.
-        deterministic: Whether no random numbers were drawn.
+        inputs: The N samples.
     """
 
     calls: list[Call]
     output: Any
-    n: int
-    deterministic: bool
+    inputs: Inputs
+
+    @property
+    def n(self) -> int:
+        """The number of samples N."""
+        return len(self.inputs)
 
 
 class Layout(NamedTuple):
@@ -127,13 +146,17 @@ def record(request: Request, inputs: Inputs, one: Recording | None = None) -> Re
 
     Returns:
         The recording; where the samples are is for :func:`locate`.
+
+    Raises:
+        NotCapturedError: If the model fails where an output is repeated.
     """
     calls: list[Call] = []
     n = len(inputs)
 
     def take(module: Module, rule: Rule, args: tuple[Any, ...], output: Tensor, params: dict[str, str]) -> Tensor:
         sources = tuple(get_gradient_edge(t).node for t in _tensors(args) if t.requires_grad)
-        args, output = _map_tensors(Tensor.detach, args), output.view_as(output)  # a node of the graph of its own
+        args, output = _map_tensors(_kept, args), output.view_as(output)  # a node of the graph of its own
+        versions = tuple((t, t._version) for t in _tensors(args) if t.is_floating_point())
         shape, alone = output.shape, None if one is None else _of_same_layer(module, one.calls, len(calls))
         repeated = n > 1 and alone is not None and alone.shape == shape
         if repeated:
@@ -142,13 +165,23 @@ def record(request: Request, inputs: Inputs, one: Recording | None = None) -> Re
             output = output.expand(n, *shape[kept:])
         edge = get_gradient_edge(output)
         axis = 0 if repeated else None
-        calls.append(Call(module, rule, args, edge, output.shape, output.stride(), params, sources, repeated, axis))
+        place = edge, output.shape, output.stride()
+        calls.append(Call(module, rule, args, *place, params, sources, versions, repeated, axis))
         return output.clone()  # so that the recorded output stays as it is where others work in place
 
-    before = random_state(request.model)
-    with hooked(request, take), torch.enable_grad():
-        result = request.evaluate(None, inputs)
-    return Recording(calls, result, n, before == random_state(request.model))
+    try:
+        with torch.enable_grad():
+            result = request.evaluate(None, inputs, inspect=request.foreign, within=partial(hooked, request, take))
+    except Exception as error:
+        if any(call.repeated for call in calls) and not is_out_of_memory(error):
+            raise NotCapturedError("an output that is the same for all samples cannot be repeated") from error
+        raise
+    return Recording(calls, result, inputs)
+
+
+def _kept(argument: Tensor) -> Tensor:
+    """Keep an argument as it was: a copy of tokens and masks, which autograd does not guard against being changed."""
+    return argument.detach() if argument.is_floating_point() else argument.clone()
 
 
 def _axes_of_all(shape: Size) -> int:
@@ -281,7 +314,7 @@ def _split_call(call: Call) -> list[Call]:
     names = [{k: v for k, v in call.params.items() if (k in inner.params) == enters} for enters in (True, False)]
     strides = torch.empty(inner.shape, device="meta").stride()
     place = GradientEdge(node, 0), inner.shape, strides
-    product = Call(call.module, inner.rule, call.args, *place, names[0], call.sources, axis=inner.axis)
+    product = replace(call, rule=inner.rule, params=names[0], axis=inner.axis).at(*place)
     return [part for part in (replace(call, rule=inner.outer_rule, params=names[1]), product) if part.params]
 
 
@@ -313,16 +346,17 @@ def hooked(
     Yields:
         Nothing. The hooks are gone before a backward pass, in which checkpoints evaluate layers again.
     """
-    names = {id(p): name for name, p in request.params.items()}
+    names, thread = {id(p): name for name, p in request.params.items()}, threading.get_ident()
     handles = []
     try:
-        for module in request.model.modules():
+        # Hooks of all modules may change outputs before any hook of a module's own sees them.
+        for module in () if has_global_hooks() else request.model.modules():
             params = module.named_parameters(remove_duplicate=False)
             wanted = {key: names[id(p)] for key, p in params if id(p) in names}
-            rule = rule_for(module) if wanted else None
+            rule = rule_for(module) if wanted and "forward" not in vars(module) else None
             if rule is not None:
                 # In front of the user's hooks: what these make of the output is no longer the layer's.
-                hook = partial(_hook, take, rule, wanted)
+                hook = partial(_hook, take, rule, wanted, _own_parameters(module), thread)
                 handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))
         yield
     finally:
@@ -330,21 +364,30 @@ def hooked(
             handle.remove()
 
 
+def _own_parameters(module: Module) -> list[tuple[dict[str, Any], str, Any]]:
+    """List the parameters of a layer, with what holds each and its name there."""
+    return [(m._parameters, key, p) for m in module.modules() for key, p in m._parameters.items()]
+
+
 def _hook(
     take: Callable[..., Tensor],
     rule: Rule,
     params: dict[str, str],
+    own: list[tuple[dict[str, Any], str, Any]],
+    thread: int,
     module: Module,
     args: Any,
     kwargs: dict[str, Any],
     output: Any,
 ) -> Any:
-    """Pass a call on.
+    """Pass a call on, if it is one of this thread's with the layer's own parameters, and no transform sees it.
 
     Args:
         take: See :func:`hooked`.
         rule: The rule of the layer.
         params: The wanted parameters of the layer.
+        own: All its parameters, as :func:`_own_parameters` lists them.
+        thread: The thread whose calls count.
         module: The layer.
         args: Its positional arguments.
         kwargs: Its keyword arguments.
@@ -354,7 +397,9 @@ def _hook(
         What it returns instead.
     """
     first = output[0] if isinstance(output, tuple) else output
-    if not (isinstance(first, Tensor) and first.requires_grad):
+    if not (isinstance(first, Tensor) and first.requires_grad) or threading.get_ident() != thread or is_transformed():
+        return output
+    if any(store.get(key) is not param for store, key, param in own):
         return output
     passed = take(module, rule, _positional(module, args, kwargs), first, params)
     return (passed, *output[1:]) if isinstance(output, tuple) else passed

@@ -1,16 +1,10 @@
-"""Every problem of a model, found before work starts and reported at once."""
+"""Every problem of a model that can be read off its configuration, found before work starts and reported at once."""
 
-import math
-import random
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-import numpy as np
-import torch
-from backpack import hook_store_io
-from torch import Size, Tensor, nn
-from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+from torch import Size, nn
 from torch.nn import Module
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
@@ -19,132 +13,62 @@ from torch.nn.modules.loss import _Loss
 from torch.nn.parameter import UninitializedParameter
 from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
-from ggn_ntk.request import Inputs, Request
-
-#: Largest relative Frobenius error of a kernel against the oracle, by dtype.
-TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}
-
-OTHER_METHOD = "Use another method ('auto' finds one)"
-
-#: How often a probe must fail to count.
-TRIES = 3
-
-#: The same for probes on a few samples, where rounding does not average out.
-PROBE_TOLERANCES = {dtype: 10 * tolerance for dtype, tolerance in TOLERANCES.items()}
-
-#: The largest relative difference of gradients that rounding makes by taking units to the other side of a kink: the
-#: square root of their share, of which 1e-4 would be many.
-KINKS = 1e-2
+from ggn_ntk.comparison import TOLERANCES
+from ggn_ntk.comparison import relative_error as relative_error  # the guide imports it from here
+from ggn_ntk.errors import OTHER_METHOD, Problem, UnsupportedModelError, UnsupportedRouteError
+from ggn_ntk.independence import Checked, check_samples, look
+from ggn_ntk.isolation import has_global_hooks, runs_hooks
+from ggn_ntk.request import Request
+from ggn_ntk.rules import acts_on_each_sample
 
 
-class Problem(NamedTuple):
-    """Something that keeps a kernel from being computed.
-
-    Attributes:
-        where: Dotted name of the module or parameter; empty for the model itself.
-        what: What is wrong with it.
-        remedy: What to do about it.
-    """
-
-    where: str
-    what: str
-    remedy: str
-
-    def __str__(self) -> str:
-        """Format as one line of an error message.
-
-        Returns:
-            The line.
-        """
-        return f"{self.where or 'the model'}: {self.what}. {self.remedy}."
-
-
-INTERACTION = Problem(
-    "",
-    "samples influence one another (gradients alone and in a batch differ)",
-    "Remove what mixes the leading axis, e.g. use batch_first=True, or eval()",
-)
-
-
-class UnsupportedModelError(ValueError):
-    """A kernel cannot be computed for a model; the message lists every problem and its remedy.
-
-    Attributes:
-        problems: The problems found.
-    """
-
-    def __init__(self, problems: Iterable[Problem], route: str = "empirical NTK") -> None:
-        """Format the problems.
-
-        Args:
-            problems: What was found.
-            route: What cannot be computed.
-        """
-        self.problems = list(problems)
-        super().__init__(f"No {route} of this model:\n" + "\n".join(f"  - {p}" for p in self.problems))
-
-
-class NTKMismatchError(RuntimeError):
-    """A kernel differs from the oracle's by more than rounding."""
-
-
-def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Measure the relative Frobenius error.
-
-    Args:
-        actual: A tensor.
-        expected: What it should be, of the same shape. It may have a wider dtype.
-
-    Returns:
-        ``|actual - expected| / |expected|`` in float64; zero where both are zero.
-    """
-    actual, expected = actual.double(), expected.double()
-    error, scale = torch.linalg.vector_norm(actual - expected), torch.linalg.vector_norm(expected)
-    return 0.0 if error == 0 else (error / scale).item()
-
-
-def is_out_of_memory(error: Exception) -> bool:
-    """Tell whether an error says that memory ran out, on any device.
-
-    Args:
-        error: The error.
-
-    Returns:
-        Whether it does.
-    """
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "not enough memory" in str(error)
-
-
-def check_model(request: Request, *, vivit: bool = False) -> Size:
+def check_model(request: Request) -> Checked:
     """Raise unless the model has an exact empirical NTK. Call it inside ``isolated(request.model)``.
 
-    The configuration of all modules is read first; only if nothing is wrong there, a few samples are
-    sent through the model.
+    The configuration of all modules is read first; only if nothing is wrong there, samples are sent through the model.
 
     Args:
         request: The request.
-        vivit: Whether the model must also suit the ViViT route.
 
     Returns:
-        The shape ``[*out]`` of one sample's output.
+        What was found of it.
 
     Raises:
         UnsupportedModelError: If there is any problem; it lists all of them.
     """
     problems = configuration_problems(request)
-    route = "empirical NTK"
-    if vivit:
-        route = "empirical NTK through ViViT"
-        problems += vivit_problems(request)
     if problems:
-        raise UnsupportedModelError(problems, route)
-    out_shape, problems = _probe_samples(request)
-    if vivit and not problems and not out_shape:
+        raise UnsupportedModelError(problems)
+    return check_samples(request)
+
+
+def check_vivit(request: Request) -> Size:
+    """Raise unless ViViT suits the model. Call it inside ``isolated(request.model)``.
+
+    Args:
+        request: The request.
+
+    Returns:
+        The shape ``[*out]`` of one sample's output.
+
+    Raises:
+        UnsupportedModelError: If there is a problem on any route.
+        UnsupportedRouteError: If there are problems on this one.
+    """
+    route, problems = "empirical NTK through ViViT", configuration_problems(request)
+    of_route = vivit_problems(request)
+    if problems or of_route:
+        kind = UnsupportedModelError if problems else UnsupportedRouteError
+        raise kind(problems + of_route, route)
+    if all(acts_on_each_sample(module) for module in eager(request.model).modules() if not any(module.children())):
+        shape = look(request)
+    else:
+        shape = check_samples(request).outputs.shape[1:]
+    if not shape:
         remedy = "Drop the layer that removes the output axis, or use another method"
-        problems = [Problem("", "its output has no axis behind the samples, and MSELoss in BackPACK needs one", remedy)]
-    if problems:
-        raise UnsupportedModelError(problems, route)
-    return out_shape
+        problem = Problem("", "its output has no axis behind the samples, and MSELoss in BackPACK needs one", remedy)
+        raise UnsupportedRouteError([problem], route)
+    return shape
 
 
 # ---------------------------------------------------------------- problems on every route
@@ -255,6 +179,7 @@ def _parameter_problems(request: Request) -> Iterator[Problem]:
         The problems.
     """
     names: dict[tuple[str, str], list[str]] = defaultdict(list)
+    wanted = {id(p) for p in request.params.values()}
     for name, p in [*request.model.named_parameters(), *request.model.named_buffers()]:
         if isinstance(p, UninitializedParameter | nn.UninitializedBuffer):
             names["has no shape yet", "Run one forward pass first"].append(name)
@@ -262,7 +187,7 @@ def _parameter_problems(request: Request) -> Iterator[Problem]:
             names["holds no data (meta device)", "Load the weights first"].append(name)
         elif p.is_inference():
             names["was created in inference mode", "Create the model outside torch.inference_mode()"].append(name)
-        elif p.is_complex():
+        elif p.is_complex() and id(p) in wanted:
             names[f"is {p.dtype}", "Write the model in terms of real and imaginary parts"].append(name)
         elif p.is_floating_point() and p.dtype not in TOLERANCES:
             remedy = "Kernels are exact in float32 and float64 only: convert with model.float() or model.double()"
@@ -272,267 +197,6 @@ def _parameter_problems(request: Request) -> Iterator[Problem]:
         yield Problem(places[0], what + others, remedy)
     if not request.params:
         yield Problem("", "it has no trainable parameter", "Call requires_grad_() on those the kernel should sum over")
-
-
-def _probe_samples(request: Request) -> tuple[Size, list[Problem]]:
-    """Send up to three samples through the model and back, together and one by one.
-
-    Samples do not influence one another exactly if, for any numbers v, the gradient of ``sum v[n, c] f[n, c]``
-    is the same when each sample is by itself. Rounding may take one of them to the other side of a kink, so a
-    difference must show again and again, and not be one that rounding makes.
-
-    Args:
-        request: The request.
-
-    Returns:
-        The shape ``[*out]`` of one sample's output, and the problems found.
-    """
-    samples = request.x1[:2].stack(request.second[-1:])
-    before = random_state(request.model)
-    with torch.enable_grad():
-        output = request.evaluate(None, samples)
-    problem = output_problem(output, before == random_state(request.model), len(samples))
-    if problem is not None:
-        return Size(), [problem]
-    tolerance, output = probe_tolerance(output), output.detach()
-    for seed in range(TRIES):
-        v = cotangent(output, seed)
-        together = gradients(request, samples, v)
-        each = [gradients(request, samples[i : i + 1], v[i : i + 1]) for i in range(len(samples))]
-        alone = {name: torch.stack([gradient[name] for gradient in each]).sum(0) for name in together}
-        problems = _sample_problems(together, alone, tolerance)
-        if not problems:
-            break
-    if problems == [INTERACTION] and _only_kinks(request, samples, v, together, alone):
-        problems = []
-    return output.shape[1:], problems
-
-
-def _only_kinks(
-    request: Request, samples: Inputs, v: Tensor, together: dict[str, Tensor], alone: dict[str, Tensor]
-) -> bool:
-    """Tell whether gradients together and alone differ by units that rounding takes to the other side of a kink.
-
-    Such units are few. Rounding depends on how many samples there are: in batches of one size, the gradient of a
-    sample's outputs is the same whatever the others are, unless samples influence one another.
-
-    Args:
-        request: The request.
-        samples: The samples.
-        v: Numbers like their outputs.
-        together: The gradient of ``sum v f``, by name.
-        alone: The same with each sample by itself.
-
-    Returns:
-        Whether they do.
-    """
-    difference = total_norm(together[name] - gradient for name, gradient in alone.items())
-    if not difference <= KINKS * total_norm(alone.values()):
-        return False
-    for i in range(len(samples)):
-        of_one = torch.zeros_like(v)
-        of_one[i] = v[i]
-        among_others = gradients(request, samples, of_one)
-        among_copies = gradients(request, samples[[i] * len(samples)], of_one)
-        if not gradients_agree(among_others, among_copies):
-            return False
-    return True
-
-
-def cotangent(output: Tensor, seed: int) -> Tensor:
-    """Draw the numbers v of a probe.
-
-    Args:
-        output: ``[N, *out]``.
-        seed: Seed of a generator of their own.
-
-    Returns:
-        Normal numbers like the output.
-    """
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randn(output.shape, dtype=output.dtype, device="cpu", generator=generator).to(output.device)
-
-
-def gradients(
-    request: Request, inputs: Inputs, v: Tensor, primals: dict[str, Tensor] | None = None
-) -> dict[str, Tensor]:
-    """Compute a gradient with plain autograd.
-
-    Args:
-        request: The request.
-        inputs: N samples.
-        v: Numbers like the output, ``[N, *out]``.
-        primals: Parameters that require a gradient; ``None`` for the model's own.
-
-    Returns:
-        The gradient of ``sum v f`` with respect to each wanted parameter, by name.
-
-    Raises:
-        UnsupportedModelError: If the output has another shape.
-    """
-    leaves = request.params if primals is None else primals
-    with torch.enable_grad():
-        output = request.evaluate(primals, inputs)
-        if output.shape != v.shape:
-            what = f"its output for {len(v)} of the samples alone has shape {list(output.shape)}, not {list(v.shape)}"
-            remedy = "Keep the sample axis also for a single sample (say squeeze(-1), not squeeze())"
-            raise UnsupportedModelError([Problem("", what, remedy)])
-        if not output.requires_grad:
-            return {name: torch.zeros_like(p) for name, p in leaves.items()}
-        tensors = list(leaves.values())
-        found = torch.autograd.grad(output, tensors, v, allow_unused=True, materialize_grads=True)
-    return dict(zip(leaves, found, strict=True))
-
-
-def gradient_error(actual: Tensor, expected: Tensor, total: float) -> float:
-    """Measure how far one parameter's gradient is off.
-
-    A gradient that is zero but for rounding (say of a bias in front of a normalisation) is off by rounding of
-    the others' size, so the error is relative to at least a hundredth of the total.
-
-    Args:
-        actual: The gradient.
-        expected: What it should be.
-        total: The norm over all parameters.
-
-    Returns:
-        The relative error.
-    """
-    error = torch.linalg.vector_norm(actual - expected).item()
-    scale = max(torch.linalg.vector_norm(expected).item(), total / 100)
-    return 0.0 if error == 0 else error / scale if scale else float("inf")
-
-
-def gradients_agree(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float | None = None) -> bool:
-    """Tell whether gradients agree, parameter by parameter.
-
-    Args:
-        actual: Gradients by name.
-        expected: What they should be.
-        tolerance: The largest relative error; ``None`` for that of probes, by dtype.
-
-    Returns:
-        Whether they do.
-    """
-    total = total_norm(expected.values())
-    errors = [gradient_error(actual[name], gradient, total) for name, gradient in expected.items()]
-    return all(
-        error <= (PROBE_TOLERANCES[gradient.dtype] if tolerance is None else tolerance)
-        for error, gradient in zip(errors, actual.values(), strict=True)
-    )
-
-
-def probe_tolerance(output: Tensor) -> float:
-    """Choose the tolerance of a probe.
-
-    A model may convert to float32 inside, also where its parameters are in float64 (normalisation layers of Hugging
-    Face's do); then its gradients are reproducible to the rounding of float32 alone.
-
-    Args:
-        output: The model's output, in a graph.
-
-    Returns:
-        The largest relative error.
-    """
-    converts = any(node.name().startswith("ToCopyBackward") for node in graph_nodes(output))
-    return PROBE_TOLERANCES[torch.float32 if converts else output.dtype]
-
-
-def graph_nodes(output: Tensor | GradientEdge, sources: Mapping[Any, Iterable[Node]] | None = None) -> Iterator[Node]:
-    """Walk through the graph of a tensor, from the tensor back.
-
-    Args:
-        output: The tensor, or its place in the graph.
-        sources: Where to go on behind some nodes, instead of at those they come from; such nodes are left out.
-
-    Yields:
-        Each node once.
-    """
-    if isinstance(output, Tensor):
-        waiting = [get_gradient_edge(output).node] if output.requires_grad else []
-    else:
-        waiting = [output.node]
-    seen = set()
-    while waiting:
-        node = waiting.pop()
-        if node in seen:
-            continue
-        seen.add(node)
-        if sources is not None and node in sources:
-            waiting += sources[node]
-        else:
-            yield node
-            waiting += [before for before, _ in node.next_functions if before is not None]
-
-
-def total_norm(tensors: Iterable[Tensor]) -> float:
-    """Compute the norm over several tensors.
-
-    Args:
-        tensors: The tensors.
-
-    Returns:
-        The norm.
-    """
-    return math.hypot(*(torch.linalg.vector_norm(t).item() for t in tensors))
-
-
-def _sample_problems(together: dict[str, Tensor], alone: dict[str, Tensor], tolerance: float) -> list[Problem]:
-    """Compare gradients of samples together and one by one.
-
-    Args:
-        together: Gradient of the samples in a batch.
-        alone: The sum of their gradients by themselves.
-        tolerance: The largest relative error.
-
-    Returns:
-        A problem, or nothing.
-    """
-    if not all(gradient.isfinite().all() for gradient in together.values()):
-        return [Problem("", "its gradients are not finite", "Look for overflow in its weights and inputs")]
-    if gradients_agree(together, alone, tolerance):
-        return []
-    return [INTERACTION]
-
-
-def random_state(model: Module) -> list[Any]:
-    """Read the state of the random number generators a forward pass may draw from.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The states, for comparison.
-    """
-    devices = sorted({p.device.index for p in model.parameters() if p.is_cuda})
-    states = [torch.get_rng_state(), *(torch.cuda.get_rng_state(d) for d in devices)]
-    of_numpy = np.random.get_state(legacy=False)["state"]
-    return [*(s.numpy().tobytes() for s in states), random.getstate(), of_numpy["key"].tobytes(), of_numpy["pos"]]
-
-
-def output_problem(output: Any, deterministic: bool, n: int) -> Problem | None:
-    """Find what is wrong with the model's output.
-
-    Args:
-        output: What the model returned.
-        deterministic: Whether it drew no random numbers.
-        n: Number of samples it was given.
-
-    Returns:
-        The problem, or ``None``.
-    """
-    if not deterministic:
-        remedy = "Call eval(), or make its forward pass deterministic"
-        return Problem("", "its forward pass draws random numbers", remedy)
-    if not isinstance(output, Tensor):
-        remedy = "Pass output=, a function that picks the tensor [N, ...] to differentiate"
-        return Problem("", f"it returns {type(output).__name__}, not a tensor", remedy)
-    if output.ndim == 0 or len(output) != n or output.numel() == 0:
-        what = f"its output for {n} samples has shape {list(output.shape)}"
-        return Problem("", what, "Its leading axis must be the samples, and it must not be empty")
-    if output.dtype not in TOLERANCES:
-        return Problem("", f"its output is {output.dtype}", "Outputs must be float32 or float64")
-    return None
 
 
 # ---------------------------------------------------------------- problems on the ViViT route
@@ -576,8 +240,7 @@ def hidden_computation(module: Module, name: str) -> Iterator[Problem]:
     Yields:
         The problems.
     """
-    hooks = [*module._forward_hooks.values(), *module._forward_pre_hooks.values()]
-    if any(hook is not hook_store_io for hook in hooks) or "forward" in vars(module):
+    if runs_hooks(module) or "forward" in vars(module) or has_global_hooks():
         what = f"{type(module).__name__} has forward hooks or a forward of its own, which its type does not tell"
         yield Problem(name, what, f"Remove them, or: {OTHER_METHOD}")
 
@@ -622,7 +285,7 @@ def vivit_module_problems(module: Module, name: str) -> Iterator[Problem]:
     yield from find(VIVIT_CHECKS, module, name)
 
 
-_AVG_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
+AVG_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 
 # Layer type -> the parameters ViViT has Gram matrices for, read from the extension itself.
 _VIVIT_LAYERS: dict[type[Module], list[str]] = {
@@ -639,8 +302,8 @@ VIVIT_CHECKS = [
         "output_padding": lambda m: isinstance(m, _ConvTransposeNd) and any(m.output_padding),
         "affine=False": lambda m: isinstance(m, _BatchNorm) and not m.affine,
         "inplace=True": lambda m: getattr(m, "inplace", False),
-        "ceil_mode=True": lambda m: isinstance(m, _AVG_POOLS) and m.ceil_mode,
-        "count_include_pad=False": lambda m: isinstance(m, _AVG_POOLS) and not m.count_include_pad,
-        "divisor_override": lambda m: isinstance(m, _AVG_POOLS) and getattr(m, "divisor_override", None) is not None,
+        "ceil_mode=True": lambda m: isinstance(m, AVG_POOLS) and m.ceil_mode,
+        "count_include_pad=False": lambda m: isinstance(m, AVG_POOLS) and not m.count_include_pad,
+        "divisor_override": lambda m: isinstance(m, AVG_POOLS) and getattr(m, "divisor_override", None) is not None,
     }.items()
 ]

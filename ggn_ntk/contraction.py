@@ -89,7 +89,7 @@ def _summed(
     sums: dict[Hashable, tuple[str, Tensor, Tensor | int]] = {}
     for name, product in products:
         operands = looked_up(restrict(product, rows, columns))
-        factors = contract_to_last(operands, product.result, memo, sizes)
+        factors = contract_to_last(operands, product.result, memo, sizes, product.apart)
         if not set(product.result).issuperset("".join(o.letters for o in factors)):
             by_size = sorted(factors, key=lambda o: -o.tensor.numel())  # many rows and few columns are the faster
             factors = [step(by_size, set(product.result), memo)]
@@ -195,7 +195,7 @@ def _intermediates(product: Doubled, samples: Mapping[str, int]) -> Iterator[tup
     sizes = {letter: size for o in operands for letter, size in zip(o.letters, o.tensor.shape, strict=True)}
     remaining = [o.letters for o in operands]
     found = [o.letters for o in operands if o.key not in {g.key for g in given}]
-    for places in path_of(operands, product.result, samples).path:
+    for places in path_of(operands, product.result, samples, product.apart).path:
         taken = "".join(remaining.pop(i) for i in sorted(places, reverse=True))
         needed = set("".join(remaining) + product.result)
         remaining.append("".join(sorted(set(taken) & needed)))

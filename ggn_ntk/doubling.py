@@ -36,7 +36,7 @@ from ggn_ntk.rules import Factored, OneHot
 RESULT = "nmecd"
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Doubled:
     """The product of two Jacobians of a parameter, as one einsum.
 
@@ -44,14 +44,21 @@ class Doubled:
         first: Operands of the Jacobian of x1, over all samples; letter ``n``.
         second: Operands of the Jacobian of x2, over all samples; letter ``m``.
         result: Letters of the kernel, of which operands may lack some.
+        formed: Whether each Jacobian is to be formed before the two meet, whatever is cheapest.
     """
 
     first: tuple[Operand, ...]
     second: tuple[Operand, ...]
     result: str = RESULT
+    formed: bool = False
+
+    @property
+    def apart(self) -> int:
+        """How many leading operands are contracted by themselves; 0 for any order."""
+        return len(self.first) if self.formed else 0
 
 
-def double(first: Factored, second: Factored, roles: Roles) -> Doubled:
+def double(first: Factored, second: Factored, roles: Roles, *, formed: bool = False) -> Doubled:
     """Write the product of two Jacobians of one parameter as one einsum.
 
     The letters of the parameter's axes are matched by position. Where the two split these axes differently,
@@ -61,6 +68,7 @@ def double(first: Factored, second: Factored, roles: Roles) -> Doubled:
         first: The Jacobian of x1.
         second: The Jacobian of x2.
         roles: The number of outputs in each role.
+        formed: Whether to form each Jacobian before the two meet; those with one-hot vectors are not.
 
     Returns:
         The einsum and its operands.
@@ -76,6 +84,8 @@ def double(first: Factored, second: Factored, roles: Roles) -> Doubled:
         tuple(_rename(second, roles, dict(zip(second.result, ["edf", "m", *axes], strict=True)), names)),
     )
     operands = [*product.first, *product.second]
+    if formed and not any(o.hot for o in operands):
+        return replace(product, formed=True)
     if not any(o.hot for o in operands) or cost(operands, product.result) <= _cost_of_dense(operands, product.result):
         return product
     return replace(product, first=tuple(dense(product.first)), second=tuple(dense(product.second)))
@@ -174,7 +184,7 @@ class Part(NamedTuple):
     letters: str
 
 
-def parts(jacobian: Factored, n: int, m: int, roles: Roles) -> list[Part] | None:
+def parts(jacobian: Factored, n: int, m: int, roles: Roles, *, formed: bool = False) -> list[Part] | None:
     """Group the operands of a Jacobian by what the cheapest order does with them before x1 meets x2.
 
     Args:
@@ -182,6 +192,7 @@ def parts(jacobian: Factored, n: int, m: int, roles: Roles) -> list[Part] | None
         n: The number of samples x1 in all.
         m: The number of samples x2 in all.
         roles: The number of outputs in each role.
+        formed: Whether the Jacobian is formed before x1 meets x2, whatever is cheapest.
 
     Returns:
         The groups, or ``None`` where each is an operand by itself, they are not the same for x1 and x2, or one-hot
@@ -190,7 +201,7 @@ def parts(jacobian: Factored, n: int, m: int, roles: Roles) -> list[Part] | None
     summed = sum_private_letters(jacobian)
     if any(isinstance(operand, OneHot) for operand in summed.operands):
         return None
-    groups = _groups_before_meeting(double(summed, summed, roles), n, m)
+    groups = _groups_before_meeting(double(summed, summed, roles, formed=formed), n, m)
     if groups is None or (summed.terms == jacobian.terms and len(groups) == len(summed.terms)):
         return None
     terms = zip(summed.terms, summed.operands, strict=True)
@@ -234,7 +245,7 @@ def _groups_before_meeting(product: Doubled, n: int, m: int) -> list[list[int]] 
         Groups of places among the operands, or ``None`` if they are not the same for x1 and x2.
     """
     operands, half = [*product.first, *product.second], len(product.first)
-    info = path_of(operands, product.result, {"n": n, "m": m})
+    info = path_of(operands, product.result, {"n": n, "m": m}, product.apart)
     remaining = [{i} for i in range(len(operands))]
     found = list(remaining)
     for step in info.path:

@@ -6,7 +6,7 @@ views: letters are merged and ordered so that nothing is copied that does not ha
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
-from math import prod
+from math import ceil, prod
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -17,6 +17,13 @@ from torch import Tensor
 
 #: Numbers that the intermediate results of x2 may hold, which are kept while blocks of x1 pass.
 KEPT = 2**26
+
+# Up to how many operands all orders are compared; the search among more takes seconds.
+_EXHAUSTIVE = 6
+
+# How many terms of a sum are added up in one go. Beyond it, partial sums are added in pairs, so that rounding does not
+# grow with their number; as long as these hold no more than so many numbers.
+_LONG, _PARTIAL = 2**14, 2**22
 
 
 class Operand(NamedTuple):
@@ -119,27 +126,58 @@ class Memo:
 
 
 @lru_cache(maxsize=4096)
-def path_info(equation: str, shapes: tuple[tuple[int, ...], ...]) -> PathInfo:
+def path_info(equation: str, shapes: tuple[tuple[int, ...], ...], apart: int = 0) -> PathInfo:
     """Find the order of contraction with the fewest operations.
 
     Args:
         equation: The einsum.
         shapes: The shapes of its operands.
+        apart: How many leading operands to contract by themselves, and so the others, before the two meet; 0 for any
+            order.
 
     Returns:
         The order, with its cost.
     """
-    _, info = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize="optimal")
-    return info
+    path = _path_apart(equation, shapes, apart) if apart else _search(equation, shapes)
+    return opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=path)[1]
 
 
-def path_of(operands: Sequence[Operand], result: str, sizes: Mapping[str, int] = MappingProxyType({})) -> PathInfo:
+def _search(equation: str, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int, ...]]:
+    """Find the cheapest order: among all of them, or of many operands among those without outer products."""
+    optimize = "optimal" if len(shapes) <= _EXHAUSTIVE else "dp"
+    path: list[tuple[int, ...]] = opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=optimize)[0]
+    return path
+
+
+def _path_apart(equation: str, shapes: Sequence[tuple[int, ...]], first: int) -> list[tuple[int, ...]]:
+    """Contract the first operands, and the others, each in the cheapest order, and then the two results."""
+    inputs, result = equation.split("->")
+    terms = inputs.split(",")
+    remaining, path = list(range(len(terms))), list[tuple[int, ...]]()
+    for places in (range(first), range(first, len(terms))):
+        needed = {*result, *"".join(term for i, term in enumerate(terms) if i not in places)}
+        own = [terms[i] for i in places]
+        kept = "".join(letter for letter in dict.fromkeys("".join(own)) if letter in needed)
+        names = list(places)  # of what is still to be contracted, new ones behind those given
+        for step_ in _search(f"{','.join(own)}->{kept}", [shapes[i] for i in places]) if len(own) > 1 else ():
+            taken = [names[i] for i in step_]
+            path.append(tuple(sorted(remaining.index(name) for name in taken)))
+            new = len(terms) + len(path)
+            names = [name for name in names if name not in taken] + [new]
+            remaining = [name for name in remaining if name not in taken] + [new]
+    return [*path, tuple(range(len(remaining)))]
+
+
+def path_of(
+    operands: Sequence[Operand], result: str, sizes: Mapping[str, int] = MappingProxyType({}), apart: int = 0
+) -> PathInfo:
     """Find the order in which to contract operands.
 
     Args:
         operands: The operands.
         result: The letters to keep, of which operands may lack some.
         sizes: The sizes of letters where they shall not be those of the operands.
+        apart: As in :func:`path_info`.
 
     Returns:
         The order, with its cost.
@@ -148,7 +186,8 @@ def path_of(operands: Sequence[Operand], result: str, sizes: Mapping[str, int] =
     kept = "".join(letter for letter in result if letter in present)
     equation = ",".join(o.letters for o in operands) + "->" + kept
     shapes = (zip(o.letters, o.tensor.shape, strict=True) for o in operands)
-    return path_info(equation, tuple(tuple(sizes.get(letter, size) for letter, size in shape) for shape in shapes))
+    known = tuple(tuple(sizes.get(letter, size) for letter, size in shape) for shape in shapes)
+    return path_info(equation, known, apart)
 
 
 def contract(operands: Sequence[Operand], result: str, memo: Memo) -> Operand:
@@ -166,7 +205,11 @@ def contract(operands: Sequence[Operand], result: str, memo: Memo) -> Operand:
 
 
 def contract_to_last(
-    operands: Sequence[Operand], result: str, memo: Memo, sizes: Mapping[str, int] = MappingProxyType({})
+    operands: Sequence[Operand],
+    result: str,
+    memo: Memo,
+    sizes: Mapping[str, int] = MappingProxyType({}),
+    apart: int = 0,
 ) -> list[Operand]:
     """Contract operands in the cheapest order, up to the last product.
 
@@ -175,12 +218,13 @@ def contract_to_last(
         result: The letters to keep.
         memo: Keeps intermediate results.
         sizes: The sizes of letters of which operands hold a block; they decide on the order.
+        apart: As in :func:`path_info`.
 
     Returns:
         One or two operands, whose product is the result.
     """
     remaining = list(operands)
-    for places in path_of(operands, result, sizes).path:
+    for places in path_of(operands, result, sizes, apart).path:
         taken = [remaining.pop(i) for i in sorted(places, reverse=True)][::-1]
         if not remaining:
             return taken
@@ -324,8 +368,32 @@ def multiply(product: Matrices, memo: Memo, out: Tensor | None = None) -> Tensor
     sizes = dict(zip(first.letters + second.letters, first.tensor.shape + second.tensor.shape, strict=True))
     left = _matrices(first, (product.batch, product.rows, product.summed), sizes, memo)
     right = _matrices(second, (product.batch, product.summed, product.columns), sizes, memo)
+    if left.shape[2] >= 2 * _LONG:
+        found = _long_products(left, right)
+        return found.reshape([sizes[letter] for letter in letters]) if out is None else out.copy_(found.view_as(out))
     found = torch.bmm(left, right, out=None if out is None else out.view(*left.shape[:2], right.shape[2]))
     return found.reshape([sizes[letter] for letter in letters])
+
+
+def _long_products(left: Tensor, right: Tensor) -> Tensor:
+    """Multiply a batch of matrices, adding up few terms at a time, and these sums in pairs.
+
+    Args:
+        left: ``[B, R, S]``.
+        right: ``[B, S, C]``.
+
+    Returns:
+        ``[B, R, C]``.
+    """
+    (batch, rows, summed), columns = left.shape, right.shape[2]
+    length = max(_LONG, ceil(summed * batch * rows * columns / _PARTIAL))
+    count, whole = summed // length, summed - summed % length
+    parts = torch.matmul(
+        left[:, :, :whole].reshape(batch, rows, count, length).transpose(1, 2),
+        right[:, :whole].reshape(batch, count, length, columns),
+    )
+    found = parts.sum(1)
+    return found if whole == summed else found.baddbmm_(left[:, :, whole:], right[:, whole:])
 
 
 def _matrices(operand: Operand, groups: tuple[list[str], ...], sizes: Mapping[str, int], memo: Memo) -> Tensor:

@@ -8,10 +8,11 @@ from torch import Tensor
 from torch.nn import Module
 
 from ggn_ntk.axes import AxesRequest
-from ggn_ntk.checks import Problem, UnsupportedModelError, eager
+from ggn_ntk.checks import eager
 from ggn_ntk.contraction import restrict
 from ggn_ntk.doubling import Doubled
 from ggn_ntk.einsum import path_of
+from ggn_ntk.errors import Problem, UnsupportedModelError
 from ggn_ntk.isolation import isolated
 from ggn_ntk.lookup import looked_up, without_data
 from ggn_ntk.request import Request
@@ -45,7 +46,8 @@ class Explanation:
 
     Attributes:
         method: The route that is taken.
-        contractions: For the structured route, one for each pair of uses of each parameter, from the output back.
+        contractions: For the structured route, one for each parameter, from the output back; for one whose uses
+            differ in form, one for each pair of these.
         problems: Why the structured route is not taken.
         capture: How the structured route takes the model apart, ``"backpack"`` or ``"autograd"``.
         remainder: Why parameters are contracted from Jacobians of each sample, by name, where rules do not give them.
@@ -126,7 +128,7 @@ def explain(
     request = Request.parse(
         model, x1, x2, AxesRequest.parse(compute), params=params, per_parameter=True, capture=capture, output=output
     )
-    with isolated(model):
+    with isolated(request.model):
         try:
             prepared, products = recorded_products(request)
         except UnsupportedModelError as error:
@@ -160,7 +162,7 @@ def _contractions(request: Request, products: Iterable[tuple[str, Doubled]]) -> 
     rows, columns = slice(0, n1 or total), slice(n1 or 0, total)
     for name, product in products:
         operands = looked_up(without_data(restrict(product, rows, columns)))
-        info = path_of(operands, product.result)
+        info = path_of(operands, product.result, apart=product.apart)
         yield Contraction(
             parameter=name,
             layer=owners[id(request.params[name])],

@@ -2,30 +2,47 @@
 
 BackPACK calls the extension at each module of the backward pass, from the loss to the input (Dangel, Kunstner, Hennig:
 "BackPACK: Packing more into backprop", ICLR 2020, section 2). What it passes back here is not a loss Hessian but ``s``,
-the Jacobian of the model's outputs; it starts as the identity whatever the loss is.
+the Jacobian of the model's outputs; it starts as the identity whatever the loss is. The gradients of the pass show
+whether it is right (:mod:`ggn_ntk.pass_check`).
 """
 
-import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.saved_quantities import SavedQuantities
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 from torch.nn import Module
 from torch.nn.modules.loss import _Loss
 
 from ggn_ntk.axes import AxesRequest, OutputAxes
-from ggn_ntk.checks import BATCH_STATISTICS, Problem, UnsupportedModelError, find, hidden_computation
-from ggn_ntk.isolation import without_hooks
+from ggn_ntk.checks import BATCH_STATISTICS, find, hidden_computation
+from ggn_ntk.errors import Problem, UnsupportedModelError
+from ggn_ntk.inspection import OwnGenerator
 from ggn_ntk.layout import finish
-from ggn_ntk.request import check_split
-from ggn_ntk.rules import rule_for
+from ggn_ntk.pass_check import (
+    REMEDY,
+    ROUTE,
+    Gradients,
+    ModuleCall,
+    PassCheck,
+    call_problems,
+    gradients_at,
+    is_output,
+    is_wanted,
+)
+from ggn_ntk.request import check_integer, check_split
+from ggn_ntk.rules import acts_on_each_sample, backpropagation_for, rule_for
+from ggn_ntk.rules.activation import multiply_entries
+from ggn_ntk.rules.registry import batched_vjp
+from ggn_ntk.state import State, global_generators
 from ggn_ntk.structured import Accumulator
 from ggn_ntk.walk import Use, backpropagate, identity
 
-_ROUTE = "NTK from this backward pass"
-_REMEDY = "Use ggn_ntk.empirical_ntk"
+# Layers of torch that may draw other random numbers.
+_DRAWS = (nn.RNNBase, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
 
 
 class EmpiricalNTK(BackpropExtension):
@@ -43,8 +60,10 @@ class EmpiricalNTK(BackpropExtension):
     >>> extension.ntk().shape  # the first three samples against the other two
     torch.Size([3, 2, 2, 2])
 
-    The kernel is that of the parameters that require a gradient, in extended modules, and of the network as it ran.
-    Each backward pass starts afresh, at its loss. A layer of your own needs a rule
+    The kernel is that of the parameters that require a gradient, in extended modules, and of the network as it ran:
+    with active dropout, of the network without what was dropped. Each backward pass starts afresh, at its loss. What
+    is passed back is compared with the gradients of the pass: where the two do not fit, say since something between
+    extended modules is none, the pass ends with an error. A layer of your own needs a rule
     (:func:`ggn_ntk.register_rule`), or a BackPACK module extension (``set_module_extension``) whose methods for
     parameters return a :class:`ggn_ntk.Factored`, and whose ``backpropagate`` passes ``s`` ``[C, N, ...]`` back.
     """
@@ -58,12 +77,15 @@ class EmpiricalNTK(BackpropExtension):
             per_parameter: Also store each parameter's kernel as its attribute ``empirical_ntk``.
 
         Raises:
+            TypeError: If ``n1`` is not an integer.
             ValueError: If ``compute`` is not one of these.
         """
         super().__init__(savefield="empirical_ntk", module_exts={})
         self._requested = AxesRequest.parse(compute)
+        check_integer(n1)
         self.n1, self.compute, self.per_parameter = n1, compute, per_parameter
         self._pass_id: int | None = None
+        self._check: PassCheck | None = None
         self._axes = OutputAxes(Size())
         self._seen: dict[str, Tensor] = {}
         self._accumulator = Accumulator(self._axes.roles, n1, per_parameter)
@@ -109,18 +131,11 @@ class EmpiricalNTK(BackpropExtension):
         return self._finished(torch.stack(list(self._accumulator.kernels.values())).sum(0))
 
     def _finished(self, kernel: Tensor) -> Tensor:
-        """Bring a kernel to the layout of the public API.
-
-        Args:
-            kernel: ``[N1, N2, E, F, F]``.
-
-        Returns:
-            The kernel with the output's axes.
-        """
+        """Bring a kernel ``[N1, N2, E, F, F]`` to the layout of the public API."""
         return finish(kernel, self._axes, self.n1 is None)
 
     @torch.no_grad()
-    def __call__(self, module: Module, g_inp: tuple[Tensor, ...], g_out: tuple[Tensor, ...]) -> None:
+    def __call__(self, module: Module, g_inp: Gradients, g_out: Gradients) -> None:
         """Process a module. BackPACK calls this in the backward pass.
 
         Args:
@@ -128,20 +143,17 @@ class EmpiricalNTK(BackpropExtension):
             g_inp: Gradients with respect to its inputs.
             g_out: Gradients with respect to its output.
         """
-        if isinstance(module, _Loss):
-            self._start(module)
-        else:
-            self._pass_back(module, g_inp, g_out)
+        try:
+            if isinstance(module, _Loss):
+                self._start(module)
+            else:
+                self._pass_back(ModuleCall(module, g_inp, g_out))
+        except Exception:
+            self._forget()
+            raise
 
     def _start(self, loss: Any) -> None:
-        """Begin a backward pass.
-
-        Args:
-            loss: The extended loss it begins at.
-
-        Raises:
-            RuntimeError: If it began before, at another loss.
-        """
+        """Begin a backward pass at its loss, with the identity."""
         self._ended = False
         pass_id = torch._C._current_graph_task_id()
         if pass_id == self._pass_id:
@@ -149,120 +161,162 @@ class EmpiricalNTK(BackpropExtension):
                 "More than one extended loss in a backward pass: their outputs would be added up. Extend one loss "
                 "only, or run one backward pass for each."
             )
+        self._forget()
+        check = PassCheck(loss)
         if self.n1 is not None:
             check_split(self.n1, len(loss.input0))
-        self._pass_id, self._seen = pass_id, {}
+        self._pass_id, self._check = pass_id, check
         self._axes = self._requested.resolve(loss.input0.shape[1:])
-        self.saved_quantities = SavedQuantities()
         self._accumulator = Accumulator(self._axes.roles, self.n1, self.per_parameter)
         self._save(loss.input0, identity(loss.input0))
         torch.autograd.Variable._execution_engine.queue_callback(self._finish)
 
+    def _forget(self) -> None:
+        """Drop what is kept for the modules that a backward pass has not reached."""
+        self.saved_quantities, self._seen, self._check = SavedQuantities(), {}, None
+
     def _finish(self) -> None:
-        """Publish the kernels at the end of a backward pass; one that fails half-way never gets here."""
+        """Publish the kernels at the end of a backward pass, if it was right; one that fails never gets here."""
+        check, seen = self._check, self._seen
+        self._forget()
+        assert check is not None
+        check.judge()
         if self.per_parameter:
             for name, kernel in self._accumulator.kernels.items():
-                setattr(self._seen[name], self.savefield, self._finished(kernel))
-        self.saved_quantities, self._seen, self._ended = SavedQuantities(), {}, True
+                setattr(seen[name], self.savefield, self._finished(kernel))
+        self._ended = True
 
-    def _pass_back(self, module: Any, g_inp: tuple[Tensor, ...], g_out: tuple[Tensor, ...]) -> None:
-        """Add a module's parameters and pass ``s`` on to its inputs.
-
-        Args:
-            module: The module.
-            g_inp: Gradients with respect to its inputs.
-            g_out: Gradients with respect to its output.
-
-        Raises:
-            UnsupportedModelError: If the module cannot be processed.
-        """
-        params = {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
-        own = self._BackpropExtension__module_extensions.get(type(module))
-        problems = self._problems(module, params, own is not None)
+    def _pass_back(self, call: ModuleCall) -> None:
+        """Add a module's parameters and pass ``s`` on to its inputs."""
+        own = self._BackpropExtension__module_extensions.get(type(call.module))
+        problems = self._problems(call, own is not None)
         if problems:
-            raise UnsupportedModelError(problems, _ROUTE)
-        self._seen.update((str(id(p)), p) for p in params.values())
-        if own is not None:
-            own(self, module, g_inp, g_out)
-            self._accumulator.add({str(id(p)): vars(p).pop(self.savefield) for p in params.values()})
-            return
-        s = self.saved_quantities.retrieve_quantity(module.output.data_ptr(), delete_old=True)
-        inputs = _inputs(module)
-        with without_hooks(module):
-            if params:
-                rule = rule_for(module)
-                assert rule is not None
-                factored = rule(module, inputs[0] if len(inputs) == 1 else inputs, s)
-                self._accumulator.add({str(id(p)): factored[name] for name, p in params.items()})
-            wanted = [x for x in inputs if x.requires_grad]
-            if len(inputs) == 1 and wanted:
-                self._save(inputs[0], backpropagate(Use(module, inputs[0], {}), s))
-            elif wanted:
-                for x, passed in zip(wanted, _pass_to_several(module, inputs, s), strict=True):
-                    self._save(x, passed)
+            raise UnsupportedModelError(problems, ROUTE)
+        assert self._check is not None
+        s = self.saved_quantities.retrieve_quantity(call.output.data_ptr(), delete_old=own is None)
+        self._check.compare_output(call, s)
+        self._seen.update((str(id(p)), p) for p in call.params.values())
+        if own is None:
+            stand_in = _stand_in(call.module)
+            with _left_as_found(call):
+                self._add_parameters(call, stand_in, s)
+                self._pass_on(call, stand_in, s)
+        else:
+            own(self, call.module, call.g_inp, call.g_out)
+            self._accumulator.add({str(id(p)): vars(p).pop(self.savefield) for p in call.params.values()})
+            self._keep_apart(call)
+        self._check.add(call)
 
-    def _problems(self, module: Any, params: dict[str, Any], has_own: bool) -> list[Problem]:
-        """Find what keeps a module from being processed.
-
-        Args:
-            module: The module.
-            params: Its wanted parameters.
-            has_own: Whether the user has registered a module extension for it.
-
-        Returns:
-            The problems.
-        """
-        kind = type(module).__name__
+    def _problems(self, call: ModuleCall, has_own: bool) -> list[Problem]:
+        """Find what keeps a module from being processed."""
+        module, kind = call.module, call.kind
         problems = [*find([BATCH_STATISTICS], module, kind), *hidden_computation(module, kind)]
-        for name, p in params.items():
-            if str(id(p)) in self._seen:
-                what = "it is used more than once, and s of its first use is gone"
-                problems.append(Problem(f"{kind}.{name}", what, _REMEDY))
-        if params and not has_own and rule_for(module) is None:
+        if call.params and not has_own and rule_for(module) is None:
             problems.append(Problem(kind, f"no rule is registered for {kind}", f"Write one with register_rule({kind})"))
         if any(True for _ in module.children()):
-            problems.append(Problem(kind, f"{kind} may compute between its modules what BackPACK cannot see", _REMEDY))
-        elif module.output.data_ptr() not in self.saved_quantities._saved_quantities:
-            what = "nothing was passed back to its output: something behind it is not an extended module"
-            problems.append(Problem(kind, what, _REMEDY))
+            problems.append(Problem(kind, f"{kind} may compute between its modules what BackPACK cannot see", REMEDY))
+        else:
+            problems += call_problems(self._check, call, self.saved_quantities)
         return problems
 
-    def _save(self, x: Tensor, s: Tensor) -> None:
-        """Keep ``s`` of a tensor for the module that made it.
+    def _add_parameters(self, call: ModuleCall, stand_in: Any, s: Tensor) -> None:
+        """Add a module's parameters, by its rule."""
+        if call.params:
+            rule = rule_for(call.module)
+            assert rule is not None
+            factored = rule(stand_in, call.inputs[0] if len(call.inputs) == 1 else call.inputs, s)
+            self._accumulator.add({str(id(p)): factored[name] for name, p in call.params.items()})
 
-        Args:
-            x: The tensor.
-            s: ``[C, N, ...]``.
-        """
+    def _pass_on(self, call: ModuleCall, stand_in: Any, s: Tensor) -> None:
+        """Pass ``s`` ``[C, N, *module output]`` on to a module's inputs."""
+        assert self._check is not None
+        wanted = [i for i, x in enumerate(call.inputs) if is_wanted(x) and call.leads_with_samples(x)]
+        if not wanted:
+            return
+        if call.has_drawn:
+            derivative, unknown = call.derivative()
+            self._check.expect_known(call, unknown, s)
+            passed = [multiply_entries(s, derivative)]
+        elif len(call.inputs) == 1 and backpropagation_for(stand_in).function is not batched_vjp:
+            passed = [backpropagate(Use(stand_in, call.inputs[0], {}), s)]
+        else:
+            passed = self._pass_through_autograd(call, stand_in, wanted, s)
+        for i, product in zip(wanted, passed, strict=True):
+            if is_output(call.inputs[i]):
+                self._save(call.inputs[i], product)
+            else:  # no module asks for it, but it may show that the parameters of this one are wrong
+                self._check.compare_input(call, i, product)
+
+    def _pass_through_autograd(self, call: ModuleCall, stand_in: Any, wanted: list[int], s: Tensor) -> list[Tensor]:
+        """Pass ``s`` back through a module without a formula, to the inputs that are wanted."""
+        assert self._check is not None
+        with torch.enable_grad():
+            inputs = [x.detach() if isinstance(x, Tensor) else x for x in call.inputs]
+            leaves = [inputs[i].requires_grad_() for i in wanted]
+            output = stand_in(*(x.clone() if isinstance(x, Tensor) else x for x in inputs))  # it may work in place
+        output = output[0] if isinstance(output, tuple) else output
+        passed = _vjp(output, leaves, s)
+        self._check.expect_repeated(call, wanted, output, leaves)
+        if not acts_on_each_sample(call.module):
+            self._check.expect_independence(call, output, leaves)
+        self._check.allow_rounding(call, wanted, passed)
+        return passed
+
+    def _keep_apart(self, call: ModuleCall) -> None:
+        """Let what a module extension of the user has passed back be overwritten: it may be one for all inputs."""
+        saved = self.saved_quantities._saved_quantities
+        for key in {x.data_ptr() for x in call.inputs if is_wanted(x)}:
+            saved[key] = None if saved.get(key) is None else saved[key].clone()
+
+    def _save(self, x: Tensor, s: Tensor) -> None:
+        """Keep ``s`` ``[C, N, ...]`` of a tensor for the module that made it."""
         self.saved_quantities.save_quantity(x.data_ptr(), s, self.accumulate_backpropagated_quantities)
 
 
-def _inputs(module: Module) -> tuple[Tensor, ...]:
-    """Collect the inputs that BackPACK has stored on a module.
-
-    Args:
-        module: The module.
-
-    Returns:
-        Its inputs.
-    """
-    names = itertools.takewhile(lambda name: hasattr(module, name), (f"input{i}" for i in itertools.count()))
-    return tuple(getattr(module, name) for name in names)
+def _is_of_torch(module: Module) -> bool:
+    """Tell whether a module's type is one of torch's layers."""
+    return type(module).__module__.startswith("torch.nn.")
 
 
-def _pass_to_several(module: Module, inputs: tuple[Tensor, ...], s: Tensor) -> list[Tensor]:
-    """Pass ``s`` back to the inputs of a module with several, with autograd.
+def _stand_in(module: Any) -> Any:
+    """Copy a module as a function to evaluate: on its parameters, with buffers of its own, without hooks."""
+    twin: Any = object.__new__(type(module))
+    Module.__init__(twin)
+    left_out = vars(twin).keys() | {"output"}  # and the inputs that BackPACK has stored
+    for name, value in vars(module).items():
+        if name not in left_out and not (name.startswith("input") and name[5:].isdigit()):
+            vars(twin)[name] = value
+    twin.training = module.training
+    twin._parameters.update(module._parameters)
+    twin._buffers.update((name, None if b is None else b.clone()) for name, b in module._buffers.items())
+    return twin
 
-    Args:
-        module: The module.
-        inputs: Its inputs.
-        s: ``[C, N, *module output]``.
 
-    Returns:
-        ``[C, N, *input]`` for each input that requires a gradient, with memory of its own.
-    """
-    with torch.enable_grad():
-        copies = [x.detach().requires_grad_(x.requires_grad) for x in inputs]
-        output = module(*copies)
-    wanted = [x for x in copies if x.requires_grad]
-    return [product.clone() for product in torch.autograd.grad(output, wanted, s, is_grads_batched=True)]
+@contextmanager
+def _left_as_found(call: ModuleCall) -> Iterator[None]:
+    """Put back what an evaluation of a module may change: the generators of the process, and what it holds."""
+    if _is_of_torch(call.module) and not isinstance(call.module, _DRAWS):
+        yield
+        return
+    generators = global_generators()
+    state = State([call.module], thorough=True)
+    try:
+        with OwnGenerator():
+            yield
+    finally:
+        state.restore()
+        for generator in generators:
+            if generator.changed():
+                generator.put_back()
+
+
+def _vjp(output: Tensor, leaves: list[Tensor], s: Tensor) -> list[Tensor]:
+    """Multiply by a transposed Jacobian with autograd: ``[C, *output]`` to ``[C, *leaf]`` for each leaf."""
+    passed: Any
+    try:
+        passed = torch.autograd.grad(output, leaves, s, True, is_grads_batched=True, allow_unused=True)
+    except RuntimeError:  # no batching rule for an operation
+        rows = [gradients_at(output, leaves, entry) for entry in s]
+        passed = [torch.stack(column) for column in zip(*rows, strict=True)]
+    zeros = [s.new_zeros(len(s), *leaf.shape) for leaf in leaves]
+    return [zero if product is None else product.clone() for product, zero in zip(passed, zeros, strict=True)]

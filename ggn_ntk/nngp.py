@@ -13,20 +13,15 @@ import torch
 from torch import Tensor, einsum
 from torch.nn import Module
 
-from ggn_ntk.axes import AxesRequest, OutputAxes
-from ggn_ntk.checks import (
-    PROBE_TOLERANCES,
-    Problem,
-    UnsupportedModelError,
-    configuration_problems,
-    output_problem,
-    random_state,
-    relative_error,
-)
+from ggn_ntk.axes import AxesRequest
+from ggn_ntk.checks import configuration_problems
+from ggn_ntk.errors import NotFiniteWarning, Problem, UnsupportedModelError, listed, warn, without
+from ggn_ntk.independence import check_shape, compare_alone, look
 from ggn_ntk.isolation import isolated
 from ggn_ntk.layout import finish
+from ggn_ntk.memory import check_result, explained
 from ggn_ntk.ntk import compute_kernels, parse_method
-from ggn_ntk.request import Inputs, Request
+from ggn_ntk.request import Request
 
 _KIND = "empirical NNGP kernel"
 
@@ -80,8 +75,7 @@ def nngp(
     """
     axes = AxesRequest.parse(compute, trace_axes, diagonal_axes)
     request = Request.parse(model, x1, x2, axes, params=None, per_parameter=False)
-    with isolated(model):
-        return _multiply_outputs(request)
+    return _multiply_outputs(request)
 
 
 def empirical_kernels(
@@ -124,37 +118,53 @@ def empirical_kernels(
     axes = AxesRequest.parse(compute, trace_axes, diagonal_axes)
     request = Request.parse(model, x1, x2, axes, params=params, per_parameter=False)
     wanted = parse_method(method, check)
-    with isolated(model):
+    with isolated(request.model):
         ntk, computed = compute_kernels(request, wanted, check)
-        return EmpiricalKernels(cast(Tensor, ntk), _multiply_outputs(request, computed.outputs))
+        evaluated = computed.outputs is not None and len(computed.outputs) == sum(request.sizes)
+        return EmpiricalKernels(cast(Tensor, ntk), _multiply_outputs(request, computed.outputs if evaluated else None))
 
 
-@torch.no_grad()
 def _multiply_outputs(request: Request, outputs: Tensor | None = None) -> Tensor:
-    """Compute an NNGP kernel. Call it inside ``isolated(request.model)``.
+    """Compute an NNGP kernel.
 
     Args:
         request: The request.
-        outputs: The model's output for all samples, x2's behind x1's, ``[N1 + N2, *out]``; ``None`` to evaluate it.
+        outputs: The model's output for all samples, x2's behind x1's, ``[N1 + N2, *out]``, if these are known to leave
+            one another alone; ``None`` to evaluate and find out.
 
     Returns:
         The kernel in the layout of the public API.
     """
-    axes = _check(request)
-    sets = [x for x in (request.x1, request.x2) if x is not None]
-    found = [request.evaluate(None, x) for x in sets] if outputs is None else outputs.split(request.sizes)
-    first, second = (axes.arrange(f.reshape(len(f), -1)) for f in (found[0], found[-1]))
-    return finish(einsum("necf,medf->nmecd", first, second), axes, request.symmetric)
+    described = f"the NNGP kernel of {sum(request.sizes)} samples"
+    with isolated(request.model), torch.no_grad(), explained(lambda: described), without(_KIND):
+        outputs = _checked_outputs(request) if outputs is None else outputs
+        axes = request.axes.resolve(outputs.shape[1:])
+        found = outputs.split(request.sizes)
+        first, second = (axes.arrange(f.reshape(len(f), -1)) for f in (found[0], found[-1]))
+        kernel = einsum("necf,medf->nmecd", first, second)
+        infinite = (~outputs.isfinite().reshape(len(outputs), -1).all(1)).nonzero().flatten().tolist()
+        if infinite:
+            _fill(kernel, request, infinite)
+        return finish(kernel, axes, request.symmetric)
 
 
-def _check(request: Request) -> OutputAxes:
-    """Raise unless the model's outputs are a function of one sample each. Call it without gradients.
+def _fill(kernel: Tensor, request: Request, infinite: list[int]) -> None:
+    """Put NaN into the rows and columns of samples whose outputs are not finite."""
+    n1 = len(request.x1)
+    kernel[[i for i in infinite if i < n1]] = torch.nan
+    kernel[:, infinite if request.symmetric else [i - n1 for i in infinite if i >= n1]] = torch.nan
+    names = listed(request.label(i) for i in infinite)
+    warn(f"Outputs of {names} are not finite: their rows and columns of the kernel are NaN.", NotFiniteWarning)
+
+
+def _checked_outputs(request: Request) -> Tensor:
+    """Evaluate a model, and raise unless its outputs are a function of one sample each.
 
     Args:
         request: The request.
 
     Returns:
-        The role of each output axis.
+        The outputs of all samples ``[N1 + N2, *out]``.
 
     Raises:
         UnsupportedModelError: If they are not.
@@ -162,35 +172,14 @@ def _check(request: Request) -> OutputAxes:
     # The check wants something to differentiate, and an NNGP kernel needs no parameter: let it have the inputs.
     problems = configuration_problems(replace(request, params=request.x1.tensors))
     if problems:
-        raise UnsupportedModelError(problems, _KIND)
-    samples = request.x1[:2].stack(request.second[-1:])
-    before = random_state(request.model)
-    together = request.evaluate(None, samples)
-    problem = output_problem(together, before == random_state(request.model), len(samples))
-    problem = problem or _batch_problem(request, samples, together)
-    if problem is not None:
-        raise UnsupportedModelError([problem], _KIND)
-    return request.axes.resolve(together.shape[1:])
-
-
-def _batch_problem(request: Request, samples: Inputs, together: Tensor) -> Problem | None:
-    """Evaluate a few samples one by one.
-
-    Args:
-        request: The request.
-        samples: The samples.
-        together: Their outputs in a batch.
-
-    Returns:
-        What makes these outputs differ from those of the batch, if they do.
-    """
-    alone = [request.evaluate(None, samples[i : i + 1]) for i in range(len(samples))]
-    if any(output.shape != together[:1].shape for output in alone):
-        remedy = "Keep the sample axis also for a single sample (say squeeze(-1), not squeeze())"
-        return Problem("", "its output for one sample alone has another shape than in a batch", remedy)
-    if not together.isfinite().all():
-        return Problem("", "its outputs are not finite", "Look for overflow in its weights and inputs")
-    if relative_error(torch.cat(alone), together) <= PROBE_TOLERANCES[together.dtype]:
-        return None
-    remedy = "Remove what mixes the leading axis, e.g. use batch_first=True, or eval()"
-    return Problem("", "samples influence one another (outputs alone and in a batch differ)", remedy)
+        raise UnsupportedModelError(problems)
+    shape, inputs = look(request), request.x1.stack(request.x2)
+    axes = request.axes.resolve(shape)
+    check_result((len(request.x1), len(request.second), *axes.roles.kernel), list(inputs.tensors.values()), False)
+    output = check_shape(request.evaluate(None, inputs, inspect=request.foreign), len(inputs), shape)
+    compare_alone(request, inputs, output)
+    if not output.isfinite().any():
+        raise UnsupportedModelError(
+            [Problem("", "its outputs are not finite", "Look for overflow in its weights and inputs")]
+        )
+    return output

@@ -10,10 +10,12 @@ from torch import Tensor
 from torch.nn import Module
 
 from ggn_ntk.axes import AxesRequest, OutputAxes
-from ggn_ntk.checks import TOLERANCES, NTKMismatchError, check_model, is_out_of_memory
-from ggn_ntk.isolation import isolated
+from ggn_ntk.checks import check_model
+from ggn_ntk.comparison import TOLERANCES, norms
+from ggn_ntk.computation import Kernels, carry_out
+from ggn_ntk.errors import NTKMismatchError, RouteWarning, UnsupportedRouteError, warn
 from ggn_ntk.layout import Computed
-from ggn_ntk.reference import contract_jacobians, multiply_vectors
+from ggn_ntk.reference import contract_jacobians, jacobian_kernels, multiply_vectors, product_kernels
 from ggn_ntk.request import Request
 from ggn_ntk.structured import structured_kernels
 from ggn_ntk.vivit import vivit_kernels
@@ -30,7 +32,8 @@ class Method(str, Enum):
       Jacobians in memory, (N1 + N2) C P numbers for P parameters.
     - ``ntk_vector_products``: a vjp and a jvp of ``torch.func`` for each pair and output. For any model. Little
       memory; wins where C P is large against a forward pass.
-    - ``auto``: ``structured``; ``jacobian_contraction`` should that fail.
+    - ``auto``: ``structured``; ``jacobian_contraction``, with a :class:`ggn_ntk.RouteWarning`, for a model that it
+      cannot do.
     """
 
     AUTO = "auto"
@@ -40,29 +43,12 @@ class Method(str, Enum):
     NTK_VECTOR_PRODUCTS = "ntk_vector_products"
 
 
-def _by(kernels: Callable[[Request, OutputAxes], Iterable[tuple[str, Tensor]]]) -> Callable[[Request], Computed]:
-    """Make a route of a function of the reference.
-
-    Args:
-        kernels: The function.
-
-    Returns:
-        The route.
-    """
-
-    def route(request: Request) -> Computed:
-        axes = request.axes.resolve(check_model(request))
-        return Computed(axes, kernels(request, axes))
-
-    return route
-
-
 # How each method is carried out: it raises unless it gets the kernel right.
 _ROUTES: dict[Method, Callable[[Request], Computed]] = {
     Method.STRUCTURED: structured_kernels,
     Method.VIVIT: vivit_kernels,
-    Method.JACOBIAN_CONTRACTION: _by(contract_jacobians),
-    Method.NTK_VECTOR_PRODUCTS: _by(multiply_vectors),
+    Method.JACOBIAN_CONTRACTION: jacobian_kernels,
+    Method.NTK_VECTOR_PRODUCTS: product_kernels,
 }
 
 # How many samples of each set check=True compares.
@@ -102,7 +88,8 @@ def empirical_ntk(
         params: Names of the parameters to sum over, as in ``model.named_parameters()``; a tied parameter counts
             once. ``None`` for all that require a gradient.
         per_parameter: Return one kernel for each parameter, by name, instead of their sum.
-        check: Compare a small random block with an independent ``torch.func`` computation.
+        check: Compare a small random block with an independent ``torch.func`` computation, and look for samples that
+            influence one another in as many ways as tell every pair of them apart.
         capture: How the structured route takes the model apart: ``"backpack"`` walks through a Sequential model layer
             by layer, as the BackPACK extension does; ``"autograd"`` records the layers of any model. ``"auto"`` takes
             the first where it can. Another value forces the structured route.
@@ -118,9 +105,14 @@ def empirical_ntk(
         axes, ``[N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]``; or a dict of such
         kernels. In the model's dtype on its device, without a graph.
 
+    Warns:
+        RouteWarning: If another route or a slower way is taken, with the reason.
+        NotFiniteWarning: If Jacobians of some samples are infinite or NaN: their rows and columns are NaN.
+
     Raises:
         UnsupportedModelError: If the model has no exact kernel, or not by this method; lists every problem.
         NTKMismatchError: If ``check`` finds a difference above rounding.
+        KernelMemoryError: If memory does not suffice, before work starts where that is known.
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has a value that is not accepted.
     """
@@ -134,9 +126,7 @@ def empirical_ntk(
         capture=capture,
         output=output,
     )
-    wanted = parse_method(method, check, capture)
-    with isolated(model):
-        return compute_kernels(request, wanted, check)[0]
+    return compute_kernels(request, parse_method(method, check, capture), check)[0]
 
 
 def parse_method(method: str, check: bool, capture: str = "auto") -> Method:
@@ -168,8 +158,8 @@ def parse_method(method: str, check: bool, capture: str = "auto") -> Method:
     return Method.STRUCTURED
 
 
-def compute_kernels(request: Request, method: Method, check: bool) -> tuple[Tensor | dict[str, Tensor], Computed]:
-    """Compute what a request asks for. Call it inside ``isolated(request.model)``.
+def compute_kernels(request: Request, method: Method, check: bool) -> tuple[Kernels, Computed]:
+    """Compute what a request asks for.
 
     Args:
         request: The request.
@@ -179,11 +169,15 @@ def compute_kernels(request: Request, method: Method, check: bool) -> tuple[Tens
     Returns:
         The kernel, or one for each parameter by name, and what the route returned.
     """
-    taken, computed = _take_route(request, method)
-    result = request.assemble(computed.kernels, computed.axes)
-    if check:
-        _compare_with_oracle(request, result, taken, computed.axes)
-    return result, computed
+
+    def kernels(request: Request) -> tuple[Kernels, Computed]:
+        taken, computed = _take_route(request, method)
+        result = request.assemble(computed.kernels, computed.axes)
+        if check:
+            _compare_with_oracle(request, result, taken, computed.axes)
+        return result, computed
+
+    return carry_out(replace(request, thorough=check), kernels)
 
 
 def _take_route(request: Request, method: Method) -> tuple[Method, Computed]:
@@ -200,9 +194,8 @@ def _take_route(request: Request, method: Method) -> tuple[Method, Computed]:
         return method, _ROUTES[method](request)
     try:
         return Method.STRUCTURED, _ROUTES[Method.STRUCTURED](request)
-    except Exception as error:  # what is wrong with the request itself, the other route will raise again
-        if is_out_of_memory(error):
-            raise
+    except UnsupportedRouteError as error:
+        warn(f"method='auto' takes 'jacobian_contraction', which is slower. {error}", RouteWarning)
         return Method.JACOBIAN_CONTRACTION, _ROUTES[Method.JACOBIAN_CONTRACTION](request)
 
 
@@ -220,15 +213,25 @@ def _compare_with_oracle(
     Raises:
         NTKMismatchError: If they differ by more than the tolerance for the dtype.
     """
-    rows, columns = (torch.randperm(len(x), device="cpu")[:_BLOCK].tolist() for x in (request.x1, request.second))
+    drawn = torch.Generator("cpu").manual_seed(0)
+    rows, columns = (
+        torch.randperm(len(x), generator=drawn, device="cpu")[:_BLOCK].tolist() for x in (request.x1, request.second)
+    )
     block = replace(request, x1=request.x1[rows], x2=request.second[columns])
-    oracle = contract_jacobians if method is Method.NTK_VECTOR_PRODUCTS else multiply_vectors
-    expected = block.assemble(oracle(block, axes), axes)
+    if method is Method.NTK_VECTOR_PRODUCTS:
+        kernels = contract_jacobians(block, axes, check_model(block))
+    else:
+        kernels = multiply_vectors(block, axes)
+    expected = block.assemble(kernels, axes)
     actuals = result if isinstance(result, dict) else {"": result}
     expecteds = expected if isinstance(expected, dict) else {"": expected}
-    scale = torch.linalg.vector_norm(torch.stack(list(expecteds.values())).double().sum(0))
-    for name, kernel in expecteds.items():
-        error = torch.linalg.vector_norm(actuals[name][rows][:, columns].double() - kernel.double())
+    scale, *errors = norms(
+        [
+            torch.stack([kernel.double() for kernel in expecteds.values()]).sum(0),
+            *(actuals[name][rows][:, columns].double() - kernel.double() for name, kernel in expecteds.items()),
+        ]
+    )
+    for (name, kernel), error in zip(expecteds.items(), errors, strict=True):
         tolerance = TOLERANCES[kernel.dtype]
         if not error <= tolerance * scale:
             of = f" of parameter {name!r}" if name else ""

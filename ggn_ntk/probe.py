@@ -4,39 +4,51 @@ For numbers v, ``sum v[n, c] J[c, n]`` from the Jacobians that rules write must 
 ``sum v[n, c] f[n, c]``. It is compared, parameter by parameter,
 
 - on a few samples, each by itself: is each rule right, and is every use of a parameter the call of a layer with one?
-- where layers were recorded in an arbitrary model, on all samples at once, with v that differ from sample to sample: is
-  the axis of the samples found, also where a mask or a view has moved them?
-- between the two, the Jacobians that are contracted, of these few samples among all: do samples leave one another
-  alone, and did ``s`` pass back right?
+- on the Jacobians that are contracted, of all samples: do rules hold for each of them, is the axis of the samples
+  found, did ``s`` pass back right, and do samples leave one another alone? Autograd's side comes from the samples in
+  two halves (:mod:`ggn_ntk.independence`). Where all layers are known to act on each sample by itself, and nothing but
+  torch and this library runs between them, a few samples stand for all: the rest would take up to half of the kernel's
+  time.
 
-In the first two, both sides come from one forward pass, so that they differ by rounding alone. In the third, rounding
-may take a unit to the other side of a kink, so a difference must show in several draws.
+In the first, both sides come from one forward pass, so that they differ by rounding alone. In the second, rounding may
+take a unit to the other side of a kink; what differs is compared once more with a gradient from a batch of all samples.
 """
 
 import math
 import string
-from collections.abc import Sequence
+from collections.abc import Container, Sequence
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Size, Tensor
 
+from ggn_ntk.autograd_graph import dense
+from ggn_ntk.axes import OutputAxes
 from ggn_ntk.capture import Call, Layout, Recording, locate, record, used_elsewhere
-from ggn_ntk.checks import (
-    TRIES,
-    UnsupportedModelError,
-    cotangent,
-    gradient_error,
-    gradients_agree,
-    is_out_of_memory,
-    output_problem,
-    probe_tolerance,
-    relative_error,
-    total_norm,
-)
+from ggn_ntk.comparison import all_finite, cotangent, differing, norms, read, rows_differing
 from ggn_ntk.doubling import select_samples
+from ggn_ntk.errors import NotFiniteError, is_out_of_memory
+from ggn_ntk.independence import (
+    Checked,
+    Halves,
+    check_output,
+    check_shape,
+    compare_alone,
+    compare_gradients,
+    compare_outputs,
+    gradients,
+    how_often,
+    in_halves,
+    look,
+    partitions,
+    probe_tolerance,
+    rounding_of,
+)
+from ggn_ntk.inputs import Inputs
 from ggn_ntk.request import Request
-from ggn_ntk.rules import Factored, OneHot
+from ggn_ntk.rules import Factored, OneHot, channels_last, rule_for
+from ggn_ntk.walk import why_not
 from ggn_ntk.way_back import pass_back
 
 # How many samples are evaluated by themselves: at most so many, and one of so many.
@@ -50,7 +62,30 @@ _VECTORS, _LARGE, _LARGE_IN_ALL = 8, 2**16, 2**22
 _DIFFERS = "its Jacobian by the layer's rule differs from autograd's (relative error {:.1e})"
 
 
-def try_rules(request: Request, recording: Recording, v: Tensor) -> tuple[dict[str, Tensor], dict[str, str]]:
+#: What is said of a parameter whose rule is wrong.
+DIFFERS = "its Jacobian by the layer's rule differs from autograd's"
+
+
+# A sum over positions and uses cancels where the square of its norm is below this share of the sum of squares of its
+# terms' norms: then products of terms round to so many times as much of the kernel.
+_CANCELS = 1 / 30
+
+
+class Trial(NamedTuple):
+    """What rules make of one sample, beside autograd.
+
+    Attributes:
+        expected: Autograd's gradient of ``sum v f`` for each wanted parameter, by name (see :func:`sketched`).
+        failures: Why rules do not give the gradient of a parameter, by name.
+        terms: The sum of the squared norms of the terms that rules add up for it, by name.
+    """
+
+    expected: dict[str, Tensor]
+    failures: dict[str, str]
+    terms: dict[str, Tensor]
+
+
+def try_rules(request: Request, recording: Recording, v: Tensor) -> Trial:
     """Compare rules with autograd on one sample.
 
     Args:
@@ -59,107 +94,55 @@ def try_rules(request: Request, recording: Recording, v: Tensor) -> tuple[dict[s
         v: Numbers like its output, ``[1, *out]``.
 
     Returns:
-        Autograd's gradient of ``sum v f`` for each wanted parameter (see :func:`sketched`), and why rules do not give
-        it where they do not, by name.
+        What was found.
+
+    Raises:
+        NotFiniteError: If the gradient is not finite.
     """
-    tolerance = probe_tolerance(recording.output)
-    failures = _used_elsewhere(request, recording)
-    passed, gradients = _gradients(request, recording, v)
-    actual: dict[str, Tensor] = {}
+    failures = outside_of_calls(request, recording)
+    passed, expected = _gradients(request, recording, v)
+    if not all_finite(expected.values()):
+        raise NotFiniteError
+    actual, terms = dict[str, Tensor](), dict[str, Tensor]()
     for call, s in zip(recording.calls, passed, strict=True):
         try:
             jacobians = {} if s is None else _jacobians(call, s.unsqueeze(0), 1)
         except Exception as error:
-            if is_out_of_memory(error):
-                raise
-            failures |= dict.fromkeys(call.params.values(), f"the rule of {type(call.module).__name__} fails ({error})")
+            failures |= dict.fromkeys(call.params.values(), why_not(error, call.module))
             continue
         for name, jacobian in jacobians.items():
             product = weighted_sum(jacobian, v.new_ones(1, 1), request.params[name])
             actual[name] = actual[name] + product if name in actual else product
+            terms[name] = terms.get(name, 0) + squared_terms(jacobian)
         missing = (name for name in call.params.values() if name not in jacobians and s is not None)
         failures |= dict.fromkeys(missing, f"the rule of {type(call.module).__name__} does not state its Jacobian")
-    for name, size in errors(actual, gradients, tolerance).items():
-        failures.setdefault(name, _DIFFERS.format(size))
-    return gradients, failures
+    actual |= {name: expected[name] for name in failures}
+    rounding = rounding_of(request, recording.inputs, v, sketched)
+    for name, size in differing(actual, expected, probe_tolerance(recording.output), rounding).items():
+        failures[name] = f"{DIFFERS} (relative error {size:.1e})"
+    return Trial(expected, failures, terms)
 
 
-def find_samples(request: Request, recording: Recording) -> tuple[list[Call], dict[str, str]]:
-    """Check, on all samples, that calls tell samples apart, and that no use of a parameter is missing.
-
-    The gradients of ``sum r[n] t[c] f[n, c]`` and of ``sum t[c] f[n, c]`` with respect to a layer's output differ by
-    the factors r[n] along the axis of the samples, but not where samples influence one another behind the layer.
-
-    Args:
-        request: The request.
-        recording: A forward pass of N samples.
-
-    Returns:
-        The calls on which the output depends, and why calls do not give the Jacobian of a parameter where they do
-        not, by name.
-    """
-    output, n = recording.output, len(recording.output)
-    failures = _used_elsewhere(request, recording)
-    t, r = cotangent(output[:1], seed=0), cotangent(output.new_empty(n), seed=1)
-    tolerance = probe_tolerance(output)
-    same, weighted = (
-        pass_back(output, recording.calls, v)[0] for v in (t.expand_as(output), r.reshape(-1, *[1] * (t.ndim - 1)) * t)
-    )
-    largest = max((total_norm([w]) for w in weighted if w is not None), default=0.0)
-    calls = []
-    for call, s, w in zip(recording.calls, same, weighted, strict=True):
-        if s is None or w is None:
-            continue
-        calls.append(call)
-        if call.axis is None:
-            error = float("inf")
-        else:
-            rows = r.repeat_interleave(call.rows).reshape(-1, *[1] * (s.ndim - 1 - call.axis))
-            error = gradient_error(s * rows, w, largest)
-        if not error <= tolerance:
-            what = f"samples are not told apart in an output {list(call.shape)} of its layer"
-            failures |= dict.fromkeys(call.params.values(), what)
-    return calls, failures
-
-
-def _used_elsewhere(request: Request, recording: Recording) -> dict[str, str]:
-    """Find the parameters that are used outside of recorded calls.
-
-    Args:
-        request: The request.
-        recording: A forward pass.
-
-    Returns:
-        What is the matter with them, by name.
-    """
+def outside_of_calls(request: Request, recording: Recording) -> dict[str, str]:
+    """Find the parameters that are used outside of recorded calls, and what is the matter with them, by name."""
     elsewhere = used_elsewhere(recording)
     owners = {id(p): module for module in request.model.modules() for p in module.parameters(recurse=False)}
     found = {}
     for name, p in request.params.items():
         if id(p) in elsewhere:
             owner = owners[id(p)]
-            has_rule = any(name in call.params.values() for call in recording.calls)
             kind = type(owner).__name__
-            found[name] = f"{kind} has no rule" if not has_rule else f"it is also used outside of a call of {kind}"
+            if any(name in call.params.values() for call in recording.calls):
+                found[name] = f"it is also used outside of a call of {kind}"
+            elif rule_for(owner) is None:
+                found[name] = f"{kind} has no rule"
+            else:
+                found[name] = f"{kind} is not called as its rule has it, with its own parameters and forward"
     return found
 
 
 def _jacobians(call: Call, s: Tensor, n: int) -> dict[str, Factored]:
-    """Write the Jacobians of a call, and check that they are over N samples.
-
-    Args:
-        call: The call.
-        s: ``[C, *output]``.
-        n: The number of samples N.
-
-    Returns:
-        The Jacobians by name.
-
-    Raises:
-        ValueError: If they are not.
-    """
-    if call.axis is None:
-        raise ValueError(f"samples are not an axis of its output of shape {list(call.shape)}")
+    """Write the Jacobians of a call by name, and make sure that they are over N samples."""
     jacobians = call.jacobians(s)
     for jacobian in jacobians.values():
         if jacobian.sizes["n"] != n:
@@ -181,7 +164,7 @@ def _gradients(request: Request, recording: Recording, v: Tensor) -> tuple[list[
     """
     passed, found = pass_back(recording.output, recording.calls, v, list(request.params.values()))
     gradients = zip(request.params.items(), found, strict=True)
-    return passed, {name: sketched(torch.zeros_like(p) if g is None else g, p) for (name, p), g in gradients}
+    return passed, {name: sketched(torch.zeros_like(p) if g is None else dense(g), p) for (name, p), g in gradients}
 
 
 def _vectors(param: Tensor) -> Tensor | None:
@@ -252,6 +235,17 @@ def weighted_sum(jacobian: Factored, weights: Tensor, param: Tensor) -> Tensor:
     return _weighted_sum(shorter, weights)
 
 
+def squared_terms(jacobian: Factored) -> Tensor:
+    """Sum the squared norms of the terms that a Jacobian adds up, one for each position."""
+    squares = [
+        (operand.places >= 0).double() if isinstance(operand, OneHot) else operand.square()
+        for operand in jacobian.operands
+    ]
+    dtype = min((t.dtype for t in squares), key=lambda dtype: torch.finfo(dtype).bits)
+    terms = [t[:-1] if isinstance(o, OneHot) else t for t, o in zip(jacobian.terms, jacobian.operands, strict=True)]
+    return torch.einsum(f"{','.join(terms)}->", *(t.to(dtype) for t in squares))
+
+
 def _multiply_last_axis(jacobian: Factored, vectors: Tensor) -> Factored | None:
     """Multiply the rows of a parameter's Jacobian with vectors, where this is for one operand alone to do.
 
@@ -307,6 +301,35 @@ def _weighted_sum(jacobian: Factored, weights: Tensor) -> Tensor:
     return _scatter(torch.einsum(f"{','.join(terms)}->{letters}", *tensors), letters, term, vectors, result)
 
 
+def pick(jacobian: Factored, outputs: Tensor, samples: Tensor) -> Factored:
+    """Take one output of each of some samples.
+
+    Args:
+        jacobian: The Jacobian.
+        outputs: The outputs ``[M]``.
+        samples: The samples ``[M]`` that they are of.
+
+    Returns:
+        The Jacobian, with M samples and a single output.
+    """
+    terms, operands = [], list[Tensor | OneHot]()
+    for term, operand in zip(jacobian.terms, jacobian.operands, strict=True):
+        if isinstance(operand, OneHot):
+            n = term.find("n")
+            operand = operand if n < 0 else operand._replace(places=operand.places.index_select(n, samples))
+        elif "c" in term:
+            rest = "".join(letter for letter in term if letter not in "cn")
+            lead = [letter for letter in "cn" if letter in term]
+            tensor = operand.permute([term.index(letter) for letter in (*lead, *rest)])
+            operand = tensor[outputs, samples] if "n" in term else tensor[outputs]
+            term, operand = f"cn{rest}", operand.unsqueeze(0)
+        elif "n" in term:
+            operand = operand.index_select(term.index("n"), samples)
+        terms.append(term)
+        operands.append(operand)
+    return Factored(f"{','.join(terms)}->{jacobian.result}", tuple(operands))
+
+
 def _scatter(values: Tensor, letters: str, term: str, vectors: OneHot, result: str) -> Tensor:
     """Multiply by one-hot vectors, and sum over their places.
 
@@ -333,28 +356,6 @@ def _scatter(values: Tensor, letters: str, term: str, vectors: OneHot, result: s
     return flat.index_add_(0, index.flatten(), (values * (known >= 0)).flatten())
 
 
-def errors(actual: dict[str, Tensor], expected: dict[str, Tensor], tolerance: float) -> dict[str, float]:
-    """Find gradients that are off by more than rounding.
-
-    Args:
-        actual: Gradients by name, flattened; those that are missing are zero.
-        expected: What they should be.
-        tolerance: The largest relative error that rounding makes.
-
-    Returns:
-        The relative errors that are too large, by name.
-    """
-    total = total_norm(expected.values())
-    found = {}
-    for name, gradient in expected.items():
-        flat = gradient.flatten()
-        given = actual.get(name, torch.zeros_like(flat))
-        error = gradient_error(given, flat, total) if given.shape == flat.shape else float("inf")
-        if not error <= tolerance:
-            found[name] = error
-    return found
-
-
 def _choose(n: int, count: int, seed: int) -> list[int]:
     """Choose samples, neither the first nor the last of more than two.
 
@@ -375,44 +376,63 @@ def _choose(n: int, count: int, seed: int) -> list[int]:
 
 
 class Probe:
-    """A few samples, each by itself: what the Jacobians that a capture yields are compared with.
+    """What the Jacobians that a capture yields are compared with.
 
     Attributes:
-        recordings: A forward pass of each, until rules were tried.
+        inputs: All samples, x2's behind x1's, in the memory layout that suits the model.
+        out_shape: Shape ``[*out]`` of the output of one sample.
+        recordings: A forward pass of each of a few samples by itself, until rules were tried.
+        everyone: Whether Jacobians of all samples are compared, or those of these few.
+        cancelling: Parameters whose Jacobian is far smaller than the terms that rules add up for it.
     """
 
-    def __init__(self, request: Request, seed: int) -> None:
-        """Evaluate the samples.
+    def __init__(self, request: Request, *, everyone: bool) -> None:
+        """Evaluate samples by themselves, and all of them in halves.
 
         Args:
             request: The request.
-            seed: Decides on the samples and on v.
+            everyone: Whether to compare Jacobians of all samples.
 
         Raises:
-            UnsupportedModelError: If the output cannot be differentiated.
+            UnsupportedModelError: If the output cannot be differentiated, or samples influence one another.
+            NotFiniteError: If Jacobians of some samples are not finite.
         """
-        self._request, inputs = request, request.x1.stack(request.x2)
-        entries = sum(p.numel() for p in request.params.values())
-        count = max(1, min(_PROBED, len(inputs) // _SHARE, _LARGE_IN_ALL // max(1, entries)))
-        self._samples = _choose(len(inputs), count, seed)
-        self.recordings = [record(request, inputs[[sample]]) for sample in self._samples]
-        for recording in self.recordings:
-            problem = output_problem(recording.output, recording.deterministic, 1)
-            if problem is not None:
-                raise UnsupportedModelError([problem])
-        outputs = [recording.output for recording in self.recordings]
-        self._outputs, self._tolerance = torch.cat(outputs).detach(), probe_tolerance(outputs[0])
-        self._v = torch.cat([cotangent(outputs[0], seed=TRIES * sample + seed) for sample in self._samples])
-        self._weights = self._v.reshape(len(self._samples), -1).T
+        self._request, stacked = request, request.x1.stack(request.x2)
+        entries, n = sum(p.numel() for p in request.params.values()), len(stacked)
+        count = max(1, min(_PROBED, n // _SHARE, _LARGE_IN_ALL // max(1, entries)))
+        few = _choose(n, count, seed=0)
+        self.inputs, first = _in_fastest_layout(request, stacked, few[0])
+        self.recordings = [first, *(record(request, self.inputs[[sample]]) for sample in few[1:])]
+        outputs = [_output_of_one(request, recording) for recording in self.recordings]
+        self.out_shape, self._tolerance = outputs[0].shape[1:], probe_tolerance(outputs[0])
+        self._v_alone = cotangent(outputs[0], 0, Size([len(few), *self.out_shape]))
+        self._outputs, self._few = torch.cat(outputs).detach(), few
+        self.everyone = everyone and n > 1
+        if self.everyone:  # one output of each sample: ``s`` of all of them takes long to read
+            self._outputs_of, numbers = _draw(n, self.out_shape.numel())
+            v = torch.zeros(n, self.out_shape.numel())
+            v[torch.arange(n), self._outputs_of] = numbers
+            self._numbers = numbers.to(outputs[0])
+            self._v = v.to(outputs[0]).reshape(n, *self.out_shape)
+        self._halves: list[Halves] = []
+        self.cancelling: set[str] = set()
         self._actual: dict[str, Tensor] = {}
+        if self.everyone:
+            self._look_at_halves()
 
-    @property
-    def out_shape(self) -> Size:
-        """Shape of the output of one sample."""
-        return self._outputs.shape[1:]
+    def _look_at_halves(self) -> None:
+        """Evaluate all samples in halves, as often as there is time for, and differentiate them the first time."""
+        n = len(self.inputs)
+        times = how_often(self._request, n, self.out_shape.numel())
+        for samples in partitions(n, times):
+            self._halves.append(in_halves(self._request, self.inputs, samples, self._v))
+        params = self._request.params
+        self._expected = {name: sketched(g, params[name]) for name, g in self._halves[0].gradient.items()}
+        if not all_finite(self._expected.values()):
+            raise NotFiniteError
 
     def try_rules(self, layouts: Sequence[Layout] | None) -> dict[str, str]:
-        """Try the rules on the samples. This frees their recordings, so it works once.
+        """Try the rules on the few samples. This frees their recordings, so it works once.
 
         Args:
             layouts: Where the samples are in each call of a layer; ``None``: in front.
@@ -422,45 +442,35 @@ class Probe:
         """
         tried = [
             try_rules(self._request, locate(recording, layouts), v)
-            for recording, v in zip(self.recordings, self._v.split(1), strict=True)
+            for recording, v in zip(self.recordings, self._v_alone.split(1), strict=True)
         ]
         self.recordings.clear()
-        self._expected = {name: torch.stack([g[name] for g, _ in tried]).sum(0) for name in self._request.params}
-        return {name: why for _, failures in tried for name, why in failures.items()}
-
-    def agrees_in_batch(self, output: Tensor) -> bool:
-        """Compare gradients of the samples' outputs among others and by themselves.
-
-        Args:
-            output: The outputs ``[N, *out]`` of all samples, in a graph.
-
-        Returns:
-            Whether they are equal but for rounding.
-        """
-        if not output.requires_grad:
-            return True
         params = self._request.params
-        found = torch.autograd.grad(
-            output[self._samples],
-            list(params.values()),
-            self._v,
-            retain_graph=True,
-            allow_unused=True,
-            materialize_grads=True,
-        )
-        together = {name: sketched(g, p) for (name, p), g in zip(params.items(), found, strict=True)}
-        return gradients_agree(together, self._expected, self._tolerance)
+        self.cancelling = {name for trial in tried for name in _cancelling(trial, params)}
+        if not self.everyone:
+            self._expected = {name: torch.stack([trial.expected[name] for trial in tried]).sum(0) for name in params}
+            self._weights = self._v_alone.reshape(len(self._few), -1).T
+        return {name: why for trial in tried for name, why in trial.failures.items()}
 
-    def outputs_agree(self, output: Tensor) -> bool:
-        """Compare outputs of the samples among others and by themselves.
+    def see(self, output: Tensor) -> None:
+        """Compare the outputs of all samples in one batch with those by themselves and in halves.
 
         Args:
-            output: The outputs ``[N, *out]`` of all samples.
+            output: The outputs ``[N, *out]``.
 
-        Returns:
-            Whether they are equal but for rounding.
+        Raises:
+            UnsupportedModelError: If samples influence one another.
         """
-        return relative_error(output[self._samples], self._outputs) <= self._tolerance
+        n = len(self.inputs)
+        check_shape(output, n, self.out_shape)
+        if self.everyone:
+            compare_alone(self._request, self.inputs, output)
+        for halves in self._halves:
+            compare_outputs(self._request, self.inputs, output, range(n), halves.outputs)
+
+    def agrees(self, output: Tensor) -> bool:
+        """Tell whether outputs of the few samples among all of them are those by themselves, but for rounding."""
+        return not rows_differing(output.detach()[self._few], self._outputs, self._tolerance).any()
 
     def begin(self, outputs: Tensor) -> None:
         """Start on some outputs.
@@ -468,8 +478,18 @@ class Probe:
         Args:
             outputs: Where they are in ``[*out]``, flattened. Those that have been there are not counted again.
         """
-        self._piece = self._weights[outputs]
-        self._weights = self._weights.index_fill(0, outputs, 0)
+        if self.everyone:
+            places = {output: place for place, output in enumerate(outputs.tolist())}
+            samples = [i for i, output in enumerate(self._outputs_of) if output in places]
+            local = [places[self._outputs_of[i]] for i in samples]
+            self._picked = tuple(
+                torch.tensor(x, dtype=torch.long, device=self._numbers.device) for x in (local, samples)
+            )
+            self._outputs_of = [-1 if output in places else output for output in self._outputs_of]
+        else:
+            chosen = outputs.to(self._weights.device)
+            self._piece = self._weights.index_select(0, chosen)
+            self._weights = self._weights.index_fill(0, chosen, 0)
 
     def add(self, jacobians: dict[str, Factored]) -> None:
         """Take down one use of a layer.
@@ -478,16 +498,87 @@ class Probe:
             jacobians: The Jacobian of each wanted parameter, over all samples, by name.
         """
         for name, jacobian in jacobians.items():
-            product = weighted_sum(select_samples(jacobian, self._samples), self._piece, self._request.params[name])
+            if self.everyone:
+                seen, weights = pick(jacobian, *self._picked), self._numbers[self._picked[1]].unsqueeze(0)
+            else:
+                seen, weights = select_samples(jacobian, self._few), self._piece
+            product = weighted_sum(seen, weights, self._request.params[name])
             self._actual[name] = self._actual[name] + product if name in self._actual else product
 
-    def judge(self) -> dict[str, str]:
+    def judge(self, missed: Container[str]) -> dict[str, float]:
         """Compare what was taken down.
 
+        Args:
+            missed: The parameters whose Jacobians rules do not give.
+
         Returns:
-            Why a Jacobian is wrong, for those parameters for which it is, by name.
+            The relative error of those Jacobians that differ, by the name of the parameter.
         """
-        return {
-            name: _DIFFERS.format(error)
-            for name, error in errors(self._actual, self._expected, self._tolerance).items()
-        }
+        return differing(self._given(self._expected, missed), self._expected, self._tolerance)
+
+    def diagnose(self, missed: Container[str]) -> dict[str, str]:
+        """Find out why what was taken down of all samples differs from their gradient in halves.
+
+        Args:
+            missed: The parameters whose Jacobians rules do not give.
+
+        Returns:
+            Why rules do not give the Jacobian of a parameter, by name; empty where kinks explain all.
+
+        Raises:
+            UnsupportedModelError: If samples influence one another.
+        """
+        request, params = self._request, self._request.params
+        _, batch = gradients(request, self.inputs, self._v)
+        compare_gradients(request, self.inputs, self._v, batch, self._halves[0], self._tolerance)
+        expected = {name: sketched(g, params[name]) for name, g in batch.items()}
+        rounding = rounding_of(request, self.inputs, self._v, sketched)
+        wrong = differing(self._given(expected, missed), expected, self._tolerance, rounding)
+        if wrong:  # what samples that see one another do to rules must not pass for a fault of these
+            for samples in partitions(len(self.inputs), len(self.inputs))[1:]:
+                halves = in_halves(request, self.inputs, samples, self._v)
+                compare_gradients(request, self.inputs, self._v, batch, halves, self._tolerance)
+        return {name: f"{DIFFERS} (relative error {error:.1e})" for name, error in wrong.items()}
+
+    def _given(self, expected: dict[str, Tensor], missed: Container[str]) -> dict[str, Tensor]:
+        """Give what was taken down, and what is expected of parameters whose Jacobians rules do not give."""
+        return self._actual | {name: g for name, g in expected.items() if name in missed}
+
+    def checked(self, axes: OutputAxes, output: Tensor) -> Checked:
+        """Say what is known of all samples, with the roles of their outputs ``[N, *out]``."""
+        return Checked(axes, output, self._v, self._halves[0].gradient, self._tolerance)
+
+
+def _draw(n: int, outputs: int) -> tuple[list[int], Tensor]:
+    """Draw an output of each of N samples, and a number for it, none of them close to zero."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    chosen = torch.randint(outputs, (n,), generator=generator, device="cpu").tolist()
+    signs = torch.randint(2, (n,), generator=generator, device="cpu") * 2 - 1
+    return chosen, signs * (0.5 + torch.rand(n, generator=generator, device="cpu"))
+
+
+def _cancelling(trial: Trial, params: dict[str, Tensor]) -> set[str]:
+    """Find the parameters for which the terms that rules add up cancel."""
+    sizes = norms(trial.expected[name] for name in trial.terms)
+    terms = dict(zip(trial.terms, read(list(trial.terms.values())), strict=True))
+    vectors = {name: 1 if _vectors(params[name]) is None else _VECTORS for name in terms}
+    return {n for n, size in zip(terms, sizes, strict=True) if size**2 / vectors[n] < _CANCELS * terms[n]}
+
+
+def _in_fastest_layout(request: Request, inputs: Inputs, sample: int) -> tuple[Inputs, Recording]:
+    """Evaluate a sample with the channels of images last in memory; as it is where a view asks for another layout."""
+    fast = inputs.map(channels_last)
+    try:
+        return fast, record(request, fast[[sample]])
+    except RuntimeError as error:
+        if is_out_of_memory(error) or all(x.ndim != 4 for x in inputs.tensors.values()):
+            raise
+    return inputs, record(request, inputs[[sample]])
+
+
+def _output_of_one(request: Request, recording: Recording) -> Tensor:
+    """Check the output of a single sample; where it is none, several tell better what is wrong."""
+    output = recording.output
+    if not isinstance(output, Tensor) or output.shape[:1] != (1,) or not output.numel():
+        look(request)
+    return check_output(output, 1)

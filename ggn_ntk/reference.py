@@ -16,19 +16,14 @@ from torch.func import jacrev, jvp, vjp, vmap
 from torch.nn import Module
 
 from ggn_ntk.axes import AxesRequest, OutputAxes
-from ggn_ntk.checks import (
-    PROBE_TOLERANCES,
-    TRIES,
-    check_model,
-    cotangent,
-    gradients,
-    gradients_agree,
-    is_out_of_memory,
-    total_norm,
-)
-from ggn_ntk.isolation import isolated
-from ggn_ntk.layout import transpose
-from ggn_ntk.request import Inputs, Request
+from ggn_ntk.checks import check_model
+from ggn_ntk.comparison import KINKS, PROBE_TOLERANCES, cotangent, differing, total_norm
+from ggn_ntk.computation import compute as _compute
+from ggn_ntk.errors import RouteWarning, is_out_of_memory, listed, warn
+from ggn_ntk.independence import Checked, gradients, gradients_of, rounding_of
+from ggn_ntk.inputs import Inputs
+from ggn_ntk.layout import Computed, transpose
+from ggn_ntk.request import Request
 
 
 def jacobian_contraction(
@@ -72,9 +67,7 @@ def jacobian_contraction(
     request = Request.parse(
         model, x1, x2, wanted, params=params, per_parameter=per_parameter, output=output, chunk_size=chunk_size
     )
-    with isolated(model):
-        axes = request.axes.resolve(check_model(request))
-        return request.assemble(contract_jacobians(request, axes), axes)
+    return _compute(request, jacobian_kernels)
 
 
 def ntk_vector_products(
@@ -120,23 +113,33 @@ def ntk_vector_products(
     request = Request.parse(
         model, x1, x2, wanted, params=params, per_parameter=per_parameter, output=output, chunk_size=chunk_size
     )
-    with isolated(model):
-        axes = request.axes.resolve(check_model(request))
-        return request.assemble(multiply_vectors(request, axes), axes)
+    return _compute(request, product_kernels)
 
 
-def contract_jacobians(request: Request, axes: OutputAxes) -> Iterator[tuple[str, Tensor]]:
+def jacobian_kernels(request: Request) -> Computed:
+    """Compute kernels by Jacobian contraction, if the model has any. Call it inside ``isolated(request.model)``."""
+    checked = check_model(request)
+    return Computed(checked.axes, contract_jacobians(request, checked.axes, checked), checked.outputs)
+
+
+def product_kernels(request: Request) -> Computed:
+    """Compute kernels by NTK-vector products, if the model has any. Call it inside ``isolated(request.model)``."""
+    checked = check_model(request)
+    return Computed(checked.axes, multiply_vectors(request, checked.axes, checked), checked.outputs)
+
+
+def contract_jacobians(request: Request, axes: OutputAxes, checked: Checked) -> Iterator[tuple[str, Tensor]]:
     """Contract Jacobians, parameter by parameter. Call it inside ``isolated(request.model)``.
 
     Args:
         request: The request.
         axes: The role of each output axis.
+        checked: What is known of all samples.
 
     Yields:
         The name of a parameter and its kernel ``[N1, N2, E, F, F]``.
     """
-    first = _jacobians(request, request.x1)
-    second = first if request.x2 is None else _jacobians(request, request.x2)
+    first, second = _all_jacobians(request, checked)
     for name, jacobian in first.items():
         kernel = einsum("necfp,medfp->nmfecd", axes.arrange(jacobian), axes.arrange(second[name]))
         # A trace as a sum of T inner products rounds less than as one long inner product.
@@ -154,7 +157,8 @@ def _sample_output(request: Request, primals: dict[str, Tensor], sample: Inputs)
     Returns:
         The flattened output ``[C]``.
     """
-    return request.evaluate(primals, sample.map(lambda x: x.unsqueeze(0))).flatten()
+    output: Tensor = request.evaluate(primals, sample.map(lambda x: x.unsqueeze(0)))
+    return output.flatten()
 
 
 def _over_samples(function: Callable[[Inputs], Any], inputs: Inputs, chunk_size: int | None = None) -> Any:
@@ -172,52 +176,82 @@ def _over_samples(function: Callable[[Inputs], Any], inputs: Inputs, chunk_size:
     return mapped(inputs.args, inputs.kwargs)
 
 
-def _jacobians(request: Request, inputs: Inputs) -> dict[str, Tensor]:
-    """Compute the Jacobians of all samples.
-
-    Args:
-        request: The request.
-        inputs: N samples.
-
-    Returns:
-        The Jacobian ``[N, C, P]`` of each parameter (with P entries), by name.
-    """
-    try:
-        jacobian = jacrev(lambda primals, sample: _sample_output(request, primals, sample))
-        jacobians = _over_samples(lambda x: jacobian(request.primals, x), inputs, request.chunk_size)
-        jacobians = {name: j.reshape(*j.shape[:2], -1) for name, j in jacobians.items()}
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        return _loop_jacobians(request, inputs)
-    return jacobians if _agrees_with_autograd(request, inputs, jacobians) else _loop_jacobians(request, inputs)
-
-
-def _agrees_with_autograd(request: Request, inputs: Inputs, jacobians: dict[str, Tensor]) -> bool:
-    """Tell whether ``torch.func`` got the Jacobians right.
+def _all_jacobians(request: Request, checked: Checked) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Compute the Jacobians of x1 and x2, by ``vmap`` where it gets all samples right.
 
     It does not where the model keeps references to parameters elsewhere than in its modules, nor for some
     layers in some releases (PReLU in torch 2.6).
 
     Args:
         request: The request.
-        inputs: N samples.
-        jacobians: The Jacobian ``[N, C, P]`` of each parameter, by name.
+        checked: What is known of all samples.
 
     Returns:
-        Whether a gradient by plain autograd agrees for one of the first samples. One suffices: what is wrong is wrong
-        for all, while rounding may take a single sample to the other side of a kink.
+        The Jacobian ``[N, C, P]`` of each parameter, by name, for x1 and for x2; the same one where they are the same.
     """
-    for i in range(min(TRIES, len(inputs))):
-        v = cotangent(request.evaluate(None, inputs[i : i + 1]), seed=i)
-        expected = gradients(request, inputs[i : i + 1], v)
-        actual = {
-            name: (v.flatten().to(jacobian.dtype) @ jacobian[i]).reshape(expected[name].shape)
-            for name, jacobian in jacobians.items()
-        }
-        if gradients_agree(actual, expected):
-            return True
-    return False
+    sets = [x for x in (request.x1, request.x2) if x is not None]
+    try:
+        found = [_jacobians(request, x) for x in sets]
+        why = "" if _hold_for_all(request, found, checked) else "it gets some samples wrong"
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        why = _first_line(error)
+    if why:
+        what = f"Jacobians of {listed(request.params)} come from a loop over samples and outputs: exact, but slower"
+        warn(f"{what}, since torch.func does not go through the model ({why}).", RouteWarning)
+        found = [_loop_jacobians(request, x) for x in sets]
+    return found[0], found[-1]
+
+
+def _first_line(error: Exception) -> str:
+    """Name an error, and say the first line of what it says."""
+    return f"{type(error).__name__}: {error}".splitlines()[0]
+
+
+def _jacobians(request: Request, inputs: Inputs) -> dict[str, Tensor]:
+    """Compute the Jacobians of all samples, ``[N, C, P]`` for each parameter (with P entries), by name."""
+    jacobian = jacrev(lambda primals, sample: _sample_output(request, primals, sample))
+    primals = request.primals
+    jacobians = _over_samples(lambda x: jacobian(primals, x), inputs, request.chunk_size)
+    return {name: j.reshape(*j.shape[:2], -1) for name, j in jacobians.items()}
+
+
+def _hold_for_all(request: Request, found: list[dict[str, Tensor]], checked: Checked) -> bool:
+    """Tell whether Jacobians of all samples add up to the gradient by plain autograd.
+
+    Rounding may take a unit of a sample to the other side of a kink. So where they do not, each sample is looked at by
+    itself, at which an error of a few samples is far larger than what kinks do.
+
+    Args:
+        request: The request.
+        found: The Jacobian ``[N, C, P]`` of each parameter by name, of x1, and of x2 if it is another set.
+        checked: What is known of all samples.
+
+    Returns:
+        Whether they do.
+    """
+    v = checked.v.reshape(len(checked.v), -1)
+    of_sets = v.split([len(next(iter(jacobians.values()))) for jacobians in found])
+    parts = [
+        {name: w.flatten().to(j.dtype) @ j.flatten(0, 1) for name, j in jacobians.items()}
+        for w, jacobians in zip(of_sets, found, strict=True)
+    ]
+    actual = {name: torch.stack([part[name] for part in parts]).sum(0) for name in request.params}
+    expected = {name: checked.gradient[name].flatten() for name in request.params}
+    inputs = request.x1.stack(request.x2)
+    rounding = rounding_of(request, inputs, checked.v, lambda gradient, param: gradient.flatten())
+    if not differing(actual, expected, checked.tolerance, rounding):
+        return True
+    if checked.tolerance < PROBE_TOLERANCES[torch.float32]:
+        return False
+    each = [(jacobians, n) for jacobians in found for n in range(len(next(iter(jacobians.values()))))]
+    for sample, (jacobians, n) in enumerate(each):
+        _, alone = gradients(request, inputs[[sample]], checked.v[[sample]])
+        error = total_norm(v[sample].to(j.dtype) @ j[n] - alone[name].flatten() for name, j in jacobians.items())
+        if not error <= KINKS * total_norm(alone.values()):
+            return False
+    return True
 
 
 def _loop_jacobians(request: Request, inputs: Inputs) -> dict[str, Tensor]:
@@ -245,45 +279,48 @@ def _autograd_jacobian(request: Request, sample: Inputs) -> dict[str, Tensor]:
         The Jacobian ``[C, P]`` of each parameter, by name.
     """
     output = request.evaluate(None, sample).flatten()
-    if not output.requires_grad:
-        return {name: output.new_zeros(len(output), p.numel()) for name, p in request.params.items()}
-    params = list(request.params.values())
-    rows = [
-        torch.autograd.grad(entry, params, retain_graph=True, allow_unused=True, materialize_grads=True)
-        for entry in output
-    ]
-    columns = zip(*rows, strict=True)
-    return {n: torch.stack([g.flatten() for g in c]) for n, c in zip(request.params, columns, strict=True)}
+    rows = [gradients_of(entry, torch.ones_like(entry), request.params, retain_graph=True) for entry in output]
+    return {name: torch.stack([row[name].flatten() for row in rows]) for name in request.params}
 
 
-def multiply_vectors(request: Request, axes: OutputAxes) -> Iterator[tuple[str, Tensor]]:
+def multiply_vectors(
+    request: Request, axes: OutputAxes, checked: Checked | None = None
+) -> Iterator[tuple[str, Tensor]]:
     """Compute kernels by NTK-vector products. Call it inside ``isolated(request.model)``.
 
     Args:
         request: The request.
         axes: The role of each output axis.
+        checked: What is known of all samples; ``None`` to find it out if it matters.
 
     Yields:
         Names of parameters (any one for their sum) and kernels ``[N1, N2, E, F, F]``.
     """
     if request.per_parameter:
         for name, param in request.params.items():
-            yield from multiply_vectors(replace(request, params={name: param}, per_parameter=False), axes)
+            part = replace(request, params={name: param}, per_parameter=False)
+            yield from multiply_vectors(part, axes, checked)
         return
+    kernel, why = None, "it gets products with vectors wrong"
     try:
-        kernel = _kernel_from_products(request, axes) if _products_agree_with_autograd(request, axes) else None
+        if _products_agree_with_autograd(request, axes):
+            kernel = _kernel_from_products(request, axes)
+            if not _holds_for_all(request, axes, kernel):
+                kernel = None
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        kernel = None
+        why = _first_line(error)
     if kernel is None:
-        yield from contract_jacobians(request, axes)
+        what = f"The kernel of {listed(request.params)} is computed by Jacobian contraction instead of products"
+        warn(f"{what}, since torch.func does not go through the model ({why}).", RouteWarning)
+        yield from contract_jacobians(request, axes, checked or check_model(request))
     else:
         yield next(iter(request.params)), kernel
 
 
 def _products_agree_with_autograd(request: Request, axes: OutputAxes) -> bool:
-    """Tell whether ``torch.func`` gets NTK-vector products right.
+    """Tell whether ``torch.func`` gets NTK-vector products of one sample right, before all others are computed.
 
     It does not where the model computes under ``torch.no_grad()``, which forward mode ignores, or keeps
     references to parameters elsewhere than in its modules.
@@ -297,10 +334,69 @@ def _products_agree_with_autograd(request: Request, axes: OutputAxes) -> bool:
     """
     sample = request.x1[:1]
     v = cotangent(request.evaluate(None, sample), seed=0)
-    expected = total_norm(gradients(request, sample, v).values()) ** 2
+    expected = total_norm(gradients(request, sample, v)[1].values()) ** 2
     kernel = _column(request, OutputAxes(axes.out_shape), sample, sample)[0, 0]
     actual = (v.flatten() @ kernel @ v.flatten()).item()
     return abs(actual - expected) <= PROBE_TOLERANCES[v.dtype] * expected
+
+
+def _holds_for_all(request: Request, axes: OutputAxes, kernel: Tensor) -> bool:
+    """Tell whether a kernel is right at all samples: ``a^T Theta b`` is ``(J^T a)^T (J^T b)`` for random a and b.
+
+    Plain autograd gives the right side, for each diagonal and each traced output. Where they differ by no more than
+    kinks explain, each sample is looked at by itself, as in :func:`_hold_for_all`.
+
+    Args:
+        request: The request.
+        axes: The role of each output axis.
+        kernel: The kernel ``[N1, N2, E, F, F]``.
+
+    Returns:
+        Whether it is.
+    """
+    first, second = request.x1, request.second
+    a, b = (cotangent(kernel, seed, torch.Size([len(x), *axes.roles[:2]])) for seed, x in ((0, first), (1, second)))
+    groups = [(e, t) for e in range(axes.roles.diagonal) for t in range(axes.roles.traced)]
+    right = [_products_with(request, axes, second, b, group) for group in groups]
+    rows = einsum("nec,nmecd,med->ne", a, kernel, b).sum(1)  # of each sample of x1, by itself
+    total, size = 0.0, 0.0
+    for group, g in zip(groups, right, strict=True):
+        left = _products_with(request, axes, first, a, group)
+        total += sum((left[name] * g[name]).sum().item() for name in left)
+        size += total_norm(left.values()) * total_norm(g.values())
+    tolerance = PROBE_TOLERANCES[kernel.dtype]
+    if abs(rows.sum().item() - total) <= tolerance * size:
+        return True
+    if kernel.dtype == torch.float64:
+        return False
+    return all(_row_holds(request, axes, n, a, rows[n].item(), groups, right) for n in range(len(first)))
+
+
+def _row_holds(
+    request: Request,
+    axes: OutputAxes,
+    n: int,
+    a: Tensor,
+    actual: float,
+    groups: list[tuple[int, int]],
+    right: list[dict[str, Tensor]],
+) -> bool:
+    """Tell whether the products of one sample of x1 are off by no more than kinks explain."""
+    left = [_products_with(request, axes, request.x1[[n]], a[[n]], group) for group in groups]
+    pairs = list(zip(left, right, strict=True))
+    expected = sum((one[name] * other[name]).sum().item() for one, other in pairs for name in one)
+    size = sum(total_norm(one.values()) * total_norm(other.values()) for one, other in pairs)
+    return abs(actual - expected) <= KINKS * size
+
+
+def _products_with(
+    request: Request, axes: OutputAxes, inputs: Inputs, a: Tensor, group: tuple[int, int]
+) -> dict[str, Tensor]:
+    """Compute ``J^T a`` by plain autograd, with ``a`` ``[N, E, F]`` at one diagonal and one traced output."""
+    e, t = group
+    v = a.new_zeros(len(a), axes.out_shape.numel())
+    v[:, axes.numbers[e, :, t].to(v.device)] = a[:, e]
+    return gradients(request, inputs, v.reshape(len(a), *axes.out_shape))[1]
 
 
 def _kernel_from_products(request: Request, axes: OutputAxes) -> Tensor:

@@ -9,7 +9,7 @@ No rule is trusted (:mod:`ggn_ntk.probe`). Parameters whose Jacobian no rule giv
 """
 
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import chain
@@ -21,24 +21,28 @@ from torch import Tensor
 from ggn_ntk.axes import OutputAxes, Roles
 from ggn_ntk.bias import join_biases
 from ggn_ntk.capture import Layout, Recording, learn_layouts, locate, record
-from ggn_ntk.checks import (
-    INTERACTION,
-    TRIES,
-    UnsupportedModelError,
-    check_model,
-    configuration_problems,
-    is_out_of_memory,
-    output_problem,
-)
+from ggn_ntk.checks import check_model, configuration_problems
 from ggn_ntk.contraction import add_products
 from ggn_ntk.doubling import Doubled, Part, double, parts
+from ggn_ntk.errors import (
+    NotCapturedError,
+    Problem,
+    RouteWarning,
+    UnsupportedModelError,
+    UnsupportedRouteError,
+    is_out_of_memory,
+    warn,
+)
+from ggn_ntk.independence import Checked, check_shape
+from ggn_ntk.isolation import isolated
 from ggn_ntk.layout import Computed
 from ggn_ntk.pieces import Piece
-from ggn_ntk.probe import Probe, find_samples
+from ggn_ntk.probe import DIFFERS, Probe, outside_of_calls
 from ggn_ntk.reference import contract_jacobians
 from ggn_ntk.request import Request
-from ggn_ntk.rules import Factored, channels_last
-from ggn_ntk.walk import Walk, structure_problems
+from ggn_ntk.rules import Factored
+from ggn_ntk.uses import put_together
+from ggn_ntk.walk import FAILS, Walk, is_known, structure_problems
 from ggn_ntk.way_back import Capture
 
 _T = TypeVar("_T")
@@ -60,18 +64,16 @@ class Prepared(NamedTuple):
         axes: The role of each output axis.
         probe: What they are compared with.
         missed: Why rules do not give the Jacobian of a parameter, by name.
-        interact: Whether samples seem to influence one another.
     """
 
     capture: Walk | Capture
     axes: OutputAxes
     probe: Probe
     missed: dict[str, str]
-    interact: bool = False
 
 
 def structured_kernels(request: Request) -> Computed:
-    """Compute kernels layer by layer. Call it inside ``isolated(request.model)``.
+    """Compute kernels. Call it inside ``isolated(request.model)``.
 
     Args:
         request: The request.
@@ -80,10 +82,17 @@ def structured_kernels(request: Request) -> Computed:
         The kernels, and the outputs of all samples.
     """
     prepared, kernels = _probed(request, lambda prepared: _contract(prepared, request))
-    if prepared.missed:
-        check_model(request)  # that samples leave one another alone, the remainder takes for granted
-    remainder = _remainder(request, prepared.axes, prepared.missed)
-    return Computed(prepared.axes, chain(kernels.items(), remainder), prepared.capture.output)
+    faults = {name: why for name, why in prepared.missed.items() if why.startswith((DIFFERS, FAILS))}
+    for name, why in faults.items():
+        what = f"{name}: {why}. Its kernel comes from Jacobians of each sample instead: exact, but slower."
+        warn(what, RouteWarning)
+    output = prepared.capture.output
+    if not prepared.missed:
+        return Computed(prepared.axes, kernels.items(), output)
+    # That samples leave one another alone, the remainder takes for granted.
+    everyone = prepared.probe.everyone
+    checked = prepared.probe.checked(prepared.axes, output) if everyone else check_model(request)
+    return Computed(prepared.axes, chain(kernels.items(), _remainder(request, prepared, checked)), output)
 
 
 @torch.no_grad()
@@ -100,60 +109,69 @@ def _probed(request: Request, use: Callable[[Prepared], _T]) -> tuple[Prepared, 
     Raises:
         UnsupportedModelError: If the model has no exact kernel, or the capture that was asked for does not support it.
     """
-    suspects = dict.fromkeys(request.params, "")
-    mixed = True
-    for seed in range(TRIES):
-        prepared = prepare(request, seed)
+    missed: dict[str, str] = {}
+    everyone = False
+    while True:
+        prepared = prepare(request, missed, everyone=everyone)
         result = use(prepared)
-        failures = prepared.probe.judge()
-        suspects = {n: why for n, why in failures.items() if n in suspects and n not in prepared.missed}
-        mixed = mixed and (prepared.interact or not prepared.probe.outputs_agree(prepared.capture.output))
-        if not suspects and not prepared.interact:
+        prepared.missed.update(prepared.capture.failures)
+        if not prepared.probe.judge(prepared.missed):
             return prepared, result
-        if seed == 0:
-            check_model(request)
-    if mixed:
-        raise UnsupportedModelError([INTERACTION])
-    prepared = prepare(request, 0, suspects)
-    return prepared, use(prepared)
+        if prepared.probe.everyone:
+            wrong = prepared.probe.diagnose(prepared.missed)
+            if not wrong:
+                return prepared, result
+            missed = prepared.missed | wrong
+        everyone = True
 
 
-def prepare(request: Request, seed: int = 0, missed: dict[str, str] | None = None) -> Prepared:
+def prepare(request: Request, missed: dict[str, str] | None = None, *, everyone: bool = False) -> Prepared:
     """Evaluate a model, by the capture that was asked for or suits it, and find out which parameters rules get right.
 
     Args:
         request: The request.
-        seed: Seed of the probe.
         missed: Why rules do not give the Jacobian of a parameter, by name, for those where this is known.
+        everyone: Whether to look at all samples, whatever the model.
 
     Returns:
         The evaluated model.
 
     Raises:
-        UnsupportedModelError: If the model has no exact kernel, or the capture that was asked for does not support it.
+        UnsupportedModelError: If the model has no exact kernel.
+        UnsupportedRouteError: If the capture that was asked for does not support it.
         ValueError: If an output axis that was asked for does not exist.
     """
     problems = configuration_problems(request)
     if problems:
-        raise UnsupportedModelError(problems, _ROUTE)
-    missed, walk = missed or {}, _can_walk(request)
-    probe = Probe(request, seed)
-    axes = request.axes.resolve(probe.out_shape)
-    if walk:
+        raise UnsupportedModelError(problems)
+    walks, missed = _can_walk(request), missed or {}
+    few = walks and not everyone and not request.thorough and is_known(request)
+    probe = Probe(request, everyone=not few)
+    _refuse_written_parameters(request)
+    axes = request.resolve(probe.out_shape)
+    if walks:
         found = probe.try_rules(None) | missed
         try:
-            return Prepared(Walk(_without(request, found)), axes, probe, found)
-        except UnsupportedModelError:
+            capture: Walk | Capture = Walk(_without(request, found), probe.inputs)
+        except UnsupportedRouteError:
             if request.capture == "backpack":
                 raise
-            probe = Probe(request, seed)
-    recording, layouts = _record_all(request, probe)
-    calls, failures = find_samples(request, recording)
-    missed = failures | probe.try_rules(layouts) | missed
-    capture = Capture(_without(request, missed), calls, recording.output)
-    with torch.enable_grad():
-        interact = bool(failures) and not probe.agrees_in_batch(recording.output)
-    return Prepared(capture, axes, probe, missed, interact)
+            return prepare(replace(request, capture="autograd"), missed)
+    else:
+        recording, layouts = _record_all(request, probe)
+        found = outside_of_calls(request, recording) | probe.try_rules(layouts) | missed
+        capture = Capture(_without(request, found), recording)
+    probe.see(capture.output)
+    return Prepared(capture, axes, probe, found)
+
+
+def _refuse_written_parameters(request: Request) -> None:
+    """Refuse a model whose forward pass writes to parameters: the graph of one pass does not survive the next."""
+    with isolated(request.model) as session:
+        names = [name for name, p in request.model.named_parameters() if p in session.written]
+    if names:
+        remedy = "Normalise or clip them in a parametrization, or before the call"
+        raise UnsupportedRouteError([Problem(n, "its forward pass writes to it", remedy) for n in names], _ROUTE)
 
 
 def _record_all(request: Request, probe: Probe) -> tuple[Recording, list[Layout]]:
@@ -169,23 +187,30 @@ def _record_all(request: Request, probe: Probe) -> tuple[Recording, list[Layout]
     Raises:
         UnsupportedModelError: If the output cannot be differentiated.
     """
-    inputs, one = request.x1.stack(request.x2), probe.recordings[0]
-    for x, alone in [(inputs.map(channels_last), one), (inputs, one), (inputs, None)]:
-        try:
-            recording = record(request, x, alone)
-            several = recording if len(x) > 1 else record(request, x[[0, 0]])
-        except Exception as error:  # a view that asks for another layout in memory, an output that may not be repeated
-            if alone is None or is_out_of_memory(error):
-                raise
-            continue
-        problem = output_problem(recording.output, recording.deterministic, len(inputs))
-        repeated = any(call.repeated for call in recording.calls)
-        if problem is None and (not repeated or probe.outputs_agree(recording.output)):
-            break
-    if problem is not None:
-        raise UnsupportedModelError([problem])
-    layouts = learn_layouts(one, several)
+    one, n = probe.recordings[0], len(probe.inputs)
+    try:
+        recording = record(request, probe.inputs, one)
+        repeats = not any(call.repeated for call in recording.calls) or probe.agrees(recording.output)
+    except NotCapturedError:
+        repeats = False
+    if not repeats:
+        recording = record(request, probe.inputs)
+    check_shape(recording.output, n, probe.out_shape)
+    layouts = learn_layouts(one, recording) if n > 1 else _layouts_of_one(request, probe)
     return locate(recording, layouts), layouts
+
+
+def _layouts_of_one(request: Request, probe: Probe) -> list[Layout]:
+    """Find a single sample in each call of a layer: by a pass of two of it, or else everything is about it."""
+    one = probe.recordings[0]
+    try:
+        twice = record(request, probe.inputs[[0, 0]])
+        check_shape(twice.output, 2, probe.out_shape)
+    except (RuntimeError, ValueError) as error:  # a model that takes one sample at a time
+        if is_out_of_memory(error):
+            raise
+        return [Layout(call.module, None, 1, [], same=True) for call in one.calls]
+    return learn_layouts(one, twice)
 
 
 def _can_walk(request: Request) -> bool:
@@ -198,11 +223,11 @@ def _can_walk(request: Request) -> bool:
         Whether it is a sequence of layers, and the other capture was not asked for.
 
     Raises:
-        UnsupportedModelError: If this capture was asked for, and does not support the model.
+        UnsupportedRouteError: If this capture was asked for, and does not support the model.
     """
     problems = [] if request.capture == "autograd" else list(structure_problems(request))
     if problems and request.capture == "backpack":
-        raise UnsupportedModelError(problems, _ROUTE)
+        raise UnsupportedRouteError(problems, _ROUTE)
     return request.capture != "autograd" and not problems
 
 
@@ -254,8 +279,9 @@ def _passed(
         The outputs, and the accumulator that has all their Jacobians.
     """
     capture, probe = prepared.capture, prepared.probe
+    formed = request.params if request.jacobians_first else probe.cancelling
     for piece in capture.pieces(prepared.axes):
-        accumulator = make(piece.roles, request.n1, request.per_parameter, capture.counts)
+        accumulator = make(piece.roles, request.n1, request.per_parameter, capture.counts, formed)
         probe.begin(piece.outputs)
         for jacobians in capture.jacobians(piece.outputs, accumulator.parts):
             probe.add(jacobians)
@@ -282,26 +308,26 @@ def _place(kernels: dict[str, Tensor], blocks: dict[str, Tensor], piece: Piece, 
         piece.add(kernels[name], block)
 
 
-def _remainder(request: Request, axes: OutputAxes, names: Iterable[str]) -> Iterator[tuple[str, Tensor]]:
+def _remainder(request: Request, prepared: Prepared, checked: Checked) -> Iterator[tuple[str, Tensor]]:
     """Compute kernels of parameters that rules do not cover, from their Jacobians.
 
     Args:
         request: The request.
-        axes: The role of each output axis.
-        names: The parameters.
+        prepared: The evaluated model.
+        checked: What is known of all samples.
 
     Yields:
         The name of a parameter and its kernel ``[N1, N2, E, F, F]``.
     """
-    group: dict[str, Tensor] = {}
     largest = _BUDGET // sum(request.sizes)
-    for name in names:
-        if group and sum(p.numel() for p in group.values()) + request.params[name].numel() > largest:
-            yield from contract_jacobians(replace(request, params=group, chunk_size=_CHUNK), axes)
-            group = {}
-        group[name] = request.params[name]
-    if group:
-        yield from contract_jacobians(replace(request, params=group, chunk_size=_CHUNK), axes)
+    groups: list[dict[str, Tensor]] = []
+    for name in prepared.missed:
+        p = request.params[name]
+        if not groups or sum(q.numel() for q in groups[-1].values()) + p.numel() > largest:
+            groups.append({})
+        groups[-1][name] = p
+    for group in groups:
+        yield from contract_jacobians(replace(request, params=group, chunk_size=_CHUNK), prepared.axes, checked)
 
 
 def recorded_products(request: Request) -> tuple[Prepared, list[tuple[str, Doubled]]]:
@@ -327,14 +353,21 @@ def recorded_products(request: Request) -> tuple[Prepared, list[tuple[str, Doubl
 class Accumulator:
     """Sums kernels over the uses of parameters.
 
-    A parameter that is used once is contracted at once. The Jacobian of one that is used several times is the
-    sum over its uses, so its kernel is the sum over all pairs of uses, and they wait for the last of them.
+    A parameter that is used once is contracted at once. The uses of one that is used several times wait for the last of
+    them, and are put together.
 
     Attributes:
         kernels: The kernels so far, by name (empty for their sum).
     """
 
-    def __init__(self, roles: Roles, n1: int | None, per_parameter: bool, counts: Counter[str] | None = None) -> None:
+    def __init__(
+        self,
+        roles: Roles,
+        n1: int | None,
+        per_parameter: bool,
+        counts: Counter[str] | None = None,
+        formed: Container[str] = (),
+    ) -> None:
         """Set up.
 
         Args:
@@ -342,9 +375,11 @@ class Accumulator:
             n1: How many samples are x1; ``None`` where all are both x1 and x2.
             per_parameter: Whether to keep kernels of parameters apart.
             counts: How often each parameter is used; ``None`` for once.
+            formed: Parameters whose Jacobians are formed before x1 meets x2.
         """
         self.roles, self.n1, self.per_parameter = roles, n1, per_parameter
         self._counts = Counter() if counts is None else counts
+        self._formed = formed
         self.kernels: dict[str, Tensor] = {}
         self._waiting: dict[str, list[Factored]] = defaultdict(list)
 
@@ -373,7 +408,7 @@ class Accumulator:
         if self.is_reused(name):
             return None
         n1 = n if self.n1 is None else self.n1
-        return parts(jacobian, n1, n1 if self.n1 is None else n - n1, self.roles)
+        return parts(jacobian, n1, n1 if self.n1 is None else n - n1, self.roles, formed=name in self._formed)
 
     def add(self, jacobians: dict[str, Factored]) -> None:
         """Add one use of a layer.
@@ -381,15 +416,18 @@ class Accumulator:
         Args:
             jacobians: The Jacobian of each wanted parameter, by name.
         """
-        complete: list[tuple[str, list[Factored]]] = []
+        once, products = list[Factored](), list[tuple[str, Doubled]]()
         for name, jacobian in jacobians.items():
             self._waiting[name].append(jacobian)
-            if len(self._waiting[name]) >= self._counts[name]:
-                complete.append((name if self.per_parameter else "", self._waiting.pop(name)))
-        if not self.per_parameter:
-            once = join_biases(terms[0] for _, terms in complete if len(terms) == 1)
-            complete = [("", [term]) for term in once] + [entry for entry in complete if len(entry[1]) > 1]
-        products = [(key, double(a, b, self.roles)) for key, terms in complete for a in terms for b in terms]
+            if len(self._waiting[name]) < self._counts[name]:
+                continue
+            key, uses, formed = name if self.per_parameter else "", self._waiting.pop(name), name in self._formed
+            if len(uses) == 1 and not (formed or self.per_parameter):
+                once += uses
+                continue
+            uses = put_together(uses) if len(uses) > 1 else uses
+            products += [(key, double(a, b, self.roles, formed=formed)) for a in uses for b in uses]
+        products += [("", double(jacobian, jacobian, self.roles)) for jacobian in join_biases(once)]
         if products:
             self._contract(products, jacobian.sizes["n"])
 
@@ -414,6 +452,7 @@ class _Recorder(Accumulator):
         n1: int | None,
         per_parameter: bool,
         counts: Counter[str],
+        formed: Container[str],
     ) -> None:
         """Set up.
 
@@ -423,8 +462,9 @@ class _Recorder(Accumulator):
             n1: How many samples are x1; ``None`` where all are both x1 and x2.
             per_parameter: Whether to keep parameters apart.
             counts: How often each parameter is used.
+            formed: Parameters whose Jacobians are formed before x1 meets x2.
         """
-        super().__init__(roles, n1, per_parameter, counts)
+        super().__init__(roles, n1, per_parameter, counts, formed)
         self._products = products
 
     def parts(self, name: str, jacobian: Factored, n: int) -> None:

@@ -18,17 +18,11 @@ from torch.nn import Module
 from torch.utils._pytree import tree_map
 
 from ggn_ntk.axes import AxesRequest
-from ggn_ntk.checks import (
-    Problem,
-    UnsupportedModelError,
-    cotangent,
-    eager,
-    gradients,
-    is_out_of_memory,
-    random_state,
-    total_norm,
-)
+from ggn_ntk.checks import eager
+from ggn_ntk.comparison import cotangent, total_norm
 from ggn_ntk.composite import differentiable
+from ggn_ntk.errors import Problem, UnsupportedModelError, is_out_of_memory, without
+from ggn_ntk.independence import gradients
 from ggn_ntk.isolation import isolated
 from ggn_ntk.request import Request
 
@@ -394,11 +388,11 @@ def _find_pushforward(request: Request, degree: int) -> Pushforward:
         UnsupportedModelError: If there is none, or the model is no function.
         RuntimeError: If memory runs out.
     """
-    before = random_state(request.model)
-    output = request.evaluate(None, request.x1)
-    problem = _output_problem(output, before == random_state(request.model))
-    if problem is not None:
-        raise UnsupportedModelError([problem], _KIND)
+    with without(_KIND):
+        output = request.evaluate(None, request.x1, inspect=True)
+    if not isinstance(output, Tensor):
+        what = f"it returns {type(output).__name__}, not a tensor"
+        raise UnsupportedModelError([Problem("", what, "Wrap it in a module that returns one")], _KIND)
     for pushforward in (_forward_mode, _double_vjp):
         try:
             if _agrees_with_autograd(request, pushforward, output) and (
@@ -428,7 +422,7 @@ def _agrees_with_autograd(request: Request, pushforward: Pushforward, output: Te
         Whether ``v^T (J g)`` is ``|g|^2``, with the gradient g of ``sum v f`` for random v.
     """
     v = cotangent(output, seed=0)
-    gradient = gradients(request, request.x1, v)
+    _, gradient = gradients(request, request.x1, v)
     slope = pushforward(lambda p: request.evaluate(p, request.x1), (request.primals,), (gradient,))[1]
     expected = total_norm(gradient.values()) ** 2
     actual: float = (v * slope).sum().item()
@@ -471,21 +465,3 @@ def _tolerance(output: Tensor) -> float:
         The square root of its dtype's machine epsilon.
     """
     return math.sqrt(torch.finfo(output.dtype).eps)
-
-
-def _output_problem(output: Any, deterministic: bool) -> Problem | None:
-    """Find what is wrong with the model's output.
-
-    Args:
-        output: What it returned.
-        deterministic: Whether it drew no random numbers.
-
-    Returns:
-        The problem, or ``None``.
-    """
-    if not deterministic:
-        remedy = "Call eval(), or make its forward pass deterministic"
-        return Problem("", "its forward pass draws random numbers", remedy)
-    if not isinstance(output, Tensor):
-        return Problem("", f"it returns {type(output).__name__}, not a tensor", "Wrap it in a module that returns one")
-    return None

@@ -9,8 +9,9 @@ layer by layer in one backward pass, as ``[C, N, C, N]``. The NTK of x1 and x2 i
 Letters: ``n``, ``m`` samples; ``c``, ``d`` outputs.
 """
 
+import threading
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any
 
@@ -18,244 +19,23 @@ import torch
 from backpack import backpack, disable, extend, memory_cleanup
 from backpack.context import CTX
 from backpack.custom_module.slicing import Slicing
-from backpack.extensions.saved_quantities import SavedQuantities
 from torch import Size, Tensor
 from torch.nn import Flatten, Module, MSELoss, Parameter
-from torch.nn.modules.loss import _Loss
 from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
 from ggn_ntk.axes import AxesRequest, OutputAxes
-from ggn_ntk.checks import (
-    BATCH_STATISTICS,
-    OTHER_METHOD,
-    PROBE_TOLERANCES,
-    VIVIT_CHECKS,
-    Problem,
-    UnsupportedModelError,
-    check_model,
-    cotangent,
-    eager,
-    find,
-    gradient_error,
-    gradients,
-    is_out_of_memory,
-)
-from ggn_ntk.isolation import isolated
-from ggn_ntk.layout import Computed, finish
-from ggn_ntk.request import Request, check_split
+from ggn_ntk.checks import AVG_POOLS, check_vivit, eager
+from ggn_ntk.comparison import PROBE_TOLERANCES, cotangent, differing
+from ggn_ntk.computation import compute as _compute
+from ggn_ntk.errors import OTHER_METHOD, Problem, UnsupportedRouteError, is_out_of_memory
+from ggn_ntk.gram_hook import GramSum, _kernel_block
+from ggn_ntk.independence import gradients
+from ggn_ntk.inspection import OwnGenerator
+from ggn_ntk.layout import Computed
+from ggn_ntk.request import Request
 
-_SAVEFIELD = "vivit_ggn_exact"
 _ROUTE = "empirical NTK through ViViT"
-
-
-class AccumulateGramHook:
-    """BackPACK extension hook that sums ViViT's Gram matrices over parameters.
-
-    It takes no part in the gradients and leaves other extensions' quantities alone, so the kernel can be
-    read off a backward pass that is run anyway:
-
-    >>> from backpack import backpack, extend
-    >>> from backpack.extensions import BatchGrad
-    >>> from torch import nn
-    >>> from vivit.extensions.secondorder.vivit import ViViTGGNExact
-    >>> model, loss_func = extend(nn.Linear(4, 2)), extend(nn.MSELoss())
-    >>> hook = AccumulateGramHook()
-    >>> with backpack(ViViTGGNExact(), BatchGrad(), extension_hook=hook):
-    ...     loss_func(model(torch.randn(5, 4)), torch.zeros(5, 2)).backward()
-    >>> hook.ntk(loss=loss_func).shape
-    torch.Size([5, 5, 2, 2])
-
-    Every backward pass starts afresh, at its loss. Frozen parameters are skipped. The kernel is that of the
-    parameters and the network that took part in the pass: of extended modules only, and with active dropout of the
-    network without what was dropped.
-
-    Attributes:
-        gram: The Gram matrix ``[C, N, C, N]``, summed over parameters; ``None`` until a backward pass has ended.
-        delete_buffers: Whether ViViT's buffers are deleted from each parameter once its Gram matrix is added.
-    """
-
-    def __init__(self, delete_buffers: bool = True) -> None:
-        """Set up the hook.
-
-        Args:
-            delete_buffers: Delete ViViT's buffers from each parameter as the backward pass moves on.
-        """
-        self.delete_buffers = delete_buffers
-        self.gram: Tensor | None = None
-        self._pass_id: int | None = None
-        self._seen: set[int] = set()
-        self._sum: Tensor | None = None
-        self._loss: tuple[type[Module], str] | None = None
-        self._loss_numel = 0
-
-    def __call__(self, module: Module) -> None:
-        """Add a module's Gram matrices. BackPACK calls this in the backward pass.
-
-        Args:
-            module: The module that BackPACK has just finished with.
-
-        Raises:
-            RuntimeError: If the backward pass has more than one extended loss (BackPACK adds up what they
-                backpropagate), or a parameter has no Gram matrix.
-            UnsupportedModelError: If samples interact in the module, it has options that BackPACK ignores, or
-                a parameter is used a second time.
-        """
-        if isinstance(module, _Loss):
-            self._start(module)
-        else:
-            self._add(module)
-
-    def _start(self, loss: Any) -> None:
-        """Begin a backward pass.
-
-        Args:
-            loss: The extended loss it begins at.
-
-        Raises:
-            RuntimeError: If it began before, at another loss, or ViViT is not active, or holds quantities of
-                another pass.
-        """
-        self.gram = None
-        pass_id = torch._C._current_graph_task_id()
-        if pass_id == self._pass_id:
-            raise RuntimeError(
-                "More than one extended loss in a backward pass: BackPACK adds up what they backpropagate, so the "
-                "Gram matrix is that of none of them. Extend one loss only, or run one backward pass for each."
-            )
-        extensions = [e for e in CTX.get_active_exts() if isinstance(e, ViViTGGNExact)]
-        if not extensions:
-            raise RuntimeError(
-                "ViViT is not active. Activate it beside this hook: backpack(ViViTGGNExact(), extension_hook=hook)."
-            )
-        if any(len(extension.saved_quantities._saved_quantities) != 1 for extension in extensions):
-            raise RuntimeError(
-                "The ViViTGGNExact object holds quantities of another pass, which BackPACK would add to this one's. "
-                "Create a new one for each pass."
-            )
-        self._sum, self._seen, self._pass_id = None, set(), pass_id
-        self._loss, self._loss_numel = (type(loss), loss.reduction), loss.input0.numel()
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._finish(extensions))
-
-    def _finish(self, extensions: list[ViViTGGNExact]) -> None:
-        """Publish the sum at the end of a backward pass; one that fails half-way never gets here.
-
-        Args:
-            extensions: The active ViViT extensions. What BackPACK has saved for inputs that require a gradient
-                is cleared, or the next pass with the same extension would add to it.
-        """
-        self.gram = self._sum
-        for extension in extensions:
-            extension.saved_quantities = SavedQuantities()
-
-    def _add(self, module: Module) -> None:
-        """Add the Gram matrices of a module's own parameters.
-
-        Args:
-            module: The module.
-
-        Raises:
-            RuntimeError: If a parameter has no Gram matrix.
-            UnsupportedModelError: If the module's Gram matrix is not that of its Jacobian.
-        """
-        kind = type(module).__name__
-        problems = list(find([BATCH_STATISTICS, *VIVIT_CHECKS], module, kind))
-        params = {f"{kind}.{name}": p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
-        for name, param in params.items():
-            if id(param) in self._seen:
-                what = "it is used more than once, and ViViT drops the cross-terms"
-                problems.append(Problem(name, what, "Use ggn_ntk.empirical_ntk"))
-        if problems:
-            raise UnsupportedModelError(problems, "NTK from this backward pass")
-        for name, param in params.items():
-            self._seen.add(id(param))
-            self._accumulate(param, self._gram_of(param, name))
-
-    def _gram_of(self, param: Tensor, name: str) -> Tensor:
-        """Evaluate a parameter's Gram matrix, and free what ViViT stored for it.
-
-        Args:
-            param: The parameter.
-            name: What to call it in a message.
-
-        Returns:
-            Its Gram matrix ``[C, N, C, N]``.
-
-        Raises:
-            RuntimeError: If ViViT has stored nothing for it.
-        """
-        if not hasattr(param, _SAVEFIELD):
-            raise RuntimeError(
-                f"ViViT has no Gram matrix for {name}. Register how to compute it with "
-                "ViViTGGNExact.set_module_extension, or freeze the parameter."
-            )
-        gram: Tensor = getattr(param, _SAVEFIELD)["gram_mat"]().detach()
-        if self.delete_buffers:
-            delattr(param, _SAVEFIELD)
-        return gram
-
-    def _accumulate(self, param: Tensor, gram: Tensor) -> None:
-        """Add one parameter's Gram matrix to the sum.
-
-        Args:
-            param: The parameter.
-            gram: Its Gram matrix ``[C, N, C, N]``.
-        """
-        self._sum = gram if self._sum is None else self._sum.add_(gram)
-
-    def ntk(self, n1: int | None = None, *, loss: Module) -> Tensor:
-        """Turn the Gram matrix into the NTK.
-
-        The Gram matrix of ``MSELoss`` is h J J^T with h = 2 for reduction ``"sum"``, and h = 2 / (N C) for
-        ``"mean"`` (its Hessian h I, from differentiating the loss twice).
-
-        Args:
-            n1: How many leading samples of the batch are x1, the others x2. ``None``: all of them are both.
-            loss: The loss of the backward pass.
-
-        Returns:
-            The NTK ``[N1, N2, C, C]``; for ``n1=None`` ``[N, N, C, C]``, exactly symmetric.
-
-        Raises:
-            RuntimeError: If there was no backward pass.
-            TypeError: If ``n1`` is not an integer.
-            ValueError: If ``loss`` is not the ``MSELoss`` of the backward pass with reduction ``"sum"`` or
-                ``"mean"``, or ``n1`` is not between 1 and N - 1.
-        """
-        if self.gram is None or self._loss is None:
-            raise RuntimeError(
-                "No Gram matrix yet: run a backward pass through an extended model and loss inside "
-                "`with backpack(ViViTGGNExact(), extension_hook=hook):` first."
-            )
-        if type(loss) is not MSELoss or loss.reduction not in ("sum", "mean"):
-            raise ValueError(
-                f"loss must be MSELoss with reduction 'sum' or 'mean', got {loss}: the Gram matrix of any other loss "
-                "is weighted by the loss Hessian, and is not the NTK."
-            )
-        if self._loss != (type(loss), loss.reduction):
-            kind, reduction = self._loss
-            raise ValueError(
-                f"loss must be that of the backward pass, {kind.__name__} with reduction {reduction!r}, got {loss}."
-            )
-        hessian = 2 if loss.reduction == "sum" else 2 / self._loss_numel
-        num_outputs, n = self.gram.shape[:2]
-        if n1 is not None:
-            check_split(n1, n)
-        return finish(_kernel_block(self.gram, n1, hessian), OutputAxes(Size([num_outputs])), symmetric=n1 is None)
-
-
-def _kernel_block(gram: Tensor, n1: int | None, hessian: float) -> Tensor:
-    """Reorder, slice and rescale a Gram matrix.
-
-    Args:
-        gram: ``[C, N, C, N]``.
-        n1: How many samples are x1; ``None`` for all.
-        hessian: The number h in the loss Hessian h I.
-
-    Returns:
-        ``[N1, N2, 1, C, C]``, or ``[N, N, 1, C, C]`` for ``n1=None``.
-    """
-    kernel = gram.permute(1, 3, 0, 2).unsqueeze(2)  # cndm -> nmecd
-    return (kernel if n1 is None else kernel[:n1, n1:]) / hessian
+_ONE_AT_A_TIME = threading.RLock()
 
 
 def empirical_ntk_vivit(
@@ -291,9 +71,7 @@ def empirical_ntk_vivit(
         ValueError: If an argument has a value that is not accepted.
     """
     request = Request.parse(model, x1, x2, AxesRequest.parse(compute), params=params, per_parameter=per_parameter)
-    with isolated(model):
-        computed = vivit_kernels(request)
-        return request.assemble(computed.kernels, computed.axes)
+    return _compute(request, vivit_kernels)
 
 
 def vivit_kernels(request: Request) -> Computed:
@@ -306,12 +84,12 @@ def vivit_kernels(request: Request) -> Computed:
         The kernels, and the outputs of all samples.
 
     Raises:
-        UnsupportedModelError: If it does not.
+        UnsupportedRouteError: If it does not.
     """
-    axes = request.axes.resolve(check_model(request, vivit=True))
+    axes = request.resolve(check_vivit(request))
     problems = list(_probe_kernels(request, axes.out_shape))
     if problems:
-        raise UnsupportedModelError(problems, _ROUTE)
+        raise UnsupportedRouteError(problems, _ROUTE)
     return _gram_kernels(request, axes)
 
 
@@ -329,15 +107,14 @@ def _probe_kernels(request: Request, out_shape: Size) -> Iterator[Problem]:
         A problem for each parameter whose kernel differs.
     """
     sample = request.x1[:1].map(lambda x: cotangent(x, seed=0))
-    v = cotangent(sample.args[0].new_empty(1, *out_shape), seed=1)
-    expected = {name: gradient.square().sum() for name, gradient in gradients(request, sample, v).items()}
-    total, v = sum(e.item() for e in expected.values()), v.flatten()
-    of_sample = replace(request, x1=sample, x2=None, per_parameter=True)
-    for name, kernel in _gram_kernels(of_sample, OutputAxes(out_shape)).kernels:
-        error = gradient_error(v @ kernel[0, 0, 0] @ v, expected[name], total)
-        if not error <= PROBE_TOLERANCES[v.dtype]:
-            what = f"its kernel by ViViT differs from autograd's (relative error {error:.1e} on a random sample)"
-            yield Problem(name, what, OTHER_METHOD)
+    v = cotangent(sample.args[0], 1, Size([1, *out_shape]))
+    expected = {name: gradient.square().sum() for name, gradient in gradients(request, sample, v)[1].items()}
+    flat, of_sample = v.flatten(), replace(request, x1=sample, x2=None, per_parameter=True)
+    kernels = _gram_kernels(of_sample, OutputAxes(out_shape)).kernels
+    actual = {name: flat @ kernel[0, 0, 0] @ flat for name, kernel in kernels}
+    for name, error in differing(actual, expected, PROBE_TOLERANCES[v.dtype]).items():
+        what = f"its kernel by ViViT differs from autograd's (relative error {error:.1e} on a random sample)"
+        yield Problem(name, what, OTHER_METHOD)
 
 
 def _gram_kernels(request: Request, axes: OutputAxes) -> Computed:
@@ -358,7 +135,8 @@ def _gram_kernels(request: Request, axes: OutputAxes) -> Computed:
     kernels: dict[str, Tensor] = {}
     groups = axes.numbers.movedim(2, 1).flatten(0, 1)  # [E T, F]
     several = len(groups) > 1
-    with _backpack_session(samples.dtype) as extended:
+    pools = any(isinstance(module, AVG_POOLS) for module in twin.modules())
+    with _backpack_session(samples.dtype if pools else None) as extended:
         output = extended(twin)(samples)
         flat = extended(Flatten())(output) if output.ndim > 2 else output
         extension = _NamingViViT(twin)
@@ -393,7 +171,7 @@ def _backward(
     Yields:
         Names of parameters (empty for their sum) and Gram matrices ``[C, N, C, N]``.
     """
-    hook = _GramsByParameter() if per_parameter else AccumulateGramHook()
+    hook = _GramsByParameter() if per_parameter else GramSum()
     loss_func = extended(MSELoss(reduction="sum"))
     with backpack(extension, extension_hook=hook, retain_graph=retain_graph):
         loss = loss_func(output, torch.zeros_like(output))  # the target plays no part in the Hessian
@@ -426,7 +204,7 @@ class _NamingViViT(ViViTGGNExact):
             g_out: Gradients with respect to its output.
 
         Raises:
-            UnsupportedModelError: If BackPACK raises an error.
+            UnsupportedRouteError: If BackPACK raises an error.
         """
         try:
             super().__call__(module, g_inp, g_out)
@@ -434,10 +212,10 @@ class _NamingViViT(ViViTGGNExact):
             if is_out_of_memory(error):
                 raise
             what = f"BackPACK raised {type(error).__name__}: {error}".rstrip(".")
-            raise UnsupportedModelError([Problem(self._names.get(module, ""), what, OTHER_METHOD)], _ROUTE) from error
+            raise UnsupportedRouteError([Problem(self._names.get(module, ""), what, OTHER_METHOD)], _ROUTE) from error
 
 
-class _GramsByParameter(AccumulateGramHook):
+class _GramsByParameter(GramSum):
     """Keeps the Gram matrices of parameters apart.
 
     Attributes:
@@ -491,17 +269,18 @@ def _twin(module: Module, wanted: dict[int, str], params: dict[str, Parameter]) 
 
 
 @contextmanager
-def _backpack_session(dtype: torch.dtype) -> Iterator[Callable[[Module], Module]]:
+def _backpack_session(pooled: torch.dtype | None) -> Iterator[Callable[[Module], Module]]:
     """Let BackPACK extend modules and store their inputs and outputs; undo what that does to the process.
 
+    BackPACK holds all of this for the process, so one thread at a time has a session.
+
     Args:
-        dtype: The model's dtype. BackPACK's average pooling builds layers of the default dtype.
+        pooled: The model's dtype if it has average pooling, for which BackPACK builds layers of the default dtype.
 
     Yields:
         A function that extends a module. What BackPACK stores on it is deleted at the end: it would keep the
         graph alive, and the graph the module.
     """
-    store_io, default_dtype, handles = disable.store_io, torch.get_default_dtype(), len(CTX.hook_handles)
     roots: list[Module] = []
 
     def extended(module: Module) -> Module:
@@ -509,14 +288,18 @@ def _backpack_session(dtype: torch.dtype) -> Iterator[Callable[[Module], Module]
         extend(module)
         return module
 
-    disable.store_io = True
-    torch.set_default_dtype(dtype)
-    try:
-        yield extended
-    finally:
-        disable.store_io = store_io
-        torch.set_default_dtype(default_dtype)
-        del CTX.hook_handles[handles:]
-        for root in roots:
-            for module in root.modules():
-                memory_cleanup(module)
+    with _ONE_AT_A_TIME, ExitStack() as stack:
+        store_io, default_dtype, handles = disable.store_io, torch.get_default_dtype(), len(CTX.hook_handles)
+        disable.store_io = True
+        if pooled is not None:
+            torch.set_default_dtype(pooled)
+            stack.enter_context(OwnGenerator())
+        try:
+            yield extended
+        finally:
+            disable.store_io = store_io
+            torch.set_default_dtype(default_dtype)
+            del CTX.hook_handles[handles:]
+            for root in roots:
+                for module in root.modules():
+                    memory_cleanup(module)

@@ -17,14 +17,20 @@ from torch.nn import Module
 
 from ggn_ntk.axes import OutputAxes
 from ggn_ntk.blocks import SIZE_ELSEWHERE, SIZES, WAITING, Joined, split
-from ggn_ntk.checks import Problem, UnsupportedModelError, eager, hidden_computation, output_problem, random_state
+from ggn_ntk.checks import eager, hidden_computation
 from ggn_ntk.doubling import Part, contract_into
+from ggn_ntk.errors import NotCapturedError, Problem, UnsupportedRouteError, is_out_of_memory
+from ggn_ntk.inputs import Inputs
+from ggn_ntk.isolation import isolated
 from ggn_ntk.pieces import Piece, split_outputs
 from ggn_ntk.request import Request
-from ggn_ntk.rules import Factored, backpropagation_for, channels_last, rule_for
+from ggn_ntk.rules import Factored, acts_on_each_sample, backpropagation_for, rule_for
 
 _REMEDY = "Use capture='autograd' ('auto' does)"
 
+
+#: What is said of a parameter whose rule raises an error.
+FAILS = "the rule of its layer fails"
 
 #: Takes a parameter's name, its Jacobian of some samples and the number of all; groups the operands by what can
 #: be contracted for these samples by themselves (``None`` where nothing can).
@@ -63,30 +69,28 @@ class Walk:
     Attributes:
         output: The model's output ``[N, *out]``.
         counts: How often each wanted parameter is used, by name.
+        failures: Why the rule of a parameter's layer failed on the way, by name.
     """
 
     kind = "backpack"
 
-    def __init__(self, request: Request) -> None:
+    def __init__(self, request: Request, inputs: Inputs) -> None:
         """Evaluate the model on all samples and record the input of each layer.
 
         Args:
             request: The request.
+            inputs: The samples.
 
         Raises:
-            UnsupportedModelError: If the model is more than a sequence of layers on samples, or its output cannot be
-                differentiated.
+            UnsupportedRouteError: If the model is more than a sequence of layers on samples.
         """
-        before = random_state(request.model)
-        self._uses, self.output = _forward(request)
-        n = sum(request.sizes)
-        problem = output_problem(self.output, before == random_state(request.model), n)
-        problems = [] if problem is None else [problem]
-        if any(use.params and len(x) != n for use in self._uses for x in _tensors(use.x)):
-            problems.append(Problem("", "the leading axis of a layer's input is not that of the samples", _REMEDY))
-        if problems:
-            raise UnsupportedModelError(problems)
+        with isolated(request.model) as session, session.evaluation({}, inspect=session.foreign):
+            self._uses, self.output = _forward(request, inputs)
+        if any(use.params and len(x) != len(inputs) for use in self._uses for x in _tensors(use.x)):
+            what = "the leading axis of a layer's input is not that of the samples"
+            raise UnsupportedRouteError([Problem("", what, _REMEDY)])
         self.counts = Counter(name for use in self._uses for name in use.params.values())
+        self.failures: dict[str, str] = {}
 
     def pieces(self, axes: OutputAxes) -> list[Piece]:
         """Split the outputs: here they pass back together.
@@ -129,7 +133,7 @@ class Walk:
         """
         use = self._uses.pop()
         if use.params:
-            yield jacobians(use, s)
+            yield written(lambda: jacobians(use, s), use.module, use.params, self.failures)
         if not _any_wanted(self._uses):
             return s
         waits = any(self.counts[name] > 1 for name in use.params.values()) and s.stride(1) != 0
@@ -160,7 +164,7 @@ class Walk:
             for link in chain:
                 part = link.pass_back(block, part)
             while block is blocks[0] and _any_wanted(uses) and sum(link.waiting for link in chain) <= WAITING:
-                chain.append(_Link(uses.pop(), parts, passes_on=_any_wanted(uses), n=n))
+                chain.append(_Link(uses.pop(), parts, self.failures, passes_on=_any_wanted(uses), n=n))
                 part = chain[-1].pass_back(block, part)
             if _any_wanted(uses):
                 passed.put(block, _axes(part), part)
@@ -219,16 +223,18 @@ def _axes(s: Tensor) -> str:
 class _Link:
     """A layer in a chain, through which blocks of samples pass."""
 
-    def __init__(self, use: Use, parts: Parts, *, passes_on: bool, n: int) -> None:
+    def __init__(self, use: Use, parts: Parts, failures: dict[str, str], *, passes_on: bool, n: int) -> None:
         """Set up.
 
         Args:
             use: The use of the layer.
             parts: Tells what of a Jacobian can be contracted for some samples by themselves.
+            failures: Takes down why the rule of the layer fails, if it does.
             passes_on: Whether a layer before needs ``s``.
             n: The number of samples.
         """
         self._use, self._parts, self._passes_on, self._n = use, parts, passes_on, n
+        self._failures = failures
         self._s = Joined(n)
         self._joined: dict[str, tuple[str, list[Joined]]] = {}
 
@@ -250,7 +256,7 @@ class _Link:
         """
         use = self._use.restrict(block)
         if use.params:
-            self._keep(block, s, jacobians(use, s))
+            self._keep(block, s, self._written(use, s))
         return backpropagate(use, s) if self._passes_on else s
 
     def _keep(self, block: slice, s: Tensor, factored: dict[str, Factored]) -> None:
@@ -271,6 +277,11 @@ class _Link:
             for part, whole in zip(found, self._joined.setdefault(name, new)[1], strict=True):
                 contract_into(part, whole, block)
 
+    def _written(self, use: Use, s: Tensor) -> dict[str, Factored]:
+        """Write the Jacobians of some samples; none where the rule failed for any."""
+        found = written(lambda: jacobians(use, s), use.module, use.params, self._failures)
+        return {name: jacobian for name, jacobian in found.items() if name not in self._failures}
+
     def jacobians(self) -> dict[str, Factored]:
         """Put the blocks together.
 
@@ -278,10 +289,11 @@ class _Link:
             The Jacobians of all samples, by the name users know the parameter by.
         """
         if self._s.numel > 0:
-            return jacobians(self._use, self._s.ordered(_axes(self._s.tensor)))
+            return self._written(self._use, self._s.ordered(_axes(self._s.tensor)))
         return {
             name: Factored(f"{','.join(w.letters for w in wholes)}->{result}", tuple(w.tensor for w in wholes))
             for name, (result, wholes) in self._joined.items()
+            if name not in self._failures
         }
 
 
@@ -357,28 +369,35 @@ def _tensors(x: Any) -> tuple[Tensor, ...]:
     return x if isinstance(x, tuple) else (x,)
 
 
+def is_known(request: Request) -> bool:
+    """Tell whether nothing but layers acts on samples of which the library knows that they act on each by itself."""
+    layers = (layer for _, layer in _named_layers(eager(request.model)) if _is_layer(layer))
+    return all(acts_on_each_sample(layer) for layer in layers)
+
+
 @torch.no_grad()
-def _forward(request: Request) -> tuple[list[Use], Any]:
+def _forward(request: Request, inputs: Inputs) -> tuple[list[Use], Any]:
     """Evaluate the model on all samples and record the input of each layer.
 
     Args:
         request: The request.
+        inputs: The samples.
 
     Returns:
         The uses of layers in the order of their calls, and the output.
 
     Raises:
-        UnsupportedModelError: If a layer in between returns no tensor.
+        UnsupportedRouteError: If a layer in between returns no tensor.
     """
     names = {id(p): name for name, p in request.params.items()}
-    args = tuple(channels_last(x) for x in request.x1.stack(request.x2).args)
+    args = inputs.args
     uses: list[Use] = []
     for name, layer in _named_layers(eager(request.model)):
         if not _is_layer(layer):
             continue
         if not all(isinstance(x, Tensor) for x in args):
             what = f"{type(layer).__name__} takes {type(args[0]).__name__}, not a tensor, from the layer before"
-            raise UnsupportedModelError([Problem(name, what, _REMEDY)])
+            raise UnsupportedRouteError([Problem(name, what, _REMEDY)])
         params = layer.named_parameters(recurse=False, remove_duplicate=False)
         wanted = {key: names[id(p)] for key, p in params if id(p) in names}
         uses.append(Use(layer, args[0] if len(args) == 1 else args, wanted))
@@ -396,6 +415,34 @@ def _may_overwrite(layer: Module) -> bool:
         Whether it is set to, or is not one of torch's.
     """
     return getattr(layer, "inplace", False) or not type(layer).__module__.startswith("torch.nn.")
+
+
+def written(
+    write: Callable[[], dict[str, Factored]], module: Module, params: dict[str, str], failures: dict[str, str]
+) -> dict[str, Factored]:
+    """Write the Jacobians of a layer, or take down that its rule fails.
+
+    Args:
+        write: Writes them.
+        module: The layer.
+        params: Its wanted parameters: their names on the layer, and those users know them by.
+        failures: Takes down why.
+
+    Returns:
+        The Jacobians by name; none where the rule fails.
+    """
+    try:
+        return write()
+    except Exception as error:
+        failures.update(dict.fromkeys(params.values(), why_not(error, module)))
+        return {}
+
+
+def why_not(error: Exception, module: Module) -> str:
+    """Say why the rule of a layer gives no Jacobians; where memory ran out, that is no reason to go on."""
+    if is_out_of_memory(error):
+        raise error
+    return str(error) if isinstance(error, NotCapturedError) else f"{FAILS} ({type(module).__name__}: {error})"
 
 
 def jacobians(use: Use, s: Tensor) -> dict[str, Factored]:
@@ -426,9 +473,11 @@ def identity(output: Tensor, outputs: Tensor | None = None) -> Tensor:
         once.
     """
     n, *out = output.shape
-    chosen = torch.arange(output[0].numel()) if outputs is None else outputs
-    rows = torch.zeros(len(chosen), output[0].numel(), dtype=output.dtype, device=output.device)
-    rows[torch.arange(len(chosen)), chosen] = 1
+    if outputs is None:
+        rows = torch.eye(output[0].numel(), dtype=output.dtype, device=output.device)
+    else:
+        rows = torch.zeros(len(outputs), output[0].numel(), dtype=output.dtype, device=output.device)
+        rows.scatter_(1, outputs.to(output.device).unsqueeze(1), 1)
     return rows.reshape(-1, 1, *out).expand(-1, n, *out)
 
 

@@ -15,14 +15,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from ggn_ntk.autograd_graph import graph_nodes
 from ggn_ntk.axes import OutputAxes
 from ggn_ntk.blocks import SIZE_ELSEWHERE, SIZES
-from ggn_ntk.capture import Call
-from ggn_ntk.checks import is_out_of_memory
+from ggn_ntk.capture import Call, Recording
+from ggn_ntk.errors import is_out_of_memory
 from ggn_ntk.pieces import Piece, split_outputs
 from ggn_ntk.request import Request
 from ggn_ntk.rules import Factored
-from ggn_ntk.walk import identity
+from ggn_ntk.walk import identity, written
 
 #: Numbers that ``s`` of a stage may hold before the outputs are taken in pieces.
 BUDGET = 2**27
@@ -35,7 +36,7 @@ _ALIGNED = 64
 ONE_BY_ONE = {"cpu": 2**16}
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Stage:
     """A part of the way back.
 
@@ -278,25 +279,28 @@ class Capture:
     Attributes:
         output: The model's output ``[N, *out]``.
         counts: How often each wanted parameter is used, by name.
+        failures: Why the rule of a parameter's layer failed on the way, by name.
     """
 
     kind = "autograd"
 
-    def __init__(self, request: Request, calls: Sequence[Call], output: Tensor) -> None:
+    def __init__(self, request: Request, recording: Recording) -> None:
         """Set up.
 
         Args:
             request: The request; calls count with its parameters alone.
-            calls: Calls of layers, on all of whose outputs the model's depends.
-            output: The model's output ``[N, *out]``, in a graph.
+            recording: The forward pass, with samples found in its calls.
         """
+        reached = set(graph_nodes(recording.output))
         wanted = [
             replace(call, params={key: name for key, name in call.params.items() if name in request.params})
-            for call in calls
+            for call in recording.calls
+            if call.edge.node in reached
         ]
         calls = [call for call in wanted if call.params]
-        self._stages, self.output = stages(output, calls), output.detach()
+        self._stages, self.output = stages(recording.output, calls), recording.output.detach()
         self.counts = Counter(name for call in calls for name in call.params.values())
+        self.failures: dict[str, str] = {}
 
     def pieces(self, axes: OutputAxes) -> list[Piece]:
         """Split the outputs so that ``s`` of no stage exceeds the budget.
@@ -328,7 +332,7 @@ class Capture:
         for stage in divided:
             found, cotangents = pull_back(stage, cotangents, Rooms(0) if self._waits(stage) else rooms)
             for call in reversed(stage.calls):
-                yield call.jacobians(found.pop())
+                yield written(lambda: call.jacobians(found.pop()), call.module, call.params, self.failures)
             rooms.clear()
 
     def _waits(self, stage: Stage) -> bool:

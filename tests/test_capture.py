@@ -13,6 +13,7 @@ from torch import nn
 
 from ggn_ntk import Factored, UnsupportedModelError, capture, empirical_ntk, explain, probe, register_rule, way_back
 from ggn_ntk.axes import AxesRequest
+from ggn_ntk.comparison import differing
 from ggn_ntk.reference import jacobian_contraction
 from ggn_ntk.request import Request
 from ggn_ntk.rules import attention, rule_for
@@ -246,7 +247,7 @@ def test_an_exception_half_way_changes_nothing(n):
         except ArithmeticError:
             assert calls == n
         else:
-            assert calls < n or n == 2  # a pass of all samples that fails is tried again
+            assert calls < n or n == 5  # vmap need not go through the model
 
 
 # ---------------------------------------------------------------- refusals
@@ -604,8 +605,8 @@ def test_large_gradients_are_compared_by_products_with_vectors(name, taken, few_
 def test_products_with_vectors_tell_gradients_apart(wrong, few_vectors):
     gradient = torch.randn(6, 4).double()
     assert probe.sketched(gradient, gradient).shape == (12,)
-    (name,) = probe.errors(
+    (name,) = differing(
         {"w": probe.sketched(wrong(gradient), gradient)}, {"w": probe.sketched(gradient, gradient)}, 1e-8
     )
     assert name == "w"
-    assert not probe.errors({"w": probe.sketched(gradient, gradient)}, {"w": probe.sketched(gradient, gradient)}, 1e-8)
+    assert not differing({"w": probe.sketched(gradient, gradient)}, {"w": probe.sketched(gradient, gradient)}, 1e-8)

@@ -32,7 +32,12 @@ PUBLIC = {f"ggn_ntk.{name}": getattr(ggn_ntk, name) for name in ggn_ntk.__all__}
 for module in (ggn_ntk.plots, ggn_ntk.reference):
     own = inspect.getmembers(module, lambda member: inspect.isfunction(member))
     PUBLIC |= {f"{module.__name__}.{name}": f for name, f in own if f.__module__ == module.__name__ and name[0] != "_"}
-for internal in ("contract_jacobians", "multiply_vectors"):  # the same two for requests
+for internal in (
+    "contract_jacobians",
+    "multiply_vectors",
+    "jacobian_kernels",
+    "product_kernels",
+):  # the same, for requests
     del PUBLIC[f"ggn_ntk.reference.{internal}"]
 
 

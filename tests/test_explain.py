@@ -32,8 +32,10 @@ def test_jacobians_for_convolutions():
     assert by_name["2.bias"].flops == 2 * 4 * 3 * 10 * 10 * 4  # positions are summed first
 
 
-def test_all_pairs_of_uses():
+def test_uses_of_one_form_are_contracted_together():
     model, x1, _ = BY_NAME["tied"].build()
+    assert [c.parameter for c in explain(model, x1).contractions].count("0.weight") == 1
+    model, x1, _ = BY_NAME["tied_embedding"].build()  # a look-up and a product
     assert [c.parameter for c in explain(model, x1).contractions].count("0.weight") == 4
 
 

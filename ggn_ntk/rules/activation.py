@@ -47,7 +47,7 @@ def elementwise_transposed(module: Any, x: Tensor, s: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
         entries = torch.func.functional_call(module, {}, (x.clone(),))  # a clone, for layers that work in place
         (derivative,) = torch.autograd.grad(entries.sum(), x)
-    return _multiply_entries(s, derivative)
+    return multiply_entries(s, derivative)
 
 
 @register_backpropagation(nn.ReLU)
@@ -62,10 +62,29 @@ def relu_transposed(module: nn.ReLU, x: Tensor, s: Tensor) -> Tensor:
     Returns:
         ``[C, N, ...]``, in place of ``s`` where ``s`` differs between samples.
     """
-    return _multiply_entries(s, (x > 0).to(s.dtype))
+    return multiply_entries(s, (x > 0).to(s.dtype))
 
 
-def _multiply_entries(s: Tensor, derivative: Tensor) -> Tensor:
+def active_rrelu(module: nn.RReLU, x: Tensor, y: Tensor, g_inp: Tensor, g_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Recover the slope that was drawn for each entry from what it made of a batch and of its gradient.
+
+    Args:
+        module: The layer, in train mode.
+        x: Its input ``[N, ...]``.
+        y: Its output ``[N, ...]``.
+        g_inp: The gradient with respect to its input ``[N, ...]``.
+        g_out: The gradient with respect to its output ``[N, ...]``.
+
+    Returns:
+        The derivative ``[N, ...]``, and where neither gradients nor entries tell it.
+    """
+    told = g_out.isfinite() & (g_out != 0)
+    unknown = ~told & (x == 0)
+    derivative = torch.where(told, g_inp, y) / torch.where(told, g_out, x)
+    return derivative.masked_fill(unknown, 1), unknown
+
+
+def multiply_entries(s: Tensor, derivative: Tensor) -> Tensor:
     """Multiply each entry by the derivative of its nonlinearity.
 
     Args:

@@ -12,7 +12,7 @@ from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Size, Tensor
+from torch import Size, Tensor, nn
 from torch.nn import Module
 
 _F = TypeVar("_F", bound=Callable[..., Any])
@@ -42,7 +42,7 @@ class OneHot(NamedTuple):
         return self.places.ndim + 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Factored:
     """A parameter Jacobian as an unevaluated einsum.
 
@@ -139,6 +139,7 @@ def register_rule_by_name(*patterns: str) -> Callable[[_F], _F]:
 
     def register(rule: _F) -> _F:
         _RULES_BY_NAME.update(dict.fromkeys(patterns, rule))
+        _rule_by_name.cache_clear()
         return rule
 
     return register
@@ -267,6 +268,26 @@ def backpropagation_for(module: Module) -> Backpropagation:
         What is registered for its exact type, else :func:`batched_vjp`.
     """
     return _BACKPROPAGATIONS.get(type(module), Backpropagation(batched_vjp, False))
+
+
+def acts_on_each_sample(module: Module) -> bool:
+    """Tell whether a layer is known to act on each sample by itself: one of torch's, with what this package says of it.
+
+    Attention may have its samples anywhere, and reshaping may start at the axis of the samples.
+
+    Args:
+        module: The layer.
+
+    Returns:
+        Whether it is.
+    """
+    kind = type(module)
+    known = [_RULES.get(kind), _BACKPROPAGATIONS[kind].function if kind in _BACKPROPAGATIONS else None]
+    registered = [function for function in known if function is not None]
+    own = kind.__module__.startswith("torch.nn.modules.") and bool(registered)
+    reshapes = getattr(module, "start_dim", 1) == 0 or (kind is nn.Unflatten and module.dim == 0)
+    apart = isinstance(module, nn.MultiheadAttention) or reshapes
+    return own and not apart and all(f.__module__.startswith(__package__ + ".") for f in registered)
 
 
 def batched_vjp(module: Module, x: Tensor, s: Tensor) -> Tensor:

@@ -1,7 +1,9 @@
 """Layers that move entries and change none."""
 
+from math import sqrt
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from ggn_ntk.rules.registry import batched_vjp, register_backpropagation, stack_outputs, unstack_outputs
@@ -23,6 +25,37 @@ def reshape_transposed(module: Any, x: Tensor, s: Tensor) -> Tensor:
         ``[C, N, *layer input]``.
     """
     return s.reshape(*s.shape[:2], *x.shape[1:])
+
+
+def active_dropout(module: Any, x: Tensor, y: Tensor, g_inp: Tensor, g_out: Tensor) -> tuple[Tensor, Tensor]:
+    """Recover the derivative of each entry of active dropout from what it made of a batch and of its gradient.
+
+    Kept entries are multiplied by a factor, and shifted by alpha dropout ("Self-Normalizing Neural Networks",
+    NeurIPS 2017, appendix); all dropped ones become the same number. Gradients tell them apart unless they are zero.
+
+    Args:
+        module: The layer, in train mode.
+        x: Its input ``[N, ...]``.
+        y: Its output ``[N, ...]``.
+        g_inp: The gradient with respect to its input ``[N, ...]``.
+        g_out: The gradient with respect to its output ``[N, ...]``.
+
+    Returns:
+        The derivative ``[N, ...]``, zero or the factor, and where neither gradients nor entries tell which.
+    """
+    p, alpha = module.p, 0.0
+    if p == 1:
+        return torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool)
+    factor = 1 / (1 - p)
+    if isinstance(module, nn.AlphaDropout | nn.FeatureAlphaDropout):
+        alpha = 1.7580993408473766
+        factor = 1 / sqrt((alpha**2 * p + 1) * (1 - p))
+    shift, dropped = factor * alpha * p, -factor * alpha * (1 - p)
+    rounding = 16 * torch.finfo(x.dtype).eps * abs(dropped)
+    looks_dropped, kept_looks_dropped = ((t - dropped).abs() <= rounding for t in (y, factor * x + shift))
+    told = g_out.isfinite() & (g_out != 0)
+    kept = torch.where(told, g_inp.abs() > factor / 2 * g_out.abs(), ~looks_dropped)
+    return factor * kept.to(x.dtype), ~told & looks_dropped & kept_looks_dropped
 
 
 @register_backpropagation(

@@ -1,0 +1,54 @@
+"""What is read off the graph that autograd has recorded."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+
+def graph_nodes(output: Tensor | GradientEdge, sources: Mapping[Any, Iterable[Node]] | None = None) -> Iterator[Node]:
+    """Walk through the graph of a tensor, from the tensor back.
+
+    Args:
+        output: The tensor, or its place in the graph.
+        sources: Where to go on behind some nodes, instead of at those they come from; such nodes are left out.
+
+    Yields:
+        Each node once.
+    """
+    if isinstance(output, Tensor):
+        waiting = [get_gradient_edge(output).node] if output.requires_grad else []
+    else:
+        waiting = [output.node]
+    seen = set()
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if sources is not None and node in sources:
+            waiting += sources[node]
+        else:
+            yield node
+            waiting += [before for before, _ in node.next_functions if before is not None]
+
+
+def precisions(output: Tensor) -> set[torch.dtype]:
+    """List the dtypes of real numbers that take part in a tensor's graph, and in the tensor itself."""
+    found = {output.dtype}
+    for node in graph_nodes(output):
+        metadata: Any = node._input_metadata  # of the node's outputs in the forward pass
+        found.update(entry.dtype for entry in metadata)
+    return {dtype for dtype in found if dtype.is_floating_point}
+
+
+def dense(gradient: Tensor) -> Tensor:
+    """Write a gradient in full that autograd may have left sparse (of an embedding)."""
+    return gradient if gradient.layout is torch.strided else gradient.to_dense()
+
+
+def is_transformed() -> bool:
+    """Tell whether a ``torch.func`` transform is under way, in which tensors stand for others."""
+    return torch._C._functorch.maybe_current_level() is not None

@@ -1,0 +1,145 @@
+"""What every call does around a route: a clean room, memory that runs out, and samples whose Jacobians are not finite.
+
+A sample with NaN or infinity in its Jacobian has no row and no column in the kernel. It must not cost those of others:
+their kernel is computed without it, and NaN put in its place.
+"""
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from ggn_ntk.comparison import all_finite, cotangent
+from ggn_ntk.errors import NotFiniteError, NotFiniteWarning, Problem, UnsupportedModelError, listed, warn
+from ggn_ntk.independence import gradients
+from ggn_ntk.inputs import Inputs
+from ggn_ntk.isolation import isolated
+from ggn_ntk.layout import Computed
+from ggn_ntk.memory import explained
+from ggn_ntk.request import Request
+
+#: A kernel, or one for each parameter by name.
+Kernels = Tensor | dict[str, Tensor]
+
+_INFINITE = Problem("", "its gradients are not finite", "Look for overflow in its weights and inputs")
+
+
+def compute(request: Request, route: Callable[[Request], Computed]) -> Kernels:
+    """Compute kernels by one route.
+
+    Args:
+        request: The request.
+        route: Computes them.
+
+    Returns:
+        The kernel in the layout of the public API, or one for each parameter by name.
+    """
+
+    def assembled(request: Request) -> tuple[Kernels, Computed]:
+        computed = route(request)
+        return request.assemble(computed.kernels, computed.axes), computed
+
+    return carry_out(request, assembled)[0]
+
+
+def carry_out(request: Request, kernels: Callable[[Request], tuple[Kernels, Computed]]) -> tuple[Kernels, Computed]:
+    """Compute kernels, without those samples whose Jacobians are not finite.
+
+    Args:
+        request: The request.
+        kernels: Computes them for a request.
+
+    Returns:
+        The kernels, and what the route returned for the samples that took part.
+
+    Raises:
+        UnsupportedModelError: If the model has no exact kernel.
+        KernelMemoryError: If memory does not suffice.
+    """
+    with isolated(request.model), explained(lambda: _described(request)):
+        try:
+            result, computed = kernels(request)
+            if _is_finite(result):
+                return result, computed
+        except NotFiniteError:
+            computed = None
+        infinite = _infinite_samples(request)
+        if infinite:
+            return _around(request, kernels, infinite)
+        if computed is None:
+            raise UnsupportedModelError([_INFINITE])
+        if not request.jacobians_first:  # products of large and of small numbers may have left the range of the dtype
+            return carry_out(replace(request, jacobians_first=True), kernels)
+        what = "The kernel has entries beyond the range of its dtype, or of intermediate results: use float64."
+        warn(what, NotFiniteWarning)
+        return result, computed
+
+
+def _around(
+    request: Request, kernels: Callable[[Request], tuple[Kernels, Computed]], infinite: set[int]
+) -> tuple[Kernels, Computed]:
+    """Compute kernels of all samples but some, and put NaN in their place."""
+    n1, total = len(request.x1), sum(request.sizes)
+    good = [i for i in range(total) if i not in infinite]
+    if not good:
+        raise UnsupportedModelError([_INFINITE])
+    stacked = request.x1.stack(request.x2)
+    rows, columns = [i for i in good if i < n1], [i - n1 for i in good if i >= n1]
+    if request.symmetric:
+        part, columns = replace(request, x1=request.x1[rows], x2=None), rows
+    else:  # where a set has no sample left, one of the other stands in for the shape
+        x1, x2 = (stacked[chosen or good[:1]] for chosen in (rows, [i + n1 for i in columns]))
+        part = replace(request, x1=x1, x2=x2)
+    result, computed = kernels(part)
+    what = f"Jacobians of {listed(request.label(i) for i in sorted(infinite))} are not finite: NaN in the kernel."
+    warn(what, NotFiniteWarning)
+    sizes = n1, len(request.second)
+    if isinstance(result, dict):
+        return {name: _spread(kernel, rows, columns, sizes) for name, kernel in result.items()}, computed
+    return _spread(result, rows, columns, sizes), computed
+
+
+def _spread(kernel: Tensor, rows: list[int], columns: list[int], sizes: tuple[int, int]) -> Tensor:
+    """Put the kernel of some samples into that of all, with NaN elsewhere."""
+    whole = kernel.new_full((*sizes, *kernel.shape[2:]), torch.nan)
+    if rows and columns:
+        first, second = (torch.tensor(places, device=kernel.device) for places in (rows, columns))
+        whole[first.unsqueeze(1), second] = kernel
+    return whole
+
+
+def _is_finite(result: Kernels) -> bool:
+    """Tell whether no entry is infinite or NaN."""
+    return all_finite(result.values() if isinstance(result, dict) else [result])
+
+
+def _infinite_samples(request: Request) -> set[int]:
+    """Find the samples whose Jacobians are not finite, dividing those that may be until it is clear."""
+    inputs = request.x1.stack(request.x2)
+    with torch.no_grad():
+        one = request.evaluate(None, inputs[[0]])
+    v = cotangent(one, 0, torch.Size([len(inputs), *one.shape[1:]]))
+    found: set[int] = set()
+    waiting = [list(range(len(inputs)))]
+    while waiting:
+        samples = waiting.pop()
+        if _gradient_is_finite(request, inputs[samples], v[samples]):
+            continue
+        if len(samples) == 1:
+            found.update(samples)
+        else:
+            middle = len(samples) // 2
+            waiting += [samples[:middle], samples[middle:]]
+    return found
+
+
+def _gradient_is_finite(request: Request, inputs: Inputs, v: Tensor) -> bool:
+    """Tell whether the gradient of ``sum v f`` is finite."""
+    return all_finite(gradients(request, inputs, v)[1].values())
+
+
+def _described(request: Request) -> str:
+    """Describe a kernel in a message."""
+    samples = " x ".join(str(n) for n in (len(request.x1), len(request.second)))
+    return f"the {request.axes.compute} kernel of {samples} samples and {len(request.params)} parameters"

@@ -1,0 +1,144 @@
+"""What can keep a kernel from being computed, and how it is said."""
+
+import re
+import sys
+import warnings
+from collections import defaultdict
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+#: What to do where one route cannot, but others can.
+OTHER_METHOD = "Use another method ('auto' finds one)"
+
+# How many names a message lists before it counts the rest.
+_LISTED = 8
+
+# What allocators and libraries say when memory has run out: torch on CPUs (Linux, Windows), CUDA's runtime and driver,
+# cuBLAS, cuDNN and their kin, C++.
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|not enough memory|(can't|cannot|could not|failed to) allocate|ALLOC_FAILED|bad_alloc", re.IGNORECASE
+)
+# What lies between a warning and the user's code: this package, decorators of torch's, context managers.
+_PASSED_BY = (__name__.split(".")[0], "torch", "contextlib")
+
+_ASKED_FOR = re.compile(r"tried to allocate ([\d.]+ ?\w*)", re.IGNORECASE)
+
+
+class Problem(NamedTuple):
+    """Something that keeps a kernel from being computed.
+
+    Attributes:
+        where: Dotted name of the module or parameter; empty for the model itself.
+        what: What is wrong with it.
+        remedy: What to do about it.
+    """
+
+    where: str
+    what: str
+    remedy: str
+
+
+class UnsupportedModelError(ValueError):
+    """A kernel cannot be computed for a model; the message lists every problem and its remedy.
+
+    Attributes:
+        problems: The problems found.
+    """
+
+    def __init__(self, problems: Iterable[Problem], route: str = "empirical NTK") -> None:
+        """Format the problems, equal ones of several modules as one line.
+
+        Args:
+            problems: What was found.
+            route: What cannot be computed.
+        """
+        self.problems = list(problems)
+        super().__init__("\n".join([f"No {route} of this model:", *(f"  - {line}" for line in _lines(self.problems))]))
+
+
+class UnsupportedRouteError(UnsupportedModelError):
+    """One route cannot compute the kernel of a model, though others may: the error at which ``"auto"`` gives way."""
+
+
+class NTKMismatchError(RuntimeError):
+    """A kernel differs from the oracle's by more than rounding."""
+
+
+class NotFiniteError(ArithmeticError):
+    """Jacobians of some samples are not finite; which ones is for :mod:`ggn_ntk.computation` to find out."""
+
+
+class NotCapturedError(ValueError):
+    """A call of a layer was not recorded in a form that its rule is about."""
+
+
+class KernelMemoryError(torch.OutOfMemoryError, MemoryError):
+    """Memory does not suffice for a kernel, or ran out on the way to it; the message says what helps."""
+
+
+class RouteWarning(UserWarning):
+    """A kernel is computed in another way than the fastest, or the one that was asked for: exact, but slower."""
+
+
+class NotFiniteWarning(RuntimeWarning):
+    """Jacobians of some samples are not finite: their rows and columns of the kernel are NaN."""
+
+
+@contextmanager
+def without(route: str) -> Iterator[None]:
+    """Say of problems found inside that what they keep from being computed is this.
+
+    Args:
+        route: What cannot be computed.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        UnsupportedModelError: If problems are found.
+    """
+    try:
+        yield
+    except UnsupportedModelError as error:
+        raise type(error)(error.problems, route) from None
+
+
+def _lines(problems: Iterable[Problem]) -> list[str]:
+    """Format problems, one line for those that differ in the module alone."""
+    places: dict[tuple[str, str], list[str]] = defaultdict(list)
+    for where, what, remedy in problems:
+        places[what, remedy].append(where or "the model")
+    return [f"{listed(names)}: {what}. {remedy}." for (what, remedy), names in places.items()]
+
+
+def listed(names: Iterable[object]) -> str:
+    """List names in a message, the first few of many."""
+    shown = [str(name) for name in names]
+    others = len(shown) - _LISTED
+    if others <= 1:
+        return ", ".join(shown)
+    return f"{', '.join(shown[:_LISTED])} and {others} others"
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warn where the user's code called this package."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _PASSED_BY:
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, category, stacklevel=level + 1)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell whether an error says that memory ran out, on any device."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+def bytes_asked_for(error: BaseException) -> str:
+    """Read off an error how much memory was asked for; empty where it does not say."""
+    found = _ASKED_FOR.search(str(error))
+    return found.group(1) if found else ""

@@ -1,0 +1,460 @@
+"""Samples must leave one another alone: a Jacobian of one sample is otherwise not defined.
+
+No sample is exempt. The output of each in the batch of all is compared with what it is by itself: ``vmap`` maps the
+model over samples, each alone, in the time of one pass; where it does not go through the model, samples are evaluated
+one after the other. Values may be the same where gradients are not. So the gradient of ``sum v[n, c] f[n, c]``, with a
+number ``v`` for each sample and output, is computed from the samples in two halves. The halves are given by a bit of a
+random numbering; all its bits together separate every pair of samples.
+
+Rounding depends on how many samples there are, and may take a unit to the other side of a kink. What differs by so
+little is looked at again in batches of one size, where one half is kept in its place and the rest is exchanged.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Size, Tensor
+from torch.func import vmap
+
+from ggn_ntk.autograd_graph import dense, precisions
+from ggn_ntk.axes import OutputAxes
+from ggn_ntk.comparison import (
+    KINKS,
+    PROBE_TOLERANCES,
+    SEEN,
+    TOLERANCES,
+    all_finite,
+    cotangent,
+    differing,
+    norms,
+    relative_error,
+    rows_differing,
+)
+from ggn_ntk.errors import NotFiniteError, Problem, UnsupportedModelError, is_out_of_memory, listed
+from ggn_ntk.inspection import DRAWS
+from ggn_ntk.request import Inputs, Request
+
+# The share of a call's time that looking at halves may take beyond the first pair, and up to how many samples it is
+# small in any case.
+_SHARE, _FEW = 0.04, 8
+
+# How many samples are evaluated one after the other where vmap fails.
+_ONE_BY_ONE = 256
+
+_REMEDY = (
+    "Remove what mixes the leading axis, e.g. use batch_first=True, or eval(); or make each sample a call of its own"
+)
+_SHAPE_REMEDY = "Keep the sample axis also for a single sample (say squeeze(-1), not squeeze())"
+
+
+class Halves(NamedTuple):
+    """Samples in two halves: their outputs and gradients.
+
+    Attributes:
+        samples: Which samples are in each half.
+        outputs: The outputs of all samples ``[N, *out]``, in their order.
+        gradient: The gradient of ``sum v f`` for each wanted parameter, by name.
+    """
+
+    samples: list[list[int]]
+    outputs: Tensor
+    gradient: dict[str, Tensor]
+
+
+def partitions(n: int, count: int) -> list[list[list[int]]]:
+    """Divide samples in two halves, several times.
+
+    Args:
+        n: The number of samples.
+        count: How often at most: as often as separates every pair of samples is always enough.
+
+    Returns:
+        Two lists of samples for each time, each ascending.
+    """
+    numbers = torch.randperm(n, generator=torch.Generator("cpu").manual_seed(n), device="cpu").tolist()
+    bits = range(min(count, (n - 1).bit_length()))
+    return [[[i for i in range(n) if numbers[i] >> bit & 1 == side] for side in (0, 1)] for bit in bits]
+
+
+def how_often(request: Request, n: int, outputs: int) -> int:
+    """Choose how many times samples are divided.
+
+    A kernel takes a way back for each output at least, and a pass in halves as long as three passes forward, so its
+    share in the time is known from the number of outputs.
+
+    Args:
+        request: The request.
+        n: The number of samples.
+        outputs: The number of outputs C of one sample.
+
+    Returns:
+        The number.
+    """
+    return n if request.thorough or n <= _FEW else max(1, int(_SHARE * outputs / 3))
+
+
+def check_output(output: object, n: int) -> Tensor:
+    """Make sure that a model returns something to differentiate, for each sample.
+
+    Args:
+        output: What it returned.
+        n: The number of samples it was given.
+
+    Returns:
+        The output ``[N, *out]``.
+
+    Raises:
+        UnsupportedModelError: If it is anything else.
+    """
+    problem = None
+    if not isinstance(output, Tensor):
+        remedy = "Pass output=, a function that picks the tensor [N, ...] to differentiate"
+        problem = Problem("", f"it returns {type(output).__name__}, not a tensor", remedy)
+    elif output.ndim == 0 or len(output) != n or output.numel() == 0:
+        what = f"its output for {n} sample{'s' * (n > 1)} has shape {list(output.shape)}"
+        problem = Problem("", what, "Its leading axis must be the samples, and it must not be empty")
+    elif output.dtype not in TOLERANCES:
+        problem = Problem("", f"its output is {output.dtype}", "Outputs must be float32 or float64")
+    elif lower := precisions(output) - TOLERANCES.keys():
+        what = f"it computes in {listed(sorted(map(str, lower)))} inside"
+        remedy = (
+            "Kernels are exact in float32 and float64 only: switch autocast and conversions in its forward pass off"
+        )
+        problem = Problem("", what, remedy)
+    if problem is not None:
+        raise UnsupportedModelError([problem])
+    assert isinstance(output, Tensor)
+    return output
+
+
+def probe_tolerance(output: Tensor) -> float:
+    """Choose the tolerance of gradients: that of the lowest precision which takes part in the output's graph."""
+    # Normalisation layers of Hugging Face's convert to float32 inside, also where all parameters are in float64.
+    return max(PROBE_TOLERANCES[dtype] for dtype in precisions(output))
+
+
+def gradients(
+    request: Request,
+    inputs: Inputs,
+    v: Tensor,
+    primals: dict[str, Tensor] | None = None,
+    *,
+    jitter: int | None = None,
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """Compute a gradient with plain autograd.
+
+    Args:
+        request: The request.
+        inputs: N samples.
+        v: Numbers like the output, ``[N, *out]``.
+        primals: Parameters that require a gradient; ``None`` for the model's own.
+        jitter: See :meth:`ggn_ntk.request.Request.evaluate`.
+
+    Returns:
+        The output, and the gradient of ``sum v f`` with respect to each wanted parameter, by name.
+
+    Raises:
+        UnsupportedModelError: If the output has another shape.
+    """
+    with torch.enable_grad():
+        output = request.evaluate(primals, inputs, jitter=jitter)
+    if output.shape != v.shape:
+        what = f"its output for {len(v)} of the samples has shape {list(output.shape)}, not {list(v.shape)}"
+        raise UnsupportedModelError([Problem("", what, _SHAPE_REMEDY)])
+    return output.detach(), gradients_of(output, v, request.params if primals is None else primals)
+
+
+def gradients_of(
+    output: Tensor, v: Tensor, params: dict[str, Tensor], *, retain_graph: bool = False
+) -> dict[str, Tensor]:
+    """Compute the gradient of ``sum v f`` with respect to parameters, by name."""
+    if not (output.requires_grad and params):
+        return {name: torch.zeros_like(p) for name, p in params.items()}
+    found = torch.autograd.grad(output, list(params.values()), v, retain_graph=retain_graph, allow_unused=True)
+    return {
+        name: torch.zeros_like(p) if g is None else dense(g).detach()
+        for (name, p), g in zip(params.items(), found, strict=True)
+    }
+
+
+def in_halves(request: Request, inputs: Inputs, samples: list[list[int]], v: Tensor) -> Halves:
+    """Evaluate and differentiate a model on samples in two halves.
+
+    Args:
+        request: The request.
+        inputs: N samples.
+        samples: Which are in each half.
+        v: Numbers like the outputs, ``[N, *out]``.
+
+    Returns:
+        The outputs and gradients.
+    """
+    outputs, gradient = torch.empty_like(v), dict[str, Tensor]()
+    for half in samples:
+        outputs[half], part = gradients(request, inputs[half], v[half])
+        gradient = {name: g if name not in gradient else gradient[name].add_(g) for name, g in part.items()}
+    return Halves(samples, outputs, gradient)
+
+
+def compare_alone(request: Request, inputs: Inputs, output: Tensor) -> None:
+    """Compare the output of each sample in the batch of all with that by itself.
+
+    Args:
+        request: The request.
+        inputs: All samples.
+        output: Their outputs in one batch, ``[N, *out]``.
+
+    Raises:
+        UnsupportedModelError: If they differ by more than rounding explains.
+    """
+    n, mapped = len(inputs), _mapped(request, inputs, output.shape)
+    if mapped is None:
+        drawn = torch.randperm(n, generator=torch.Generator("cpu").manual_seed(n), device="cpu").tolist()
+        chosen = sorted(drawn if request.thorough else drawn[:_ONE_BY_ONE])
+    else:  # vmap itself may be wrong
+        chosen = rows_differing(mapped, output.detach(), probe_tolerance(output)).nonzero().flatten().tolist()
+        chosen = chosen[:_ONE_BY_ONE]
+    if chosen and n > 1:
+        with torch.no_grad():
+            alone = [check_shape(request.evaluate(None, inputs[[i]]), 1, output.shape[1:]) for i in chosen]
+        compare_outputs(request, inputs, output, chosen, torch.cat(alone))
+
+
+def _mapped(request: Request, inputs: Inputs, shape: Size) -> Tensor | None:
+    """Map the model over samples, each by itself; ``None`` where ``vmap`` does not go through it."""
+
+    def evaluate(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Any:
+        return request.evaluate(None, Inputs(args, kwargs).map(lambda x: x.unsqueeze(0)))
+
+    try:
+        with torch.no_grad():
+            outputs = vmap(evaluate)(inputs.args, inputs.kwargs)
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+        return None
+    fits = isinstance(outputs, Tensor) and outputs.shape == (shape[0], 1, *shape[1:])
+    return torch.squeeze(outputs, 1) if fits else None
+
+
+def compare_outputs(request: Request, inputs: Inputs, output: Tensor, chosen: Sequence[int], others: Tensor) -> None:
+    """Compare outputs of samples in the batch of all with those in other batches.
+
+    Args:
+        request: The request.
+        inputs: All samples.
+        output: Their outputs in one batch, ``[N, *out]``.
+        chosen: Some samples.
+        others: Their outputs in other batches, ``[len(chosen), *out]``.
+
+    Raises:
+        UnsupportedModelError: If they differ by more than rounding explains.
+    """
+    tolerance, output = probe_tolerance(output), output.detach()
+    differ = rows_differing(others, output[chosen], tolerance)
+    if not differ.any():
+        return
+    with torch.no_grad():
+        jittered = [request.evaluate(request.leaves(jitter), inputs, jitter=jitter) for jitter in (None, 0, 1, 2)]
+        seen = torch.stack([_row_norms(x - jittered[0]) for x in jittered[1:]]).amax(0)[chosen]
+        error = _row_norms(others - output[chosen])
+        differ &= ~(error <= SEEN * seen)
+        suspects = [chosen[i] for i in differ.nonzero().flatten().tolist()]
+        if not suspects:
+            return
+        again = request.evaluate(None, inputs)
+        if rows_differing(again, output, tolerance).any():
+            raise UnsupportedModelError([DRAWS])
+        size = relative_error(others[differ], output[suspects])
+        if _by_rounding(tolerance, size) and not _depend_on_others(request, inputs, output, suspects, tolerance):
+            return
+    raise UnsupportedModelError([interaction(request, suspects, size)])
+
+
+def _row_norms(x: Tensor) -> Tensor:
+    """Compute the norm of each sample's numbers."""
+    norms_of_rows: Tensor = torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1)
+    return norms_of_rows
+
+
+def _by_rounding(tolerance: float, size: float) -> bool:
+    """Tell whether rounding can make a difference of this size, by taking few of many units past a kink or a step."""
+    return tolerance >= PROBE_TOLERANCES[torch.float32] and size <= KINKS
+
+
+def _depend_on_others(request: Request, inputs: Inputs, output: Tensor, samples: list[int], tolerance: float) -> bool:
+    """Tell whether outputs of samples change where, in a batch of the same size, others are exchanged."""
+    n, kept = len(inputs), set(samples[: (len(inputs) + 1) // 2])
+    rest = [i for i in range(n) if i not in kept]
+    for fill in ([*kept], *([i] for i in rest[:3])):
+        exchanged = [i if i in kept else fill[i % len(fill)] for i in range(n)]
+        found = request.evaluate(None, inputs[exchanged])
+        if rows_differing(found, output, tolerance)[list(kept)].any():
+            return True
+    return False
+
+
+def compare_gradients(
+    request: Request, inputs: Inputs, v: Tensor, expected: dict[str, Tensor], halves: Halves, tolerance: float
+) -> None:
+    """Compare the gradient of samples in the batch of all with that in halves.
+
+    Args:
+        request: The request.
+        inputs: All samples.
+        v: Numbers like their outputs.
+        expected: The gradient of ``sum v f`` in one batch, by name.
+        halves: The gradient in halves.
+        tolerance: The largest relative error that rounding makes.
+
+    Raises:
+        UnsupportedModelError: If they differ by more than rounding explains.
+    """
+    differ = differing(halves.gradient, expected, tolerance, rounding_of(request, inputs, v))
+    if not differ:
+        return
+    for half in halves.samples:
+        of_half = torch.zeros_like(v)
+        of_half[half] = v[half]
+        kept = set(half)
+        exchanged = [i if i in kept else half[i % len(half)] for i in range(len(v))]
+        _, among_others = gradients(request, inputs, of_half)
+        _, among_copies = gradients(request, inputs[exchanged], of_half)
+        if differing(among_copies, among_others, tolerance, rounding_of(request, inputs, of_half)):
+            raise UnsupportedModelError([interaction(request, half, max(differ.values()), gradient=True)])
+    if not _by_rounding(tolerance, max(differ.values())):
+        raise UnsupportedModelError([interaction(request, range(len(v)), max(differ.values()), gradient=True)])
+
+
+def rounding_of(
+    request: Request,
+    inputs: Inputs,
+    v: Tensor,
+    form: Callable[[Tensor, Tensor], Tensor] = lambda gradient, param: gradient,
+) -> Callable[[], dict[str, float]]:
+    """Measure what rounding does to a gradient: by how much it moves with the last digit of inputs and parameters.
+
+    Args:
+        request: The request.
+        inputs: N samples.
+        v: Numbers like their outputs.
+        form: What is made of the gradient of ``sum v f`` with respect to each parameter.
+
+    Returns:
+        A function that measures the norms of the differences, by name.
+    """
+
+    def measure() -> dict[str, float]:
+        # Both with exchanged parameters, which do not reach a model that keeps references to its own elsewhere.
+        _, before = gradients(request, inputs, v, request.leaves())
+        _, after = gradients(request, inputs, v, request.leaves(jitter=0), jitter=0)
+        moved = (form(after[name], p) - form(before[name], p) for name, p in request.params.items())
+        return dict(zip(request.params, norms(moved), strict=True))
+
+    return measure
+
+
+def interaction(request: Request, samples: Sequence[int], error: float, *, gradient: bool = False) -> Problem:
+    """Say that samples influence one another, which and by how much."""
+    names = listed(request.label(sample) for sample in samples)
+    whose = f"gradients of some of {names}" if gradient else f"outputs of {names}"
+    what = f"samples influence one another (the {whose} change by {error:.1e} with the rest of the batch)"
+    return Problem("", what, _REMEDY)
+
+
+@dataclass(frozen=True, eq=False)
+class Checked:
+    """What was found of a model whose samples leave one another alone.
+
+    Attributes:
+        axes: The role of each output axis.
+        outputs: The outputs of all samples ``[N1 + N2, *out]``, x2's behind x1's, without a graph.
+        v: A number for each of them.
+        gradient: The gradient of ``sum v f`` by plain autograd, by the name of the parameter.
+        tolerance: The largest relative error of gradients that rounding makes.
+    """
+
+    axes: OutputAxes
+    outputs: Tensor
+    v: Tensor
+    gradient: dict[str, Tensor]
+    tolerance: float
+
+
+def check_samples(request: Request) -> Checked:
+    """Raise unless samples leave one another alone. Call it inside ``isolated(request.model)``.
+
+    Args:
+        request: The request.
+
+    Returns:
+        What was found on the way.
+
+    Raises:
+        UnsupportedModelError: If they do not, or the model returns nothing to differentiate.
+        NotFiniteError: If Jacobians of some samples are not finite.
+    """
+    shape = look(request)
+    axes, inputs = request.resolve(shape), request.x1.stack(request.x2)
+    with torch.enable_grad():
+        output = check_shape(request.evaluate(None, inputs, inspect=request.foreign), len(inputs), shape)
+    v = cotangent(output, seed=0)
+    gradient = gradients_of(output, v, request.params)
+    if not all_finite(gradient.values()):
+        raise NotFiniteError
+    compare_alone(request, inputs, output)
+    for samples in partitions(len(inputs), how_often(request, len(inputs), shape.numel())):
+        halves = in_halves(request, inputs, samples, v)
+        compare_outputs(request, inputs, output, range(len(inputs)), halves.outputs)
+        compare_gradients(request, inputs, v, gradient, halves, probe_tolerance(output))
+    return Checked(axes, output.detach(), v, gradient, probe_tolerance(output))
+
+
+def look(request: Request) -> Size:
+    """Evaluate a few samples together, and one of them by itself.
+
+    Args:
+        request: The request.
+
+    Returns:
+        The shape ``[*out]`` of one sample's output.
+
+    Raises:
+        UnsupportedModelError: If the model returns nothing to differentiate, or not the same for each sample.
+    """
+    stacked = request.x1.stack(request.x2)
+    few = stacked[[*range(min(2, len(request.x1))), len(stacked) - 1]] if len(stacked) > 1 else stacked
+    with torch.enable_grad():
+        together = check_output(request.evaluate(None, few, inspect=request.foreign), len(few))
+        alone = request.evaluate(None, few[:1])
+    shape = list(getattr(alone, "shape", []))
+    if shape != [1, *together.shape[1:]]:
+        what = (
+            "its output for one sample alone has another shape than in a batch "
+            f"(1 of the samples alone has shape {shape}, not {[1, *together.shape[1:]]})"
+        )
+        raise UnsupportedModelError([Problem("", what, _SHAPE_REMEDY)])
+    return together.shape[1:]
+
+
+def check_shape(output: object, n: int, shape: Size) -> Tensor:
+    """Make sure that a model returns for some samples what it returns for others.
+
+    Args:
+        output: What it returned for N samples.
+        n: The number of samples.
+        shape: The shape ``[*out]`` of one sample's output.
+
+    Returns:
+        The output.
+
+    Raises:
+        UnsupportedModelError: If it has another shape.
+    """
+    output = check_output(output, n)
+    if output.shape[1:] != shape:
+        what = f"its output for {n} of the samples has shape {list(output.shape)}, not {[n, *shape]}"
+        raise UnsupportedModelError([Problem("", what, _SHAPE_REMEDY)])
+    return output

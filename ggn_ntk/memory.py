@@ -1,0 +1,118 @@
+"""How much memory there is, and what to say where it does not suffice."""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from math import prod
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ggn_ntk.errors import KernelMemoryError, bytes_asked_for, is_out_of_memory
+
+_HELP = (
+    "What helps: compute='trace' or 'diagonal' (or trace_axes=) instead of the full kernel, fewer parameters at a time "
+    "(params=), and blocks of samples: the kernel of x1[a:b] and x2[c:d] is that block of the whole."
+)
+
+
+def available(device: torch.device) -> int | None:
+    """Find out how many bytes can still be had on a device; ``None`` where nothing tells."""
+    if device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(device)
+        return free + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    if device.type != "cpu":
+        return None
+    limits = [limit for read in (_of_system, _of_control_group, _of_process) if (limit := read()) is not None]
+    return min(limits, default=None)
+
+
+def _of_system() -> int | None:
+    """Read what Linux says is available, swap included."""
+    try:
+        lines = (line.split() for line in Path("/proc/meminfo").read_text().splitlines())
+    except OSError:
+        return None
+    sizes = {name.rstrip(":"): int(size) * 1024 for name, size, *_ in lines}
+    return sizes["MemAvailable"] + sizes.get("SwapFree", 0) if "MemAvailable" in sizes else None
+
+
+def _of_control_group() -> int | None:
+    """Read what the process's container leaves."""
+    folder = Path("/sys/fs/cgroup")
+    try:
+        limit, used = (folder / "memory.max").read_text().strip(), (folder / "memory.current").read_text()
+        counts = dict(line.split() for line in (folder / "memory.stat").read_text().splitlines())
+    except OSError:
+        return None
+    return None if limit == "max" else int(limit) - int(used) + int(counts.get("inactive_file", 0))
+
+
+def _of_process() -> int | None:
+    """Read what limits of the process leave of its address space."""
+    try:
+        import resource
+    except ImportError:  # Windows has no such limits
+        return None
+    limits = [resource.getrlimit(kind)[0] for kind in (resource.RLIMIT_AS, resource.RLIMIT_DATA)]
+    finite = [limit for limit in limits if limit != resource.RLIM_INFINITY]
+    if not finite:
+        return None
+    pages = int(Path("/proc/self/statm").read_text().split()[5])  # data and stack
+    return min(finite) - pages * resource.getpagesize()
+
+
+def check_result(shape: Sequence[int], params: Sequence[Tensor], per_parameter: bool) -> None:
+    """Refuse a kernel that cannot fit into memory, before any work.
+
+    Args:
+        shape: Its shape.
+        params: The parameters whose kernels are summed.
+        per_parameter: Whether there is a kernel for each of them.
+
+    Raises:
+        KernelMemoryError: If it cannot.
+    """
+    if not params:
+        return
+    size = prod(shape) * max(p.element_size() for p in params) * (len(params) if per_parameter else 1)
+    device = params[0].device
+    free = available(device) if size > 2**26 else None  # asking takes longer than such a kernel matters
+    if free is not None and size > free:
+        raise KernelMemoryError(f"The kernel alone takes {_shown(size)}, and {device} has {_shown(free)} left. {_HELP}")
+
+
+@contextmanager
+def explained(what: Callable[[], str]) -> Iterator[None]:
+    """Say what helps where memory runs out.
+
+    Args:
+        what: Says what was computed.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        KernelMemoryError: If memory runs out.
+    """
+    try:
+        yield
+    except KernelMemoryError:
+        raise
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
+        asked = bytes_asked_for(error)
+        size = f" when {_readable(asked)} were asked for" if asked else ""
+        raise KernelMemoryError(f"Memory ran out{size}, for {what()}. {_HELP}") from error
+
+
+def _readable(size: str) -> str:
+    """Write a size, a number of bytes or one with its unit, for a message."""
+    number, *unit = size.split()
+    return _shown(int(number)) if unit in ([], ["bytes"]) and number.isdigit() else size
+
+
+def _shown(size: int) -> str:
+    """Write a number of bytes for a message."""
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

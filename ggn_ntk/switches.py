@@ -1,0 +1,206 @@
+"""Settings of the whole process, switched while any thread computes a kernel, and set back when none does.
+
+Torch keeps some settings for each thread (grad mode, autocast), but others for the process: the precision of products,
+the backends of attention, what ``torch.compile`` does. The first thread to come switches them, the last one to go sets
+them back to what the first one found.
+"""
+
+import re
+import sys
+import threading
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+from typing import Any
+
+import torch
+from backpack import disable
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import checkpoint
+
+# Warnings that say nothing about the user's call, by the start of their text.
+_WARNINGS = [
+    "`torch.jit.script` is deprecated",  # at the first use of torch.func.jvp
+    "There is a performance drop because we have not yet implemented",
+    "Full backward hook is firing when gradients are computed",
+]
+
+
+class Switch:
+    """A context of the process that any number of threads may be in at once."""
+
+    def __init__(self, context: Callable[[], AbstractContextManager[Any]]) -> None:
+        """Take what the first thread enters."""
+        self._context, self._lock = context, threading.RLock()
+        self._inside, self._stack = 0, ExitStack()
+
+    def __enter__(self) -> None:
+        """Enter, as the first or one of several."""
+        with self._lock:
+            if not self._inside:
+                self._stack.enter_context(self._context())
+            self._inside += 1
+
+    def __exit__(self, *exception: object) -> None:
+        """Leave, as the last or one of several."""
+        with self._lock:
+            self._inside -= 1
+            if not self._inside:
+                self._stack.close()
+
+
+class _Here(threading.local):
+    """What this thread is inside of.
+
+    Attributes:
+        sessions: How many isolated computations.
+        plain: How many contexts in which no checkpoint evaluates anything again.
+    """
+
+    sessions, plain = 0, 0
+
+
+here = _Here()
+
+
+@contextmanager
+def process_switches() -> Iterator[None]:
+    """Compute in full precision and eagerly, with the backends that can be differentiated, and BackPACK aside."""
+    with ExitStack() as stack:
+        stack.enter_context(_SWITCHES)
+        if "torch._dynamo" in sys.modules:  # importing it takes seconds, and without it nothing is compiled
+            stack.enter_context(_EAGER)
+        here.sessions += 1
+        try:
+            yield
+        finally:
+            here.sessions -= 1
+
+
+@contextmanager
+def without_checkpoints() -> Iterator[None]:
+    """Have checkpoints keep what they would evaluate again: a graph that outlives the call must not lead back to it."""
+    with _SWITCHES:
+        here.plain += 1
+        try:
+            yield
+        finally:
+            here.plain -= 1
+
+
+@contextmanager
+def _all_switches() -> Iterator[None]:
+    """Switch all that does not take an import."""
+    with ExitStack() as stack:
+        for context in (full_precision, _attention_fast_path_off, disable, _checkpoints_that_can_be_kept):
+            stack.enter_context(context())
+        stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # batched gradients do not go through the fused ones
+        stack.enter_context(_warnings_off())
+        yield
+
+
+_SWITCHES = Switch(_all_switches)
+_EAGER = Switch(lambda: torch.compiler.set_stance("force_eager"))
+
+
+@contextmanager
+def full_precision() -> Iterator[None]:
+    """Turn off TF32 and reduced-precision float32 products in matmuls, convolutions and RNNs.
+
+    ``set_float32_matmul_precision("medium")`` costs 2e-3 relative error even on some CPUs, and GPU
+    convolutions use TF32 by default.
+
+    Yields:
+        Nothing.
+    """
+    scope = _fp32_precision_ieee if hasattr(torch.backends, "fp32_precision") else _legacy_precision_highest
+    with scope():
+        yield
+
+
+@contextmanager
+def _fp32_precision_ieee() -> Iterator[None]:
+    """Full precision through the flags of torch 2.9 and later."""
+    backends: Any = torch.backends
+    switches: list[Any] = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
+    switches += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
+    before = [switch.fp32_precision for switch in switches]
+    try:
+        for switch in switches:
+            switch.fp32_precision = "ieee"
+        yield
+    finally:
+        for switch, value in zip(switches, before, strict=True):
+            switch.fp32_precision = "none"  # inherit from the backend, then the process...
+            if switch.fp32_precision != value:
+                switch.fp32_precision = value  # ...unless the value was the operation's own
+
+
+@contextmanager
+def _legacy_precision_highest() -> Iterator[None]:
+    """Full precision through the flags of torch before 2.9."""
+    matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    try:
+        torch.set_float32_matmul_precision("highest")
+        torch.backends.cudnn.allow_tf32 = False
+        yield
+    finally:
+        torch.set_float32_matmul_precision(matmul)
+        torch.backends.cudnn.allow_tf32 = convolution
+
+
+@contextmanager
+def _attention_fast_path_off() -> Iterator[None]:
+    """Let transformer layers call their modules, also where nothing in them requires a gradient."""
+    before = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(before)
+
+
+@contextmanager
+def _checkpoints_that_can_be_kept() -> Iterator[None]:
+    """Let checkpoints evaluate their function directly, in the threads that ask for it.
+
+    Reentrant ones support neither ``torch.func`` nor ``autograd.grad``. Torch's module looks both names up when a
+    checkpoint is called; its classes stay as they are.
+    """
+    module: Any = checkpoint
+    reentrant, generator = module.CheckpointFunction, module._checkpoint_without_reentrant_generator
+
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        if here.sessions or here.plain:
+            return function(*args)
+        return reentrant.apply(function, preserve_rng_state, *args)
+
+    def without_reentrant(*args: Any, **kwargs: Any) -> Iterator[None]:
+        if here.plain:
+            return iter([None])
+        started: Iterator[None] = generator(*args, **kwargs)
+        return started
+
+    module.CheckpointFunction = type(reentrant.__name__, (reentrant,), {"apply": staticmethod(apply)})
+    module._checkpoint_without_reentrant_generator = without_reentrant
+    try:
+        yield
+    finally:
+        module.CheckpointFunction, module._checkpoint_without_reentrant_generator = reentrant, generator
+
+
+@contextmanager
+def _warnings_off() -> Iterator[None]:
+    """Silence warnings that say nothing about the user's call, by their exact text.
+
+    ``warnings.catch_warnings`` would set back what other threads have filtered in the meantime.
+    """
+    entries = [("ignore", re.compile(message), Warning, None, 0) for message in _WARNINGS]
+    filters: Any = warnings.filters
+    filters[:0] = entries
+    try:
+        yield
+    finally:
+        now: Any = warnings.filters  # somebody's catch_warnings may have exchanged the list
+        for holder in (filters, now):
+            holder[:] = [entry for entry in holder if not any(entry is own for own in entries)]
