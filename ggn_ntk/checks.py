@@ -195,6 +195,10 @@ def _parameter_problems(request: Request) -> Iterator[Problem]:
     for (what, remedy), places in names.items():
         others = f", as are {len(places) - 1} others" if len(places) > 1 else ""
         yield Problem(places[0], what + others, remedy)
+    devices = sorted({str(p.device) for p in request.model.parameters() if not p.is_meta})
+    if len(devices) > 1 and any(id(p) in wanted for p in request.model.parameters()):
+        what = f"its parameters are on several devices ({', '.join(devices)}), and a kernel sums over all of them"
+        yield Problem("", what, "Move it to one of them: model.to(device)")
     if not request.params:
         yield Problem("", "it has no trainable parameter", "Call requires_grad_() on those the kernel should sum over")
 

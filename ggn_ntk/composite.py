@@ -3,7 +3,8 @@
 Torch's layer, batch and instance normalisation keep a mean and a standard deviation that it does not differentiate
 further. Nested forward-mode derivatives through them are wrong without a word (seen: off by more than half on torch
 2.15), and so are those by nested reverse mode. Embedding bags have no derivative in forward mode, nor a second one in
-reverse mode. Transformer layers have a fused path without derivatives.
+reverse mode, and neither has the fused weight normalisation of GPUs. Sparse gradients cannot be differentiated.
+Transformer layers have a fused path without derivatives.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -228,7 +229,33 @@ def _embedding_bag(
     return total / counts.sum(1, keepdim=True).clamp(min=1) if mode == "mean" else total
 
 
-_ALWAYS: dict[Callable[..., Any], Callable[..., Any]] = {F.embedding_bag: _embedding_bag}
+def _embedding(
+    input: Tensor,
+    weight: Tensor,
+    padding_idx: int | None = None,
+    max_norm: float | None = None,
+    norm_type: float = 2.0,
+    scale_grad_by_freq: bool = False,
+    sparse: bool = False,
+) -> Tensor:
+    """Look up rows of a table, like ``torch.nn.functional.embedding``, with dense gradients, none for padding."""
+    rows = F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq)
+    if padding_idx is None:
+        return rows
+    return torch.where((input == padding_idx % len(weight)).unsqueeze(-1), rows.detach(), rows)
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    """Scale to a norm, like ``torch._weight_norm``: over all axes but one, or over all for ``dim=-1``."""
+    axes = [axis for axis in range(v.ndim) if dim == -1 or axis != dim]
+    return v * (g / v.square().sum(axes, keepdim=dim != -1).sqrt())
+
+
+_ALWAYS: dict[Callable[..., Any], Callable[..., Any]] = {
+    F.embedding: _embedding,
+    F.embedding_bag: _embedding_bag,
+    torch._weight_norm: _weight_norm,
+}
 _NESTED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.layer_norm: _layer_norm,
     F.batch_norm: _batch_norm,

@@ -9,11 +9,10 @@ renamed so that a letter means the same everywhere in an einsum.
 """
 
 import string
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
 from ggn_ntk.axes import Roles
@@ -256,28 +255,6 @@ def _groups_before_meeting(product: Doubled, n: int, m: int) -> list[list[int]] 
     first = sorted(sorted(group) for group in found if max(group) < half)
     second = sorted(sorted(i - half for i in group) for group in found if min(group) >= half)
     return first if first == second else None
-
-
-def select_samples(factored: Factored, samples: Sequence[int]) -> Factored:
-    """Restrict a Jacobian to some samples.
-
-    Args:
-        factored: The Jacobian.
-        samples: Which samples.
-
-    Returns:
-        The Jacobian of these samples.
-    """
-
-    def select(term: str, tensor: Tensor) -> Tensor:
-        n = term.find("n")
-        return tensor if n < 0 else torch.stack([tensor.select(n, i) for i in samples], n)
-
-    operands = (
-        operand._replace(places=select(term, operand.places)) if isinstance(operand, OneHot) else select(term, operand)
-        for term, operand in zip(factored.terms, factored.operands, strict=True)
-    )
-    return Factored(factored.equation, tuple(operands))
 
 
 def _rename(factored: Factored, roles: Roles, names: dict[str, str], fresh: Iterator[str]) -> Iterator[Operand]:

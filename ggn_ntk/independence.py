@@ -49,13 +49,22 @@ _REMEDY = (
 _SHAPE_REMEDY = "Keep the sample axis also for a single sample (say squeeze(-1), not squeeze())"
 
 
+#: Makes something of the gradient with respect to a parameter; takes both.
+Form = Callable[[Tensor, Tensor], Tensor]
+
+
+def _whole(gradient: Tensor, param: Tensor) -> Tensor:
+    """Keep a gradient as it is."""
+    return gradient
+
+
 class Halves(NamedTuple):
     """Samples in two halves: their outputs and gradients.
 
     Attributes:
         samples: Which samples are in each half.
         outputs: The outputs of all samples ``[N, *out]``, in their order.
-        gradient: The gradient of ``sum v f`` for each wanted parameter, by name.
+        gradient: What is made of the gradient of ``sum v f`` for each wanted parameter, by name.
     """
 
     samples: list[list[int]]
@@ -179,7 +188,7 @@ def gradients_of(
     }
 
 
-def in_halves(request: Request, inputs: Inputs, samples: list[list[int]], v: Tensor) -> Halves:
+def in_halves(request: Request, inputs: Inputs, samples: list[list[int]], v: Tensor, form: Form = _whole) -> Halves:
     """Evaluate and differentiate a model on samples in two halves.
 
     Args:
@@ -187,14 +196,17 @@ def in_halves(request: Request, inputs: Inputs, samples: list[list[int]], v: Ten
         inputs: N samples.
         samples: Which are in each half.
         v: Numbers like the outputs, ``[N, *out]``.
+        form: What is made of the gradient with respect to each parameter.
 
     Returns:
         The outputs and gradients.
     """
     outputs, gradient = torch.empty_like(v), dict[str, Tensor]()
     for half in samples:
-        outputs[half], part = gradients(request, inputs[half], v[half])
-        gradient = {name: g if name not in gradient else gradient[name].add_(g) for name, g in part.items()}
+        chosen = torch.tensor(half, device=v.device)
+        outputs[chosen], found = gradients(request, inputs[chosen], v[chosen])
+        part = {name: form(found.pop(name), p) for name, p in request.params.items()}
+        gradient = {name: gradient[name] + g for name, g in part.items()} if gradient else part
     return Halves(samples, outputs, gradient)
 
 
@@ -297,7 +309,13 @@ def _depend_on_others(request: Request, inputs: Inputs, output: Tensor, samples:
 
 
 def compare_gradients(
-    request: Request, inputs: Inputs, v: Tensor, expected: dict[str, Tensor], halves: Halves, tolerance: float
+    request: Request,
+    inputs: Inputs,
+    v: Tensor,
+    expected: dict[str, Tensor],
+    halves: Halves,
+    tolerance: float,
+    form: Form = _whole,
 ) -> None:
     """Compare the gradient of samples in the batch of all with that in halves.
 
@@ -305,14 +323,15 @@ def compare_gradients(
         request: The request.
         inputs: All samples.
         v: Numbers like their outputs.
-        expected: The gradient of ``sum v f`` in one batch, by name.
-        halves: The gradient in halves.
+        expected: What is made of the gradient of ``sum v f`` in one batch, by name.
+        halves: The same in halves.
         tolerance: The largest relative error that rounding makes.
+        form: What is made of the gradient with respect to each parameter.
 
     Raises:
         UnsupportedModelError: If they differ by more than rounding explains.
     """
-    differ = differing(halves.gradient, expected, tolerance, rounding_of(request, inputs, v))
+    differ = differing(halves.gradient, expected, tolerance, rounding_of(request, inputs, v, form))
     if not differ:
         return
     for half in halves.samples:
@@ -332,7 +351,7 @@ def rounding_of(
     request: Request,
     inputs: Inputs,
     v: Tensor,
-    form: Callable[[Tensor, Tensor], Tensor] = lambda gradient, param: gradient,
+    form: Form = _whole,
 ) -> Callable[[], dict[str, float]]:
     """Measure what rounding does to a gradient: by how much it moves with the last digit of inputs and parameters.
 

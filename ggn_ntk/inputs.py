@@ -50,12 +50,12 @@ class Inputs:
         args = tuple(function(*xs) for xs in zip(self.args, *(o.args for o in others), strict=True))
         return Inputs(args, {k: function(x, *(o.kwargs[k] for o in others)) for k, x in self.kwargs.items()})
 
-    def __getitem__(self, index: slice | list[int]) -> "Inputs":
+    def __getitem__(self, index: slice | list[int] | Tensor) -> "Inputs":
         """Select samples."""
         if isinstance(index, slice):
             return self.map(lambda x: x[index])
         # One copy of the list to each device; indexing with a list would make one for each tensor.
-        places = {x.device: torch.tensor(index, device=x.device) for x in self.tensors.values()}
+        places = {x.device: torch.as_tensor(index, device=x.device) for x in self.tensors.values()}
         return self.map(lambda x: x[places[x.device]])
 
     def stack(self, other: "Inputs | None") -> "Inputs":

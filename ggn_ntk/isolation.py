@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from backpack import hook_store_io
 from torch import Tensor
-from torch.nn import Module
+from torch.nn import Module, RNNBase
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
 
@@ -74,7 +74,7 @@ def isolated(model: Module) -> Iterator["Session"]:
         stack.enter_context(torch.enable_grad())
         for device_type in {t.device.type for t in (*model.parameters(), *model.buffers())} - {"meta"}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
-        stack.enter_context(process_switches())
+        stack.enter_context(process_switches(recurrent=any(isinstance(m, RNNBase) for m in model.modules())))
         stack.enter_context(_default_device(torch.device("cpu")))
         stack.enter_context(_alone_with(model))
         session = Session(model, device)

@@ -14,10 +14,7 @@ In the first, both sides come from one forward pass, so that they differ by roun
 take a unit to the other side of a kink; what differs is compared once more with a gradient from a batch of all samples.
 """
 
-import math
-import string
 from collections.abc import Container, Sequence
-from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -26,8 +23,7 @@ from torch import Size, Tensor
 from ggn_ntk.autograd_graph import dense
 from ggn_ntk.axes import OutputAxes
 from ggn_ntk.capture import Call, Layout, Recording, locate, record, used_elsewhere
-from ggn_ntk.comparison import all_finite, cotangent, differing, norms, read, rows_differing
-from ggn_ntk.doubling import select_samples
+from ggn_ntk.comparison import all_finite, cotangent, differing, read, rows_differing
 from ggn_ntk.errors import NotFiniteError, is_out_of_memory
 from ggn_ntk.independence import (
     Checked,
@@ -47,17 +43,17 @@ from ggn_ntk.independence import (
 )
 from ggn_ntk.inputs import Inputs
 from ggn_ntk.request import Request
-from ggn_ntk.rules import Factored, OneHot, channels_last, rule_for
+from ggn_ntk.rules import Factored, channels_last, rule_for
+from ggn_ntk.vector_products import norm_of_sketch, pick, select_samples, sketched, squared_terms, weighted_sum
 from ggn_ntk.walk import why_not
 from ggn_ntk.way_back import pass_back
 
 # How many samples are evaluated by themselves: at most so many, and one of so many.
 _PROBED, _SHARE = 3, 16
 
-# Gradients of large parameters are compared by their products with a few random vectors, and of fewer samples: to write
-# and read them in full, several times, would take as long as the kernel of a fully-connected network. How many vectors;
-# how many entries are many for a parameter, and for all of them times the samples.
-_VECTORS, _LARGE, _LARGE_IN_ALL = 8, 2**16, 2**22
+# Of large networks fewer samples are: to write and read their gradients in full, several times, would take as long as
+# the kernel of a fully-connected network. How many entries are many, for all of them.
+_MANY_ENTRIES = 2**22
 
 _DIFFERS = "its Jacobian by the layer's rule differs from autograd's (relative error {:.1e})"
 
@@ -167,195 +163,6 @@ def _gradients(request: Request, recording: Recording, v: Tensor) -> tuple[list[
     return passed, {name: sketched(torch.zeros_like(p) if g is None else dense(g), p) for (name, p), g in gradients}
 
 
-def _vectors(param: Tensor) -> Tensor | None:
-    """Draw the vectors that a gradient is multiplied by.
-
-    Args:
-        param: The parameter.
-
-    Returns:
-        ``[V, last axis of the parameter]``, always the same ones; ``None`` where its gradient is compared in full.
-    """
-    if param.ndim < 2 or param.numel() < _LARGE or param.shape[-1] <= _VECTORS:
-        return None
-    return _random_vectors(param.shape[-1], param.dtype, param.device)
-
-
-@lru_cache(maxsize=64)
-def _random_vectors(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Draw vectors.
-
-    Args:
-        size: Their length.
-        dtype: Their dtype.
-        device: Their device.
-
-    Returns:
-        ``[V, size]``.
-    """
-    generator = torch.Generator().manual_seed(0)
-    with torch.inference_mode(False):
-        return torch.randn(_VECTORS, size, generator=generator, dtype=torch.float64).to(device, dtype)
-
-
-def sketched(gradient: Tensor, param: Tensor) -> Tensor:
-    """Multiply the rows of a large gradient with random vectors.
-
-    A difference of two gradients is as large, relative to them, after as before, but for a factor that is far from one
-    only with a small probability.
-
-    Args:
-        gradient: A gradient with as many entries as the parameter.
-        param: The parameter.
-
-    Returns:
-        The products, or the gradient of a small parameter, flattened.
-    """
-    vectors = _vectors(param)
-    if vectors is None:
-        return gradient.flatten()
-    return (vectors.to(gradient) @ gradient.reshape(-1, vectors.shape[1]).T).flatten()  # faster than its transpose
-
-
-def weighted_sum(jacobian: Factored, weights: Tensor, param: Tensor) -> Tensor:
-    """Compute ``sum_cn v[c, n] J[c, n]``, :func:`sketched`.
-
-    Args:
-        jacobian: The Jacobian.
-        weights: The numbers v, ``[C, N]``.
-        param: The parameter.
-
-    Returns:
-        The products with random vectors, or ``[P]`` for a small parameter with P entries.
-    """
-    vectors = _vectors(param)
-    shorter = None if vectors is None else _multiply_last_axis(jacobian, vectors)
-    if shorter is None:
-        return sketched(_weighted_sum(jacobian, weights), param)
-    return _weighted_sum(shorter, weights)
-
-
-def squared_terms(jacobian: Factored) -> Tensor:
-    """Sum the squared norms of the terms that a Jacobian adds up, one for each position."""
-    squares = [
-        (operand.places >= 0).double() if isinstance(operand, OneHot) else operand.square()
-        for operand in jacobian.operands
-    ]
-    dtype = min((t.dtype for t in squares), key=lambda dtype: torch.finfo(dtype).bits)
-    terms = [t[:-1] if isinstance(o, OneHot) else t for t, o in zip(jacobian.terms, jacobian.operands, strict=True)]
-    return torch.einsum(f"{','.join(terms)}->", *(t.to(dtype) for t in squares))
-
-
-def _multiply_last_axis(jacobian: Factored, vectors: Tensor) -> Factored | None:
-    """Multiply the rows of a parameter's Jacobian with vectors, where this is for one operand alone to do.
-
-    Args:
-        jacobian: The Jacobian.
-        vectors: ``[V, last axis of the parameter]``.
-
-    Returns:
-        The products, with V in front of the parameter's axes; ``None`` where several operands have the last axis, where
-        it is split or one-hot, and where its operand is over outputs: that is summed over these first.
-    """
-    last, terms, operands = jacobian.result[-1], jacobian.terms, list(jacobian.operands)
-    places = [i for i, term in enumerate(terms) if last in term]
-    if len(places) != 1:
-        return None
-    (place,) = places
-    term, operand = terms[place], operands[place]
-    if "c" in term or jacobian.sizes[last] != vectors.shape[1] or not isinstance(operand, Tensor):
-        return None
-    new = next(letter for letter in string.ascii_letters if letter not in jacobian.equation)
-    terms[place] = term.replace(last, new)
-    operands[place] = torch.einsum(f"{term},{new}{last}->{terms[place]}", operand, vectors.to(operand.dtype))
-    return Factored(f"{','.join(terms)}->cn{new}{jacobian.result[2:-1]}", tuple(operands))
-
-
-def _weighted_sum(jacobian: Factored, weights: Tensor) -> Tensor:
-    """Compute ``sum_cn v[c, n] J[c, n]``.
-
-    Args:
-        jacobian: The Jacobian.
-        weights: The numbers v, ``[C, N]``.
-
-    Returns:
-        ``[P]`` for a parameter with P entries.
-    """
-    weights = weights.to(next(o.dtype for o in jacobian.operands if isinstance(o, Tensor)))
-    result, operands = jacobian.result[2:], list(zip(jacobian.terms, jacobian.operands, strict=True))
-    one_hot = [(term, operand) for term, operand in operands if isinstance(operand, OneHot)]
-    dense = [(term, operand) for term, operand in operands if isinstance(operand, Tensor)]
-    if sum("c" in term for term, _ in dense) == 1:  # the weights first: what is left has no outputs
-        term, s = dense.pop(next(i for i, (term, _) in enumerate(dense) if "c" in term))
-        n = "n" if any("n" in other for other, _ in (*dense, *one_hot)) else ""
-        summed = "".join(letter for letter in term if letter not in "cn") + n
-        dense.insert(0, (summed, torch.einsum(f"{term},cn->{summed}", s, weights)))
-    else:
-        dense.append(("cn", weights))
-    terms, tensors = zip(*dense, strict=True)
-    if not one_hot:
-        return torch.einsum(f"{','.join(terms)}->{result}", *tensors).flatten()
-    ((term, vectors),) = one_hot
-    places, rest = term[:-1], result.replace(term[-1], "")
-    letters = places + "".join(letter for letter in rest if letter not in places)
-    return _scatter(torch.einsum(f"{','.join(terms)}->{letters}", *tensors), letters, term, vectors, result)
-
-
-def pick(jacobian: Factored, outputs: Tensor, samples: Tensor) -> Factored:
-    """Take one output of each of some samples.
-
-    Args:
-        jacobian: The Jacobian.
-        outputs: The outputs ``[M]``.
-        samples: The samples ``[M]`` that they are of.
-
-    Returns:
-        The Jacobian, with M samples and a single output.
-    """
-    terms, operands = [], list[Tensor | OneHot]()
-    for term, operand in zip(jacobian.terms, jacobian.operands, strict=True):
-        if isinstance(operand, OneHot):
-            n = term.find("n")
-            operand = operand if n < 0 else operand._replace(places=operand.places.index_select(n, samples))
-        elif "c" in term:
-            rest = "".join(letter for letter in term if letter not in "cn")
-            lead = [letter for letter in "cn" if letter in term]
-            tensor = operand.permute([term.index(letter) for letter in (*lead, *rest)])
-            operand = tensor[outputs, samples] if "n" in term else tensor[outputs]
-            term, operand = f"cn{rest}", operand.unsqueeze(0)
-        elif "n" in term:
-            operand = operand.index_select(term.index("n"), samples)
-        terms.append(term)
-        operands.append(operand)
-    return Factored(f"{','.join(terms)}->{jacobian.result}", tuple(operands))
-
-
-def _scatter(values: Tensor, letters: str, term: str, vectors: OneHot, result: str) -> Tensor:
-    """Multiply by one-hot vectors, and sum over their places.
-
-    Args:
-        values: What to multiply.
-        letters: A letter for each axis: those of the places, and those of the result but for the vectors' own.
-        term: The letters of the vectors.
-        vectors: The vectors.
-        result: The letters of the result.
-
-    Returns:
-        The flattened result.
-    """
-    sizes = dict(zip(letters, values.shape, strict=True)) | {term[-1]: vectors.size}
-    known = vectors.places.reshape(*vectors.places.shape, *[1] * (values.ndim - vectors.places.ndim))
-    index = torch.zeros_like(values, dtype=torch.long)
-    for letter in result:
-        along = known.clamp(min=0)
-        if letter in letters:
-            along = torch.arange(sizes[letter], device=index.device)
-            along = along.view([-1 if other == letter else 1 for other in letters])
-        index = index * sizes[letter] + along
-    flat = values.new_zeros(math.prod(sizes[letter] for letter in result))
-    return flat.index_add_(0, index.flatten(), (values * (known >= 0)).flatten())
-
-
 def _choose(n: int, count: int, seed: int) -> list[int]:
     """Choose samples, neither the first nor the last of more than two.
 
@@ -399,14 +206,15 @@ class Probe:
         """
         self._request, stacked = request, request.x1.stack(request.x2)
         entries, n = sum(p.numel() for p in request.params.values()), len(stacked)
-        count = max(1, min(_PROBED, n // _SHARE, _LARGE_IN_ALL // max(1, entries)))
+        count = max(1, min(_PROBED, n // _SHARE, _MANY_ENTRIES // max(1, entries)))
         few = _choose(n, count, seed=0)
         self.inputs, first = _in_fastest_layout(request, stacked, few[0])
         self.recordings = [first, *(record(request, self.inputs[[sample]]) for sample in few[1:])]
         outputs = [_output_of_one(request, recording) for recording in self.recordings]
         self.out_shape, self._tolerance = outputs[0].shape[1:], probe_tolerance(outputs[0])
         self._v_alone = cotangent(outputs[0], 0, Size([len(few), *self.out_shape]))
-        self._outputs, self._few = torch.cat(outputs).detach(), few
+        self._outputs = torch.cat(outputs).detach()
+        self._few = torch.tensor(few, device=self._outputs.device)
         self.everyone = everyone and n > 1
         if self.everyone:  # one output of each sample: ``s`` of all of them takes long to read
             self._outputs_of, numbers = _draw(n, self.out_shape.numel())
@@ -425,9 +233,8 @@ class Probe:
         n = len(self.inputs)
         times = how_often(self._request, n, self.out_shape.numel())
         for samples in partitions(n, times):
-            self._halves.append(in_halves(self._request, self.inputs, samples, self._v))
-        params = self._request.params
-        self._expected = {name: sketched(g, params[name]) for name, g in self._halves[0].gradient.items()}
+            self._halves.append(in_halves(self._request, self.inputs, samples, self._v, sketched))
+        self._expected = self._halves[0].gradient
         if not all_finite(self._expected.values()):
             raise NotFiniteError
 
@@ -528,16 +335,16 @@ class Probe:
         Raises:
             UnsupportedModelError: If samples influence one another.
         """
-        request, params = self._request, self._request.params
+        request = self._request
         _, batch = gradients(request, self.inputs, self._v)
-        compare_gradients(request, self.inputs, self._v, batch, self._halves[0], self._tolerance)
-        expected = {name: sketched(g, params[name]) for name, g in batch.items()}
+        expected = {name: sketched(batch.pop(name), p) for name, p in request.params.items()}
+        compare_gradients(request, self.inputs, self._v, expected, self._halves[0], self._tolerance, sketched)
         rounding = rounding_of(request, self.inputs, self._v, sketched)
         wrong = differing(self._given(expected, missed), expected, self._tolerance, rounding)
         if wrong:  # what samples that see one another do to rules must not pass for a fault of these
             for samples in partitions(len(self.inputs), len(self.inputs))[1:]:
-                halves = in_halves(request, self.inputs, samples, self._v)
-                compare_gradients(request, self.inputs, self._v, batch, halves, self._tolerance)
+                halves = in_halves(request, self.inputs, samples, self._v, sketched)
+                compare_gradients(request, self.inputs, self._v, expected, halves, self._tolerance, sketched)
         return {name: f"{DIFFERS} (relative error {error:.1e})" for name, error in wrong.items()}
 
     def _given(self, expected: dict[str, Tensor], missed: Container[str]) -> dict[str, Tensor]:
@@ -546,7 +353,8 @@ class Probe:
 
     def checked(self, axes: OutputAxes, output: Tensor) -> Checked:
         """Say what is known of all samples, with the roles of their outputs ``[N, *out]``."""
-        return Checked(axes, output, self._v, self._halves[0].gradient, self._tolerance)
+        _, gradient = gradients(self._request, self.inputs, self._v)
+        return Checked(axes, output, self._v, gradient, self._tolerance)
 
 
 def _draw(n: int, outputs: int) -> tuple[list[int], Tensor]:
@@ -559,10 +367,10 @@ def _draw(n: int, outputs: int) -> tuple[list[int], Tensor]:
 
 def _cancelling(trial: Trial, params: dict[str, Tensor]) -> set[str]:
     """Find the parameters for which the terms that rules add up cancel."""
-    sizes = norms(trial.expected[name] for name in trial.terms)
-    terms = dict(zip(trial.terms, read(list(trial.terms.values())), strict=True))
-    vectors = {name: 1 if _vectors(params[name]) is None else _VECTORS for name in terms}
-    return {n for n, size in zip(terms, sizes, strict=True) if size**2 / vectors[n] < _CANCELS * terms[n]}
+    sizes = [norm_of_sketch(trial.expected[name], params[name]) for name in trial.terms]
+    numbers = read([*sizes, *trial.terms.values()])
+    pairs = zip(trial.terms, numbers, numbers[len(sizes) :], strict=False)
+    return {name for name, size, terms in pairs if size**2 < _CANCELS * terms}
 
 
 def _in_fastest_layout(request: Request, inputs: Inputs, sample: int) -> tuple[Inputs, Recording]:

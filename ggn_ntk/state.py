@@ -104,12 +104,13 @@ class _Attributes(_Entry):
     def __init__(self, owner: Any) -> None:
         self._attributes: dict[str, Any] = vars(owner)
         self._before = dict(self._attributes)
+        self._identities = _identities(self._attributes)
 
     def held(self) -> Iterable[Any]:
         return self._before.values()
 
     def changed(self) -> bool:
-        return not _same(self._attributes.items(), self._before.items())
+        return _identities(self._attributes) != self._identities
 
     def put_back(self) -> None:
         self._attributes.clear()
@@ -142,6 +143,7 @@ class _Container(_Entry):
     def __init__(self, container: Any) -> None:
         self._container = container
         self._before = list(container.items() if isinstance(container, dict) else container)
+        self._identities = _identities(container)
 
     def held(self) -> Iterable[Any]:
         if len(self._before) > _ENTRIES:
@@ -149,12 +151,7 @@ class _Container(_Entry):
         return [entry[1] for entry in self._before] if isinstance(self._container, dict) else self._before
 
     def changed(self) -> bool:
-        if isinstance(self._container, dict):
-            return not _same(self._container.items(), self._before)
-        if isinstance(self._container, set):
-            return bool(self._container != set(self._before))
-        now = self._container
-        return len(now) != len(self._before) or any(a is not b for a, b in zip(now, self._before, strict=True))
+        return _identities(self._container) != self._identities
 
     def put_back(self) -> None:
         kind: Any = next(k for k in (OrderedDict, *self.KINDS) if isinstance(self._container, k))
@@ -254,14 +251,12 @@ def _slots(kind: type) -> Iterator[str]:
             yield name
 
 
-def _same(now: Iterable[tuple[Any, Any]], before: Iterable[tuple[Any, Any]]) -> bool:
-    """Tell whether keys and values are the same objects in the same order."""
-    listed = list(now), list(before)
-    if len(listed[0]) != len(listed[1]):
-        return False
-    return all(key is k or key == k for (key, _), (k, _) in zip(*listed, strict=True)) and all(
-        value is v for (_, value), (_, v) in zip(*listed, strict=True)
-    )
+def _identities(container: Any) -> tuple[list[Any], list[int]]:
+    """List the keys and which objects there are, in an order that stays, without comparing the objects."""
+    if isinstance(container, dict):
+        return list(container), list(map(id, container.values()))
+    identities = list(map(id, container))
+    return [], sorted(identities) if isinstance(container, set) else identities
 
 
 def _comparable(state: Any) -> Any:

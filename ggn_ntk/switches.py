@@ -25,6 +25,9 @@ _WARNINGS = [
     "Full backward hook is firing when gradients are computed",
 ]
 
+# What a checkpoint that is not reentrant calls around its function, in torch 2.6 and 2.14.
+_GENERATORS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
+
 
 class Switch:
     """A context of the process that any number of threads may be in at once."""
@@ -64,10 +67,19 @@ here = _Here()
 
 
 @contextmanager
-def process_switches() -> Iterator[None]:
-    """Compute in full precision and eagerly, with the backends that can be differentiated, and BackPACK aside."""
+def process_switches(*, recurrent: bool) -> Iterator[None]:
+    """Compute in full precision and eagerly, with the backends that can be differentiated, and BackPACK aside.
+
+    Args:
+        recurrent: Whether recurrent layers take part: cuDNN passes no gradients back through them in eval mode.
+
+    Yields:
+        Nothing.
+    """
     with ExitStack() as stack:
         stack.enter_context(_SWITCHES)
+        if recurrent:
+            stack.enter_context(_WITHOUT_CUDNN)
         if "torch._dynamo" in sys.modules:  # importing it takes seconds, and without it nothing is compiled
             stack.enter_context(_EAGER)
         here.sessions += 1
@@ -99,8 +111,20 @@ def _all_switches() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def _cudnn_off() -> Iterator[None]:
+    """Let torch's own kernels compute what cuDNN would."""
+    before = torch.backends.cudnn.enabled
+    torch.backends.cudnn.enabled = False
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.enabled = before
+
+
 _SWITCHES = Switch(_all_switches)
 _EAGER = Switch(lambda: torch.compiler.set_stance("force_eager"))
+_WITHOUT_CUDNN = Switch(_cudnn_off)
 
 
 @contextmanager
@@ -168,25 +192,23 @@ def _checkpoints_that_can_be_kept() -> Iterator[None]:
     checkpoint is called; its classes stay as they are.
     """
     module: Any = checkpoint
-    reentrant, generator = module.CheckpointFunction, module._checkpoint_without_reentrant_generator
+    reentrant = module.CheckpointFunction
+    generators = {name: vars(module)[name] for name in _GENERATORS if name in vars(module)}
 
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
         if here.sessions or here.plain:
             return function(*args)
         return reentrant.apply(function, preserve_rng_state, *args)
 
-    def without_reentrant(*args: Any, **kwargs: Any) -> Iterator[None]:
-        if here.plain:
-            return iter([None])
-        started: Iterator[None] = generator(*args, **kwargs)
-        return started
+    def unless_plain(generator: Callable[..., Iterator[None]]) -> Callable[..., Iterator[None]]:
+        return lambda *args, **kwargs: iter([None]) if here.plain else generator(*args, **kwargs)
 
     module.CheckpointFunction = type(reentrant.__name__, (reentrant,), {"apply": staticmethod(apply)})
-    module._checkpoint_without_reentrant_generator = without_reentrant
+    vars(module).update({name: unless_plain(generator) for name, generator in generators.items()})
     try:
         yield
     finally:
-        module.CheckpointFunction, module._checkpoint_without_reentrant_generator = reentrant, generator
+        vars(module).update(generators, CheckpointFunction=reentrant)
 
 
 @contextmanager

@@ -9,6 +9,7 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -17,14 +18,17 @@ from torch.func import jvp, vjp
 from torch.nn import Module
 from torch.utils._pytree import tree_map
 
+from ggn_ntk.autograd_graph import is_transformed, precisions
 from ggn_ntk.axes import AxesRequest
 from ggn_ntk.checks import eager
-from ggn_ntk.comparison import cotangent, total_norm
+from ggn_ntk.comparison import KINKS, PROBE_TOLERANCES, SEEN, cotangent, norms, read, total_norm
 from ggn_ntk.composite import differentiable
 from ggn_ntk.errors import Problem, UnsupportedModelError, is_out_of_memory, without
-from ggn_ntk.independence import gradients
+from ggn_ntk.independence import gradients, gradients_of
+from ggn_ntk.inputs import Inputs
 from ggn_ntk.isolation import isolated
 from ggn_ntk.request import Request
+from ggn_ntk.switches import without_checkpoints
 
 _KIND = "Taylor expansion"
 
@@ -114,6 +118,7 @@ class TaylorExpansion:
         self._names = _first_names(self._model)
         self._params = self._choose(params)
         self._pushforward: Pushforward | None = None
+        self._verified: set[tuple[int, ...]] = set()
 
     @property
     def point(self) -> Parameters:
@@ -143,15 +148,28 @@ class TaylorExpansion:
         request = Request.parse(self._model, x, None, AxesRequest.parse("full"), params=None, per_parameter=False)
         request = replace(request, params={name: self._params[name] for name in step})
         records = torch.is_grad_enabled()
-        with isolated(self._model), differentiable(self.degree):
-            if self._pushforward is None and not _is_transformed():
-                self._pushforward = _find_pushforward(replace(request, params=self._params), self.degree)
+        # what is returned is differentiated outside of the session: no checkpoint may evaluate the model again there
+        with isolated(self._model), differentiable(self.degree), without_checkpoints():
+            if not is_transformed():
+                self._verify(replace(request, params=self._params))
             with torch.set_grad_enabled(records):
                 function = _derivatives(
                     lambda p: request.evaluate(p, request.x1), step, self.degree, self._pushforward or _forward_mode
                 )
                 terms = function(request.primals)
                 return torch.stack([term / math.factorial(j) for j, term in enumerate(terms)]).sum(0)
+
+    def _verify(self, request: Request) -> None:
+        """Make sure that derivatives are right, at each sample that comes for the first time."""
+        fingerprints = _fingerprints(request.x1)
+        new = [i for i, fingerprint in enumerate(fingerprints) if fingerprint not in self._verified]
+        if not new:
+            return
+        inputs = request.x1 if len(new) == len(fingerprints) else request.x1[new]
+        if self._pushforward is None or not _is_right(request, inputs, self._pushforward, self.degree):
+            self._pushforward = _find_pushforward(request, self.degree)
+            self._verified.clear()
+        self._verified.update(fingerprints)
 
     def _choose(self, params: Iterable[str] | Mapping[str, Tensor] | None) -> Parameters:
         """Look up the parameters to expand in, and move the snapshot to where they are wanted.
@@ -362,13 +380,23 @@ def _double_vjp(
     return values, pushforward(tangents)[0]
 
 
-def _is_transformed() -> bool:
-    """Tell whether a ``torch.func`` transform is under way, in which tensors have no values to compare.
+def _fingerprints(inputs: Inputs) -> list[tuple[int, ...]]:
+    """Sum the bits of each sample, in words, with random weights: a sample that differs has another sum."""
+    sums = []
+    for x in inputs.tensors.values():
+        rows = x.detach().reshape(len(x), -1).contiguous()
+        word = next(w for w in (torch.int64, torch.int32, torch.int16, torch.uint8) if not rows.itemsize % w.itemsize)
+        words = (torch.view_as_real(rows) if rows.is_complex() else rows).view(word).reshape(len(x), -1).long()
+        sums.append((words * _weights(words.shape[1], words.device)).sum(1))
+    return [tuple(row) for row in torch.stack(sums, dim=1).tolist()]
 
-    Returns:
-        Whether one is.
-    """
-    return torch._C._functorch.maybe_get_level(torch.empty(0).sum()) > 0  # -1 for a plain tensor
+
+@lru_cache(maxsize=8)
+def _weights(count: int, device: torch.device) -> Tensor:
+    """Draw odd numbers of 64 bits."""
+    generator = torch.Generator("cpu").manual_seed(0)
+    with torch.inference_mode(False):
+        return (torch.randint(-(2**62), 2**62, (count,), generator=generator, device="cpu") * 2 + 1).to(device)
 
 
 def _find_pushforward(request: Request, degree: int) -> Pushforward:
@@ -386,7 +414,6 @@ def _find_pushforward(request: Request, degree: int) -> Pushforward:
 
     Raises:
         UnsupportedModelError: If there is none, or the model is no function.
-        RuntimeError: If memory runs out.
     """
     with without(_KIND):
         output = request.evaluate(None, request.x1, inspect=True)
@@ -394,14 +421,8 @@ def _find_pushforward(request: Request, degree: int) -> Pushforward:
         what = f"it returns {type(output).__name__}, not a tensor"
         raise UnsupportedModelError([Problem("", what, "Wrap it in a module that returns one")], _KIND)
     for pushforward in (_forward_mode, _double_vjp):
-        try:
-            if _agrees_with_autograd(request, pushforward, output) and (
-                degree < 2 or _derivatives_commute(request, pushforward, output)
-            ):
-                return pushforward
-        except RuntimeError as error:
-            if is_out_of_memory(error):
-                raise
+        if _is_right(request, request.x1, pushforward, degree):
+            return pushforward
     what = "torch.func does not get its derivatives right"
     remedy = (
         "Look for parameters that its forward pass uses past the modules that hold them, custom autograd functions and "
@@ -410,34 +431,69 @@ def _find_pushforward(request: Request, degree: int) -> Pushforward:
     raise UnsupportedModelError([Problem("", what, remedy)], _KIND)
 
 
-def _agrees_with_autograd(request: Request, pushforward: Pushforward, output: Tensor) -> bool:
-    """Tell whether a model's derivative along a direction is that of plain autograd.
+def _is_right(request: Request, inputs: Inputs, pushforward: Pushforward, degree: int) -> bool:
+    """Tell whether a way to differentiate is right at some samples.
 
     Args:
         request: The request.
-        pushforward: The way to differentiate.
-        output: The model's output.
+        inputs: The samples.
+        pushforward: The way.
+        degree: How often it will be used in a row.
 
     Returns:
-        Whether ``v^T (J g)`` is ``|g|^2``, with the gradient g of ``sum v f`` for random v.
+        Whether it is; not where torch cannot do it.
+
+    Raises:
+        RuntimeError: If memory runs out.
     """
+    try:
+        return _agrees_with_autograd(request, inputs, pushforward) and (
+            degree < 2 or _derivatives_commute(request, inputs, pushforward)
+        )
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+
+
+def _agrees_with_autograd(request: Request, inputs: Inputs, pushforward: Pushforward) -> bool:
+    """Tell whether a model's derivative along a direction is that of plain autograd, in the sum over samples.
+
+    Args:
+        request: The request.
+        inputs: The samples.
+        pushforward: The way to differentiate.
+
+    Returns:
+        Whether ``v^T (J d)`` is ``g^T d``, with the gradient g of ``sum v f``, for random v and d.
+    """
+    output = request.evaluate(None, inputs)
     v = cotangent(output, seed=0)
-    _, gradient = gradients(request, request.x1, v)
-    slope = pushforward(lambda p: request.evaluate(p, request.x1), (request.primals,), (gradient,))[1]
-    expected = total_norm(gradient.values()) ** 2
-    actual: float = (v * slope).sum().item()
-    return abs(actual - expected) <= _tolerance(output) * expected
+    direction = {name: cotangent(p, seed=1) for name, p in request.params.items()}
+    gradient = gradients_of(output, v, request.params)
+    slope = pushforward(lambda p: request.evaluate(p, inputs), (request.primals,), (direction,))[1]
+
+    def along(gradient: Parameters) -> float:
+        return math.fsum(read([(g * direction[name]).sum(dtype=torch.float64) for name, g in gradient.items()]))
+
+    error: float = abs((v * slope).sum(dtype=torch.float64).item() - along(gradient))
+    size = total_norm(gradient.values())
+    if error <= _tolerance(output) * size:
+        return True
+    moved = [gradients(request, inputs, v, request.leaves(jitter), jitter=jitter)[1] for jitter in (None, 0)]
+    seen = abs(along(moved[0]) - along(moved[1]))  # what rounding does, to deep networks
+    return error <= min(SEEN * seen, KINKS * size)
 
 
-def _derivatives_commute(request: Request, pushforward: Pushforward, output: Tensor) -> bool:
+def _derivatives_commute(request: Request, inputs: Inputs, pushforward: Pushforward) -> bool:
     """Tell whether second derivatives along two random directions are the same in both orders.
 
     They are not where torch loses a term of a nested derivative.
 
     Args:
         request: The request.
+        inputs: The samples.
         pushforward: The way to differentiate.
-        output: The model's output.
 
     Returns:
         Whether they are.
@@ -446,22 +502,16 @@ def _derivatives_commute(request: Request, pushforward: Pushforward, output: Ten
 
     def second_derivative(inner: Parameters, outer: Parameters) -> Tensor:
         def slope(point: Parameters) -> Any:
-            return pushforward(lambda p: request.evaluate(p, request.x1), (point,), (inner,))[1]
+            return pushforward(lambda p: request.evaluate(p, inputs), (point,), (inner,))[1]
 
         result: Tensor = pushforward(slope, (request.primals,), (outer,))[1]
         return result
 
     one, other = second_derivative(u, v), second_derivative(v, u)
-    return total_norm([one - other]) <= _tolerance(output) * total_norm([one])
+    difference, size = norms([one - other, one])
+    return difference <= math.sqrt(torch.finfo(one.dtype).eps) * size
 
 
 def _tolerance(output: Tensor) -> float:
-    """Give the largest relative difference that counts as rounding.
-
-    Args:
-        output: A tensor.
-
-    Returns:
-        The square root of its dtype's machine epsilon.
-    """
-    return math.sqrt(torch.finfo(output.dtype).eps)
+    """Give the largest relative difference that rounding usually makes, in the lowest precision inside of a model."""
+    return max(PROBE_TOLERANCES.get(dtype, math.sqrt(torch.finfo(dtype).eps)) for dtype in precisions(output))

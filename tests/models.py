@@ -5,7 +5,7 @@ from functools import partial
 from typing import Any
 
 import torch
-from cases import Case, Residual, TiedTransformer, normal, tokens
+from cases import Case, TiedTransformer, normal, tokens
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -13,16 +13,14 @@ from torch.utils.checkpoint import checkpoint
 
 @dataclass(frozen=True)
 class Model(Case):
-    """A case, with what to make of the model's return value.
+    """A case that is no sequence of layers.
 
     Attributes:
-        output: As in empirical_ntk.
         missed: The parameters that no rule covers.
         needs: A package that must be importable.
         rounds: Whether it computes in float32, whatever its dtype.
     """
 
-    output: Any = None
     missed: tuple[str, ...] = ()
     needs: str = "torch"
     rounds: bool = False
@@ -329,7 +327,6 @@ PACKED = tuple(f"attention.{name}" for name in ("in_proj_weight", "in_proj_bias"
 SEPARATE = tuple(f"attention.{name}_proj_weight" for name in "qkv")
 
 MODELS = [
-    Model("residual", Residual, normal(5)),
     Model("tied_as_many_positions_as_samples", TiedModel, tokens(4), n1=4, n2=4, missed=("model.position",)),
     Model("tied_as_many_positions_as_all_samples", TiedModel, tokens(4), n1=3, n2=1, missed=("model.position",)),
     Model("shared_convolution", SharedConvolution, normal(3, 8, 8)),

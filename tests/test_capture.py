@@ -1,17 +1,25 @@
 """The capture by autograd, for models that are no sequence of layers: exact, or by the remainder, or refused."""
 
 import importlib.util
-from functools import cache
 
 import pytest
 import torch
 from cases import BY_NAME
-from conftest import assert_close, first_samples, num_samples, oracle, oracle_sum
+from conftest import NAMED, assert_close, first_samples, oracle, oracle_sum
 from models import LARGE, MODELS, Scaled
 from test_isolation import unchanged
 from torch import nn
 
-from ggn_ntk import Factored, UnsupportedModelError, capture, empirical_ntk, explain, probe, register_rule, way_back
+from ggn_ntk import (
+    Factored,
+    UnsupportedModelError,
+    capture,
+    empirical_ntk,
+    explain,
+    register_rule,
+    vector_products,
+    way_back,
+)
 from ggn_ntk.axes import AxesRequest
 from ggn_ntk.comparison import differing
 from ggn_ntk.reference import jacobian_contraction
@@ -19,8 +27,6 @@ from ggn_ntk.request import Request
 from ggn_ntk.rules import attention, rule_for
 from ggn_ntk.rules.registry import _RULES, _RULES_BY_NAME
 from ggn_ntk.walk import identity
-
-BOTH = {model.name: model for model in (*MODELS, *LARGE)}
 
 
 def needs(package):
@@ -31,63 +37,14 @@ def each(models):
     return [pytest.param(model, marks=needs(model.needs), id=model.name) for model in models]
 
 
-def outputs(case, model, x):
-    """The outputs [N, *out], one sample at a time, as the user wants them."""
-    rows = []
-    for n in range(num_samples(x)):
-        sample = first_samples(x, slice(n, n + 1))
-        out = model(sample) if isinstance(sample, torch.Tensor) else None
-        if out is None:
-            out = model(*sample) if isinstance(sample, tuple) else model(**sample)
-        rows.append(out if case.output is None else case.output(out))
-    return torch.cat(rows)
-
-
-def gradients(case, model, x):
-    """The gradients of all samples and outputs, in float64, as plain as can be."""
-    params = [p for p in model.parameters() if p.requires_grad]
-    found = outputs(case, model, x)
-    rows = [
-        torch.autograd.grad(entry, params, retain_graph=True, allow_unused=True, materialize_grads=True)
-        for entry in found.flatten()
-    ]
-    return found.shape, rows
-
-
-@cache
-def expected(name):
-    """The kernels of x1 and x2, and of x1 with itself."""
-    case = BOTH[name]
-    model, x1, x2 = case.build()
-    (shape, first), (_, second) = gradients(case, model, x1), gradients(case, model, x2)
-    kernels = []
-    for other in (second, first):
-        kernel = torch.stack(
-            [torch.stack([sum((a * b).sum() for a, b in zip(r, q, strict=True)) for q in other]) for r in first]
-        )
-        n, c = len(x1 if isinstance(x1, torch.Tensor) else first) // 1, shape[1:].numel()
-        n, m = len(first) // c, len(other) // c
-        kernels.append(kernel.reshape(n, c, m, c).transpose(1, 2).reshape(n, m, *shape[1:], *shape[1:]))
-    return kernels
-
-
-def reduce(kernel, compute):
-    """The diagonal or trace of a full kernel."""
-    out = kernel.shape[2 : 2 + (kernel.ndim - 2) // 2]
-    if compute == "full":
-        return kernel
-    diagonal = kernel.reshape(*kernel.shape[:2], out.numel(), out.numel()).diagonal(dim1=2, dim2=3)
-    return diagonal.sum(-1) if compute == "trace" else diagonal.reshape(*kernel.shape[:2], *out)
-
-
 @pytest.mark.parametrize("case", each(MODELS))
 def test_exact(case, compute, dtype, device):
     if case.rounds and dtype == torch.float64:
         pytest.skip("computes in float32")
     model, x1, x2 = case.build(dtype, device)
     options = {"compute": compute, "method": "structured", "output": case.output}
-    assert_close(empirical_ntk(model, x1, x2, **options), reduce(expected(case.name)[0], compute))
-    assert_close(empirical_ntk(model, x1, **options), reduce(expected(case.name)[1], compute))
+    assert_close(empirical_ntk(model, x1, x2, **options), oracle_sum(case, compute=compute))
+    assert_close(empirical_ntk(model, x1, **options), oracle_sum(case, symmetric=True, compute=compute))
 
 
 @pytest.mark.parametrize("case", each(MODELS))
@@ -107,12 +64,16 @@ def test_explain_names_the_remainder(case):
 @pytest.mark.parametrize("case", each(LARGE))
 def test_torchvision(case):
     model, x1, x2 = case.build()
-    kernel, symmetric = expected(case.name)
-    assert_close(empirical_ntk(model, x1, x2, method="structured"), kernel)
+    assert_close(empirical_ntk(model, x1, x2, method="structured"), oracle_sum(case))
     model.float()
     x1, x2 = x1.float(), x2.float()
-    assert_close(empirical_ntk(model, x1, compute="trace", method="structured"), reduce(symmetric, "trace"))
-    assert_close(empirical_ntk(model, x1, x2, compute="diagonal", method="structured"), reduce(kernel, "diagonal"))
+    assert_close(
+        empirical_ntk(model, x1, compute="trace", method="structured"),
+        oracle_sum(case, symmetric=True, compute="trace"),
+    )
+    assert_close(
+        empirical_ntk(model, x1, x2, compute="diagonal", method="structured"), oracle_sum(case, compute="diagonal")
+    )
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
@@ -167,7 +128,7 @@ def test_way_back_in_stages(case, compute):
 @pytest.mark.parametrize("case", each(MODELS))
 def test_way_back_in_stages_through_any_model(case):
     model, x1, x2 = case.build(torch.float32)
-    assert_close(empirical_ntk(model, x1, x2, method="structured", output=case.output), expected(case.name)[0])
+    assert_close(empirical_ntk(model, x1, x2, method="structured", output=case.output), oracle_sum(case))
 
 
 @pytest.mark.parametrize("kind", ["torch.compile", "compile()", "inner"])
@@ -188,12 +149,12 @@ def test_compiled(kind):
 @pytest.mark.parametrize("method", ["structured", "jacobian_contraction"])
 def test_reentrant_checkpoints(method, compute):
     """Which neither torch.func nor autograd.grad supports."""
-    model, x1, x2 = BOTH["checkpointed"].build()
+    model, x1, x2 = NAMED["checkpointed"].build()
     model.use_reentrant = True
     with unchanged(model):
         kernel = empirical_ntk(model, x1, x2, compute=compute, method=method)
         assert not explain(model, x1, x2).remainder
-    assert_close(kernel, reduce(expected("checkpointed")[0], compute))
+    assert_close(kernel, oracle_sum(NAMED["checkpointed"], compute=compute))
 
 
 def test_inference_mode():
@@ -584,11 +545,11 @@ def test_importing_takes_no_third_party():
 @pytest.fixture
 def few_vectors(monkeypatch):
     """Take every gradient for a large one, of which products with two vectors are compared."""
-    monkeypatch.setattr(probe, "_LARGE", 0)
-    monkeypatch.setattr(probe, "_VECTORS", 2)
-    probe._random_vectors.cache_clear()
+    monkeypatch.setattr(vector_products, "_LARGE", 0)
+    monkeypatch.setattr(vector_products, "_VECTORS", 2)
+    vector_products._random_vectors.cache_clear()
     yield
-    probe._random_vectors.cache_clear()
+    vector_products._random_vectors.cache_clear()
 
 
 @pytest.mark.parametrize("name", ["embedding", "tied_embedding", "conv2d_options", "linear_3d", "bilinear", "tied"])
@@ -604,9 +565,13 @@ def test_large_gradients_are_compared_by_products_with_vectors(name, taken, few_
 @pytest.mark.parametrize("wrong", [lambda w: 1.001 * w, lambda w: w.flip(-1), lambda w: w.flip(0), lambda w: w.roll(1)])
 def test_products_with_vectors_tell_gradients_apart(wrong, few_vectors):
     gradient = torch.randn(6, 4).double()
-    assert probe.sketched(gradient, gradient).shape == (12,)
+    assert vector_products.sketched(gradient, gradient).shape == (12,)
     (name,) = differing(
-        {"w": probe.sketched(wrong(gradient), gradient)}, {"w": probe.sketched(gradient, gradient)}, 1e-8
+        {"w": vector_products.sketched(wrong(gradient), gradient)},
+        {"w": vector_products.sketched(gradient, gradient)},
+        1e-8,
     )
     assert name == "w"
-    assert not differing({"w": probe.sketched(gradient, gradient)}, {"w": probe.sketched(gradient, gradient)}, 1e-8)
+    assert not differing(
+        {"w": vector_products.sketched(gradient, gradient)}, {"w": vector_products.sketched(gradient, gradient)}, 1e-8
+    )
