@@ -1,6 +1,7 @@
 """``python -m ggn_ntk``: the NTK of a small CNN by every route, their agreement and their times."""
 
 import argparse
+import os
 import statistics
 import sys
 import time
@@ -93,10 +94,10 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=_DTYPES, default="float32", help="(default: %(default)s)")
     parser.add_argument("--method", choices=_METHODS, action="append", help="one route; repeatable (default: all)")
     parser.add_argument("--repeats", type=_positive, default=5, help="timed runs of each route (default: %(default)s)")
-    parser.add_argument("--output", type=Path, metavar="FILE", help="save the kernel of the last route as .npy")
+    parser.add_argument("--output", type=_file, metavar="FILE", help="save the kernel of the last route as .npy")
     parser.add_argument(
         "--picture",
-        type=Path,
+        type=_file,
         metavar="FILE",
         default="ggn_ntk_demo.png",
         help="where to draw the trace kernel (default: %(default)s)",
@@ -138,6 +139,31 @@ def _device(text: str) -> str:
     except (RuntimeError, AssertionError) as error:
         raise argparse.ArgumentTypeError(f"cannot use {text!r}: {str(error).splitlines()[0]}") from None
     return text
+
+
+def _file(text: str) -> Path:
+    """Read where to save something, and make sure that this can be done.
+
+    Args:
+        text: What was given.
+
+    Returns:
+        The path.
+
+    Raises:
+        ArgumentTypeError: If nothing can be written there.
+    """
+    path = Path(text)
+    reason = None
+    if path.is_dir():
+        reason = "it is a folder"
+    elif not path.parent.is_dir():
+        reason = f"there is no folder {path.parent}"
+    elif not os.access(path if path.exists() else path.parent, os.W_OK):
+        reason = "no permission"
+    if reason is not None:
+        raise argparse.ArgumentTypeError(f"cannot write to {text!r}: {reason}")
+    return path
 
 
 def _describe(device: str) -> str:

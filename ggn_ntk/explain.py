@@ -12,9 +12,9 @@ from ggn_ntk.checks import eager
 from ggn_ntk.contraction import restrict
 from ggn_ntk.doubling import Doubled
 from ggn_ntk.einsum import path_of
-from ggn_ntk.errors import Problem, UnsupportedModelError
+from ggn_ntk.errors import Problem, UnsupportedRouteError
 from ggn_ntk.isolation import isolated
-from ggn_ntk.lookup import looked_up, without_data
+from ggn_ntk.lookup import looked_up
 from ggn_ntk.request import Request
 from ggn_ntk.structured import recorded_products
 
@@ -121,7 +121,8 @@ def explain(
 
     Raises:
         ValueError: If ``method`` is another route, which has nothing to choose.
-        UnsupportedModelError: For ``method="structured"``, if it does not support the model.
+        UnsupportedModelError: If no route supports the model.
+        UnsupportedRouteError: For ``method="structured"``, if this one does not.
     """
     if method not in ("auto", "structured"):
         raise ValueError(f"method must be 'auto' or 'structured', the routes with a choice to explain, got {method!r}.")
@@ -131,7 +132,7 @@ def explain(
     with isolated(request.model):
         try:
             prepared, products = recorded_products(request)
-        except UnsupportedModelError as error:
+        except UnsupportedRouteError as error:
             if method == "structured":
                 raise
             return Explanation("jacobian_contraction", problems=tuple(error.problems))
@@ -161,7 +162,7 @@ def _contractions(request: Request, products: Iterable[tuple[str, Doubled]]) -> 
     total, n1 = sum(request.sizes), request.n1
     rows, columns = slice(0, n1 or total), slice(n1 or 0, total)
     for name, product in products:
-        operands = looked_up(without_data(restrict(product, rows, columns)))
+        operands = looked_up(restrict(product, rows, columns))
         info = path_of(operands, product.result, apart=product.apart)
         yield Contraction(
             parameter=name,

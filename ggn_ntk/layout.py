@@ -7,6 +7,7 @@ Routes work with outputs merged to one axis for each role, ``[N1, N2, E, F, F]``
 from collections.abc import Iterable
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from ggn_ntk.axes import OutputAxes
@@ -40,7 +41,7 @@ def transpose(kernel: Tensor) -> Tensor:
 
 
 def sum_kernels(kernels: Iterable[tuple[str, Tensor]], per_parameter: bool) -> dict[str, Tensor]:
-    """Sum kernels in place, by name or all of them.
+    """Sum kernels in place, by name or all of them, in the widest of their dtypes.
 
     Args:
         kernels: Names of parameters and kernels of one shape. A name may come several times.
@@ -52,7 +53,10 @@ def sum_kernels(kernels: Iterable[tuple[str, Tensor]], per_parameter: bool) -> d
     sums: dict[str, Tensor] = {}
     for name, kernel in kernels:
         key = name if per_parameter else ""
-        sums[key] = sums[key].add_(kernel) if key in sums else kernel
+        if key in sums and torch.can_cast(kernel.dtype, sums[key].dtype):
+            sums[key] += kernel
+        else:
+            sums[key] = sums[key] + kernel if key in sums else kernel
     return sums
 
 

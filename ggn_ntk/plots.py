@@ -89,7 +89,7 @@ def plot_spectrum(kernel: Tensor | Mapping[str, Tensor], ax: Any = None) -> Any:
 
 
 def plot_alignment(steps: Any, alignments: Mapping[str, Any] | Any, ax: Any = None) -> Any:
-    """Draw alignments, or other numbers between 0 and 1, over training.
+    """Draw alignments, or other numbers that are usually between 0 and 1, over training.
 
     Args:
         steps: Steps or times ``[T]``.
@@ -108,7 +108,8 @@ def plot_alignment(steps: Any, alignments: Mapping[str, Any] | Any, ax: Any = No
     for i, (name, values) in enumerate(curves.items()):
         y = _matching(name or "alignments", values, x)
         ax.plot(x, y, label=name or None, **_line(i, max(len(x) // 12, 1)))
-    ax.set(xlabel="step", ylabel="alignment", ylim=(0, 1.02))
+    low, high = ax.dataLim.intervaly  # alignments of centred kernels may be negative
+    ax.set(xlabel="step", ylabel="alignment", ylim=(min(low, 0) - 0.02, max(high, 1) + 0.02))
     if isinstance(alignments, Mapping):
         ax.legend()
     return ax

@@ -5,6 +5,7 @@ from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from difflib import get_close_matches
+from functools import reduce
 from typing import Any, SupportsIndex
 
 import torch
@@ -222,12 +223,14 @@ class Request:
             axes: The role of each output axis.
 
         Returns:
-            The kernel, or one kernel for each parameter by name.
+            The kernel in the widest dtype of its parameters, or one for each parameter in its own by name.
         """
         sums = sum_kernels(kernels, self.per_parameter)
+        dtypes = {name: p.dtype for name, p in self.params.items()}
         if not self.per_parameter:
-            return finish(sums[""], axes, self.symmetric)
-        return {name: finish(sums[name], axes, self.symmetric) for name in self.params}
+            dtype = reduce(torch.promote_types, dtypes.values())
+            return finish(sums[""], axes, self.symmetric).to(dtype)
+        return {name: finish(sums[name], axes, self.symmetric).to(dtype) for name, dtype in dtypes.items()}
 
 
 def _jittered(x: Tensor, seed: int) -> Tensor:

@@ -36,6 +36,7 @@ from ggn_ntk.errors import (
 from ggn_ntk.independence import Checked, check_shape
 from ggn_ntk.isolation import isolated
 from ggn_ntk.layout import Computed
+from ggn_ntk.lookup import without_data
 from ggn_ntk.pieces import Piece
 from ggn_ntk.probe import DIFFERS, Probe, outside_of_calls
 from ggn_ntk.reference import contract_jacobians
@@ -443,7 +444,7 @@ class Accumulator:
 
 
 class _Recorder(Accumulator):
-    """Takes products of Jacobians down instead of contracting them."""
+    """Takes products of Jacobians down, with the shapes of their operands alone, instead of contracting them."""
 
     def __init__(
         self,
@@ -483,4 +484,7 @@ class _Recorder(Accumulator):
             products: Which product belongs to which parameter.
             n: The number of samples.
         """
-        self._products += products
+        self._products += [
+            (name, replace(p, first=tuple(without_data(p.first)), second=tuple(without_data(p.second))))
+            for name, p in products
+        ]

@@ -129,8 +129,9 @@ def test_tutorial_cnn_to_one_in_a_million(device):
     layers = [nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3), nn.ReLU(), nn.Conv2d(32, 32, 3)]
     model = nn.Sequential(*layers, nn.Flatten(), nn.Linear(21632, 10)).to(device)
     x_train, x_test = torch.randn(20, 3, 32, 32, device=device), torch.randn(5, 3, 32, 32, device=device)
-    kernel = empirical_ntk(model, x_train, x_test).double()
-    expected = reference.jacobian_contraction(model.double(), x_train.double(), x_test.double())
+    kernel = empirical_ntk(model, x_train, x_test).double().cpu()
+    model, x_train, x_test = (value.cpu().double() for value in (model, x_train, x_test))
+    expected = reference.jacobian_contraction(model, x_train, x_test)
     assert (kernel - expected).norm() <= 1e-6 * expected.norm()
 
 

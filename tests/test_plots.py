@@ -103,7 +103,7 @@ def test_training_curves_share_the_colour_of_their_name(ax):
 
 
 def test_tensors_on_any_device(device):
-    kernel = torch.eye(4, device=device, dtype=torch.bfloat16)
+    kernel = torch.eye(4, dtype=torch.bfloat16).to(device)
     drawn(plot_kernel(kernel, torch.arange(4, device=device)))
     drawn(plot_alignment(torch.arange(4, device=device), torch.ones(4, device=device)))
 
