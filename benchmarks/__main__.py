@@ -1,10 +1,17 @@
 """``python -m benchmarks``: all workloads, sweeps and the overhead, then the report."""
 
 import argparse
+import os
+import subprocess
 import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from benchmarks import plan
+from benchmarks.contenders import BEFORE_FOLDER
+from benchmarks.counts import measure_counts
 from benchmarks.environment import describe_environment, slug
 from benchmarks.overhead import measure_overhead
 from benchmarks.process import ROOT
@@ -14,8 +21,8 @@ from benchmarks.runner import run_sweep, run_workload
 from benchmarks.workloads import ANY_MODULE, AXES, FULL, QUICK, SMALL, SWEEPS, SYMMETRIC, TRACE
 
 _TABLES = {workload.name: workload for workload in (*FULL, *TRACE, *SMALL, *SYMMETRIC, *AXES, *ANY_MODULE)}
-_OVERHEAD = "overhead"
-_NAMES = [*_TABLES, *SWEEPS, _OVERHEAD]
+_OVERHEAD, _COUNTS = "overhead", "counts"
+_NAMES = [*_TABLES, *SWEEPS, _OVERHEAD, _COUNTS]
 _SWEEP_ROUNDS = 3
 _QUICK_ROUNDS = 2
 
@@ -30,20 +37,57 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status: 0 if every kernel of ggn_ntk is right, else 1.
     """
     options = _parse(arguments)
-    environment = describe_environment(options.device)
+    with _at_commit(options.before) as commit:
+        return _run(options, describe_environment(options.device) | commit)
+
+
+@contextmanager
+def _at_commit(name: str | None) -> Iterator[dict[str, str]]:
+    """Have this library ready as it was at a commit.
+
+    Args:
+        name: The commit; ``None`` for nothing.
+
+    Yields:
+        What to add to the environment.
+    """
+    if name is None:
+        yield {}
+        return
+    commit = subprocess.check_output(["git", "rev-parse", "--short", name], cwd=ROOT, text=True).strip()
+    archive = subprocess.check_output(["git", "archive", commit, "ggn_ntk"], cwd=ROOT)
+    with tempfile.TemporaryDirectory() as folder:
+        subprocess.run(["tar", "-x", "-C", folder], input=archive, check=True)
+        os.environ[BEFORE_FOLDER] = folder
+        yield {plan.BEFORE: commit}
+
+
+def _run(options: argparse.Namespace, environment: dict[str, str]) -> int:
+    """Measure what was asked for, and write the report.
+
+    Args:
+        options: The options.
+        environment: What the run depends on besides the code.
+
+    Returns:
+        The exit status.
+    """
     folder = options.output / slug(environment)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "results.json"
     # A part of the run replaces that part of the same day's results.
     results = Results.load(file) if options.part and file.exists() else Results(environment)
     if options.quick:
-        chosen, sweeps, overhead = {workload.name: workload for workload in QUICK}, [], True
+        chosen, sweeps, overhead, counts = {workload.name: workload for workload in QUICK}, [], True, False
     else:
         chosen = {name: workload for name, workload in _TABLES.items() if name in options.only}
-        sweeps, overhead = [name for name in SWEEPS if name in options.only], _OVERHEAD in options.only
+        sweeps = [name for name in SWEEPS if name in options.only]
+        overhead, counts = _OVERHEAD in options.only, _COUNTS in options.only
 
     for workload in chosen.values():
         contenders = plan.available(plan.contenders_of(workload), options.device)
+        if options.before is not None:
+            contenders = [plan.GGN_NTK, plan.BEFORE]
         result = run_workload(
             workload,
             contenders,
@@ -62,6 +106,9 @@ def main(arguments: list[str] | None = None) -> int:
             results.save(file)
     if overhead:
         results.overhead = measure_overhead(options.rounds, options.device)
+        results.save(file)
+    if counts:
+        results.counts = measure_counts()
         results.save(file)
     write_report(results, folder)
     print(f"Report written to {folder}")
@@ -82,6 +129,7 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--only", nargs="+", choices=_NAMES, metavar="NAME", help=f"part of the run: {', '.join(map(repr, _NAMES))}"
     )
     parser.add_argument("--rounds", type=int, help=f"timed rounds (default: 7; at most {_SWEEP_ROUNDS} in sweeps)")
+    parser.add_argument("--before", metavar="COMMIT", help="compare with ggn_ntk at this commit alone, not with peers")
     parser.add_argument("--quick", action="store_true", help="tiny workloads, to try the command")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     parser.add_argument(

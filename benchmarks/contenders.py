@@ -1,5 +1,7 @@
 """The contenders that use torch, each as its users would write it."""
 
+import os
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -16,6 +18,9 @@ from benchmarks.workloads import Array, Workload
 
 #: From x1 and x2 to the kernel.
 Kernel = Callable[[Tensor, Tensor], Tensor]
+
+#: The environment variable that says where this library lies as it was at another commit.
+BEFORE_FOLDER = "GGN_NTK_BEFORE"
 
 #: Rows and columns of the matrices whose product measures the rate of arithmetic.
 MATRIX_SIZE = 4096
@@ -61,6 +66,20 @@ def _ggn_ntk(model: nn.Module, workload: Workload, clone: bool = False, capture:
         )
 
     return kernel
+
+
+def _before(model: nn.Module, workload: Workload) -> Kernel:
+    """Use this library as it was at another commit.
+
+    Args:
+        model: The network.
+        workload: The workload.
+
+    Returns:
+        The kernel function.
+    """
+    sys.path.insert(0, os.environ[BEFORE_FOLDER])
+    return _ggn_ntk(model, workload)
 
 
 def _reduced(model: nn.Module, workload: Workload) -> Kernel:
@@ -228,6 +247,7 @@ def _matrix_product(model: nn.Module, workload: Workload) -> Kernel:
 
 _CONTENDERS: dict[str, Callable[[nn.Module, Workload], Kernel]] = {
     plan.GGN_NTK: _ggn_ntk,
+    plan.BEFORE: _before,
     plan.CLONE: partial(_ggn_ntk, clone=True),
     plan.REDUCED: _reduced,
     plan.AUTOGRAD: partial(_ggn_ntk, capture="autograd"),

@@ -3,6 +3,7 @@
 from benchmarks.workloads import Workload
 
 GGN_NTK = "ggn_ntk"
+BEFORE = "ggn_ntk before"
 CLONE = "ggn_ntk, x2=x1.clone()"
 REDUCED = "ggn_ntk, full kernel reduced"
 AUTOGRAD = "ggn_ntk, capture='autograd'"

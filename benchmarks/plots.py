@@ -49,7 +49,7 @@ def draw(results: Results, folder: Path) -> None:
         folder: Where to put the pictures.
     """
     source = title(results.environment)
-    if results.workloads:
+    if results.has_peers:
         _draw_ratios(results.workloads, source).savefig(folder / SUMMARY_PLOT, dpi=150)
     for quantity, sweep in results.sweeps.items():
         _draw_sweep(quantity, sweep, source).savefig(folder / sweep_plot(quantity), dpi=150)

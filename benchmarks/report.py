@@ -9,11 +9,17 @@ from benchmarks.check import TOLERANCE
 from benchmarks.environment import title
 from benchmarks.plots import SUMMARY_PLOT, draw, sweep_plot
 from benchmarks.results import Measurement, Results, WorkloadResult, three_digits
+from benchmarks.workloads import WORKLOADS
 
 _NONE = "–"
 
 _HOW = """Times are medians in seconds; peak memory is in megabytes above each process's own baseline; errors are
 relative to the kernels of ggn_ntk, the largest of all rounds. [How it is measured](../README.md)."""
+
+_COUNTED = """Operations that a call starts on a device, how often it waits for all of them to end (to read numbers),
+and copies from or to the CPU. They are counted in a second call, on the device that the tests pretend to have."""
+
+_COUNTS_FILE = "counts.md"
 
 
 def write_report(results: Results, folder: Path) -> None:
@@ -25,7 +31,9 @@ def write_report(results: Results, folder: Path) -> None:
     """
     draw(results, folder)
     sections = [f"# {title(results.environment)}", _HOW]
-    if results.workloads:
+    if results.workloads and not results.has_peers:
+        sections += ["## Summary", _before(results.workloads)]
+    elif results.workloads:
         sections += ["## Summary", _summary(results.workloads), f"![Times relative to ggn_ntk]({SUMMARY_PLOT})"]
     sections += ["## Environment", _environment(results)]
     sections += [part for r in results.workloads for part in (f"## {_heading(r)}", _workload(r))]
@@ -34,7 +42,26 @@ def write_report(results: Results, folder: Path) -> None:
         sections += [f"## Time against {quantity}", picture, _sweep(quantity, sweep)]
     if results.overhead:
         sections += ["## EmpiricalNTK beside BatchGrad", _overhead(results.overhead)]
+    if results.counts:
+        workloads = {name: counts for name, counts in results.counts.items() if name in WORKLOADS}
+        more = f"[The same for the cases of the tests]({_COUNTS_FILE})."
+        sections += ["## What a GPU would pay for", _COUNTED, _counts(workloads), more]
+        cases = {name: counts for name, counts in results.counts.items() if name not in WORKLOADS}
+        (folder / _COUNTS_FILE).write_text(f"# {title(results.environment)}\n\n{_COUNTED}\n\n{_counts(cases)}\n")
     (folder / "README.md").write_text("\n\n".join(sections) + "\n")
+
+
+def _counts(counts: dict[str, dict[str, int]]) -> str:
+    """Show counts.
+
+    Args:
+        counts: By name.
+
+    Returns:
+        A table.
+    """
+    kinds = list(next(iter(counts.values())))
+    return _table(["", *kinds], [[name, *(str(of_one[kind]) for kind in kinds)] for name, of_one in counts.items()])
 
 
 def summary_line(measurement: Measurement) -> str:
@@ -72,6 +99,23 @@ def _summary(results: list[WorkloadResult]) -> str:
         row += [_ratio(memory, r.peak(peer)) for peer in (plan.JACOBIANS, plan.NEURAL_TANGENTS)]
         rows.append(row)
     return _table(header, rows)
+
+
+def _before(results: list[WorkloadResult]) -> str:
+    """Compare ggn_ntk with itself at another commit.
+
+    Args:
+        results: The results.
+
+    Returns:
+        A table.
+    """
+    rows = []
+    for r in results:
+        seconds, before = r.seconds(plan.GGN_NTK), r.seconds(plan.BEFORE)
+        memory = _ratio(r.peak(plan.GGN_NTK), r.peak(plan.BEFORE))
+        rows.append([r.name, _seconds(seconds), _seconds(before), _ratio(seconds, before), memory])
+    return _table(["workload", "seconds", "before", "time now", "memory now"], rows)
 
 
 def _faster(result: WorkloadResult, peer: str, ours: float | None) -> str:

@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
+from benchmarks import plan
 from benchmarks.check import TOLERANCE
 
 
@@ -97,12 +98,19 @@ class Results:
         workloads: The results.
         sweeps: Results by the value of the quantity that is swept, by quantity.
         overhead: The cost of the kernel in a training step: times by variant.
+        counts: What a GPU would pay for in a call, by the name of a workload or of a case of the tests.
     """
 
     environment: dict[str, str]
     workloads: list[WorkloadResult] = field(default_factory=list)
     sweeps: dict[str, dict[int, WorkloadResult]] = field(default_factory=dict)
     overhead: dict[str, Measurement] = field(default_factory=dict)
+    counts: dict[str, dict[str, int]] = field(default_factory=dict)
+
+    @property
+    def has_peers(self) -> bool:
+        """Whether peers took part in a workload, and not only this library at another commit."""
+        return any(name not in (plan.GGN_NTK, plan.BEFORE) for r in self.workloads for name in r.measurements)
 
     def put(self, result: WorkloadResult) -> None:
         """Add the results of a workload, in the place of earlier ones.
@@ -143,6 +151,7 @@ class Results:
                 for quantity, sweep in kept["sweeps"].items()
             },
             overhead={variant: Measurement(**kept) for variant, kept in kept["overhead"].items()},
+            counts=kept.get("counts", {}),
         )
 
 

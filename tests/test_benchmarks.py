@@ -109,7 +109,8 @@ def made_up_results() -> Results:
     measurements[plan.VIVIT].spot_error = 0.07
     result = WorkloadResult("cnn", 20, 5, 10, measurements, [2e11, 3e11, 2.5e11], 1e10)
     overhead = dict.fromkeys((plan.STEP, plan.BATCH_GRAD_STEP, plan.KERNEL_STEP, plan.ALONE), Measurement([0.1], 0, 0))
-    return Results(ENVIRONMENT, [result], {"N": dict.fromkeys(SWEEPS["N"], result)}, overhead)
+    counts = {"cnn": {"launches": 304, "syncs": 5}, "mlp_ReLU": {"launches": 192, "syncs": 6}}
+    return Results(ENVIRONMENT, [result], {"N": dict.fromkeys(SWEEPS["N"], result)}, overhead, counts)
 
 
 def test_results_are_kept(tmp_path):
@@ -128,8 +129,21 @@ def test_report(tmp_path):
     assert OUT_OF_MEMORY in report
     assert "**wrong: 7e-02**" in report
     assert "10 GFLOP at 250 GFLOP/s (200 to 300)" in report
+    assert "| cnn | 304 | 5 |" in report
+    assert "mlp_ReLU" not in report
+    assert "| mlp_ReLU | 192 | 6 |" in (tmp_path / "counts.md").read_text()
     tables = [line for line in report.splitlines() if line.startswith("|")]
     assert all(line.endswith(" |") for line in tables)
+
+
+def test_report_of_two_commits(tmp_path):
+    measurements = {plan.GGN_NTK: Measurement([0.3], 100, 0), plan.BEFORE: Measurement([0.2], 50, 0)}
+    results = Results({**ENVIRONMENT, plan.BEFORE: "f2a7431"}, [WorkloadResult("cnn", 20, 5, 10, measurements)])
+    write_report(results, tmp_path)
+    report = (tmp_path / "README.md").read_text()
+    assert "| cnn | 0.300 | 0.200 | 1.50x | 2.00x |" in report
+    assert "| ggn_ntk before | f2a7431 |" in report
+    assert SUMMARY_PLOT not in report
 
 
 def test_folders_are_named_by_device_version_and_date():
