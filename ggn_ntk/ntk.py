@@ -103,7 +103,7 @@ def empirical_ntk(
     Returns:
         ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]`` for a model with outputs ``[N, *out]``; with
         axes, ``[N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]``; or a dict of such
-        kernels. In the model's dtype on its device, without a graph.
+        kernels. In the widest dtype of the parameters, or each in its own, on the model's device, without a graph.
 
     Warns:
         RouteWarning: If another route or a slower way is taken, with the reason.

@@ -285,7 +285,8 @@ def acts_on_each_sample(module: Module) -> bool:
     known = [_RULES.get(kind), _BACKPROPAGATIONS[kind].function if kind in _BACKPROPAGATIONS else None]
     registered = [function for function in known if function is not None]
     own = kind.__module__.startswith("torch.nn.modules.") and bool(registered)
-    reshapes = getattr(module, "start_dim", 1) == 0 or (kind is nn.Unflatten and module.dim == 0)
+    axis = module.dim if isinstance(module, nn.Unflatten) else getattr(module, "start_dim", 1)
+    reshapes = not (isinstance(axis, int) and axis >= 1)  # counted from behind, it may be that of the samples
     apart = isinstance(module, nn.MultiheadAttention) or reshapes
     return own and not apart and all(f.__module__.startswith(__package__ + ".") for f in registered)
 
