@@ -155,7 +155,8 @@ def record(request: Request, inputs: Inputs, one: Recording | None = None) -> Re
 
     def take(module: Module, rule: Rule, args: tuple[Any, ...], output: Tensor, params: dict[str, str]) -> Tensor:
         sources = tuple(get_gradient_edge(t).node for t in _tensors(args) if t.requires_grad)
-        args, output = _map_tensors(_kept, args), output.view_as(output)  # a node of the graph of its own
+        args = _map_tensors(_kept, args)
+        output = torch.ops.aten.alias(output)  # a node of the graph of its own, with the same strides
         versions = tuple((t, t._version) for t in _tensors(args) if t.is_floating_point())
         shape, alone = output.shape, None if one is None else _of_same_layer(module, one.calls, len(calls))
         repeated = n > 1 and alone is not None and alone.shape == shape

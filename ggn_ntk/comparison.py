@@ -106,7 +106,7 @@ def differing(
 def rows_differing(actual: Tensor, expected: Tensor, tolerance: float) -> Tensor:
     """Find samples at which outputs differ by more than rounding.
 
-    Each sample's error counts relative to its own norm, or to what is usual where that is larger. Entries that are
+    Each sample's error counts relative to its own norm, or to the median of all where that is larger. Entries that are
     infinite or NaN in both are equal.
 
     Args:
@@ -121,7 +121,7 @@ def rows_differing(actual: Tensor, expected: Tensor, tolerance: float) -> Tensor
     same = (a == b) | (a.isnan() & b.isnan())
     difference, b = (a - b).masked_fill(same, 0), b.masked_fill(~b.isfinite(), 0)
     error, size = (torch.linalg.vector_norm(x, dim=1) for x in (difference, b))
-    usual = torch.linalg.vector_norm(size) / math.sqrt(len(size))
+    usual = size.masked_fill(size == 0, torch.nan).nanmedian().nan_to_num(0)
     differ: Tensor = ~(error <= tolerance * torch.maximum(size, usual))
     return differ
 

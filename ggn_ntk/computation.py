@@ -14,7 +14,7 @@ from ggn_ntk.comparison import all_finite, cotangent
 from ggn_ntk.errors import NotFiniteError, NotFiniteWarning, Problem, UnsupportedModelError, listed, warn
 from ggn_ntk.independence import gradients
 from ggn_ntk.inputs import Inputs
-from ggn_ntk.isolation import isolated
+from ggn_ntk.isolation import isolated, outside_of_transforms
 from ggn_ntk.layout import Computed
 from ggn_ntk.memory import explained
 from ggn_ntk.request import Request
@@ -57,10 +57,10 @@ def carry_out(request: Request, kernels: Callable[[Request], tuple[Kernels, Comp
         UnsupportedModelError: If the model has no exact kernel.
         KernelMemoryError: If memory does not suffice.
     """
-    with isolated(request.model), explained(lambda: _described(request)):
+    with outside_of_transforms(request.inputs), isolated(request.model), explained(lambda: _described(request)):
         try:
             result, computed = kernels(request)
-            if _is_finite(result):
+            if is_finite(result):
                 return result, computed
         except NotFiniteError:
             computed = None
@@ -109,7 +109,7 @@ def _spread(kernel: Tensor, rows: list[int], columns: list[int], sizes: tuple[in
     return whole
 
 
-def _is_finite(result: Kernels) -> bool:
+def is_finite(result: Kernels) -> bool:
     """Tell whether no entry is infinite or NaN."""
     return all_finite(result.values() if isinstance(result, dict) else [result])
 
@@ -124,7 +124,7 @@ def _infinite_samples(request: Request) -> set[int]:
     waiting = [list(range(len(inputs)))]
     while waiting:
         samples = waiting.pop()
-        if _gradient_is_finite(request, inputs[samples], v[samples]):
+        if _gradientis_finite(request, inputs[samples], v[samples]):
             continue
         if len(samples) == 1:
             found.update(samples)
@@ -134,7 +134,7 @@ def _infinite_samples(request: Request) -> set[int]:
     return found
 
 
-def _gradient_is_finite(request: Request, inputs: Inputs, v: Tensor) -> bool:
+def _gradientis_finite(request: Request, inputs: Inputs, v: Tensor) -> bool:
     """Tell whether the gradient of ``sum v f`` is finite."""
     return all_finite(gradients(request, inputs, v)[1].values())
 

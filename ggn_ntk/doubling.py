@@ -57,6 +57,10 @@ class Doubled:
         return len(self.first) if self.formed else 0
 
 
+# What forming Jacobians from one-hot vectors, say of a vocabulary, may cost in operations.
+_LARGEST = 2**30
+
+
 def double(first: Factored, second: Factored, roles: Roles, *, formed: bool = False) -> Doubled:
     """Write the product of two Jacobians of one parameter as one einsum.
 
@@ -67,7 +71,7 @@ def double(first: Factored, second: Factored, roles: Roles, *, formed: bool = Fa
         first: The Jacobian of x1.
         second: The Jacobian of x2.
         roles: The number of outputs in each role.
-        formed: Whether to form each Jacobian before the two meet; those with one-hot vectors are not.
+        formed: Whether to form each Jacobian before the two meet; with one-hot vectors, if it is not large.
 
     Returns:
         The einsum and its operands.
@@ -83,11 +87,12 @@ def double(first: Factored, second: Factored, roles: Roles, *, formed: bool = Fa
         tuple(_rename(second, roles, dict(zip(second.result, ["edf", "m", *axes], strict=True)), names)),
     )
     operands = [*product.first, *product.second]
-    if formed and not any(o.hot for o in operands):
-        return replace(product, formed=True)
-    if not any(o.hot for o in operands) or cost(operands, product.result) <= _cost_of_dense(operands, product.result):
-        return product
-    return replace(product, first=tuple(dense(product.first)), second=tuple(dense(product.second)))
+    hot = any(o.hot for o in operands)
+    dense_cost = _cost_of_dense(operands, product.result) if hot else 0
+    formed = formed and dense_cost <= _LARGEST
+    if hot and (formed or dense_cost < cost(operands, product.result)):
+        product = replace(product, first=tuple(dense(product.first)), second=tuple(dense(product.second)))
+    return replace(product, formed=formed)
 
 
 def _cost_of_dense(operands: list[Operand], result: str) -> float:

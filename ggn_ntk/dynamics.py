@@ -385,7 +385,7 @@ def _parse_steps(steps: Any, like: Tensor) -> Tensor:
 # ---------------------------------------------------------------- the squared loss, in the eigenbasis
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class _Training:
     """A training set under the squared loss.
 

@@ -2,6 +2,7 @@
 
 import re
 import sys
+import threading
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -123,8 +124,29 @@ def listed(names: Iterable[object]) -> str:
     return f"{', '.join(shown[:_LISTED])} and {others} others"
 
 
+class _Here(threading.local):
+    """Whether this thread says nothing of what happens on the way to a kernel that is compared with another."""
+
+    silent = False
+
+
+_HERE = _Here()
+
+
+@contextmanager
+def silent() -> Iterator[None]:
+    """Say nothing inside: of what only a check does."""
+    before, _HERE.silent = _HERE.silent, True
+    try:
+        yield
+    finally:
+        _HERE.silent = before
+
+
 def warn(message: str, category: type[Warning]) -> None:
     """Warn where the user's code called this package."""
+    if _HERE.silent:
+        return
     frame, level = sys._getframe(1), 1
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _PASSED_BY:
         frame, level = frame.f_back, level + 1

@@ -13,7 +13,7 @@ from ggn_ntk.contraction import restrict
 from ggn_ntk.doubling import Doubled
 from ggn_ntk.einsum import path_of
 from ggn_ntk.errors import Problem, UnsupportedRouteError
-from ggn_ntk.isolation import isolated
+from ggn_ntk.isolation import isolated, outside_of_transforms
 from ggn_ntk.lookup import looked_up
 from ggn_ntk.request import Request
 from ggn_ntk.structured import recorded_products
@@ -129,7 +129,7 @@ def explain(
     request = Request.parse(
         model, x1, x2, AxesRequest.parse(compute), params=params, per_parameter=True, capture=capture, output=output
     )
-    with isolated(request.model):
+    with outside_of_transforms(request.inputs), isolated(request.model):
         try:
             prepared, products = recorded_products(request)
         except UnsupportedRouteError as error:

@@ -124,10 +124,11 @@ def _check_tensors(inputs: Inputs, argument: str, model: Module) -> None:
         if not isinstance(tensor, Tensor):
             call = _call_with(label, tensor)
             raise TypeError(f"{argument}{label} must be a tensor, got {kind_of(tensor)}.{_wrapper(call)}")
-        if tensor.layout is not torch.strided or tensor.is_nested:
+        if tensor.is_nested:
+            raise ValueError(f"{argument}{label} is a nested tensor: pass padded samples with a mask.")
+        if tensor.layout is not torch.strided:
             raise ValueError(
-                f"{argument}{label} is of layout {tensor.layout}: pass a dense tensor, {argument}{label}.to_dense(), "
-                "or padded samples with a mask."
+                f"{argument}{label} is of layout {tensor.layout}: pass a dense tensor, {argument}{label}.to_dense()."
             )
         if tensor.ndim == 0:
             raise ValueError(f"{argument}{label} has no axes: its leading axis must hold the samples.")

@@ -3,37 +3,59 @@
 import random
 import sys
 import threading
-from collections.abc import Callable, Iterable, Sequence
-from contextlib import nullcontext
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from functools import cache
 from typing import Any, TypeVar
 
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ggn_ntk.errors import Problem, UnsupportedModelError
-from ggn_ntk.state import global_generators
+from ggn_ntk.comparison import TOLERANCES
+from ggn_ntk.errors import Problem, UnsupportedModelError, listed
+from ggn_ntk.state import Generator, global_generators, storage_of
 
 _T = TypeVar("_T")
 
-DRAWS = Problem("", "its forward pass draws random numbers", "Call eval(), or make its forward pass deterministic")
+# Operations that move numbers, besides views.
+_MOVES = {
+    f"aten::{name}" for name in ("clone", "copy_", "_to_copy", "index", "index_select", "embedding", "cat", "gather")
+}
+
+# What sets a generator of torch's.
+_SETS = ("manual_seed", "seed", "set_state")
+
+_REMEDY = "Call eval(), or make its forward pass deterministic"
+DRAWS = Problem("", "its forward pass draws random numbers", _REMEDY)
+UNSTEADY = Problem(
+    "",
+    "it returns something else when it is evaluated again: it draws random numbers, or keeps state out of reach",
+    _REMEDY,
+)
 
 
 class Inspection(TorchDispatchMode):
-    """Looks at each operation of a forward pass before it is carried out."""
+    """Looks at each operation of a forward pass before it is carried out.
 
-    def __init__(self, params: Iterable[Tensor], written: dict[Tensor, Tensor]) -> None:
+    Attributes:
+        forward_mode: Whether the pass differentiates something in forward mode.
+        low: Dtypes of low precision in which it computes.
+    """
+
+    def __init__(self, params: Mapping[Tensor, Tensor | None], written: dict[Tensor, Tensor]) -> None:
         """Set up.
 
         Args:
-            params: Parameters that operations may write to.
+            params: Parameters that operations may write to, with the values that they had, if these are known.
             written: Takes down those that they do write to, with the values that they had.
         """
         super().__init__()
-        self._params, self._written = {p.untyped_storage()._cdata: p for p in params}, written
+        self._params, self._written = {storage_of(p): (p, values) for p, values in params.items()}, written
+        self.forward_mode, self.low = False, set[torch.dtype]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Carry out an operation, unless it draws random numbers."""
@@ -42,10 +64,32 @@ class Inspection(TorchDispatchMode):
         if draws and _draws(func, args, kwargs):
             raise UnsupportedModelError([DRAWS])
         for tensor in tree_leaves([args[i] if i < len(args) else kwargs.get(name) for i, name in written]):
-            param = self._params.get(tensor.untyped_storage()._cdata) if isinstance(tensor, Tensor) else None
+            param, values = self._params.get(storage_of(tensor) if isinstance(tensor, Tensor) else 0, (None, None))
             if param is not None and param not in self._written:
-                self._written[param] = param.detach().clone()
-        return func(*args, **kwargs)
+                self._written[param] = param.detach().clone() if values is None else values
+        self.forward_mode = self.forward_mode or forward_ad._current_level >= 0
+        result = func(*args, **kwargs)
+        low = _dtypes(result) - TOLERANCES.keys()
+        if low and _rounds(func, _dtypes((args, kwargs)), low):
+            self.low |= low
+        return result
+
+
+def in_low_precision(dtypes: Iterable[torch.dtype]) -> Problem:
+    """Say that a model computes in dtypes that are too coarse."""
+    remedy = "Kernels are exact in float32 and float64 only: switch autocast and conversions in its forward pass off"
+    return Problem("", f"it computes in {listed(sorted(map(str, dtypes)))} inside", remedy)
+
+
+def _dtypes(values: Any) -> set[torch.dtype]:
+    """List the dtypes of tensors of real numbers."""
+    return {x.dtype for x in tree_leaves(values) if isinstance(x, Tensor) and x.is_floating_point()}
+
+
+def _rounds(func: Any, given: set[torch.dtype], made: set[torch.dtype]) -> bool:
+    """Tell whether an operation that makes numbers of a low precision rounds: it may only make or move constants."""
+    moves = func.is_view or func._schema.name in _MOVES
+    return bool(given) and not (moves and given <= made)
 
 
 class OwnGenerator(TorchDispatchMode):
@@ -90,7 +134,7 @@ def _draws(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 
 
 def without_draws(call: Callable[..., _T], *args: Any) -> _T:
-    """Evaluate a model, unless it draws random numbers from the generators of NumPy or Python.
+    """Evaluate a model, unless it draws random numbers from the generators of NumPy or Python, or seeds torch's.
 
     Where these have moved, another thread may have moved them: then the call is made once more, under watch.
 
@@ -102,34 +146,62 @@ def without_draws(call: Callable[..., _T], *args: Any) -> _T:
         What the call returns.
 
     Raises:
-        UnsupportedModelError: If it draws. The generators are as before.
+        UnsupportedModelError: If it draws. The generators are as before, unless other threads may have used them.
     """
     generators = global_generators()
-    result = call(*args)
-    if any(generator.changed() for generator in generators) and _calls_a_generator(call):
-        for generator in generators:
-            generator.put_back()
-        raise UnsupportedModelError([DRAWS])
+    try:
+        result = call(*args)
+        if any(generator.changed() for generator in generators) and _calls_a_generator(call):
+            raise UnsupportedModelError([DRAWS])
+    except BaseException:
+        others = (thread for thread in threading.enumerate() if thread is not threading.current_thread())
+        if all(thread.daemon for thread in others):  # else what others have drawn would come once more
+            for generator in generators:
+                generator.put_back()
+        raise
     return result
 
 
 def _calls_a_generator(call: Callable[[], Any]) -> bool:
-    """Tell whether a call draws from the generators of Python or NumPy in this thread."""
+    """Tell whether a call draws from the generators of Python or NumPy in this thread, or seeds one of torch's."""
     of_python: Any = vars(random)["_inst"]
+    of_torch = [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
     drawn = False
 
     def watch(frame: Any, event: str, argument: Any) -> None:
         nonlocal drawn
-        drawn = drawn or (event == "c_call" and getattr(argument, "__self__", None) is of_python)
+        if event == "c_call" and not drawn:
+            owner = getattr(argument, "__self__", None)
+            drawn = owner is of_python or (argument.__name__ in _SETS and any(owner is g for g in of_torch))
 
-    lock = np.random.mtrand._rand._bit_generator.lock
-    reentrant = isinstance(lock, type(threading.RLock()))  # since NumPy 2; then no other thread can draw meanwhile
-    before = sys.getprofile()
-    with lock if reentrant else nullcontext():
-        _, of_numpy = global_generators()
+    before, kept = sys.getprofile(), of_python.gauss_next
+    with _numpy_moved_on() as moved:
+        of_python.gauss_next = None  # a number that it has already made would come without a call
         sys.setprofile(watch)
         try:
             call()
         finally:
             sys.setprofile(before)
-        return drawn or of_numpy.changed()
+            of_python.gauss_next = kept
+        return drawn or moved()
+
+
+@contextmanager
+def _numpy_moved_on() -> Iterator[Callable[[], bool]]:
+    """Have NumPy's generator in a state of its own, and for this thread alone; then it is put back.
+
+    Yields:
+        A function that tells whether the generator has moved.
+    """
+    lock = np.random.mtrand._rand._bit_generator.lock
+    alone = isinstance(lock, type(threading.RLock()))  # since NumPy 2
+    with lock if alone else nullcontext():
+        found = np.random.get_state(legacy=False)
+        if alone:
+            np.random.set_state(np.random.RandomState(0).get_state(legacy=False))
+        here = Generator(lambda: np.random.get_state(legacy=False), np.random.set_state)
+        try:
+            yield here.changed
+        finally:
+            if alone:
+                np.random.set_state(found)

@@ -7,24 +7,29 @@ exit that state is put back (:mod:`ggn_ntk.state`).
 """
 
 import threading
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
 from backpack import hook_store_io
 from torch import Tensor
+from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn import Module, RNNBase
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
 
+from ggn_ntk.autograd_graph import is_transformed
+from ggn_ntk.comparison import read
 from ggn_ntk.errors import Problem, UnsupportedModelError
 from ggn_ntk.inspection import DRAWS, Inspection
-from ggn_ntk.state import State
+from ggn_ntk.state import State, Values, storage_of
 from ggn_ntk.switches import process_switches
 
-# Who uses which modules and parameters, by their id: a thread, and how many of its sessions.
+# Who uses which modules and parameters, by their id, or forward mode: a thread, and how often.
 _USERS: dict[int, tuple[int, int]] = {}
+_FORWARD = -1
 _RELEASED = threading.Condition()
 
 
@@ -76,13 +81,38 @@ def isolated(model: Module) -> Iterator["Session"]:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.enter_context(process_switches(recurrent=any(isinstance(m, RNNBase) for m in model.modules())))
         stack.enter_context(_default_device(torch.device("cpu")))
-        stack.enter_context(_alone_with(model))
+        stack.enter_context(alone_with(model))
         session = Session(model, device)
         stack.callback(session.close)
         _ENTERED.sessions[id(model)] = session, 1
         stack.callback(_ENTERED.sessions.pop, id(model))
-        yield session
+        try:
+            yield session
+        except UnsupportedModelError:
+            raise
+        except Exception as error:  # which what the model does to its parameters may have led to
+            session.verify(error)
+            raise
         session.verify()
+
+
+@contextmanager
+def outside_of_transforms(inputs: Iterable[Tensor]) -> Iterator[None]:
+    """Leave transforms of ``torch.func`` that are under way, in whose course a model may ask for another's kernel.
+
+    Args:
+        inputs: What to compute with.
+
+    Yields:
+        Nothing.
+
+    Raises:
+        ValueError: If a transform has made something else of the inputs.
+    """
+    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, inputs)):
+        raise ValueError("x1 or x2 is what a torch.func transform makes of a tensor: compute kernels outside of it.")
+    with temporarily_clear_interpreter_stack() if is_transformed() else nullcontext():
+        yield
 
 
 def _default_device(device: torch.device) -> AbstractContextManager[Any]:
@@ -91,19 +121,72 @@ def _default_device(device: torch.device) -> AbstractContextManager[Any]:
 
 
 @contextmanager
-def _alone_with(model: Module) -> Iterator[None]:
-    """Wait until no other thread uses a module or parameter of the model."""
-    thread, wanted = threading.get_ident(), {id(x) for x in (*model.modules(), *model.parameters())}
-    nobody = (thread, 0)
+def alone_with(model: Module) -> Iterator[None]:
+    """Have a model for this thread alone, as it is between the evaluations of others, which exchange its parameters.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Nothing.
+    """
+    modules = {id(module) for module in model.modules()}
+
+    def find() -> set[int] | None:
+        if not _is_free(modules):  # others may have exchanged its parameters
+            return None
+        wanted = modules | {id(p) for p in model.parameters()}
+        return wanted if _is_free(wanted) else None
+
+    with _claimed(find):
+        yield
+
+
+@contextmanager
+def forward_mode() -> Iterator[None]:
+    """Have forward mode for this thread alone: torch keeps its level for the process.
+
+    Yields:
+        Nothing.
+    """
+    with _claimed(lambda: {_FORWARD} if _is_free({_FORWARD}) else None):
+        yield
+
+
+def _is_free(keys: Iterable[int]) -> bool:
+    """Tell whether no other thread uses any of these."""
+    thread = threading.get_ident()
+    return all(_USERS[key][0] == thread for key in keys if key in _USERS)
+
+
+@contextmanager
+def _claimed(find: Callable[[], set[int] | None]) -> Iterator[None]:
+    """Wait until something is free, and have it for this thread alone.
+
+    Args:
+        find: Finds out what is wanted; ``None`` while others use it.
+
+    Yields:
+        Nothing.
+    """
+    thread = threading.get_ident()
     with _RELEASED:
-        _RELEASED.wait_for(lambda: all(_USERS.get(key, nobody)[0] == thread for key in wanted))
-        for key in wanted:
-            _USERS[key] = thread, _USERS.get(key, nobody)[1] + 1
+        keys = find()
+        if keys is None:
+            lent = _USERS.pop(_FORWARD) if _USERS.get(_FORWARD, (None, 0))[0] == thread else None
+            _RELEASED.notify_all()  # those who wait may have to go on for this wait to end
+            while keys is None or (lent and not _is_free({_FORWARD})):
+                _RELEASED.wait()
+                keys = find()
+            if lent:
+                _USERS[_FORWARD] = lent
+        for key in keys:
+            _USERS[key] = thread, _USERS.get(key, (thread, 0))[1] + 1
     try:
         yield
     finally:
         with _RELEASED:
-            for key in wanted:
+            for key in keys:
                 count = _USERS.pop(key)[1] - 1
                 if count:
                     _USERS[key] = thread, count
@@ -133,6 +216,8 @@ class Session:
     Attributes:
         foreign: Whether its forward pass may run code that is not torch's own.
         written: Parameters that its forward pass writes to, with the values they had.
+        low: Dtypes of low precision in which it computes.
+        earlier: Nodes of graphs from earlier forward passes, of which its modules hold a result.
     """
 
     def __init__(self, model: Module, device: torch.device) -> None:
@@ -147,64 +232,100 @@ class Session:
         self._default_device = device
         self.foreign = has_global_hooks() or any(runs_other_code(module) for module in modules)
         self.written: dict[Tensor, Tensor] = {}
-        self._model, self._params = model, [_Parameter(name, p) for name, p in params.items()]
+        self.low: set[torch.dtype] = set()
+        self._model, self._modules = model, modules
+        self._evaluating, self._forward_mode = False, False
+        self._changed: list[_Parameter] | None = None
+        # Code that is not torch's may write to parameters in some evaluations, and past torch's counters.
+        self._params = [_Parameter(name, p, keep=self.foreign) for name, p in params.items()]
         hooks: list[Any] = [h for m in modules for h in (m._backward_hooks, m._backward_pre_hooks)]
         hooks += [p._backward_hooks for p in params.values() if p._backward_hooks]
-        self._hooks = [(h, dict(h)) for h in hooks if h]
-        copies = {id(b): b.detach().clone() for b in model.buffers() if not is_lazy(b)}
-        self._buffers = [
-            _Buffer(m._buffers, key, b, copies[id(b)])
-            for m in modules
-            for key, b in m._buffers.items()
-            if b is not None and id(b) in copies
-        ]
-        self._kept: list[_Parameter | _Buffer] = [*self._params, *self._buffers]
+        of_backpack = [m._forward_hooks for m in modules if hook_store_io in m._forward_hooks.values()]
+        self._hooks = [(h, dict(h)) for h in (*hooks, *of_backpack) if h]
+        buffers = {id(b): b for b in model.buffers() if not is_lazy(b)}
+        self._buffers = [Values(b) for b in buffers.values() if b.layout is torch.strided and not b.is_inference()]
+        self._aside: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
         self._state: State | None = None
         try:
-            for h, _ in self._hooks:
+            for h in hooks:
                 h.clear()
-            for kept in self._kept:
-                kept.set_aside()
+            for h in of_backpack:
+                for key in [key for key, hook in h.items() if hook is hook_store_io]:
+                    del h[key]
+            for param in self._params:
+                param.set_aside()
+            # A buffer that is also known under another name stays in its place, to be set back.
+            held = State(modules, thorough=True).tensors if self.foreign and buffers else []
+            shared = Counter(map(storage_of, (*held, *params.values(), *buffers.values())))
+            copies = {id(b): b.detach().clone() for b in buffers.values() if shared[storage_of(b)] < 2}
+            for store in (m._buffers for m in modules):
+                places: list[Any] = [(store, key, b, copies[id(b)]) for key, b in store.items() if id(b) in copies]
+                store.update({key: copy for _, key, _, copy in places})
+                self._aside += places
             self._state = State(modules, thorough=self.foreign)
         except BaseException:
             self.close()
             raise
+        self.earlier = {t.grad_fn for t in self._state.tensors if t.grad_fn is not None}
 
     def close(self) -> None:
-        """Put everything back."""
-        self._reset()
-        for h, content in self._hooks:
-            h.update(content)
-        for kept in self._kept:
-            kept.put_back()
+        """Put everything back, whatever fails."""
+        with ExitStack() as stack:  # last in, first out
+            for param in self._params:
+                stack.callback(param.put_back)
+            for store, key, found, _ in self._aside:
+                stack.callback(store.__setitem__, key, found)
+            for h, content in self._hooks:
+                stack.callback(h.update, content)
+                stack.callback(h.clear)
+            for param in self._rewritten():
+                stack.callback(param.restore)
+            stack.callback(self._reset)
 
-    def verify(self) -> None:
+    def _rewritten(self) -> "list[_Parameter]":
+        """List the parameters that were written to unnoticed."""
+        if self._changed is None:
+            others = [param for param in self._params if param.param not in self.written]
+            found = [param for param in others if param.counted]
+            rest = [param for param in others if not param.counted and param.copy is not None]
+            flags = read([param.differs() for param in rest])
+            self._changed = [*found, *(param for param, differs in zip(rest, flags, strict=True) if differs)]
+        return self._changed
+
+    def verify(self, cause: Exception | None = None) -> None:
         """Make sure that no evaluation did what would make kernels wrong.
+
+        Args:
+            cause: What it may have led to.
 
         Raises:
             UnsupportedModelError: If one did.
         """
+        self._reset()
         problems = []
-        for kept in self._params:
-            if kept.accumulated:
+        for param in self._params:
+            if param.accumulated:
                 what = "its .grad was set, by a backward pass inside of the model's own (as of reversible layers)"
                 problems.append(
-                    Problem(kept.name, what, "Switch that off, so that autograd alone passes gradients back")
+                    Problem(param.name, what, "Switch that off, so that autograd alone passes gradients back")
                 )
-            elif kept.rewritten and kept.param not in self.written:
+        for param in self._rewritten():
+            if not param.accumulated:
                 what = "its values changed during the call"
-                problems.append(Problem(kept.name, what, "Let neither the forward pass nor another thread write to it"))
+                problems.append(
+                    Problem(param.name, what, "Let neither the forward pass nor another thread write to it")
+                )
         if problems:
-            raise UnsupportedModelError(problems)
+            raise UnsupportedModelError(problems) from cause
 
     @contextmanager
     def evaluation(self, values: dict[int, Tensor], *, inspect: bool = False) -> Iterator[None]:
         """Let the model be called once, from the state in which it was found.
 
         Args:
-            values: Tensors to put in place of parameters, by the id of these.
-            inspect: Whether to look at what code does that is not torch's own: whether it draws random numbers, or
-                writes to parameters.
+            values: Tensors to put in place of parameters and buffers, by the id of these.
+            inspect: Whether to look at what code does that is not torch's own: whether it draws random numbers,
+                writes to parameters, or uses forward mode.
 
         Yields:
             Nothing.
@@ -212,35 +333,61 @@ class Session:
         Raises:
             UnsupportedModelError: If it draws random numbers from torch's generators or from one of its own.
         """
+        # A hook of the model's may ask for a kernel of the model: then the evaluation around it goes on as it was.
+        around = State(self._modules, thorough=self.foreign) if self._evaluating else None
         self._reset()
-        copies = {id(kept.copy): kept.found.detach().clone() for kept in self._buffers}
-        params = [kept.param for kept in self._params]
-        inspection = Inspection(params, self.written) if inspect else nullcontext()
-        with _default_device(self._default_device), _exchanged(self._model, {**copies, **values}), inspection:
-            yield
-        if self._state is not None and self._state.generators_moved():
-            raise UnsupportedModelError([DRAWS])
+        copies = {id(copy): found.detach().clone() for _, _, found, copy in self._aside}
+        inspection = Inspection({kept.param: kept.copy for kept in self._params}, self.written) if inspect else None
+        before, self._evaluating = self._evaluating, True
+        try:
+            with ExitStack() as stack:
+                if self._forward_mode:
+                    stack.enter_context(forward_mode())
+                stack.enter_context(_default_device(self._default_device))
+                stack.enter_context(_exchanged(self._model, {**copies, **values}))
+                if inspection is not None:
+                    stack.enter_context(inspection)
+                yield
+            if self._state is not None and self._state.generators_moved():
+                raise UnsupportedModelError([DRAWS])
+        finally:
+            self._evaluating = before
+            if inspection is not None:
+                self._forward_mode |= inspection.forward_mode
+                self.low |= inspection.low
+            if around is not None:
+                around.restore()
 
     def _reset(self) -> None:
         """Give the model the state in which it was found, but for what was set aside."""
         if self._state is not None:
             self._state.restore()
-        for kept in self._params:
-            kept.reset()
+        for param in self._params:
+            param.reset()
+        for buffer in self._buffers:
+            if buffer.changed():
+                buffer.put_back()
         with torch.no_grad():
-            for param, before in self.written.items():
-                param.copy_(before)
+            for written, before in self.written.items():
+                written.copy_(before)
 
 
 class _Parameter:
-    """A parameter, and how it was found."""
+    """A parameter, and how it was found.
 
-    def __init__(self, name: str, param: Tensor) -> None:
-        self.name = name
-        self.param, self._memory, self._requires_grad = param, param.data, param.requires_grad
-        self._address = param.data_ptr()
+    Attributes:
+        name: Its name.
+        param: The parameter.
+        copy: Its values, if they are kept.
+    """
+
+    def __init__(self, name: str, param: Tensor, *, keep: bool) -> None:
+        self.name, self.param, self._memory = name, param, param.data
+        self._requires_grad, self._address = param.requires_grad, _address(param)
         self._version = None if param.is_inference() else param._version
         self._grad = param.grad if param.is_leaf else None
+        self._hooks = [(key, getattr(param, key)) for key in ("_backward_hooks", "_post_accumulate_grad_hooks")]
+        self.copy = param.detach().clone() if keep and not param.is_meta else None
 
     @property
     def accumulated(self) -> bool:
@@ -248,9 +395,14 @@ class _Parameter:
         return self.param.is_leaf and self.param.grad is not None
 
     @property
-    def rewritten(self) -> bool:
-        """Whether it was written to."""
+    def counted(self) -> bool:
+        """Whether torch counted that it was written to."""
         return self._version is not None and self.param._version != self._version
+
+    def differs(self) -> Tensor:
+        """Compute whether it has other values than it had."""
+        assert self.copy is not None
+        return ~((self.param.detach() == self.copy) | (self.copy != self.copy)).all()
 
     def set_aside(self) -> None:
         """Take its gradient off."""
@@ -258,11 +410,20 @@ class _Parameter:
             self.param.grad = None
 
     def reset(self) -> None:
-        """Give it the memory and the flag that it had."""
-        if self.param.data_ptr() != self._address:
+        """Give it the memory, the flag and the hooks that it had."""
+        if _address(self.param) != self._address:
             self.param.data = self._memory
         if self.param.requires_grad != self._requires_grad:
             self.param.requires_grad_(self._requires_grad)
+        for key, hooks in self._hooks:
+            if getattr(self.param, key) is not hooks:
+                setattr(self.param, key, hooks)
+
+    def restore(self) -> None:
+        """Give it the values that it had."""
+        if self.copy is not None:
+            with torch.no_grad():
+                self.param.copy_(self.copy)
 
     def put_back(self) -> None:
         """Give it the gradient that it had."""
@@ -270,29 +431,9 @@ class _Parameter:
             self.param.grad = self._grad
 
 
-class _Buffer:
-    """A buffer, and a copy that takes its place.
-
-    Attributes:
-        found: The buffer.
-        copy: The copy.
-    """
-
-    def __init__(self, store: dict[str, Any], key: str, found: Tensor, copy: Tensor) -> None:
-        self.found, self.copy = found, copy
-        self._store, self._key = store, key
-        self._version = None if found.is_inference() else found._version
-
-    def set_aside(self) -> None:
-        """Let the copy take its place."""
-        self._store[self._key] = self.copy
-
-    def put_back(self) -> None:
-        """Give it its place, and its values if the model writes to it under another name."""
-        self._store[self._key] = self.found
-        if self._version is not None and self.found._version != self._version:
-            with torch.no_grad():
-                self.found.copy_(self.copy)
+def _address(tensor: Tensor) -> int:
+    """Find where the numbers of a tensor lie; 0 where it is not dense."""
+    return tensor.data_ptr() if tensor.layout is torch.strided else 0
 
 
 @contextmanager

@@ -130,7 +130,7 @@ def rounding(eigenvalues: Tensor, dtype: torch.dtype) -> float:
     return 10 * torch.finfo(dtype).eps * norm
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Decomposition:
     """A kernel in the basis of its eigenvectors.
 

@@ -17,7 +17,7 @@ from ggn_ntk.axes import AxesRequest
 from ggn_ntk.checks import configuration_problems
 from ggn_ntk.errors import NotFiniteWarning, Problem, UnsupportedModelError, listed, warn, without
 from ggn_ntk.independence import check_shape, compare_alone, look
-from ggn_ntk.isolation import isolated
+from ggn_ntk.isolation import isolated, outside_of_transforms
 from ggn_ntk.layout import finish
 from ggn_ntk.memory import check_result, explained
 from ggn_ntk.ntk import compute_kernels, parse_method
@@ -118,7 +118,7 @@ def empirical_kernels(
     axes = AxesRequest.parse(compute, trace_axes, diagonal_axes)
     request = Request.parse(model, x1, x2, axes, params=params, per_parameter=False)
     wanted = parse_method(method, check)
-    with isolated(request.model):
+    with outside_of_transforms(request.inputs), isolated(request.model):
         ntk, computed = compute_kernels(request, wanted, check)
         evaluated = computed.outputs is not None and len(computed.outputs) == sum(request.sizes)
         return EmpiricalKernels(cast(Tensor, ntk), _multiply_outputs(request, computed.outputs if evaluated else None))
@@ -136,7 +136,13 @@ def _multiply_outputs(request: Request, outputs: Tensor | None = None) -> Tensor
         The kernel in the layout of the public API.
     """
     described = f"the NNGP kernel of {sum(request.sizes)} samples"
-    with isolated(request.model), torch.no_grad(), explained(lambda: described), without(_KIND):
+    with (
+        outside_of_transforms(request.inputs),
+        isolated(request.model),
+        torch.no_grad(),
+        explained(lambda: described),
+        without(_KIND),
+    ):
         outputs = _checked_outputs(request) if outputs is None else outputs
         axes = request.axes.resolve(outputs.shape[1:])
         found = outputs.split(request.sizes)

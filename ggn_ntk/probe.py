@@ -27,7 +27,7 @@ from ggn_ntk.comparison import all_finite, cotangent, differing, read, rows_diff
 from ggn_ntk.errors import NotFiniteError, is_out_of_memory
 from ggn_ntk.independence import (
     Checked,
-    Halves,
+    Parts,
     check_output,
     check_shape,
     compare_alone,
@@ -35,7 +35,7 @@ from ggn_ntk.independence import (
     compare_outputs,
     gradients,
     how_often,
-    in_halves,
+    in_parts,
     look,
     partitions,
     probe_tolerance,
@@ -64,7 +64,7 @@ DIFFERS = "its Jacobian by the layer's rule differs from autograd's"
 
 # A sum over positions and uses cancels where the square of its norm is below this share of the sum of squares of its
 # terms' norms: then products of terms round to so many times as much of the kernel.
-_CANCELS = 1 / 30
+_CANCELS = 1 / 10
 
 
 class Trial(NamedTuple):
@@ -188,6 +188,7 @@ class Probe:
     Attributes:
         inputs: All samples, x2's behind x1's, in the memory layout that suits the model.
         out_shape: Shape ``[*out]`` of the output of one sample.
+        axes: The role of each of its axes.
         recordings: A forward pass of each of a few samples by itself, until rules were tried.
         everyone: Whether Jacobians of all samples are compared, or those of these few.
         cancelling: Parameters whose Jacobian is far smaller than the terms that rules add up for it.
@@ -212,17 +213,18 @@ class Probe:
         self.recordings = [first, *(record(request, self.inputs[[sample]]) for sample in few[1:])]
         outputs = [_output_of_one(request, recording) for recording in self.recordings]
         self.out_shape, self._tolerance = outputs[0].shape[1:], probe_tolerance(outputs[0])
+        self.axes = request.resolve(self.out_shape)  # a kernel that cannot fit is refused before more is evaluated
         self._v_alone = cotangent(outputs[0], 0, Size([len(few), *self.out_shape]))
         self._outputs = torch.cat(outputs).detach()
-        self._few = torch.tensor(few, device=self._outputs.device)
-        self.everyone = everyone and n > 1
+        self._few, self._at = torch.tensor(few, device=self._outputs.device), few
+        self.everyone = everyone
         if self.everyone:  # one output of each sample: ``s`` of all of them takes long to read
             self._outputs_of, numbers = _draw(n, self.out_shape.numel())
             v = torch.zeros(n, self.out_shape.numel())
             v[torch.arange(n), self._outputs_of] = numbers
             self._numbers = numbers.to(outputs[0])
             self._v = v.to(outputs[0]).reshape(n, *self.out_shape)
-        self._halves: list[Halves] = []
+        self._halves: list[Parts] = []
         self.cancelling: set[str] = set()
         self._actual: dict[str, Tensor] = {}
         if self.everyone:
@@ -232,8 +234,8 @@ class Probe:
         """Evaluate all samples in halves, as often as there is time for, and differentiate them the first time."""
         n = len(self.inputs)
         times = how_often(self._request, n, self.out_shape.numel())
-        for samples in partitions(n, times):
-            self._halves.append(in_halves(self._request, self.inputs, samples, self._v, sketched))
+        for samples in partitions(n, times) or [[[0]]]:
+            self._halves.append(in_parts(self._request, self.inputs, samples, self._v, sketched))
         self._expected = self._halves[0].gradient
         if not all_finite(self._expected.values()):
             raise NotFiniteError
@@ -272,6 +274,8 @@ class Probe:
         check_shape(output, n, self.out_shape)
         if self.everyone:
             compare_alone(self._request, self.inputs, output)
+        elif n == 1:
+            compare_outputs(self._request, self.inputs, output, self._at, self._outputs)
         for halves in self._halves:
             compare_outputs(self._request, self.inputs, output, range(n), halves.outputs)
 
@@ -343,7 +347,7 @@ class Probe:
         wrong = differing(self._given(expected, missed), expected, self._tolerance, rounding)
         if wrong:  # what samples that see one another do to rules must not pass for a fault of these
             for samples in partitions(len(self.inputs), len(self.inputs))[1:]:
-                halves = in_halves(request, self.inputs, samples, self._v, sketched)
+                halves = in_parts(request, self.inputs, samples, self._v, sketched)
                 compare_gradients(request, self.inputs, self._v, expected, halves, self._tolerance, sketched)
         return {name: f"{DIFFERS} (relative error {error:.1e})" for name, error in wrong.items()}
 

@@ -8,20 +8,23 @@ outputs; ``p`` parameters.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import torch
-from torch import Tensor, einsum
+from torch import Size, Tensor, einsum
 from torch.func import jacrev, jvp, vjp, vmap
 from torch.nn import Module
 
+from ggn_ntk.autograd_graph import precisions
 from ggn_ntk.axes import AxesRequest, OutputAxes
 from ggn_ntk.checks import check_model
 from ggn_ntk.comparison import KINKS, PROBE_TOLERANCES, cotangent, differing, total_norm
 from ggn_ntk.computation import compute as _compute
-from ggn_ntk.errors import RouteWarning, is_out_of_memory, listed, warn
-from ggn_ntk.independence import Checked, gradients, gradients_of, rounding_of
+from ggn_ntk.errors import RouteWarning, UnsupportedModelError, is_out_of_memory, listed, warn
+from ggn_ntk.independence import Checked, Parts, compare_gradients, gradients, gradients_of, rounding_of
 from ggn_ntk.inputs import Inputs
+from ggn_ntk.isolation import forward_mode
 from ggn_ntk.layout import Computed, transpose
 from ggn_ntk.request import Request
 
@@ -188,11 +191,16 @@ def _all_jacobians(request: Request, checked: Checked) -> tuple[dict[str, Tensor
 
     Returns:
         The Jacobian ``[N, C, P]`` of each parameter, by name, for x1 and for x2; the same one where they are the same.
+
+    Raises:
+        UnsupportedModelError: If samples influence one another.
     """
     sets = [x for x in (request.x1, request.x2) if x is not None]
     try:
         found = [_jacobians(request, x) for x in sets]
         why = "" if _hold_for_all(request, found, checked) else "it gets some samples wrong"
+    except UnsupportedModelError:
+        raise
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -201,6 +209,7 @@ def _all_jacobians(request: Request, checked: Checked) -> tuple[dict[str, Tensor
         what = f"Jacobians of {listed(request.params)} come from a loop over samples and outputs: exact, but slower"
         warn(f"{what}, since torch.func does not go through the model ({why}).", RouteWarning)
         found = [_loop_jacobians(request, x) for x in sets]
+        _compare_with_batch(request, found, checked)
     return found[0], found[-1]
 
 
@@ -230,28 +239,70 @@ def _hold_for_all(request: Request, found: list[dict[str, Tensor]], checked: Che
 
     Returns:
         Whether they do.
+
+    Raises:
+        UnsupportedModelError: If they are right, and samples influence one another.
     """
-    v = checked.v.reshape(len(checked.v), -1)
-    of_sets = v.split([len(next(iter(jacobians.values()))) for jacobians in found])
-    parts = [
-        {name: w.flatten().to(j.dtype) @ j.flatten(0, 1) for name, j in jacobians.items()}
-        for w, jacobians in zip(of_sets, found, strict=True)
-    ]
-    actual = {name: torch.stack([part[name] for part in parts]).sum(0) for name in request.params}
-    expected = {name: checked.gradient[name].flatten() for name in request.params}
     inputs = request.x1.stack(request.x2)
-    rounding = rounding_of(request, inputs, checked.v, lambda gradient, param: gradient.flatten())
-    if not differing(actual, expected, checked.tolerance, rounding):
+    rounding, expected = rounding_of(request, inputs, checked.v), {name: checked.gradient[name] for name in found[0]}
+    if not differing(_summed(request, found, checked), expected, checked.tolerance, rounding):
         return True
     if checked.tolerance < PROBE_TOLERANCES[torch.float32]:
         return False
-    each = [(jacobians, n) for jacobians in found for n in range(len(next(iter(jacobians.values()))))]
-    for sample, (jacobians, n) in enumerate(each):
-        _, alone = gradients(request, inputs[[sample]], checked.v[[sample]])
-        error = total_norm(v[sample].to(j.dtype) @ j[n] - alone[name].flatten() for name, j in jacobians.items())
-        if not error <= KINKS * total_norm(alone.values()):
-            return False
+    if not all(_agree(request, partial(_mapped_agrees, inputs[[i]], checked.v[[i]])) for i in range(len(inputs))):
+        return False
+    _compare_with_batch(request, found, checked)
     return True
+
+
+def _agree(request: Request, at_sample: Callable[[Request, float], bool]) -> bool:
+    """Tell whether ``torch.func`` and plain autograd agree at one sample: in float64, where kinks are out of the way.
+
+    Where the model does not compute in float64, kinks may explain what differs.
+
+    Args:
+        request: A request in float32.
+        at_sample: Takes a request and the largest relative error, and tells whether they agree.
+
+    Returns:
+        Whether they do.
+    """
+    with torch.enable_grad():
+        try:
+            wide = replace(request, widened=True)
+            output = wide.evaluate(wide.leaves(), request.x1[:1])
+            if precisions(output) == {torch.float64}:
+                return at_sample(wide, PROBE_TOLERANCES[torch.float64])
+        except Exception as error:
+            if is_out_of_memory(error):
+                raise
+    return at_sample(request, KINKS)
+
+
+def _mapped_agrees(sample: Inputs, v: Tensor, request: Request, tolerance: float) -> bool:
+    """Tell whether the Jacobian of one sample by ``vmap`` is right, with numbers ``v`` like its output."""
+    jacobians = _jacobians(request, sample)
+    v = v.to(next(iter(jacobians.values())))
+    _, expected = gradients(request, sample, v)
+    error = total_norm(v.flatten() @ j[0] - expected[name].flatten() for name, j in jacobians.items())
+    return error <= tolerance * total_norm(expected.values())
+
+
+def _summed(request: Request, found: list[dict[str, Tensor]], checked: Checked) -> dict[str, Tensor]:
+    """Compute ``sum v J`` over all samples from their Jacobians, by name."""
+    v = checked.v.reshape(len(checked.v), -1)
+    of_sets = v.split([len(next(iter(jacobians.values()))) for jacobians in found])
+    sums = {name: torch.zeros_like(p.detach()).flatten() for name, p in request.params.items()}
+    for w, jacobians in zip(of_sets, found, strict=True):
+        sums = {name: total + w.flatten().to(total) @ jacobians[name].flatten(0, 1) for name, total in sums.items()}
+    return {name: total.view(request.params[name].shape) for name, total in sums.items()}
+
+
+def _compare_with_batch(request: Request, found: list[dict[str, Tensor]], checked: Checked) -> None:
+    """Raise ``UnsupportedModelError`` if Jacobians of samples by themselves are not those in one batch."""
+    alone = Parts([[i] for i in range(len(checked.v))], checked.outputs, _summed(request, found, checked))
+    expected = {name: checked.gradient[name] for name in request.params}
+    compare_gradients(request, request.x1.stack(request.x2), checked.v, expected, alone, checked.tolerance)
 
 
 def _loop_jacobians(request: Request, inputs: Inputs) -> dict[str, Tensor]:
@@ -303,10 +354,13 @@ def multiply_vectors(
         return
     kernel, why = None, "it gets products with vectors wrong"
     try:
-        if _products_agree_with_autograd(request, axes):
-            kernel = _kernel_from_products(request, axes)
-            if not _holds_for_all(request, axes, kernel):
-                kernel = None
+        with forward_mode():
+            first = request.x1[:1]  # before all others are computed
+            tolerance = PROBE_TOLERANCES[request.evaluate(None, first).dtype]
+            if _products_agree(axes.out_shape, first, request, tolerance):
+                kernel = _kernel_from_products(request, axes)
+                if not _holds_for_all(request, axes, kernel):
+                    kernel = None
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -319,32 +373,39 @@ def multiply_vectors(
         yield next(iter(request.params)), kernel
 
 
-def _products_agree_with_autograd(request: Request, axes: OutputAxes) -> bool:
-    """Tell whether ``torch.func`` gets NTK-vector products of one sample right, before all others are computed.
+def _products_agree(out_shape: Size, sample: Inputs, request: Request, tolerance: float) -> bool:
+    """Tell whether ``torch.func`` multiplies the Jacobian of one sample by vectors right, from both sides.
 
     It does not where the model computes under ``torch.no_grad()``, which forward mode ignores, or keeps
     references to parameters elsewhere than in its modules.
 
     Args:
+        out_shape: ``[*out]``, the shape of its output.
+        sample: The sample, with a sample axis of length one.
         request: The request.
-        axes: The role of each output axis.
+        tolerance: The largest relative error.
 
     Returns:
-        Whether ``v^T Theta v`` is ``|J^T v|^2`` by plain autograd, for one sample and random v.
+        Whether, for random v and t, ``J^T v`` and ``v^T (J t)`` are what plain autograd makes of them.
     """
-    sample = request.x1[:1]
-    v = cotangent(request.evaluate(None, sample), seed=0)
-    expected = total_norm(gradients(request, sample, v)[1].values()) ** 2
-    kernel = _column(request, OutputAxes(axes.out_shape), sample, sample)[0, 0]
-    actual = (v.flatten() @ kernel @ v.flatten()).item()
-    return abs(actual - expected) <= PROBE_TOLERANCES[v.dtype] * expected
+    primals, alone = request.primals, sample.map(lambda x: x[0])
+    sizes = [p.numel() for p in primals.values()]
+    numbers = cotangent(next(iter(primals.values())), 0, Size([sum(sizes)])).split(sizes)  # one copy to the device
+    tangent = {name: t.view(p.shape).to(p) for (name, p), t in zip(primals.items(), numbers, strict=True)}
+    output, pullback, *_ = vjp(lambda p: request.evaluate(p, sample).flatten(), primals)
+    v = cotangent(output, seed=1)
+    (pulled,), pushed = pullback(v), v @ _pushforward(request, alone, tangent)
+    _, expected = gradients(request, sample, v.reshape(1, *out_shape))
+    right = torch.stack([(g * tangent[name]).sum() for name, g in expected.items()]).sum()
+    errors = [(pulled[name] - g for name, g in expected.items()), [pushed - right]]
+    return max(map(total_norm, errors)) <= tolerance * total_norm(expected.values())
 
 
 def _holds_for_all(request: Request, axes: OutputAxes, kernel: Tensor) -> bool:
     """Tell whether a kernel is right at all samples: ``a^T Theta b`` is ``(J^T a)^T (J^T b)`` for random a and b.
 
-    Plain autograd gives the right side, for each diagonal and each traced output. Where they differ by no more than
-    kinks explain, each sample is looked at by itself, as in :func:`_hold_for_all`.
+    Plain autograd gives the right side, for each diagonal and each traced output. Where they differ, kinks may be the
+    reason: then each sample is looked at by itself, as in :func:`_hold_for_all`.
 
     Args:
         request: The request.
@@ -358,35 +419,18 @@ def _holds_for_all(request: Request, axes: OutputAxes, kernel: Tensor) -> bool:
     a, b = (cotangent(kernel, seed, torch.Size([len(x), *axes.roles[:2]])) for seed, x in ((0, first), (1, second)))
     groups = [(e, t) for e in range(axes.roles.diagonal) for t in range(axes.roles.traced)]
     right = [_products_with(request, axes, second, b, group) for group in groups]
-    rows = einsum("nec,nmecd,med->ne", a, kernel, b).sum(1)  # of each sample of x1, by itself
+    actual = einsum("nec,nmecd,med->", a, kernel, b).item()
     total, size = 0.0, 0.0
     for group, g in zip(groups, right, strict=True):
         left = _products_with(request, axes, first, a, group)
         total += sum((left[name] * g[name]).sum().item() for name in left)
         size += total_norm(left.values()) * total_norm(g.values())
-    tolerance = PROBE_TOLERANCES[kernel.dtype]
-    if abs(rows.sum().item() - total) <= tolerance * size:
+    if abs(actual - total) <= PROBE_TOLERANCES[kernel.dtype] * size:
         return True
     if kernel.dtype == torch.float64:
         return False
-    return all(_row_holds(request, axes, n, a, rows[n].item(), groups, right) for n in range(len(first)))
-
-
-def _row_holds(
-    request: Request,
-    axes: OutputAxes,
-    n: int,
-    a: Tensor,
-    actual: float,
-    groups: list[tuple[int, int]],
-    right: list[dict[str, Tensor]],
-) -> bool:
-    """Tell whether the products of one sample of x1 are off by no more than kinks explain."""
-    left = [_products_with(request, axes, request.x1[[n]], a[[n]], group) for group in groups]
-    pairs = list(zip(left, right, strict=True))
-    expected = sum((one[name] * other[name]).sum().item() for one, other in pairs for name in one)
-    size = sum(total_norm(one.values()) * total_norm(other.values()) for one, other in pairs)
-    return abs(actual - expected) <= KINKS * size
+    inputs = request.x1.stack(request.x2)
+    return all(_agree(request, partial(_products_agree, axes.out_shape, inputs[[i]])) for i in range(len(inputs)))
 
 
 def _products_with(

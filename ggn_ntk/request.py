@@ -3,7 +3,7 @@
 import operator
 from collections.abc import Callable, Iterable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import reduce
 from typing import Any, SupportsIndex
@@ -14,11 +14,13 @@ from torch.jit import ScriptModule
 from torch.nn import DataParallel, Module
 from torch.nn.parallel import DistributedDataParallel
 
+from ggn_ntk.autograd_graph import graph_nodes
 from ggn_ntk.axes import AxesRequest, OutputAxes
-from ggn_ntk.errors import listed
+from ggn_ntk.comparison import TOLERANCES
+from ggn_ntk.errors import Problem, UnsupportedModelError, listed
 from ggn_ntk.inputs import Inputs, check_alike, kind_of, parse_inputs
-from ggn_ntk.inspection import without_draws
-from ggn_ntk.isolation import isolated
+from ggn_ntk.inspection import in_low_precision, without_draws
+from ggn_ntk.isolation import alone_with, forward_mode, isolated
 from ggn_ntk.layout import finish, sum_kernels
 from ggn_ntk.memory import check_result
 
@@ -41,6 +43,7 @@ class Request:
         capture: How the structured route takes the model apart: ``"auto"``, ``"backpack"`` or ``"autograd"``.
         jacobians_first: Whether the structured route forms Jacobians before x1 meets x2, whatever is cheapest.
         thorough: Whether samples are compared in as many halves as separate every pair of them.
+        widened: Whether the model is evaluated in float64, whatever its dtype: to tell rounding from other errors.
     """
 
     model: Module
@@ -54,6 +57,7 @@ class Request:
     capture: str = "auto"
     jacobians_first: bool = False
     thorough: bool = False
+    widened: bool = False
 
     @classmethod
     def parse(
@@ -91,10 +95,6 @@ class Request:
         """
         if not isinstance(model, Module):
             raise TypeError(f"model must be a torch.nn.Module, got {kind_of(model)}.")
-        _check_wrappers(model)
-        wanted = _parse_params(model, params)
-        if isinstance(model, DistributedDataParallel):
-            model = model.module  # the same function, without communication
         if capture not in CAPTURES:
             raise ValueError(f"capture must be one of {', '.join(map(repr, CAPTURES))}, got {capture!r}.")
         if output is not None and not callable(output):
@@ -103,8 +103,13 @@ class Request:
             raise TypeError(f"per_parameter must be True or False, got {kind_of(per_parameter)}.")
         if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
             raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}.")
-        first = parse_inputs(x1, "x1", model)
-        second = None if x2 is None else parse_inputs(x2, "x2", model)
+        with alone_with(model):
+            check_wrappers(model)
+            wanted = _parse_params(model, params)
+            if isinstance(model, DistributedDataParallel):
+                model = model.module  # the same function, without communication
+            first = parse_inputs(x1, "x1", model)
+            second = None if x2 is None else parse_inputs(x2, "x2", model)
         if second is not None:
             check_alike(first, second)
         return cls(model, first, second, axes, wanted, per_parameter, output, chunk_size, capture)
@@ -130,6 +135,11 @@ class Request:
         return [len(x) for x in (self.x1, self.x2) if x is not None]
 
     @property
+    def inputs(self) -> list[Tensor]:
+        """All tensors of x1 and x2."""
+        return [tensor for x in (self.x1, self.x2) if x is not None for tensor in x.tensors.values()]
+
+    @property
     def foreign(self) -> bool:
         """Whether code that is not torch's own may run between x and the outputs."""
         with isolated(self.model) as session:
@@ -139,7 +149,8 @@ class Request:
     def primals(self) -> dict[str, Tensor]:
         """The wanted parameters as plain tensors without a graph: where derivatives are taken."""
         with isolated(self.model) as session:
-            return {name: p.detach().clone() if session.written else p.detach() for name, p in self.params.items()}
+            copy = _widened if self.widened else torch.clone if session.written else torch.Tensor.detach
+            return {name: copy(p.detach()) for name, p in self.params.items()}
 
     def label(self, sample: int) -> str:
         """Name a sample in a message, by its place among those of x1 and x2."""
@@ -164,9 +175,15 @@ class Request:
         )
         return axes
 
+    def of_all_parameters(self) -> "Request":
+        """Make the same request for all parameters that require a gradient."""
+        wanted = {id(p) for p in self.params.values()}
+        others = {name: p for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in wanted}
+        return replace(self, params=self.params | others)
+
     def leaves(self, jitter: int | None = None) -> dict[str, Tensor]:
         """Copy the wanted parameters, to take derivatives at; changed in the last digit, as a seed decides."""
-        copies = {name: p.detach().clone() for name, p in self.params.items()}
+        copies = {name: (_widened(p) if self.widened else p).detach().clone() for name, p in self.params.items()}
         if jitter is not None:
             copies = {name: _jittered(copy, jitter) for name, copy in copies.items()}
         return {name: copy.requires_grad_() for name, copy in copies.items()}
@@ -197,23 +214,39 @@ class Request:
             Outputs ``[N, *out]``, if it is such a model.
 
         Raises:
-            UnsupportedModelError: If it draws random numbers.
+            UnsupportedModelError: If it draws random numbers, computes in a low precision inside, or goes on with a
+                graph from an earlier call.
         """
         with isolated(self.model) as session:
             values: dict[int, Tensor] = {}
-            if primals is not None:
+            if self.widened:
+                values = {id(t): _widened(t.detach()) for t in (*self.model.parameters(), *self.model.buffers())}
+            elif primals is not None:
                 values = {id(p): p.detach().clone() if session.written else p.detach() for p in self.model.parameters()}
+            if primals is not None:
                 if jitter is not None:
                     values = {key: _jittered(value, jitter) for key, value in values.items()}
                 values |= {id(self.params[name]): value for name, value in primals.items()}
 
             def call(within: Callable[[], AbstractContextManager[None]] = nullcontext) -> Any:
                 x = inputs.map(torch.clone if jitter is None else lambda t: _jittered(t, jitter))
+                x = x.map(_widened) if self.widened else x
                 with session.evaluation(values, inspect=inspect), within():
                     result = self.model(*x.args, **x.kwargs)
                     return result if self.output is None else self.output(result)
 
-            return without_draws(call, within) if inspect else call(within)
+            if not inspect:
+                return call(within)
+            with forward_mode():  # which it may use, as is known afterwards
+                result = without_draws(call, within)
+            if not isinstance(result, Tensor):
+                return result
+            if session.low and result.dtype in TOLERANCES:
+                raise UnsupportedModelError([in_low_precision(session.low)])
+            if session.earlier and not session.earlier.isdisjoint(graph_nodes(result)):
+                what = "it uses a tensor with a graph from an earlier call, which a module holds"
+                raise UnsupportedModelError([Problem("", what, "Compute it in the forward pass, or detach() it")])
+            return result
 
     def assemble(self, kernels: Iterable[tuple[str, Tensor]], axes: OutputAxes) -> Tensor | dict[str, Tensor]:
         """Bring what a route computed to the layout of the public API.
@@ -233,6 +266,11 @@ class Request:
         return {name: finish(sums[name], axes, self.symmetric).to(dtype) for name, dtype in dtypes.items()}
 
 
+def _widened(x: Tensor) -> Tensor:
+    """Copy a tensor, real numbers in float64."""
+    return x.to(torch.float64, copy=True) if x.is_floating_point() else x.clone()
+
+
 def _jittered(x: Tensor, seed: int) -> Tensor:
     """Change each number by a unit in its last digit, up or down."""
     if not x.is_floating_point():
@@ -242,7 +280,7 @@ def _jittered(x: Tensor, seed: int) -> Tensor:
     return x + x * signs * torch.finfo(x.dtype).eps
 
 
-def _check_wrappers(model: Module) -> None:
+def check_wrappers(model: Module) -> None:
     """Refuse modules whose parameters cannot be exchanged, or do not hold their numbers.
 
     Args:
@@ -283,6 +321,8 @@ def _parse_params(model: Module, names: Iterable[str] | None) -> dict[str, Tenso
     if isinstance(names, str) or not isinstance(names, Iterable):
         raise TypeError(f"params must be an iterable of parameter names, e.g. ['0.weight'], got {kind_of(names)}.")
     known = dict(model.named_parameters(remove_duplicate=False))
+    if isinstance(model, DistributedDataParallel):
+        known |= dict(model.module.named_parameters(remove_duplicate=False))
     params: dict[str, Tensor] = {}
     for name in names:
         if not isinstance(name, str):

@@ -38,7 +38,7 @@ class Schedule(Protocol):
         """
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Flow:
     """Gradient flow.
 
@@ -73,7 +73,7 @@ class Flow:
         return torch.where(values > 0, self.change(values) / values, -self.reach[:, None])
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Descent:
     """Gradient descent with momentum.
 

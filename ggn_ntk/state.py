@@ -7,7 +7,7 @@ fill a cache that some object holds. What is found changed is put back, in place
 import random
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
-from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
+from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,11 @@ from torch.nn import Module
 # How far to follow objects that modules hold, and up to how many entries to look into a container: a model may hold the
 # data set that it is trained on.
 _DEPTH, _ENTRIES = 5, 1000
+
+# Up to how many entries a tensor's numbers are compared, besides torch's count of the times it was written to.
+_COMPARED = 2**16
+
+_UNSET = object()
 
 _FUNCTIONS = (type, FunctionType, MethodType, BuiltinFunctionType, ModuleType)
 # Objects of these packages are no state of a model's: loggers, locks, threads, files, groups of processes.
@@ -36,7 +41,11 @@ _OTHERS = (
 
 
 class State:
-    """The state that modules hold, as it is now."""
+    """The state that modules hold, as it is now.
+
+    Attributes:
+        tensors: Tensors that they hold, other than parameters and buffers.
+    """
 
     def __init__(self, modules: Iterable[Module], *, thorough: bool) -> None:
         """Take it down.
@@ -49,8 +58,12 @@ class State:
         self._entries: list[_Entry] = []
         self._generators: list[_Entry] = []
         self._thorough = thorough
-        # Parameters and buffers are for the session to look after.
-        self._seen = {id(t) for m in modules for t in (*m._parameters.values(), *m._buffers.values())}
+        self.tensors: list[Tensor] = []
+        # The values of parameters and buffers are for the session to look after.
+        own = {id(t): t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
+        self._seen = set(own)
+        if thorough:
+            self._entries += map(_Attributes, own.values())
         for module in modules:
             self._add(module, 0)
 
@@ -66,19 +79,21 @@ class State:
 
     def _add(self, value: Any, depth: int) -> None:
         """Take down one object, and what it holds."""
-        if id(value) in self._seen or isinstance(value, _FUNCTIONS):
+        kind = type(value)  # an object may lie about its class, or refuse to tell
+        if id(value) in self._seen or issubclass(kind, _FUNCTIONS):
             return
         self._seen.add(id(value))
-        entry = _entry_of(value)
-        if entry is not None:
+        follow = self._thorough and depth < _DEPTH
+        if issubclass(kind, Tensor):
+            self.tensors.append(value)
+        for entry in _entries_of(value):
             self._entries.append(entry)
             self._generators += [entry] if isinstance(entry, Generator) else []
-            follow = self._thorough and depth < _DEPTH
-            for held in entry.held() if follow or isinstance(value, Module) else ():
-                if follow or isinstance(held, _Container.KINDS):
+            for held in entry.held() if follow or issubclass(kind, Module) else ():
+                if follow or issubclass(type(held), _Container.KINDS):
                     self._add(held, depth + 1)
-        elif isinstance(value, tuple) and self._thorough and depth < _DEPTH:
-            for held in value[:_ENTRIES]:
+        if issubclass(kind, tuple) and follow:
+            for held in tuple.__getitem__(value, slice(_ENTRIES)):
                 self._add(held, depth + 1)
 
 
@@ -102,7 +117,7 @@ class _Attributes(_Entry):
     """The attributes of an object."""
 
     def __init__(self, owner: Any) -> None:
-        self._attributes: dict[str, Any] = vars(owner)
+        self._attributes: dict[str, Any] = object.__getattribute__(owner, "__dict__")
         self._before = dict(self._attributes)
         self._identities = _identities(self._attributes)
 
@@ -118,21 +133,34 @@ class _Attributes(_Entry):
 
 
 class _Slots(_Entry):
-    """The attributes of an object that has no dictionary."""
+    """The attributes that an object keeps outside of a dictionary."""
 
-    def __init__(self, owner: Any, names: list[str]) -> None:
-        self._owner = owner
-        self._before = {name: getattr(owner, name) for name in names if hasattr(owner, name)}
+    def __init__(self, owner: Any, slots: list[MemberDescriptorType]) -> None:
+        self._owner, self._slots = owner, slots
+        self._before = self._read()
+
+    def _read(self) -> list[Any]:
+        """Read them, past what their class does to attributes."""
+        values = []
+        for slot in self._slots:
+            try:
+                values.append(slot.__get__(self._owner))
+            except AttributeError:
+                values.append(_UNSET)
+        return values
 
     def held(self) -> Iterable[Any]:
-        return self._before.values()
+        return self._before
 
     def changed(self) -> bool:
-        return any(getattr(self._owner, name, None) is not value for name, value in self._before.items())
+        return any(now is not before for now, before in zip(self._read(), self._before, strict=True))
 
     def put_back(self) -> None:
-        for name, value in self._before.items():
-            object.__setattr__(self._owner, name, value)
+        for slot, now, before in zip(self._slots, self._read(), self._before, strict=True):
+            if before is not _UNSET:
+                slot.__set__(self._owner, before)
+            elif now is not _UNSET:
+                slot.__delete__(self._owner)
 
 
 class _Container(_Entry):
@@ -141,44 +169,69 @@ class _Container(_Entry):
     KINDS = (dict, list, set, deque)
 
     def __init__(self, container: Any) -> None:
-        self._container = container
-        self._before = list(container.items() if isinstance(container, dict) else container)
-        self._identities = _identities(container)
+        self._container, kind = container, type(container)
+        self._kind: Any = next(k for k in (OrderedDict, *self.KINDS) if issubclass(kind, k))
+        self._before = self._read()
+        self._identities = self._identify()
+
+    def _read(self) -> list[Any]:
+        """List the entries; of a dict, keys and values in turns."""
+        if not issubclass(self._kind, dict):
+            return list(self._kind.__iter__(self._container))
+        return [entry for item in self._kind.items(self._container) for entry in item]
+
+    def _identify(self) -> list[int]:
+        """List which entries there are, in an order that stays, without comparing them."""
+        identities = list(map(id, self._read()))
+        return sorted(identities) if self._kind is set else identities
 
     def held(self) -> Iterable[Any]:
-        if len(self._before) > _ENTRIES:
-            return ()
-        return [entry[1] for entry in self._before] if isinstance(self._container, dict) else self._before
+        values = self._before[1::2] if issubclass(self._kind, dict) else self._before
+        return values if len(values) <= _ENTRIES else ()
 
     def changed(self) -> bool:
-        return _identities(self._container) != self._identities
+        return self._identify() != self._identities
 
     def put_back(self) -> None:
-        kind: Any = next(k for k in (OrderedDict, *self.KINDS) if isinstance(self._container, k))
-        kind.clear(self._container)
-        if issubclass(kind, dict):
-            for key, value in self._before:
-                kind.__setitem__(self._container, key, value)
-        elif kind is set:
-            kind.update(self._container, self._before)
+        self._kind.clear(self._container)
+        if issubclass(self._kind, dict):
+            for key, value in zip(self._before[::2], self._before[1::2], strict=True):
+                self._kind.__setitem__(self._container, key, value)
+        elif self._kind is set:
+            set.update(self._container, self._before)
         else:
-            kind.extend(self._container, self._before)
+            self._kind.extend(self._container, self._before)
 
 
-class _Values(_Entry):
-    """The numbers of a tensor that is no parameter or buffer of a module."""
+class Values(_Entry):
+    """The numbers of a dense tensor."""
 
     def __init__(self, tensor: Tensor) -> None:
-        self._tensor, self._version = tensor, tensor._version
-        self._before = tensor.detach().clone()
+        """Take them down."""
+        self.tensor, self._memory = tensor, tensor.data
+        self._before, self._address = tensor.detach().clone(), tensor.data_ptr()
+        self._version = tensor._version
 
     def changed(self) -> bool:
-        return self._tensor._version != self._version
+        """Tell whether it was written to; also past its counter, if it is small."""
+        tensor = self.tensor
+        if self._moved() or tensor._version != self._version:
+            return True
+        if tensor.device.type != "cpu" or tensor.numel() > _COMPARED:
+            return False
+        return not bool(((tensor == self._before) | (tensor != tensor)).all())
 
     def put_back(self) -> None:
+        """Give it its memory and its numbers."""
         with torch.no_grad():
-            self._tensor.copy_(self._before)
-        self._version = self._tensor._version
+            if self._moved():
+                self.tensor.data = self._memory
+            self.tensor.copy_(self._before)
+        self._version = self.tensor._version
+
+    def _moved(self) -> bool:
+        """Tell whether it has another memory or shape."""
+        return self.tensor.data_ptr() != self._address or self.tensor.shape != self._before.shape
 
 
 class _Array(_Entry):
@@ -188,10 +241,27 @@ class _Array(_Entry):
         self._array, self._before = array, array.copy()
 
     def changed(self) -> bool:
-        return bool((self._array.view(np.uint8) != self._before.view(np.uint8)).any())
+        return bool(self._array.tobytes() != self._before.tobytes())
 
     def put_back(self) -> None:
         self._array[...] = self._before
+
+
+class _Objects(_Entry):
+    """The objects in a NumPy array."""
+
+    def __init__(self, array: Any) -> None:
+        self._array, self._before = array, list(array.flat)
+
+    def held(self) -> Iterable[Any]:
+        return self._before if len(self._before) <= _ENTRIES else ()
+
+    def changed(self) -> bool:
+        return any(now is not before for now, before in zip(self._array.flat, self._before, strict=True))
+
+    def put_back(self) -> None:
+        for place, value in enumerate(self._before):
+            self._array.flat[place] = value
 
 
 class Generator(_Entry):
@@ -211,52 +281,67 @@ class Generator(_Entry):
         self._write(self._before)
 
 
-def global_generators() -> tuple[Generator, Generator]:
-    """Take down where the generators of the process are, Python's and NumPy's."""
-    of_numpy = Generator(lambda: np.random.get_state(legacy=False), np.random.set_state)
-    return Generator(random.getstate, random.setstate), of_numpy
+def global_generators() -> list[Generator]:
+    """Take down where the generators of the process are: Python's, NumPy's and torch's."""
+    of_torch = [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
+    return [
+        Generator(random.getstate, random.setstate),
+        Generator(lambda: np.random.get_state(legacy=False), np.random.set_state),
+        *(Generator(generator.get_state, generator.set_state) for generator in of_torch),
+    ]
 
 
-def _entry_of(value: Any) -> _Entry | None:
-    """Choose how to keep the state of an object; ``None`` for one that has none."""
-    if isinstance(value, Tensor):
+def _entries_of(value: Any) -> Iterator[_Entry]:
+    """Choose how to keep the state of an object; nothing for one that has none."""
+    kind = type(value)
+    if issubclass(kind, Tensor):
         kept = value.is_leaf and value.layout is torch.strided  # what has a graph is the result of another pass
-        return _Values(value) if kept and not (value.is_meta or value.is_inference()) else None
-    if isinstance(value, np.ndarray):
-        return _Array(value) if value.flags.writeable and value.flags.c_contiguous and value.ndim else None
-    if isinstance(value, torch.Generator):
-        return Generator(value.get_state, value.set_state)
-    if isinstance(value, np.random.Generator):
-        bits = value.bit_generator
-        return Generator(lambda: bits.state, lambda state: setattr(bits, "state", state))
-    if isinstance(value, np.random.RandomState):
-        return Generator(lambda: value.get_state(legacy=False), value.set_state)
-    if isinstance(value, random.Random):
-        return Generator(value.getstate, value.setstate)
-    if isinstance(value, _Container.KINDS):
-        return _Container(value)
-    if type(value).__module__.split(".")[0] in _OTHERS:
-        return None
-    if isinstance(getattr(value, "__dict__", None), dict):
-        return _Attributes(value)
-    names = [name for kind in type(value).__mro__ for name in _slots(kind)]
-    return _Slots(value, names) if names else None
+        if kept and not (value.is_meta or value.is_inference()):
+            yield Values(value)
+    elif issubclass(kind, np.ndarray):
+        array = value.view(np.ndarray)
+        if array.flags.writeable:
+            yield _Objects(array) if array.dtype.hasobject else _Array(array)
+        if kind is not np.ndarray:  # say a mask
+            yield _Attributes(value)
+    elif issubclass(kind, torch.Generator):
+        yield Generator(value.get_state, value.set_state)
+    elif issubclass(kind, np.random.Generator | np.random.BitGenerator):
+        bits = value.bit_generator if issubclass(kind, np.random.Generator) else value
+        yield Generator(lambda: bits.state, lambda state: setattr(bits, "state", state))
+    elif issubclass(kind, np.random.RandomState):
+        yield Generator(lambda: value.get_state(legacy=False), value.set_state)
+    elif issubclass(kind, random.Random):
+        yield Generator(value.getstate, value.setstate)
+    elif issubclass(kind, _Container.KINDS):
+        yield _Container(value)
+        yield from _attributes_of(value)
+    elif str(kind.__module__).split(".")[0] not in _OTHERS:
+        yield from _attributes_of(value)
 
 
-def _slots(kind: type) -> Iterator[str]:
-    """List the attributes that a class keeps in slots, if it is written in Python."""
-    declared = vars(kind).get("__slots__", ()) if kind.__flags__ & (1 << 9) else ()  # made by a class statement
-    for name in (declared,) if isinstance(declared, str) else declared:
-        if name not in ("__dict__", "__weakref__") and not name.startswith("__"):
-            yield name
+def _attributes_of(value: Any) -> Iterator[_Entry]:
+    """Choose how to keep the attributes of an object."""
+    try:
+        attributes = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        attributes = None
+    if type(attributes) is dict:
+        yield _Attributes(value)
+    kinds = [kind for kind in type(value).__mro__ if "__slots__" in vars(kind)]
+    slots = [slot for kind in kinds for slot in vars(kind).values() if isinstance(slot, MemberDescriptorType)]
+    if slots:
+        yield _Slots(value, slots)
 
 
-def _identities(container: Any) -> tuple[list[Any], list[int]]:
-    """List the keys and which objects there are, in an order that stays, without comparing the objects."""
-    if isinstance(container, dict):
-        return list(container), list(map(id, container.values()))
-    identities = list(map(id, container))
-    return [], sorted(identities) if isinstance(container, set) else identities
+def _identities(attributes: dict[str, Any]) -> list[Any]:
+    """List the names and which objects there are, without comparing the objects."""
+    return [*attributes, *map(id, attributes.values())]
+
+
+def storage_of(tensor: Tensor) -> int:
+    """Identify the memory that a tensor shares with its views; 0 where it has none of its own."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
 
 
 def _comparable(state: Any) -> Any:

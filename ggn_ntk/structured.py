@@ -146,10 +146,9 @@ def prepare(request: Request, missed: dict[str, str] | None = None, *, everyone:
     if problems:
         raise UnsupportedModelError(problems)
     walks, missed = _can_walk(request), missed or {}
-    few = walks and not everyone and not request.thorough and is_known(request)
-    probe = Probe(request, everyone=not few)
+    stand_for_all = sum(request.sizes) == 1 or (walks and not request.thorough and is_known(request))
+    probe = Probe(request, everyone=everyone or not stand_for_all)
     _refuse_written_parameters(request)
-    axes = request.resolve(probe.out_shape)
     if walks:
         found = probe.try_rules(None) | missed
         try:
@@ -163,7 +162,7 @@ def prepare(request: Request, missed: dict[str, str] | None = None, *, everyone:
         found = outside_of_calls(request, recording) | probe.try_rules(layouts) | missed
         capture = Capture(_without(request, found), recording)
     probe.see(capture.output)
-    return Prepared(capture, axes, probe, found)
+    return Prepared(capture, probe.axes, probe, found)
 
 
 def _refuse_written_parameters(request: Request) -> None:
@@ -207,7 +206,7 @@ def _layouts_of_one(request: Request, probe: Probe) -> list[Layout]:
     try:
         twice = record(request, probe.inputs[[0, 0]])
         check_shape(twice.output, 2, probe.out_shape)
-    except (RuntimeError, ValueError) as error:  # a model that takes one sample at a time
+    except Exception as error:  # a model that takes one sample at a time
         if is_out_of_memory(error):
             raise
         return [Layout(call.module, None, 1, [], same=True) for call in one.calls]

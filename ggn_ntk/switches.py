@@ -14,7 +14,6 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from backpack import disable
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint
 
@@ -68,7 +67,7 @@ here = _Here()
 
 @contextmanager
 def process_switches(*, recurrent: bool) -> Iterator[None]:
-    """Compute in full precision and eagerly, with the backends that can be differentiated, and BackPACK aside.
+    """Compute in full precision and eagerly, with the backends that can be differentiated.
 
     Args:
         recurrent: Whether recurrent layers take part: cuDNN passes no gradients back through them in eval mode.
@@ -104,7 +103,7 @@ def without_checkpoints() -> Iterator[None]:
 def _all_switches() -> Iterator[None]:
     """Switch all that does not take an import."""
     with ExitStack() as stack:
-        for context in (full_precision, _attention_fast_path_off, disable, _checkpoints_that_can_be_kept):
+        for context in (full_precision, _attention_fast_path_off, _checkpoints_that_can_be_kept):
             stack.enter_context(context())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # batched gradients do not go through the fused ones
         stack.enter_context(_warnings_off())

@@ -26,8 +26,8 @@ from ggn_ntk.composite import differentiable
 from ggn_ntk.errors import Problem, UnsupportedModelError, is_out_of_memory, without
 from ggn_ntk.independence import gradients, gradients_of
 from ggn_ntk.inputs import Inputs
-from ggn_ntk.isolation import isolated
-from ggn_ntk.request import Request
+from ggn_ntk.isolation import alone_with, forward_mode, isolated
+from ggn_ntk.request import Request, check_wrappers
 from ggn_ntk.switches import without_checkpoints
 
 _KIND = "Taylor expansion"
@@ -114,6 +114,7 @@ class TaylorExpansion:
         if degree < 0:
             raise ValueError(f"degree must not be negative, got {degree}.")
         self.degree = degree
+        check_wrappers(model)
         self._model = _snapshot(eager(model))
         self._names = _first_names(self._model)
         self._params = self._choose(params)
@@ -149,7 +150,7 @@ class TaylorExpansion:
         request = replace(request, params={name: self._params[name] for name in step})
         records = torch.is_grad_enabled()
         # what is returned is differentiated outside of the session: no checkpoint may evaluate the model again there
-        with isolated(self._model), differentiable(self.degree), without_checkpoints():
+        with isolated(self._model), forward_mode(), differentiable(self.degree), without_checkpoints():
             if not is_transformed():
                 self._verify(replace(request, params=self._params))
             with torch.set_grad_enabled(records):
@@ -220,7 +221,8 @@ class TaylorExpansion:
             ValueError: If it holds nothing to expand in, or two values of one parameter.
         """
         if isinstance(new_params, Module):
-            new_params = dict(new_params.named_parameters())
+            with alone_with(new_params):
+                new_params = dict(new_params.named_parameters())
         if not isinstance(new_params, Mapping):
             raise TypeError(
                 "new_params must be a mapping from parameter names to tensors, say dict(model.named_parameters()), or "
@@ -271,7 +273,7 @@ def _snapshot(model: Module) -> Module:
         The copy, without backward hooks, which take no part in the function.
     """
     kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
-    with torch.inference_mode(False), torch.no_grad():
+    with torch.inference_mode(False), torch.no_grad(), alone_with(model):
         # deepcopy refuses results of an earlier forward pass that a module holds on to
         memo: dict[int, Any] = {id(value): value.detach().clone() for value in kept if value.grad_fn is not None}
         snapshot = copy.deepcopy(model, memo)

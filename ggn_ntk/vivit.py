@@ -25,9 +25,9 @@ from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
 from ggn_ntk.axes import AxesRequest, OutputAxes
 from ggn_ntk.checks import AVG_POOLS, check_vivit, eager
-from ggn_ntk.comparison import PROBE_TOLERANCES, cotangent, differing
+from ggn_ntk.comparison import PROBE_TOLERANCES, all_finite, cotangent, differing
 from ggn_ntk.computation import compute as _compute
-from ggn_ntk.errors import OTHER_METHOD, Problem, UnsupportedRouteError, is_out_of_memory
+from ggn_ntk.errors import OTHER_METHOD, NotFiniteError, Problem, UnsupportedRouteError, is_out_of_memory
 from ggn_ntk.gram_hook import GramSum, _kernel_block
 from ggn_ntk.independence import gradients
 from ggn_ntk.inspection import OwnGenerator
@@ -105,10 +105,15 @@ def _probe_kernels(request: Request, out_shape: Size) -> Iterator[Problem]:
 
     Yields:
         A problem for each parameter whose kernel differs.
+
+    Raises:
+        NotFiniteError: If gradients are not finite.
     """
     sample = request.x1[:1].map(lambda x: cotangent(x, seed=0))
     v = cotangent(sample.args[0], 1, Size([1, *out_shape]))
     expected = {name: gradient.square().sum() for name, gradient in gradients(request, sample, v)[1].items()}
+    if not all_finite(expected.values()):
+        raise NotFiniteError
     flat, of_sample = v.flatten(), replace(request, x1=sample, x2=None, per_parameter=True)
     kernels = _gram_kernels(of_sample, OutputAxes(out_shape)).kernels
     actual = {name: flat @ kernel[0, 0, 0] @ flat for name, kernel in kernels}

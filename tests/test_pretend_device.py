@@ -7,7 +7,7 @@ import pytest
 import torch
 from backpack import backpack, extend
 from cases import CASES
-from conftest import DEVICES, PRETENDS, assert_close, oracle_sum
+from conftest import DEVICES, PRETENDS, ROUNDED_ON_CUDA, assert_close, oracle_sum
 from models import MODELS
 from test_capture import each
 from test_extension import PLAIN
@@ -15,6 +15,8 @@ from torch import nn
 from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
 from ggn_ntk import AccumulateGramHook, EmpiricalNTK, empirical_ntk, explain, linearize, nngp
+from ggn_ntk.comparison import relative_error
+from ggn_ntk.switches import full_precision
 
 ALL = [*(pytest.param(case, id=case.name) for case in CASES), *each(MODELS)]
 TENSORS = [*(pytest.param(case, id=case.name) for case in CASES), *each(m for m in MODELS if m.output is None)]
@@ -24,7 +26,8 @@ on_others = pytest.mark.parametrize("device", DEVICES[1:], indirect=True)
 
 def built(case, device):
     """The case on the CPU and elsewhere."""
-    dtype = torch.float32 if getattr(case, "rounds", False) else torch.float64
+    rounds = getattr(case, "rounds", False) or (device == "cuda" and case.name in ROUNDED_ON_CUDA)
+    dtype = torch.float32 if rounds else torch.float64
     return case.build(dtype), case.build(dtype, device)
 
 
@@ -56,6 +59,16 @@ def test_linearization(case, device):
     assert_close(output.detach(), linearize(model)(here, x).detach())
 
 
+def kernel_of_a_step(kind, model, x1, x2):
+    """The kernel that the extension or the hook collects in a training step."""
+    model, loss_func = extend(model), extend(nn.MSELoss(reduction="sum"))
+    extension, hook = (EmpiricalNTK(len(x1)), None) if kind == "extension" else (ViViTGGNExact(), AccumulateGramHook())
+    with backpack(extension, extension_hook=hook):
+        output = model(torch.cat([x1, x2]))
+        loss_func(output, torch.zeros_like(output)).backward()
+    return extension.ntk() if hook is None else hook.ntk(len(x1), loss=loss_func)
+
+
 @on_others
 @pytest.mark.parametrize("case", PLAIN, ids=str)
 @pytest.mark.parametrize("kind", ["extension", "hook"])
@@ -63,14 +76,27 @@ def test_training_step(case, kind, device):
     if kind == "hook" and (not case.vivit or case.name.startswith("output_")):
         pytest.skip("not for ViViT")
     model, x1, x2 = case.build(torch.float32, device)  # what BackPACK makes of average pooling is in float32
-    model, loss_func = extend(model), extend(nn.MSELoss(reduction="sum"))
-    extension, hook = (EmpiricalNTK(len(x1)), None) if kind == "extension" else (ViViTGGNExact(), AccumulateGramHook())
-    with backpack(extension, extension_hook=hook):
-        output = model(torch.cat([x1, x2]))
-        loss_func(output, torch.zeros_like(output)).backward()
-    kernel = extension.ntk() if hook is None else hook.ntk(len(x1), loss=loss_func)
+    with full_precision():  # the kernel is as exact as the pass
+        kernel = kernel_of_a_step(kind, model, x1, x2)
     assert kernel.device.type == device
     assert_close(kernel, oracle_sum(case))
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("kind", ["extension", "hook"])
+def test_a_training_step_with_rounded_products(kind):
+    """In TF32, as convolutions are by default, and matrix products on demand."""
+    layers = [nn.Conv2d(3, 32, 3), nn.ReLU(), nn.Conv2d(32, 64, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(64, 64, 3)]
+    model = nn.Sequential(*layers, nn.ReLU(), nn.Flatten(), nn.Linear(64 * 16, 10)).cuda()
+    x1, x2 = torch.randn(8, 3, 16, 16, device="cuda"), torch.randn(4, 3, 16, 16, device="cuda")
+    expected = empirical_ntk(model, x1, x2)
+    before = torch.get_float32_matmul_precision()
+    try:
+        for precision in ("highest", "high"):
+            torch.set_float32_matmul_precision(precision)
+            assert relative_error(kernel_of_a_step(kind, model, x1, x2), expected) < 5e-3
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 needs_it = pytest.mark.skipif(not PRETENDS, reason="no pretend device")

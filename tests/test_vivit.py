@@ -273,6 +273,16 @@ def test_lists_all_problems_at_once():
     assert [problem.where for problem in info.value.problems] == ["1.1", "0", "1.0"]
 
 
+@pytest.fixture
+def warns_always():
+    """Has torch warn each time, not once in a process."""
+    before = torch.is_warn_always_enabled()
+    torch.set_warn_always(True)
+    yield
+    torch.set_warn_always(before)
+
+
+@pytest.mark.usefixtures("warns_always")
 @pytest.mark.parametrize("name", ["padding_reflect", "padding_same", "divisor_override"])
 def test_the_numeric_probe_stands_behind_the_list(name, monkeypatch):
     monkeypatch.setattr(checks, "VIVIT_CHECKS", [])

@@ -1,0 +1,444 @@
+"""What x1 and x2 may be, and what of the process and of the package a call relies on."""
+
+import dataclasses
+import importlib
+import inspect
+import pkgutil
+import re
+import sys
+import textwrap
+import typing
+from functools import partial
+
+import pytest
+import torch
+from backpack import backpack, extend
+from conftest import assert_close, loop_jacobians
+from torch import Tensor, nn
+
+import ggn_ntk
+from ggn_ntk import (
+    EmpiricalNTK,
+    Factored,
+    RouteWarning,
+    UnsupportedModelError,
+    einsum,
+    empirical_kernels,
+    empirical_ntk,
+    explain,
+    linearize,
+    nngp,
+)
+from ggn_ntk import __main__ as demo
+from ggn_ntk.plots import plot_alignment
+from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
+from ggn_ntk.rules import registry
+from ggn_ntk.rules.linear import linear
+from ggn_ntk.rules.registry import OneHot, register_rule_by_name
+from ggn_ntk.structured import recorded_products
+
+ROUTES = ["structured", "jacobian_contraction", "ntk_vector_products", "auto"]
+FUNCTIONS = [empirical_ntk, jacobian_contraction, ntk_vector_products, explain, nngp, empirical_kernels]
+X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+
+
+def kernel_of(model, *sets):
+    """The kernel by a loop over samples and outputs."""
+    jacobians = [torch.cat(list(loop_jacobians(model, x).values()), 2) for x in sets]
+    return torch.einsum("ncp,mdp->nmcd", jacobians[0], jacobians[-1])
+
+
+class Taking(nn.Module):
+    """A layer on an input of any structure, scaled by what else is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(3, 2).double()
+
+    def forward(self, x, grid=None, flag=True, scale=1):
+        while not isinstance(x, Tensor):
+            x = x["a"] if isinstance(x, dict) else x[0]
+        h = self.layer(x) * (2 if flag else 1) * (3 if scale == "three" else scale)
+        return h if grid is None else h + h * grid.sum()
+
+
+# ---------------------------------------------------------------- structures
+
+# What is given, the call that the message shows, and what the wrapper's constants are where it shows ellipses.
+REFUSED = [
+    ((X, False), "self.model(x, False)"),
+    ((X, None), "self.model(x, None)"),
+    ({"x": X, "flag": False}, "self.model(x, flag=False)"),
+    ({"x": X, "grid": None}, "self.model(x, grid=None)"),
+    ({"x": X, "scale": 2.5}, "self.model(x, scale=2.5)"),
+    ({"x": X, "scale": "three"}, "self.model(x, scale='three')"),
+    (([X, X],), "self.model([x, x])"),
+    (((X,),), "self.model([x])"),
+    (({"a": X},), "self.model({'a': x})"),
+    ([X], "self.model([x])"),
+]
+
+
+def wrapper_in(message):
+    """Run the wrapper that a message shows."""
+    code = textwrap.dedent(message.partition("say:\n\n")[2])
+    scope = {"torch": torch}
+    exec(code.partition("empirical_ntk(")[0], scope)
+    return scope["Wrapper"], code
+
+
+@pytest.mark.parametrize(("x", "called"), REFUSED, ids=[called for _, called in REFUSED])
+@pytest.mark.parametrize("second", [False, True], ids=["x1", "x2"])
+def test_what_is_no_tensor_is_refused_with_a_wrapper_that_works(x, called, second):
+    model = Taking()
+    for function in FUNCTIONS:
+        with pytest.raises(TypeError, match=re.escape(called)) as info:
+            function(model, *((X, x) if second else (x,)))
+    wrapper, code = wrapper_in(str(info.value))
+    assert str(info.value).startswith("x2" if second else "x1")
+    assert re.fullmatch(r"empirical_ntk\(Wrapper\(model\), x[12](, x2)?\)", code.splitlines()[-1])
+    given = {"flag": x.get("flag", True), "scale": x.get("scale", 1)} if isinstance(x, dict) else {}
+    given |= {"grid": x[1]} if isinstance(x, tuple) and len(x) == 2 and x[1] is not None else {}
+    wrapped = wrapper(model)
+    if "grid" not in given:
+        assert torch.equal(wrapped(X), model(X, **given))
+        assert_close(empirical_ntk(wrapped, X), kernel_of(wrapped, X))
+
+
+@pytest.mark.parametrize("x", [(X, torch.randn(9, 1)), {"x": X, "grid": torch.randn(9, 1)}], ids=["tuple", "mapping"])
+def test_constants_that_samples_share_are_refused_with_a_wrapper(x):
+    for function in FUNCTIONS:
+        with pytest.raises(ValueError, match="must share their leading axis, the samples") as info:
+            function(Taking(), x)
+    wrapper, _ = wrapper_in(str(info.value))
+    assert issubclass(wrapper, nn.Module)
+    assert "shared" in str(info.value)
+
+
+def test_the_wrapper_of_a_shared_constant():
+    """Written as the message has it."""
+
+    class Wrapper(nn.Module):
+        def __init__(self, model, shared):
+            super().__init__()
+            self.model = model
+            self.register_buffer("shared", shared)
+
+        def forward(self, x):
+            return self.model(x, self.shared)
+
+    model = Wrapper(Taking(), torch.randn(9, 1).double())
+    for method in ROUTES:
+        assert_close(empirical_ntk(model, X, X[:2], method=method), kernel_of(model, X, X[:2]))
+
+
+@pytest.mark.parametrize(
+    ("made", "error", "message"),
+    [
+        (
+            lambda: X.to_sparse(),
+            ValueError,
+            r"x1 is of layout torch\.sparse_coo: pass a dense tensor, x1\.to_dense\(\)",
+        ),
+        (lambda: X.to_sparse_csr(), ValueError, r"x1 is of layout torch\.sparse_csr: .*x1\.to_dense\(\)"),
+        (lambda: (X, X.to_sparse()), ValueError, r"x1\[1\] is of layout torch\.sparse_coo"),
+        (lambda: {"x": X.to_sparse()}, ValueError, r"x1\['x'\] is of layout torch\.sparse_coo"),
+        (lambda: torch.nested.nested_tensor([X[0], X[1]]), ValueError, "x1 is .*padded samples with a mask"),
+        (lambda: X.numpy(), TypeError, r"x1 must be a tensor \[N, \.\.\.\].*got ndarray"),
+        (
+            lambda: X.float(),
+            ValueError,
+            r"x1 is torch\.float32, the model's parameters torch\.float64.*x1\.to\(dtype\)",
+        ),
+        (lambda: X.half(), ValueError, r"x1 is torch\.float16, the model's parameters torch\.float64"),
+        (lambda: X.to("meta"), ValueError, r"x1 is on meta, the model's parameters on cpu.*x1\.to\(device\)"),
+        (lambda: (X, X.to("meta")), ValueError, r"x1\[1\] is on meta"),
+    ],
+    ids=range(10),
+)
+@pytest.mark.filterwarnings("ignore:Sparse CSR tensor", "ignore:.*nested tensors")
+def test_bad_tensors(made, error, message):
+    for function in FUNCTIONS:
+        with pytest.raises(error, match=message):
+            function(Taking(), made())
+    with pytest.raises(error, match=message):
+        linearize(Taking())(dict(Taking().named_parameters()), made())
+
+
+# ---------------------------------------------------------------- models that take one sample at a time
+
+
+class Set(nn.Module):
+    """Takes one set of points at a time, whose points lie along the leading axis behind the sample's."""
+
+    def __init__(self):
+        super().__init__()
+        self.body, self.head = nn.Linear(3, 4).double(), nn.Linear(4, 2).double()
+
+    def forward(self, x):
+        return self.head(self.body(x.squeeze(0)).tanh().mean(0)).unsqueeze(0)
+
+
+class Branching(Set):
+    """Reads a number off its input, which is one sample's."""
+
+    def forward(self, x):
+        return super().forward(x if float(x.sum()) > 0 else x.sin())
+
+
+@pytest.mark.parametrize("build", [Set, Branching])
+@pytest.mark.parametrize("method", ROUTES)
+@pytest.mark.filterwarnings("ignore::ggn_ntk.RouteWarning")
+def test_models_that_take_one_sample(build, method):
+    """Of one sample there is a kernel; for two there is one, or an error that says what to do."""
+    model, x1, x2 = build(), torch.randn(1, 5, 3).double(), torch.randn(1, 5, 3).double()
+    assert_close(empirical_ntk(model, x1, method=method, check=True), kernel_of(model, x1))
+    try:
+        kernel = empirical_ntk(model, x1, x2, method=method)
+    except (UnsupportedModelError, ValueError) as error:
+        assert re.search("not the same|shape|samples", str(error))  # noqa: PT017
+    else:
+        assert_close(kernel, kernel_of(model, x1, x2))
+
+
+@pytest.mark.parametrize("method", ROUTES)
+def test_one_sample(method):
+    model = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    for x1, x2 in ((X[:1], None), (X[:1], X[1:2]), (X[:1], X), (X, X[:1])):
+        sets = [x for x in (x1, x2) if x is not None]
+        assert_close(empirical_ntk(model, x1, x2, method=method, check=True), kernel_of(model, *sets))
+
+
+# ---------------------------------------------------------------- settings of the process
+
+
+@pytest.fixture(params=["meta", "half", "double"])
+def defaults(request):
+    """Another default device or dtype."""
+    before = torch.get_default_dtype()
+    if request.param == "meta":
+        torch.set_default_device("meta")
+    else:
+        torch.set_default_dtype(getattr(torch, request.param))
+    yield
+    torch.set_default_device(None)
+    torch.set_default_dtype(before)
+
+
+def network():
+    layers = nn.Conv1d(1, 2, 2), nn.LayerNorm(2), nn.Tanh(), nn.Flatten(), nn.Linear(4, 2)
+    return nn.Sequential(nn.Unflatten(1, (1, 3)), *layers)
+
+
+def embedded():
+    return nn.Sequential(nn.Embedding(5, 4), nn.TransformerEncoderLayer(4, 2, 6, 0.0, batch_first=True), nn.Flatten())
+
+
+KINDS = [
+    (network, lambda n: torch.randn(n, 3)),
+    (embedded, lambda n: torch.randint(5, (n, 3))),
+]
+CALLS = {name: partial(empirical_ntk, method=name, check=True) for name in ROUTES}
+CALLS |= {"nngp": nngp, "autograd": partial(empirical_ntk, capture="autograd")}
+
+
+@pytest.fixture(params=range(len(KINDS)), ids=["images", "tokens"])
+def kind(request):
+    """Made before other defaults are set: model, x1 and x2."""
+    build, inputs = KINDS[request.param]
+    return build(), inputs(4), inputs(2)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_other_defaults(kind, name, defaults):
+    model, x1, x2 = kind
+    dtype, device = torch.get_default_dtype(), torch.get_default_device()
+    found = CALLS[name](model, x1, x2)
+    linearize(model)({key: p.detach() for key, p in model.named_parameters()}, x1)
+    explain(model, x1, x2)
+    assert (torch.get_default_dtype(), torch.get_default_device()) == (dtype, device)
+    torch.set_default_device(None)
+    torch.set_default_dtype(torch.float32)
+    expected = CALLS[name](model, x1, x2)
+    assert found.dtype == torch.float32
+    assert_close(found, expected)
+
+
+@pytest.mark.parametrize("n1", [True, False, 1.0, "2", 2.5, [1]], ids=repr)
+def test_n1_is_an_integer(n1):
+    with pytest.raises(TypeError, match="n1 must be an integer or None, got"):
+        EmpiricalNTK(n1=n1)
+
+
+@pytest.mark.parametrize("n1", [0, -1, 6, 7])
+def test_n1_leaves_both_sets_a_sample(n1):
+    model, loss = extend(nn.Linear(3, 2).double()), extend(nn.MSELoss())
+    value = loss(model(X), torch.zeros(6, 2).double())
+    with (
+        backpack(EmpiricalNTK(n1=n1)),
+        pytest.raises(ValueError, match=f"n1 must be between 1 and 5 for a batch of 6 samples, got {n1}"),
+    ):
+        value.backward()
+
+
+# ---------------------------------------------------------------- complex numbers beside real parameters
+
+
+class Spectral(nn.Module):
+    """Filters in the frequency domain, by a complex buffer or frozen parameter."""
+
+    def __init__(self, parameter, dtype=torch.complex128):
+        super().__init__()
+        self.first, self.last = nn.Linear(3, 8).double(), nn.Linear(8, 2).double()
+        filters = torch.randn(5, dtype=dtype)
+        if parameter:
+            self.filters = nn.Parameter(filters, requires_grad=False)
+        else:
+            self.register_buffer("filters", filters)
+
+    def forward(self, x):
+        return self.last(torch.fft.irfft(torch.fft.rfft(self.first(x)) * self.filters, 8).tanh())
+
+
+@pytest.mark.parametrize("parameter", [False, True], ids=["buffer", "frozen"])
+@pytest.mark.parametrize("method", ROUTES)
+def test_complex_buffers_and_frozen_parameters(parameter, method):
+    model = Spectral(parameter)
+    assert_close(empirical_ntk(model, X, X[:2], method=method, check=True), kernel_of(model, X, X[:2]))
+    new = {name: p.detach() + 0.1 for name, p in model.named_parameters() if p.requires_grad}
+    assert linearize(model)(new, X).shape == (6, 2)
+    assert nngp(nn.Sequential(model), X).shape[:2] == (6, 6)
+    assert explain(model, X).covered == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+@pytest.mark.parametrize("method", ROUTES)
+def test_wanted_complex_parameters_are_refused(method):
+    model = Spectral(True)
+    model.filters.requires_grad_()
+    with pytest.raises(UnsupportedModelError, match=r"filters: is torch\.complex128.*real and imaginary parts"):
+        empirical_ntk(model, X, method=method)
+    names = [name for name in loop_jacobians(model, X) if name != "filters"]
+    jacobians = torch.cat([j for name, j in loop_jacobians(model, X).items() if name in names], 2)
+    kernel = empirical_ntk(model, X, method=method, params=names)
+    assert_close(kernel, torch.einsum("ncp,mdp->nmcd", jacobians, jacobians))
+
+
+# ---------------------------------------------------------------- the package itself
+
+
+class Layer(nn.Linear):
+    """A layer of the user's."""
+
+
+def test_rules_by_name_take_effect_after_a_look_up(monkeypatch):
+    monkeypatch.setattr(registry, "_RULES_BY_NAME", dict(registry._RULES_BY_NAME))
+    model, calls = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), Layer(4, 2)).double(), []
+    assert explain(model, X).remainder.keys() == {"2.weight", "2.bias"}
+
+    @register_rule_by_name(f"{__name__}.Lay*")
+    def rule(module, x, s):
+        calls.append(module)
+        return linear(module, x, s)
+
+    try:
+        assert not explain(model, X).remainder
+        assert_close(empirical_ntk(model, X), kernel_of(model, X))
+        assert calls
+        wrong = register_rule_by_name(f"{__name__}.Lay*")(lambda m, x, s: {"weight": Factored("cno,ni->cnoi", (-s, x))})
+        with pytest.warns(RouteWarning, match=r"2\.weight"):
+            assert_close(empirical_ntk(model, X), kernel_of(model, X))
+        assert registry.rule_for(model[2]) is wrong
+    finally:
+        registry._rule_by_name.cache_clear()
+
+
+@pytest.mark.parametrize("count", [5, 9, 12, 20])
+@pytest.mark.parametrize("apart", [0, 4])
+def test_many_operands_are_ordered_by_dynamic_programming(count, apart, monkeypatch):
+    optimizers, search = [], einsum.opt_einsum.contract_path
+
+    def searching(*args, **kwargs):
+        optimizers.append(kwargs["optimize"])
+        return search(*args, **kwargs)
+
+    monkeypatch.setattr(einsum.opt_einsum, "contract_path", searching)
+    einsum.path_info.cache_clear()
+    letters = "abcdefghijklmnopqrstu"
+    terms = [letters[i : i + 2] for i in range(count)]
+    tensors = [torch.randn(2 + i % 2, 2 + (i + 1) % 2, dtype=torch.float64) for i in range(count)]
+    operands = [einsum.Operand(term, tensor, i) for i, (term, tensor) in enumerate(zip(terms, tensors, strict=True))]
+    info = einsum.path_of(operands, "a" + letters[count], apart=apart)
+    named = {name for name in optimizers if isinstance(name, str)}
+    sizes = [count] if not apart else [apart, count - apart]
+    assert named == {"optimal" if size <= 6 else "dp" for size in sizes}
+    assert len(info.contraction_list) == count - 1
+    assert sum(len(step[0]) - 1 for step in info.contraction_list) == count - 1
+    found = einsum.contract(operands, "a" + letters[count], einsum.Memo())
+    assert_close(einsum.aligned(found, "a" + letters[count]), torch.linalg.multi_dot(tensors))
+
+
+MODULES = [m.name for m in pkgutil.walk_packages(ggn_ntk.__path__, "ggn_ntk.")]
+
+
+def holds_tensors(annotation):
+    inside = typing.get_args(annotation)
+    return annotation in (Tensor, OneHot) or "Tensor" in str(annotation) or any(map(holds_tensors, inside))
+
+
+@pytest.mark.parametrize("name", MODULES)
+def test_dataclasses_that_hold_tensors_are_equal_to_themselves_alone(name):
+    module = importlib.import_module(name)
+    kinds = [kind for _, kind in inspect.getmembers(module, dataclasses.is_dataclass) if kind.__module__ == name]
+    tensors = {kind for kind in kinds if any(holds_tensors(field.type) for field in dataclasses.fields(kind))}
+    for _ in kinds:  # and those that hold these
+        names = [kind.__name__ for kind in tensors]
+        tensors |= {k for k in kinds if any(n in str(f.type) for n in names for f in dataclasses.fields(k))}
+    for kind in tensors:
+        assert kind.__eq__ is object.__eq__
+        assert kind.__hash__ is object.__hash__
+
+
+@pytest.mark.parametrize("build", [network, embedded])
+def test_explanations_hold_no_tensors(build, monkeypatch):
+    recorded = []
+
+    def recording(request):
+        prepared, products = recorded_products(request)
+        recorded.extend(products)
+        return prepared, products
+
+    monkeypatch.setattr(sys.modules["ggn_ntk.explain"], "recorded_products", recording)
+    x = torch.randn(4, 3) if build is network else torch.randint(5, (4, 3))
+    explanation = explain(build(), x)
+    operands = [o for _, product in recorded for o in (*product.first, *product.second)]
+    assert operands
+    assert {o.tensor.device.type for o in operands} == {"meta"}
+    assert not any(isinstance(value, Tensor) for value in vars(explanation).values())
+    assert "Tensor" not in repr(explanation)
+
+
+@pytest.mark.parametrize("values", [[-0.4, 0.2, 1.3], [-2.0, -1.5, -1.0], [1.5, 3.0, 2.0], [0.1, 0.2, 0.3]], ids=str)
+def test_plots_of_alignments_do_not_clip(values):
+    figure = pytest.importorskip("matplotlib.figure")
+    ax = figure.Figure().subplots()
+    plot_alignment([0, 1, 2], {"one": values, "other": torch.tensor([0.4, 0.5, 0.6])}, ax)
+    low, high = ax.get_ylim()
+    assert low < min(0, *values)
+    assert high > max(1, *values)
+    assert all(low < y < high for line in ax.lines for y in line.get_ydata())
+
+
+@pytest.mark.parametrize("option", ["--output", "--picture"])
+@pytest.mark.parametrize("place", ["folder", "missing/file", "file/file"])
+def test_the_demo_looks_where_it_may_write_before_it_works(option, place, tmp_path, capsys, monkeypatch):
+    def working(*args, **kwargs):
+        raise AssertionError("it works first")
+
+    monkeypatch.setattr(demo, "empirical_ntk", working)
+    monkeypatch.setattr(demo, "cnn", working)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as info:
+        demo.main([option, str(tmp_path / place)])
+    assert info.value.code == 2
+    assert f"argument {option}: cannot write to" in capsys.readouterr().err
