@@ -278,13 +278,17 @@ class Session:
             for h, content in self._hooks:
                 stack.callback(h.update, content)
                 stack.callback(h.clear)
-            for param in self._rewritten():
-                stack.callback(param.restore)
-            stack.callback(self._reset)
+            stack.callback(self._restore)
+
+    def _restore(self) -> None:
+        """Give parameters that were written to unnoticed the values that they had."""
+        for param in self._rewritten():
+            param.restore()
 
     def _rewritten(self) -> "list[_Parameter]":
-        """List the parameters that were written to unnoticed."""
+        """Give the model the state in which it was found, and list the parameters that were written to unnoticed."""
         if self._changed is None:
+            self._reset()
             others = [param for param in self._params if param.param not in self.written]
             found = [param for param in others if param.counted]
             rest = [param for param in others if not param.counted and param.copy is not None]
@@ -301,7 +305,6 @@ class Session:
         Raises:
             UnsupportedModelError: If one did.
         """
-        self._reset()
         problems = []
         for param in self._params:
             if param.accumulated:

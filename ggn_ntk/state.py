@@ -57,6 +57,7 @@ class State:
         modules = list(modules)
         self._entries: list[_Entry] = []
         self._generators: list[_Entry] = []
+        self._empty: list[Any] = []  # most of what modules hold, such as hooks, and quickly looked through
         self._thorough = thorough
         self.tensors: list[Tensor] = []
         # The values of parameters and buffers are for the session to look after.
@@ -69,6 +70,9 @@ class State:
 
     def restore(self) -> None:
         """Put back what has changed."""
+        if any(self._empty):
+            for container in self._empty:
+                container.clear()
         for entry in self._entries:
             if entry.changed():
                 entry.put_back()
@@ -84,6 +88,9 @@ class State:
             return
         self._seen.add(id(value))
         follow = self._thorough and depth < _DEPTH
+        if kind in _Container.BUILT_IN and not value:
+            self._empty.append(value)
+            return
         if issubclass(kind, Tensor):
             self.tensors.append(value)
         for entry in _entries_of(value):
@@ -167,18 +174,19 @@ class _Container(_Entry):
     """A list, deque, dict or set, or one of a class derived from these, whose own methods may refuse."""
 
     KINDS = (dict, list, set, deque)
+    BUILT_IN = (OrderedDict, *KINDS)
 
     def __init__(self, container: Any) -> None:
         self._container, kind = container, type(container)
-        self._kind: Any = next(k for k in (OrderedDict, *self.KINDS) if issubclass(kind, k))
+        self._kind: Any = next(k for k in self.BUILT_IN if issubclass(kind, k))
         self._before = self._read()
         self._identities = self._identify()
 
     def _read(self) -> list[Any]:
-        """List the entries; of a dict, keys and values in turns."""
+        """List the entries; of a dict, the keys and then the values."""
         if not issubclass(self._kind, dict):
             return list(self._kind.__iter__(self._container))
-        return [entry for item in self._kind.items(self._container) for entry in item]
+        return [*self._kind.keys(self._container), *self._kind.values(self._container)]
 
     def _identify(self) -> list[int]:
         """List which entries there are, in an order that stays, without comparing them."""
@@ -186,7 +194,7 @@ class _Container(_Entry):
         return sorted(identities) if self._kind is set else identities
 
     def held(self) -> Iterable[Any]:
-        values = self._before[1::2] if issubclass(self._kind, dict) else self._before
+        values = self._before[len(self._before) // 2 :] if issubclass(self._kind, dict) else self._before
         return values if len(values) <= _ENTRIES else ()
 
     def changed(self) -> bool:
@@ -195,7 +203,8 @@ class _Container(_Entry):
     def put_back(self) -> None:
         self._kind.clear(self._container)
         if issubclass(self._kind, dict):
-            for key, value in zip(self._before[::2], self._before[1::2], strict=True):
+            half = len(self._before) // 2
+            for key, value in zip(self._before[:half], self._before[half:], strict=True):
                 self._kind.__setitem__(self._container, key, value)
         elif self._kind is set:
             set.update(self._container, self._before)
