@@ -7,7 +7,7 @@ from cases import BY_NAME, mlp
 from conftest import COMPUTES, assert_close, loop_jacobians, oracle_sum
 from torch import nn
 
-from ggn_ntk import reference
+from ggn_ntk import RouteWarning, reference
 from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
 
 each_function = pytest.mark.parametrize("function", [jacobian_contraction, ntk_vector_products])
@@ -186,3 +186,35 @@ def test_no_grad_in_the_forward_pass(function):
     model, x = Gated(5, 3).double(), torch.randn(3, 5).double()
     jacobian = torch.cat(list(loop_jacobians(model, x).values()), dim=2)
     assert_close(function(model, x), torch.einsum("ncp,mdp->nmcd", jacobian, jacobian))
+
+
+def test_jacobians_that_vmap_gets_wrong_in_a_batch_alone(monkeypatch):
+    """As of PReLU on some GPUs: then a single sample, in whatever precision, tells nothing of the batch."""
+    model, x = mlp(nn.Tanh)(), torch.randn(4, 5)
+    expected = jacobian_contraction(model, x)
+    right = reference._jacobians
+
+    def wrong(request, inputs):
+        found = right(request, inputs)
+        if len(inputs) > 1:
+            found["0.weight"][2] *= 1.5
+        return found
+
+    monkeypatch.setattr(reference, "_jacobians", wrong)
+    with pytest.warns(RouteWarning, match="gets some samples wrong"):
+        assert_close(jacobian_contraction(model, x), expected)
+
+
+def test_products_that_are_wrong_in_a_batch_alone(monkeypatch):
+    model, x = mlp(nn.Tanh)(), torch.randn(4, 5)
+    expected = jacobian_contraction(model, x)
+    right = reference._kernel_from_products
+
+    def wrong(request, axes):
+        kernel = right(request, axes)
+        kernel[2, 1] *= 1.5
+        return kernel
+
+    monkeypatch.setattr(reference, "_kernel_from_products", wrong)
+    with pytest.warns(RouteWarning, match="instead of products"):
+        assert_close(ntk_vector_products(model, x), expected)
