@@ -22,7 +22,7 @@ from torch.nn.parameter import is_lazy
 
 from ggn_ntk.autograd_graph import is_transformed
 from ggn_ntk.comparison import read
-from ggn_ntk.errors import Problem, UnsupportedModelError
+from ggn_ntk.errors import Problem, UnsupportedModelError, is_out_of_memory
 from ggn_ntk.inspection import DRAWS, Inspection
 from ggn_ntk.state import State, Values, storage_of
 from ggn_ntk.switches import process_switches
@@ -90,8 +90,9 @@ def isolated(model: Module) -> Iterator["Session"]:
             yield session
         except UnsupportedModelError:
             raise
-        except Exception as error:  # which what the model does to its parameters may have led to
-            session.verify(error)
+        except Exception as error:
+            if not is_out_of_memory(error):  # it may come of what the model does to its parameters
+                session.verify(error)
             raise
         session.verify()
 
@@ -257,7 +258,8 @@ class Session:
             # A buffer that is also known under another name stays in its place, to be set back.
             held = State(modules, thorough=True).tensors if self.foreign and buffers else []
             shared = Counter(map(storage_of, (*held, *params.values(), *buffers.values())))
-            copies = {id(b): b.detach().clone() for b in buffers.values() if shared[storage_of(b)] < 2}
+            alone = [b for b in buffers.values() if not storage_of(b) or shared[storage_of(b)] < 2]
+            copies = {id(b): b.detach().clone() for b in alone}
             for store in (m._buffers for m in modules):
                 places: list[Any] = [(store, key, b, copies[id(b)]) for key, b in store.items() if id(b) in copies]
                 store.update({key: copy for _, key, _, copy in places})
