@@ -57,7 +57,7 @@ def carry_out(request: Request, kernels: Callable[[Request], tuple[Kernels, Comp
         UnsupportedModelError: If the model has no exact kernel.
         KernelMemoryError: If memory does not suffice.
     """
-    with outside_of_transforms(request.inputs), isolated(request.model), explained(lambda: _described(request)):
+    with outside_of_transforms(), isolated(request.model), explained(lambda: _described(request)):
         try:
             result, computed = kernels(request)
             if is_finite(result):

@@ -129,7 +129,7 @@ def explain(
     request = Request.parse(
         model, x1, x2, AxesRequest.parse(compute), params=params, per_parameter=True, capture=capture, output=output
     )
-    with outside_of_transforms(request.inputs), isolated(request.model):
+    with outside_of_transforms(), isolated(request.model):
         try:
             prepared, products = recorded_products(request)
         except UnsupportedRouteError as error:

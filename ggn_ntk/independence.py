@@ -275,7 +275,9 @@ def compare_outputs(request: Request, inputs: Inputs, output: Tensor, chosen: Se
             raise UnsupportedModelError([UNSTEADY])
     error = _row_norms(others - output[chosen])
     suspects = [chosen[i] for i in differ.nonzero().flatten().tolist()]
-    in_double = None if tolerance < PROBE_TOLERANCES[torch.float32] else _errors_in_double(request, inputs, suspects)
+    in_double = (
+        None if tolerance < PROBE_TOLERANCES[torch.float32] else _errors_in_double(request, inputs, output, suspects)
+    )
     if in_double is not None:
         kept = ~(in_double <= _LESS * error[differ][: len(in_double)])
         suspects, differ = suspects[: len(kept)], differ.nonzero().flatten()[: len(kept)]
@@ -300,7 +302,7 @@ def _rounding_of_outputs(request: Request, inputs: Inputs) -> Tensor:
     return torch.stack([_row_norms(x - jittered[0]) for x in jittered[1:]]).amax(0)
 
 
-def _errors_in_double(request: Request, inputs: Inputs, samples: list[int]) -> Tensor | None:
+def _errors_in_double(request: Request, inputs: Inputs, output: Tensor, samples: list[int]) -> Tensor | None:
     """Measure in float64 how far outputs of some samples by themselves are from those in the batch of all.
 
     Rounding is then far smaller, and what samples do to one another is the same.
@@ -308,20 +310,21 @@ def _errors_in_double(request: Request, inputs: Inputs, samples: list[int]) -> T
     Args:
         request: A request in float32.
         inputs: All samples.
+        output: Their outputs.
         samples: Those to look at; the first few are.
 
     Returns:
-        The norms of the differences; ``None`` where the model does not compute in float64.
+        The norms of the differences; ``None`` where the model does not compute in float64, or something else there.
     """
     wide, samples = replace(request, widened=True), samples[:_LOOKED_AT]
     try:
         with torch.enable_grad():
-            output = wide.evaluate(None, inputs)
-        if precisions(output) != {torch.float64}:
+            found = wide.evaluate(None, inputs)
+        if precisions(found) != {torch.float64} or not relative_error(output, found.detach()) <= KINKS:
             return None
         with torch.no_grad():
             alone = [wide.evaluate(None, inputs[[i]]) for i in samples]
-        return _row_norms(torch.cat(alone) - output.detach()[samples])
+        return _row_norms(torch.cat(alone) - found.detach()[samples])
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -341,12 +344,14 @@ def _gradients_in_double(
 
     Returns:
         The relative errors by the name of the parameter, of those that are more than rounding; ``None`` where the
-        model does not compute in float64.
+        model does not compute in float64, or something else there.
     """
+    _, narrow = gradients(request, inputs, v)
     wide, v = replace(request, widened=True), v.double()
     try:
         output, together = gradients(wide, inputs, v)
-        if output.dtype != torch.float64:
+        error = total_norm(narrow[name] - g for name, g in together.items())
+        if output.dtype != torch.float64 or not error <= KINKS * total_norm(together.values()):
             return None
         apart = in_parts(wide, inputs, parts, v).gradient
     except Exception as error:

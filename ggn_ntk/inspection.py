@@ -1,6 +1,7 @@
 """What a forward pass does that makes its kernel random, or that a call has to put back: looked at while it runs."""
 
 import random
+import re
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -11,7 +12,6 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.autograd import forward_ad
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -21,10 +21,8 @@ from ggn_ntk.state import Generator, global_generators, storage_of
 
 _T = TypeVar("_T")
 
-# Operations that move numbers, besides views.
-_MOVES = {
-    f"aten::{name}" for name in ("clone", "copy_", "_to_copy", "index", "index_select", "embedding", "cat", "gather")
-}
+# Operations that make a tensor after the form of another.
+_MAKES = re.compile(r"aten::(new_\w+|\w+_like)$")
 
 # What sets a generator of torch's.
 _SETS = ("manual_seed", "seed", "set_state")
@@ -42,7 +40,6 @@ class Inspection(TorchDispatchMode):
     """Looks at each operation of a forward pass before it is carried out.
 
     Attributes:
-        forward_mode: Whether the pass differentiates something in forward mode.
         low: Dtypes of low precision in which it computes.
     """
 
@@ -55,7 +52,7 @@ class Inspection(TorchDispatchMode):
         """
         super().__init__()
         self._params, self._written = {storage_of(p): (p, values) for p, values in params.items()}, written
-        self.forward_mode, self.low = False, set[torch.dtype]()
+        self.low = set[torch.dtype]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Carry out an operation, unless it draws random numbers."""
@@ -67,10 +64,10 @@ class Inspection(TorchDispatchMode):
             param, values = self._params.get(storage_of(tensor) if isinstance(tensor, Tensor) else 0, (None, None))
             if param is not None and param not in self._written:
                 self._written[param] = param.detach().clone() if values is None else values
-        self.forward_mode = self.forward_mode or forward_ad._current_level >= 0
         result = func(*args, **kwargs)
         low = _dtypes(result) - TOLERANCES.keys()
-        if low and _rounds(func, _dtypes((args, kwargs)), low):
+        # What is computed from constants of a low precision alone is a constant.
+        if low and not _MAKES.match(func._schema.name) and _dtypes((args, kwargs)) & TOLERANCES.keys():
             self.low |= low
         return result
 
@@ -82,14 +79,9 @@ def in_low_precision(dtypes: Iterable[torch.dtype]) -> Problem:
 
 
 def _dtypes(values: Any) -> set[torch.dtype]:
-    """List the dtypes of tensors of real numbers."""
-    return {x.dtype for x in tree_leaves(values) if isinstance(x, Tensor) and x.is_floating_point()}
-
-
-def _rounds(func: Any, given: set[torch.dtype], made: set[torch.dtype]) -> bool:
-    """Tell whether an operation that makes numbers of a low precision rounds: it may only make or move constants."""
-    moves = func.is_view or func._schema.name in _MOVES
-    return bool(given) and not (moves and given <= made)
+    """List the dtypes of the real numbers in tensors."""
+    tensors = (x for x in tree_leaves(values) if isinstance(x, Tensor))
+    return {x.dtype.to_real() for x in tensors if x.is_floating_point() or x.is_complex()}
 
 
 class OwnGenerator(TorchDispatchMode):

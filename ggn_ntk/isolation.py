@@ -8,7 +8,7 @@ exit that state is put back (:mod:`ggn_ntk.state`).
 
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
@@ -26,11 +26,7 @@ from ggn_ntk.errors import Problem, UnsupportedModelError, is_out_of_memory
 from ggn_ntk.inspection import DRAWS, Inspection
 from ggn_ntk.state import State, Values, storage_of
 from ggn_ntk.switches import process_switches
-
-# Who uses which modules and parameters, by their id, or forward mode: a thread, and how often.
-_USERS: dict[int, tuple[int, int]] = {}
-_FORWARD = -1
-_RELEASED = threading.Condition()
+from ggn_ntk.turns import alone_with
 
 
 class _Entered(threading.local):
@@ -98,20 +94,8 @@ def isolated(model: Module) -> Iterator["Session"]:
 
 
 @contextmanager
-def outside_of_transforms(inputs: Iterable[Tensor]) -> Iterator[None]:
-    """Leave transforms of ``torch.func`` that are under way, in whose course a model may ask for another's kernel.
-
-    Args:
-        inputs: What to compute with.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        ValueError: If a transform has made something else of the inputs.
-    """
-    if any(map(torch._C._functorch.is_functorch_wrapped_tensor, inputs)):
-        raise ValueError("x1 or x2 is what a torch.func transform makes of a tensor: compute kernels outside of it.")
+def outside_of_transforms() -> Iterator[None]:
+    """Leave transforms of ``torch.func`` that are under way, in whose course a model may ask for another's kernel."""
     with temporarily_clear_interpreter_stack() if is_transformed() else nullcontext():
         yield
 
@@ -119,79 +103,6 @@ def outside_of_transforms(inputs: Iterable[Tensor]) -> Iterator[None]:
 def _default_device(device: torch.device) -> AbstractContextManager[Any]:
     """Make tensors on a device unless told otherwise; if that is so anyway, without a mode that each call passes."""
     return nullcontext() if torch.get_default_device() == device else device
-
-
-@contextmanager
-def alone_with(model: Module) -> Iterator[None]:
-    """Have a model for this thread alone, as it is between the evaluations of others, which exchange its parameters.
-
-    Args:
-        model: The model.
-
-    Yields:
-        Nothing.
-    """
-    modules = {id(module) for module in model.modules()}
-
-    def find() -> set[int] | None:
-        if not _is_free(modules):  # others may have exchanged its parameters
-            return None
-        wanted = modules | {id(p) for p in model.parameters()}
-        return wanted if _is_free(wanted) else None
-
-    with _claimed(find):
-        yield
-
-
-@contextmanager
-def forward_mode() -> Iterator[None]:
-    """Have forward mode for this thread alone: torch keeps its level for the process.
-
-    Yields:
-        Nothing.
-    """
-    with _claimed(lambda: {_FORWARD} if _is_free({_FORWARD}) else None):
-        yield
-
-
-def _is_free(keys: Iterable[int]) -> bool:
-    """Tell whether no other thread uses any of these."""
-    thread = threading.get_ident()
-    return all(_USERS[key][0] == thread for key in keys if key in _USERS)
-
-
-@contextmanager
-def _claimed(find: Callable[[], set[int] | None]) -> Iterator[None]:
-    """Wait until something is free, and have it for this thread alone.
-
-    Args:
-        find: Finds out what is wanted; ``None`` while others use it.
-
-    Yields:
-        Nothing.
-    """
-    thread = threading.get_ident()
-    with _RELEASED:
-        keys = find()
-        if keys is None:
-            lent = _USERS.pop(_FORWARD) if _USERS.get(_FORWARD, (None, 0))[0] == thread else None
-            _RELEASED.notify_all()  # those who wait may have to go on for this wait to end
-            while keys is None or (lent and not _is_free({_FORWARD})):
-                _RELEASED.wait()
-                keys = find()
-            if lent:
-                _USERS[_FORWARD] = lent
-        for key in keys:
-            _USERS[key] = thread, _USERS.get(key, (thread, 0))[1] + 1
-    try:
-        yield
-    finally:
-        with _RELEASED:
-            for key in keys:
-                count = _USERS.pop(key)[1] - 1
-                if count:
-                    _USERS[key] = thread, count
-            _RELEASED.notify_all()
 
 
 def runs_other_code(module: Module) -> bool:
@@ -217,6 +128,7 @@ class Session:
     Attributes:
         foreign: Whether its forward pass may run code that is not torch's own.
         written: Parameters that its forward pass writes to, with the values they had.
+        set_back: Buffers that its forward pass writes to in their place, since they have two names.
         low: Dtypes of low precision in which it computes.
         earlier: Nodes of graphs from earlier forward passes, of which its modules hold a result.
     """
@@ -235,7 +147,7 @@ class Session:
         self.written: dict[Tensor, Tensor] = {}
         self.low: set[torch.dtype] = set()
         self._model, self._modules = model, modules
-        self._evaluating, self._forward_mode = False, False
+        self._evaluating = False
         self._changed: list[_Parameter] | None = None
         # Code that is not torch's may write to parameters in some evaluations, and past torch's counters.
         self._params = [_Parameter(name, p, keep=self.foreign) for name, p in params.items()]
@@ -244,8 +156,10 @@ class Session:
         of_backpack = [m._forward_hooks for m in modules if hook_store_io in m._forward_hooks.values()]
         self._hooks = [(h, dict(h)) for h in (*hooks, *of_backpack) if h]
         buffers = {id(b): b for b in model.buffers() if not is_lazy(b)}
-        self._buffers = [Values(b) for b in buffers.values() if b.layout is torch.strided and not b.is_inference()]
+        self._buffers = [Values(b) for b in buffers.values() if b.layout is torch.strided and not b.is_meta]
         self._aside: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
+        self._hidden: list[Tensor] = []
+        self.set_back: list[Tensor] = []
         self._state: State | None = None
         try:
             for h in hooks:
@@ -320,6 +234,9 @@ class Session:
                 problems.append(
                     Problem(param.name, what, "Let neither the forward pass nor another thread write to it")
                 )
+        for name in {key for _, key, found, _ in self._aside if any(found is buffer for buffer in self._hidden)}:
+            what = "it is a buffer that is written to under another name, which does not show"
+            problems.append(Problem(name, what, "Write to it as an attribute of its module"))
         if problems:
             raise UnsupportedModelError(problems) from cause
 
@@ -330,7 +247,7 @@ class Session:
         Args:
             values: Tensors to put in place of parameters and buffers, by the id of these.
             inspect: Whether to look at what code does that is not torch's own: whether it draws random numbers,
-                writes to parameters, or uses forward mode.
+                writes to parameters, or computes in a low precision.
 
         Yields:
             Nothing.
@@ -346,8 +263,6 @@ class Session:
         before, self._evaluating = self._evaluating, True
         try:
             with ExitStack() as stack:
-                if self._forward_mode:
-                    stack.enter_context(forward_mode())
                 stack.enter_context(_default_device(self._default_device))
                 stack.enter_context(_exchanged(self._model, {**copies, **values}))
                 if inspection is not None:
@@ -358,7 +273,6 @@ class Session:
         finally:
             self._evaluating = before
             if inspection is not None:
-                self._forward_mode |= inspection.forward_mode
                 self.low |= inspection.low
             if around is not None:
                 around.restore()
@@ -372,6 +286,8 @@ class Session:
         for buffer in self._buffers:
             if buffer.changed():
                 buffer.put_back()
+                aside = any(buffer.tensor is found for _, _, found, _ in self._aside)  # the model had a copy of it
+                (self._hidden if aside else self.set_back).append(buffer.tensor)
         with torch.no_grad():
             for written, before in self.written.items():
                 written.copy_(before)

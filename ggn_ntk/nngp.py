@@ -118,7 +118,7 @@ def empirical_kernels(
     axes = AxesRequest.parse(compute, trace_axes, diagonal_axes)
     request = Request.parse(model, x1, x2, axes, params=params, per_parameter=False)
     wanted = parse_method(method, check)
-    with outside_of_transforms(request.inputs), isolated(request.model):
+    with outside_of_transforms(), isolated(request.model):
         ntk, computed = compute_kernels(request, wanted, check)
         evaluated = computed.outputs is not None and len(computed.outputs) == sum(request.sizes)
         return EmpiricalKernels(cast(Tensor, ntk), _multiply_outputs(request, computed.outputs if evaluated else None))
@@ -137,7 +137,7 @@ def _multiply_outputs(request: Request, outputs: Tensor | None = None) -> Tensor
     """
     described = f"the NNGP kernel of {sum(request.sizes)} samples"
     with (
-        outside_of_transforms(request.inputs),
+        outside_of_transforms(),
         isolated(request.model),
         torch.no_grad(),
         explained(lambda: described),

@@ -24,7 +24,6 @@ from ggn_ntk.computation import compute as _compute
 from ggn_ntk.errors import RouteWarning, UnsupportedModelError, is_out_of_memory, listed, warn
 from ggn_ntk.independence import Checked, Parts, compare_gradients, gradients, gradients_of, rounding_of
 from ggn_ntk.inputs import Inputs
-from ggn_ntk.isolation import forward_mode
 from ggn_ntk.layout import Computed, transpose
 from ggn_ntk.request import Request
 
@@ -362,13 +361,12 @@ def multiply_vectors(
         return
     kernel, why = None, "it gets products with vectors wrong"
     try:
-        with forward_mode():
-            first = request.x1[:1]  # before all others are computed
-            tolerance = PROBE_TOLERANCES[request.evaluate(None, first).dtype]
-            if _products_agree(axes.out_shape, first, request, tolerance):
-                kernel = _kernel_from_products(request, axes)
-                if not _holds_for_all(request, axes, kernel):
-                    kernel = None
+        first = request.x1[:1]  # before all others are computed
+        tolerance = PROBE_TOLERANCES[request.evaluate(None, first).dtype]
+        if _products_agree(axes.out_shape, first, request, tolerance):
+            kernel = _kernel_from_products(request, axes)
+            if not _holds_for_all(request, axes, kernel):
+                kernel = None
     except Exception as error:
         if is_out_of_memory(error):
             raise

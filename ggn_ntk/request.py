@@ -13,6 +13,7 @@ from torch import Size, Tensor
 from torch.jit import ScriptModule
 from torch.nn import DataParallel, Module
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils._pytree import tree_leaves, tree_map
 
 from ggn_ntk.autograd_graph import graph_nodes
 from ggn_ntk.axes import AxesRequest, OutputAxes
@@ -20,9 +21,10 @@ from ggn_ntk.comparison import TOLERANCES
 from ggn_ntk.errors import Problem, UnsupportedModelError, listed
 from ggn_ntk.inputs import Inputs, check_alike, kind_of, parse_inputs
 from ggn_ntk.inspection import in_low_precision, without_draws
-from ggn_ntk.isolation import alone_with, forward_mode, isolated
+from ggn_ntk.isolation import isolated, outside_of_transforms
 from ggn_ntk.layout import finish, sum_kernels
 from ggn_ntk.memory import check_result
+from ggn_ntk.turns import alone_with
 
 CAPTURES = ("auto", "backpack", "autograd")
 
@@ -72,6 +74,7 @@ class Request:
         output: Callable[[Any], Tensor] | None = None,
         chunk_size: int | None = None,
         capture: str = "auto",
+        transforms: bool = False,
     ) -> "Request":
         """Check the arguments of a call and bring them to one form.
 
@@ -85,6 +88,7 @@ class Request:
             output: Turns what the model returns into a tensor.
             chunk_size: How much to do at once.
             capture: How the structured route takes the model apart.
+            transforms: Whether ``torch.func`` may transform what is computed.
 
         Returns:
             The checked request.
@@ -103,7 +107,11 @@ class Request:
             raise TypeError(f"per_parameter must be True or False, got {kind_of(per_parameter)}.")
         if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
             raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}.")
-        with alone_with(model):
+        with nullcontext() if transforms else outside_of_transforms(), alone_with(model):
+            if not transforms and any(map(_is_wrapped, (*tree_leaves((x1, x2)), *model.parameters()))):
+                raise ValueError(
+                    "x1, x2 or a parameter is what a torch.func transform makes of a tensor: compute kernels outside."
+                )
             check_wrappers(model)
             wanted = _parse_params(model, params)
             if isinstance(model, DistributedDataParallel):
@@ -133,11 +141,6 @@ class Request:
     def sizes(self) -> list[int]:
         """How many samples there are in x1, and in x2 if it is another set."""
         return [len(x) for x in (self.x1, self.x2) if x is not None]
-
-    @property
-    def inputs(self) -> list[Tensor]:
-        """All tensors of x1 and x2."""
-        return [tensor for x in (self.x1, self.x2) if x is not None for tensor in x.tensors.values()]
 
     @property
     def foreign(self) -> bool:
@@ -235,10 +238,19 @@ class Request:
                     result = self.model(*x.args, **x.kwargs)
                     return result if self.output is None else self.output(result)
 
+            def call_with_graph() -> Any:
+                """Let a model differentiate something inside where no graph is wanted of it."""
+                try:
+                    return call()
+                except RuntimeError as error:
+                    if torch.is_grad_enabled() or "does not require grad" not in str(error):
+                        raise
+                with torch.enable_grad():
+                    return tree_map(lambda y: y.detach() if isinstance(y, Tensor) else y, call())
+
             if not inspect:
-                return call(within)
-            with forward_mode():  # which it may use, as is known afterwards
-                result = without_draws(call, within)
+                return call(within) if within is not nullcontext else call_with_graph()
+            result = without_draws(call, within)
             if not isinstance(result, Tensor):
                 return result
             if session.low and result.dtype in TOLERANCES:
@@ -264,6 +276,11 @@ class Request:
             dtype = reduce(torch.promote_types, dtypes.values())
             return finish(sums[""], axes, self.symmetric).to(dtype)
         return {name: finish(sums[name], axes, self.symmetric).to(dtype) for name, dtype in dtypes.items()}
+
+
+def _is_wrapped(x: Any) -> bool:
+    """Tell whether a value stands for another inside of a transform of ``torch.func``."""
+    return isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 def _widened(x: Tensor) -> Tensor:

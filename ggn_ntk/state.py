@@ -44,7 +44,7 @@ class State:
     """The state that modules hold, as it is now.
 
     Attributes:
-        tensors: Tensors that they hold, other than parameters and buffers.
+        tensors: Tensors that they hold, other than as parameters and buffers.
     """
 
     def __init__(self, modules: Iterable[Module], *, thorough: bool) -> None:
@@ -65,6 +65,11 @@ class State:
         self._seen = set(own)
         if thorough:
             self._entries += map(_Attributes, own.values())
+        self._own = set(own)
+        for module in modules:  # what else holds them, is another name of theirs
+            for store in (module._parameters, module._buffers):
+                self._entries.append(_Container(store))
+                self._seen.add(id(store))
         for module in modules:
             self._add(module, 0)
 
@@ -84,6 +89,8 @@ class State:
     def _add(self, value: Any, depth: int) -> None:
         """Take down one object, and what it holds."""
         kind = type(value)  # an object may lie about its class, or refuse to tell
+        if id(value) in self._own:
+            self.tensors.append(value)
         if id(value) in self._seen or issubclass(kind, _FUNCTIONS):
             return
         self._seen.add(id(value))
@@ -217,30 +224,50 @@ class Values(_Entry):
 
     def __init__(self, tensor: Tensor) -> None:
         """Take them down."""
-        self.tensor, self._memory = tensor, tensor.data
-        self._before, self._address = tensor.detach().clone(), tensor.data_ptr()
-        self._version = tensor._version
+        self.tensor, self._memory, self._before = tensor, tensor.data, tensor.detach().clone()
+        self._address, self._version = _address(tensor), _version(tensor)
+        self._requires_grad, self._grad = tensor.requires_grad, tensor.grad if tensor.is_leaf else None
 
     def changed(self) -> bool:
         """Tell whether it was written to; also past its counter, if it is small."""
         tensor = self.tensor
-        if self._moved() or tensor._version != self._version:
+        if self._moved() or _version(tensor) != self._version or tensor.requires_grad != self._requires_grad:
+            return True
+        if tensor.is_leaf and tensor.grad is not self._grad:
             return True
         if tensor.device.type != "cpu" or tensor.numel() > _COMPARED:
             return False
-        return not bool(((tensor == self._before) | (tensor != tensor)).all())
+        return not bool(((tensor.detach() == self._before) | (self._before != self._before)).all())
 
     def put_back(self) -> None:
-        """Give it its memory and its numbers."""
-        with torch.no_grad():
+        """Give it its memory, its numbers and its gradient."""
+        tensor = self.tensor
+        if tensor.is_leaf and tensor.requires_grad != self._requires_grad:
+            tensor.requires_grad_(self._requires_grad)
+        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
             if self._moved():
-                self.tensor.data = self._memory
-            self.tensor.copy_(self._before)
-        self._version = self.tensor._version
+                tensor.data = self._memory
+            tensor.copy_(self._before)
+        if tensor.is_leaf:
+            tensor.grad = self._grad
+        self._version = _version(tensor)
 
     def _moved(self) -> bool:
         """Tell whether it has another memory or shape."""
-        return self.tensor.data_ptr() != self._address or self.tensor.shape != self._before.shape
+        return _address(self.tensor) != self._address or self.tensor.shape != self._before.shape
+
+
+def _version(tensor: Tensor) -> int:
+    """Count how often a tensor was written to; inference mode does not count."""
+    return 0 if tensor.is_inference() else tensor._version
+
+
+def _address(tensor: Tensor) -> int:
+    """Find where the numbers of a tensor lie; -1 where a transform has put it in place of another."""
+    try:
+        return tensor.data_ptr()
+    except RuntimeError:
+        return -1
 
 
 class _Array(_Entry):
@@ -305,7 +332,7 @@ def _entries_of(value: Any) -> Iterator[_Entry]:
     kind = type(value)
     if issubclass(kind, Tensor):
         kept = value.is_leaf and value.layout is torch.strided  # what has a graph is the result of another pass
-        if kept and not (value.is_meta or value.is_inference()):
+        if kept and not value.is_meta:
             yield Values(value)
     elif issubclass(kind, np.ndarray):
         array = value.view(np.ndarray)

@@ -148,7 +148,7 @@ def prepare(request: Request, missed: dict[str, str] | None = None, *, everyone:
     walks, missed = _can_walk(request), missed or {}
     stand_for_all = sum(request.sizes) == 1 or (walks and not request.thorough and is_known(request))
     probe = Probe(request, everyone=everyone or not stand_for_all)
-    _refuse_written_parameters(request)
+    _refuse_writes(request)
     if walks:
         found = probe.try_rules(None) | missed
         try:
@@ -165,12 +165,14 @@ def prepare(request: Request, missed: dict[str, str] | None = None, *, everyone:
     return Prepared(capture, probe.axes, probe, found)
 
 
-def _refuse_written_parameters(request: Request) -> None:
-    """Refuse a model whose forward pass writes to parameters: the graph of one pass does not survive the next."""
+def _refuse_writes(request: Request) -> None:
+    """Refuse a model whose forward pass writes to what it is made of: a pass's graph does not survive the next."""
     with isolated(request.model) as session:
         names = [name for name, p in request.model.named_parameters() if p in session.written]
+        set_back = set(map(id, session.set_back))
+        names += [name for name, b in request.model.named_buffers() if id(b) in set_back]
     if names:
-        remedy = "Normalise or clip them in a parametrization, or before the call"
+        remedy = "Do so in a parametrization, before the call, or on a copy"
         raise UnsupportedRouteError([Problem(n, "its forward pass writes to it", remedy) for n in names], _ROUTE)
 
 

@@ -14,8 +14,11 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
+from torch._functorch import eager_transforms
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint
+
+from ggn_ntk.turns import forward_mode
 
 # Warnings that say nothing about the user's call, by the start of their text.
 _WARNINGS = [
@@ -103,7 +106,12 @@ def without_checkpoints() -> Iterator[None]:
 def _all_switches() -> Iterator[None]:
     """Switch all that does not take an import."""
     with ExitStack() as stack:
-        for context in (full_precision, _attention_fast_path_off, _checkpoints_that_can_be_kept):
+        for context in (
+            full_precision,
+            _attention_fast_path_off,
+            _checkpoints_that_can_be_kept,
+            _forward_mode_in_turns,
+        ):
             stack.enter_context(context())
         stack.enter_context(sdpa_kernel(SDPBackend.MATH))  # batched gradients do not go through the fused ones
         stack.enter_context(_warnings_off())
@@ -208,6 +216,23 @@ def _checkpoints_that_can_be_kept() -> Iterator[None]:
         yield
     finally:
         vars(module).update(generators, CheckpointFunction=reentrant)
+
+
+@contextmanager
+def _forward_mode_in_turns() -> Iterator[None]:
+    """Let threads enter forward mode one at a time: torch keeps its level, and the count of jvps, for the process."""
+    original = eager_transforms.jvp_increment_nesting
+
+    @contextmanager
+    def in_turns() -> Iterator[Any]:
+        with forward_mode(), original() as nesting:
+            yield nesting
+
+    eager_transforms.jvp_increment_nesting = in_turns
+    try:
+        yield
+    finally:
+        eager_transforms.jvp_increment_nesting = original
 
 
 @contextmanager

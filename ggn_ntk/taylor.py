@@ -26,9 +26,10 @@ from ggn_ntk.composite import differentiable
 from ggn_ntk.errors import Problem, UnsupportedModelError, is_out_of_memory, without
 from ggn_ntk.independence import gradients, gradients_of
 from ggn_ntk.inputs import Inputs
-from ggn_ntk.isolation import alone_with, forward_mode, isolated
+from ggn_ntk.isolation import isolated
 from ggn_ntk.request import Request, check_wrappers
 from ggn_ntk.switches import without_checkpoints
+from ggn_ntk.turns import alone_with
 
 _KIND = "Taylor expansion"
 
@@ -146,11 +147,13 @@ class TaylorExpansion:
             ValueError: If an argument has a value that is not accepted.
         """
         step = self._step(new_params)
-        request = Request.parse(self._model, x, None, AxesRequest.parse("full"), params=None, per_parameter=False)
+        request = Request.parse(
+            self._model, x, None, AxesRequest.parse("full"), params=None, per_parameter=False, transforms=True
+        )
         request = replace(request, params={name: self._params[name] for name in step})
         records = torch.is_grad_enabled()
         # what is returned is differentiated outside of the session: no checkpoint may evaluate the model again there
-        with isolated(self._model), forward_mode(), differentiable(self.degree), without_checkpoints():
+        with isolated(self._model), differentiable(self.degree), without_checkpoints():
             if not is_transformed():
                 self._verify(replace(request, params=self._params))
             with torch.set_grad_enabled(records):

@@ -546,5 +546,54 @@ def test_a_rule_wrong_for_nine_of_200_samples(per_parameter, capture):
 def test_no_kernels_of_what_a_transform_makes_of_samples():
     model, x = seeded(nn.Linear, 4, 2)(), torch.randn(3, 4).double()
     for function in (empirical_ntk, nngp, explain):
-        with pytest.raises(ValueError, match=r"x1 or x2 is what a torch\.func transform makes of a tensor"):
+        with pytest.raises(ValueError, match=r"is what a torch\.func transform makes of a tensor"):
             vmap(lambda x, function=function: function(model, x))(x[None])
+
+
+def test_kernels_inside_of_a_transform():
+    model, x = seeded(body)(), torch.randn(3, 4).double()
+    expected = empirical_ntk(model, x)
+    for method in ("structured", *METHODS[1:]):
+        found = []
+
+        def weighted(w, found=found, method=method):
+            found.append(empirical_ntk(model, x, method=method))
+            return (w * found[-1][0, 0]).sum()
+
+        gradient = torch.func.grad(weighted)(torch.ones(2, 2).double())
+        assert_close(found[0], expected)
+        assert_close(gradient, expected[0, 0])
+
+
+class OtherInDouble(nn.Module):
+    """Mixes samples in float32 alone."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 5), nn.Linear(5, 2)
+
+    def forward(self, x):
+        h = self.first(x)
+        return self.second(h + h.mean(0) if h.dtype == torch.float32 else h)
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("n", [2, 12])
+def test_another_function_in_double_tells_nothing(n, method):
+    with pytest.raises(UnsupportedModelError, match="samples influence one another"):
+        empirical_ntk(OtherInDouble(), torch.randn(n, 4), method=method)
+
+
+def test_models_that_differentiate_inside():
+    """Without enabling gradients themselves."""
+
+    class Forces(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.net = body()
+
+        def forward(self, x):
+            x = x.detach().requires_grad_()
+            return torch.autograd.grad(self.net(x).sum(), x, create_graph=True)[0]
+
+    check_routes(seeded(Forces), torch.randn(3, 4).double(), torch.randn(2, 4).double())

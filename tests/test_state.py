@@ -19,7 +19,7 @@ from conftest import assert_close
 from torch import nn
 from torch.nn.utils import parametrizations
 
-from ggn_ntk import UnsupportedModelError, empirical_ntk, explain, linearize, nngp
+from ggn_ntk import UnsupportedModelError, UnsupportedRouteError, empirical_ntk, explain, linearize, nngp
 from ggn_ntk.inspection import Inspection, without_draws
 from ggn_ntk.state import State
 from ggn_ntk.switches import Switch, process_switches
@@ -398,9 +398,69 @@ def aliased(model):
     return model
 
 
+@pytest.mark.filterwarnings("ignore:method='auto' takes 'jacobian_contraction'")
 @pytest.mark.parametrize("write", WRITES)
 def test_buffers_that_a_model_writes_to(write):
-    check_routes(lambda: aliased(seeded(Buffered, write)()))
+    check_routes(lambda: aliased(seeded(Buffered, write)()), ["auto", *METHODS[1:]])
+
+
+class KeptTwice(nn.Module):
+    """Writes to a buffer as something else that it holds."""
+
+    def __init__(self, keep):
+        super().__init__()
+        self.layer = nn.Linear(4, 2)
+        self.register_buffer("number", torch.ones(2))
+        self.kept = keep(self.number)
+
+    def forward(self, x):
+        (self.kept if callable(self.kept) else lambda v: innermost_tensor(self.kept).fill_(v))(2)
+        return self.layer(x) * self.number
+
+
+def innermost_tensor(value):
+    while not isinstance(value, torch.Tensor):
+        value = next(iter(value.values())) if isinstance(value, dict) else value[0]
+    return value
+
+
+@pytest.mark.parametrize("keep", [lambda b: b, lambda b: [b], lambda b: {"k": (b,)}, lambda b: b.detach()])
+@pytest.mark.filterwarnings("ignore:method='auto' takes 'jacobian_contraction'")
+def test_buffers_that_are_kept_twice(keep):
+    model, x = KeptTwice(keep), torch.randn(3, 4)
+    with left_as_found(model), pytest.raises(UnsupportedRouteError, match="number: its forward pass writes to it"):
+        empirical_ntk(model, x, method="structured")
+    for method in ("auto", *METHODS[1:]):
+        with left_as_found(model):
+            kernel = empirical_ntk(model, x, method=method)
+        assert_close(kernel, torch.einsum("nm,cd->nmcd", 4 * (x @ x.T + 1), torch.eye(2)))
+
+
+@pytest.mark.parametrize("keep", [lambda b: lambda v: b.fill_(v), lambda b: functools.partial(b.fill_)])
+def test_buffers_that_something_hidden_writes_to(keep):
+    model, x = KeptTwice(keep), torch.randn(3, 4)
+    for method in METHODS:
+        with left_as_found(model), pytest.raises(UnsupportedModelError, match=r"number: it is a buffer that is writ"):
+            empirical_ntk(model, x, method=method)
+
+
+@pytest.mark.parametrize(
+    "step",
+    [
+        lambda t, x: t.roll(1), lambda t, x: t.flip(0).masked_fill(t > 2, 1), lambda t, x: torch.stack([t, t]).sum(0),
+        lambda t, x: torch.zeros_like(x[0], dtype=t.dtype) + t, lambda t, x: x.new_full((4,), 0.5, dtype=t.dtype),
+    ],
+)  # fmt: skip
+def test_constants_of_a_low_precision(step):
+    class Constants(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.table, self.layer = torch.arange(4).bfloat16(), nn.Linear(4, 2)
+
+        def forward(self, x):
+            return self.layer(x * step(self.table, x).to(x.dtype))
+
+    check_routes(seeded(Constants))
 
 
 @pytest.mark.parametrize("norm", [parametrizations.spectral_norm, nn.utils.spectral_norm])

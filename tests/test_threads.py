@@ -615,3 +615,45 @@ def test_numbers_of_threads_come_and_go():
     finally:
         torch.set_float32_matmul_precision(before)
     assert next(started) == 16
+
+
+class Asks(nn.Module):
+    """Asks for the kernel of another model, by itself or in another thread."""
+
+    def __init__(self, other, ask):
+        super().__init__()
+        self.layer, self.others, self.ask = nn.Linear(8, 2).double(), [other], ask
+
+    def forward(self, x):
+        kernel = self.ask(self.others[0], torch.ones(2, 8).double())
+        return self.layer(x) * kernel[0, 0, 0, 0].sin()
+
+
+def test_a_forward_pass_that_waits_for_another_thread():
+    with ThreadPoolExecutor(1) as pool:
+        model = Asks(Scaled().double(), lambda other, x: pool.submit(empirical_ntk, other, x).result())
+        x = torch.randn(3, 8).double()
+        expected = model.ask(model.others[0], torch.ones(2, 8).double())[0, 0, 0, 0].sin() ** 2
+        for method in ("structured", "jacobian_contraction"):
+            kernel = empirical_ntk(model, x, method=method)
+            assert_close(kernel, torch.einsum("nm,cd->nmcd", (x @ x.T + 1) * expected, torch.eye(2).double()))
+
+
+def test_models_that_ask_for_each_other_in_two_threads():
+    """Either has a kernel or an error; none waits for ever."""
+    inner = [Scaled().double(), Scaled().double()]
+    models = [Asks(inner[i], empirical_ntk) for i in (0, 1)]
+    for model, own in zip(models, inner[::-1], strict=True):
+        model.own = own
+    x, errors = torch.randn(3, 8).double(), []
+
+    def run(model):
+        for _ in range(10):
+            try:
+                empirical_ntk(model, x)
+            except RuntimeError as error:
+                errors.append(str(error))
+
+    with left_as_found(*models):
+        in_threads(run, models, threads=2)
+    assert all("Two threads wait for each other" in error for error in errors)
