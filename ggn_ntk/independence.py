@@ -6,8 +6,9 @@ one after the other. Values may be the same where gradients are not. So the grad
 number ``v`` for each sample and output, is computed from the samples in two halves. The halves are given by a bit of a
 random numbering; all its bits together separate every pair of samples.
 
-Rounding depends on how many samples there are, and may take a unit to the other side of a kink. What differs by so
-little is looked at again in batches of one size, where one half is kept in its place and the rest is exchanged.
+Rounding depends on how many samples there are, and may take a unit to the other side of a kink. What differs in float32
+is looked at again in float64; where the model does not compute in that, and differs by little, in batches of one size,
+where one half is kept in its place and the rest is exchanged.
 """
 
 from collections.abc import Callable, Sequence
@@ -273,21 +274,19 @@ def compare_outputs(request: Request, inputs: Inputs, output: Tensor, chosen: Se
     with torch.no_grad():
         if rows_differing(request.evaluate(None, inputs), output, tolerance).any():
             raise UnsupportedModelError([UNSTEADY])
-    error = _row_norms(others - output[chosen])
-    suspects = [chosen[i] for i in differ.nonzero().flatten().tolist()]
-    in_double = (
-        None if tolerance < PROBE_TOLERANCES[torch.float32] else _errors_in_double(request, inputs, output, suspects)
-    )
-    if in_double is not None:
-        kept = ~(in_double <= _LESS * error[differ][: len(in_double)])
-        suspects, differ = suspects[: len(kept)], differ.nonzero().flatten()[: len(kept)]
-        suspects, differ = [i for i, keeps in zip(suspects, kept.tolist(), strict=True) if keeps], differ[kept]
+    places = differ.nonzero().flatten()
+    error, suspects = _row_norms(others - output[chosen])[places], [chosen[i] for i in places.tolist()]
+    coarse = tolerance >= PROBE_TOLERANCES[torch.float32]
+    in_double = _errors_in_double(request, inputs, output, suspects) if coarse else None
+    if in_double is None:
+        explained = error <= SEEN * _rounding_of_outputs(request, inputs)[suspects]
     else:
-        differ &= ~(error <= SEEN * _rounding_of_outputs(request, inputs)[chosen])
-        suspects = [chosen[i] for i in differ.nonzero().flatten().tolist()]
+        explained = in_double <= _LESS * error[: len(in_double)]
+    places = places[: len(explained)][~explained]
+    suspects = [chosen[i] for i in places.tolist()]
     if not suspects:
         return
-    size = relative_error(others[differ], output[suspects])
+    size = relative_error(others[places], output[suspects])
     if in_double is None and _by_rounding(tolerance, size):
         with torch.no_grad():
             if not _depend_on_others(request, inputs, output, suspects, tolerance):

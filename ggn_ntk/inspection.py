@@ -17,7 +17,7 @@ from torch.utils._pytree import tree_leaves
 
 from ggn_ntk.comparison import TOLERANCES
 from ggn_ntk.errors import Problem, UnsupportedModelError, listed
-from ggn_ntk.state import Generator, global_generators, storage_of
+from ggn_ntk.state import generator_of_numpy, generators_of_torch, global_generators, storage_of
 
 _T = TypeVar("_T")
 
@@ -157,7 +157,7 @@ def without_draws(call: Callable[..., _T], *args: Any) -> _T:
 def _calls_a_generator(call: Callable[[], Any]) -> bool:
     """Tell whether a call draws from the generators of Python or NumPy in this thread, or seeds one of torch's."""
     of_python: Any = vars(random)["_inst"]
-    of_torch = [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
+    of_torch = generators_of_torch()
     drawn = False
 
     def watch(frame: Any, event: str, argument: Any) -> None:
@@ -188,12 +188,11 @@ def _numpy_moved_on() -> Iterator[Callable[[], bool]]:
     lock = np.random.mtrand._rand._bit_generator.lock
     alone = isinstance(lock, type(threading.RLock()))  # since NumPy 2
     with lock if alone else nullcontext():
-        found = np.random.get_state(legacy=False)
+        found = generator_of_numpy()
         if alone:
             np.random.set_state(np.random.RandomState(0).get_state(legacy=False))
-        here = Generator(lambda: np.random.get_state(legacy=False), np.random.set_state)
         try:
-            yield here.changed
+            yield generator_of_numpy().changed
         finally:
             if alone:
-                np.random.set_state(found)
+                found.put_back()

@@ -24,7 +24,7 @@ from ggn_ntk.autograd_graph import is_transformed
 from ggn_ntk.comparison import read
 from ggn_ntk.errors import Problem, UnsupportedModelError, is_out_of_memory
 from ggn_ntk.inspection import DRAWS, Inspection
-from ggn_ntk.state import State, Values, storage_of
+from ggn_ntk.state import State, Values, address_of, storage_of
 from ggn_ntk.switches import process_switches
 from ggn_ntk.turns import alone_with
 
@@ -156,7 +156,7 @@ class Session:
         of_backpack = [m._forward_hooks for m in modules if hook_store_io in m._forward_hooks.values()]
         self._hooks = [(h, dict(h)) for h in (*hooks, *of_backpack) if h]
         buffers = {id(b): b for b in model.buffers() if not is_lazy(b)}
-        self._buffers = [Values(b) for b in buffers.values() if b.layout is torch.strided and not b.is_meta]
+        self._buffers: list[Values] = []
         self._aside: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
         self._hidden: list[Tensor] = []
         self.set_back: list[Tensor] = []
@@ -169,20 +169,24 @@ class Session:
                     del h[key]
             for param in self._params:
                 param.set_aside()
+            state = State(modules, thorough=self.foreign)
             # A buffer that is also known under another name stays in its place, to be set back.
-            held = State(modules, thorough=True).tensors if self.foreign and buffers else []
-            shared = Counter(map(storage_of, (*held, *params.values(), *buffers.values())))
+            shared = Counter(map(storage_of, (*state.tensors, *params.values(), *buffers.values())))
             alone = [b for b in buffers.values() if not storage_of(b) or shared[storage_of(b)] < 2]
             copies = {id(b): b.detach().clone() for b in alone}
+            # Others may be written to under a name that does not show, but by code alone that is not torch's.
+            watched = [b for b in buffers.values() if self.foreign or id(b) not in copies]
+            self._buffers = [Values(b) for b in watched if b.layout is torch.strided and not b.is_meta]
             for store in (m._buffers for m in modules):
                 places: list[Any] = [(store, key, b, copies[id(b)]) for key, b in store.items() if id(b) in copies]
                 store.update({key: copy for _, key, _, copy in places})
                 self._aside += places
-            self._state = State(modules, thorough=self.foreign)
+            state.add_members()
+            self._state = state
         except BaseException:
             self.close()
             raise
-        self.earlier = {t.grad_fn for t in self._state.tensors if t.grad_fn is not None}
+        self.earlier = {t.grad_fn for t in state.tensors if t.grad_fn is not None}
 
     def close(self) -> None:
         """Put everything back, whatever fails."""
@@ -257,6 +261,8 @@ class Session:
         """
         # A hook of the model's may ask for a kernel of the model: then the evaluation around it goes on as it was.
         around = State(self._modules, thorough=self.foreign) if self._evaluating else None
+        if around is not None:
+            around.add_members()
         self._reset()
         copies = {id(copy): found.detach().clone() for _, _, found, copy in self._aside}
         inspection = Inspection({kept.param: kept.copy for kept in self._params}, self.written) if inspect else None
@@ -304,7 +310,7 @@ class _Parameter:
 
     def __init__(self, name: str, param: Tensor, *, keep: bool) -> None:
         self.name, self.param, self._memory = name, param, param.data
-        self._requires_grad, self._address = param.requires_grad, _address(param)
+        self._requires_grad, self._address = param.requires_grad, address_of(param)
         self._version = None if param.is_inference() else param._version
         self._grad = param.grad if param.is_leaf else None
         self._hooks = [(key, getattr(param, key)) for key in ("_backward_hooks", "_post_accumulate_grad_hooks")]
@@ -332,7 +338,7 @@ class _Parameter:
 
     def reset(self) -> None:
         """Give it the memory, the flag and the hooks that it had."""
-        if _address(self.param) != self._address:
+        if address_of(self.param) != self._address:
             self.param.data = self._memory
         if self.param.requires_grad != self._requires_grad:
             self.param.requires_grad_(self._requires_grad)
@@ -350,11 +356,6 @@ class _Parameter:
         """Give it the gradient that it had."""
         if self.param.is_leaf:
             self.param.grad = self._grad
-
-
-def _address(tensor: Tensor) -> int:
-    """Find where the numbers of a tensor lie; 0 where it is not dense."""
-    return tensor.data_ptr() if tensor.layout is torch.strided else 0
 
 
 @contextmanager

@@ -8,7 +8,6 @@ outputs; ``p`` parameters.
 
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -249,6 +248,7 @@ def _hold_for_all(request: Request, found: list[dict[str, Tensor]], checked: Che
     if checked.tolerance < PROBE_TOLERANCES[torch.float32]:
         return False
     v = checked.v.reshape(len(checked.v), -1)
+    finest = _finest(request)
     each = [(jacobians, n) for jacobians in found for n in range(len(next(iter(jacobians.values()))))]
     for i, (jacobians, n) in enumerate(each):
         sample, numbers = inputs[[i]], checked.v[[i]]
@@ -256,37 +256,35 @@ def _hold_for_all(request: Request, found: list[dict[str, Tensor]], checked: Che
         error = total_norm(v[i].to(j.dtype) @ j[n] - alone[name].flatten() for name, j in jacobians.items())
         if not error <= KINKS * total_norm(alone.values()):
             return False
-        if not _agree(request, partial(_mapped_agrees, sample, numbers)):
+        if not _mapped_agrees(*finest, sample, numbers):
             return False
     _compare_with_batch(request, found, checked)
     return True
 
 
-def _agree(request: Request, at_sample: Callable[[Request, float], bool]) -> bool:
-    """Tell whether ``torch.func`` and plain autograd agree at one sample: in float64, where kinks are out of the way.
-
-    Where the model does not compute in float64, kinks may explain what differs.
+def _finest(request: Request) -> tuple[Request, float]:
+    """Choose in what to compare ``torch.func`` with plain autograd, sample by sample.
 
     Args:
         request: A request in float32.
-        at_sample: Takes a request and the largest relative error, and tells whether they agree.
 
     Returns:
-        Whether they do.
+        The request in float64, where kinks are out of the way, if the model computes in it; and the largest relative
+        error.
     """
-    with torch.enable_grad():
-        try:
-            wide = replace(request, widened=True)
+    wide = replace(request, widened=True)
+    try:
+        with torch.enable_grad():
             output = wide.evaluate(wide.leaves(), request.x1[:1])
-            if precisions(output) == {torch.float64}:
-                return at_sample(wide, PROBE_TOLERANCES[torch.float64])
-        except Exception as error:
-            if is_out_of_memory(error):
-                raise
-    return at_sample(request, KINKS)
+        if precisions(output) == {torch.float64}:
+            return wide, PROBE_TOLERANCES[torch.float64]
+    except Exception as error:
+        if is_out_of_memory(error):
+            raise
+    return request, KINKS
 
 
-def _mapped_agrees(sample: Inputs, v: Tensor, request: Request, tolerance: float) -> bool:
+def _mapped_agrees(request: Request, tolerance: float, sample: Inputs, v: Tensor) -> bool:
     """Tell whether the Jacobian of one sample by ``vmap`` is right, with numbers ``v`` like its output."""
     jacobians = _jacobians(request, sample)
     v = v.to(next(iter(jacobians.values())))
@@ -363,7 +361,7 @@ def multiply_vectors(
     try:
         first = request.x1[:1]  # before all others are computed
         tolerance = PROBE_TOLERANCES[request.evaluate(None, first).dtype]
-        if _products_agree(axes.out_shape, first, request, tolerance):
+        if _products_agree(request, tolerance, axes.out_shape, first):
             kernel = _kernel_from_products(request, axes)
             if not _holds_for_all(request, axes, kernel):
                 kernel = None
@@ -379,17 +377,17 @@ def multiply_vectors(
         yield next(iter(request.params)), kernel
 
 
-def _products_agree(out_shape: Size, sample: Inputs, request: Request, tolerance: float) -> bool:
+def _products_agree(request: Request, tolerance: float, out_shape: Size, sample: Inputs) -> bool:
     """Tell whether ``torch.func`` multiplies the Jacobian of one sample by vectors right, from both sides.
 
     It does not where the model computes under ``torch.no_grad()``, which forward mode ignores, or keeps
     references to parameters elsewhere than in its modules.
 
     Args:
-        out_shape: ``[*out]``, the shape of its output.
-        sample: The sample, with a sample axis of length one.
         request: The request.
         tolerance: The largest relative error.
+        out_shape: ``[*out]``, the shape of its output.
+        sample: The sample, with a sample axis of length one.
 
     Returns:
         Whether, for random v and t, ``J^T v`` and ``v^T (J t)`` are what plain autograd makes of them.
@@ -437,8 +435,8 @@ def _holds_for_all(request: Request, axes: OutputAxes, kernel: Tensor) -> bool:
         return False
     if not all(_row_holds(request, axes, n, a, rows[n].item(), groups, right) for n in range(len(first))):
         return False
-    inputs = request.x1.stack(request.x2)
-    return all(_agree(request, partial(_products_agree, axes.out_shape, inputs[[i]])) for i in range(len(inputs)))
+    inputs, finest = request.x1.stack(request.x2), _finest(request)
+    return all(_products_agree(*finest, axes.out_shape, inputs[[i]]) for i in range(len(inputs)))
 
 
 def _row_holds(

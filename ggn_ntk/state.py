@@ -66,12 +66,15 @@ class State:
         if thorough:
             self._entries += map(_Attributes, own.values())
         self._own = set(own)
-        for module in modules:  # what else holds them, is another name of theirs
-            for store in (module._parameters, module._buffers):
-                self._entries.append(_Container(store))
-                self._seen.add(id(store))
+        # What else holds them, is another name of theirs.
+        self._members = [store for module in modules for store in (module._parameters, module._buffers)]
+        self._seen |= set(map(id, self._members))
         for module in modules:
             self._add(module, 0)
+
+    def add_members(self) -> None:
+        """Take down which parameters and buffers there are, as they are now."""
+        self._entries += map(_Container, self._members)
 
     def restore(self) -> None:
         """Put back what has changed."""
@@ -225,7 +228,7 @@ class Values(_Entry):
     def __init__(self, tensor: Tensor) -> None:
         """Take them down."""
         self.tensor, self._memory, self._before = tensor, tensor.data, tensor.detach().clone()
-        self._address, self._version = _address(tensor), _version(tensor)
+        self._address, self._version = address_of(tensor), _version(tensor)
         self._requires_grad, self._grad = tensor.requires_grad, tensor.grad if tensor.is_leaf else None
 
     def changed(self) -> bool:
@@ -254,7 +257,7 @@ class Values(_Entry):
 
     def _moved(self) -> bool:
         """Tell whether it has another memory or shape."""
-        return _address(self.tensor) != self._address or self.tensor.shape != self._before.shape
+        return address_of(self.tensor) != self._address or self.tensor.shape != self._before.shape
 
 
 def _version(tensor: Tensor) -> int:
@@ -262,8 +265,8 @@ def _version(tensor: Tensor) -> int:
     return 0 if tensor.is_inference() else tensor._version
 
 
-def _address(tensor: Tensor) -> int:
-    """Find where the numbers of a tensor lie; -1 where a transform has put it in place of another."""
+def address_of(tensor: Tensor) -> int:
+    """Find where the numbers of a tensor lie; -1 where it is not dense, or a transform has put another in its place."""
     try:
         return tensor.data_ptr()
     except RuntimeError:
@@ -319,12 +322,18 @@ class Generator(_Entry):
 
 def global_generators() -> list[Generator]:
     """Take down where the generators of the process are: Python's, NumPy's and torch's."""
-    of_torch = [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
-    return [
-        Generator(random.getstate, random.setstate),
-        Generator(lambda: np.random.get_state(legacy=False), np.random.set_state),
-        *(Generator(generator.get_state, generator.set_state) for generator in of_torch),
-    ]
+    of_torch = (Generator(generator.get_state, generator.set_state) for generator in generators_of_torch())
+    return [Generator(random.getstate, random.setstate), generator_of_numpy(), *of_torch]
+
+
+def generator_of_numpy() -> Generator:
+    """Take down where NumPy's generator of the process is."""
+    return Generator(lambda: np.random.get_state(legacy=False), np.random.set_state)
+
+
+def generators_of_torch() -> list[torch.Generator]:
+    """List torch's generators of the process, one for each device that is used."""
+    return [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
 
 
 def _entries_of(value: Any) -> Iterator[_Entry]:

@@ -136,6 +136,15 @@ def loop_jacobians(model: torch.nn.Module, x: Any, output: Any = None) -> dict[s
     return {name: torch.stack(js) for name, js in jacobians.items()}
 
 
+def kernel_of(model: torch.nn.Module, x1: Any, x2: Any = None) -> Tensor:
+    """The kernel [N1, N2, *out, *out] by a loop over samples and outputs."""
+    first = loop_jacobians(model, x1)
+    second = first if x2 is None else loop_jacobians(model, x2)
+    kernel = sum(torch.einsum("ncp,mdp->nmcd", j, second[name]) for name, j in first.items())
+    out = call(model, x1).shape[1:]
+    return kernel.reshape(*kernel.shape[:2], *out, *out)
+
+
 @cache
 def oracle(name: str, symmetric: bool = False, compute: str = "full", device: str = "cpu") -> dict[str, Tensor]:
     """Each parameter's float64 kernel of a case: from the CPU, where what the device computes is the same function."""

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from backpack import backpack, extend
 from cases import mlp, moved
-from conftest import PRETENDS, assert_close, loop_jacobians
+from conftest import PRETENDS, assert_close, kernel_of
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -36,12 +36,6 @@ ON_PRETEND = pytest.mark.skipif(not PRETENDS, reason="stands in for a GPU, with 
 def model_of(seed=0):
     torch.manual_seed(seed)
     return mlp(nn.Tanh)().double()
-
-
-def kernel_of(model, *sets):
-    """The kernel by a loop over samples and outputs."""
-    jacobians = [torch.cat(list(loop_jacobians(model, x).values()), 2) for x in sets]
-    return torch.einsum("ncp,mdp->nmcd", jacobians[0], jacobians[-1])
 
 
 # ---------------------------------------------------------------- several devices

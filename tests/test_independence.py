@@ -8,7 +8,7 @@ from itertools import combinations
 
 import pytest
 import torch
-from conftest import assert_close, loop_jacobians
+from conftest import assert_close, kernel_of
 from torch import nn
 
 from ggn_ntk import UnsupportedModelError, empirical_ntk, structured
@@ -136,11 +136,6 @@ def refused(*samples):
     """Expect that samples are named."""
     names = ".*".join(map(re.escape, samples))
     return pytest.raises(UnsupportedModelError, match=rf"influence one another \(the [^(]*{names}[^(]* by \d\.\de")
-
-
-def kernel_of(model, x1, x2=None):
-    first, second = (loop_jacobians(model, x) for x in (x1, x1 if x2 is None else x2))
-    return sum(torch.einsum("ncp,mdp->nmcd", j.double(), second[name].double()) for name, j in first.items())
 
 
 def separated(pair, n, times):

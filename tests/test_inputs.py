@@ -13,7 +13,7 @@ from functools import partial
 import pytest
 import torch
 from backpack import backpack, extend
-from conftest import assert_close, loop_jacobians
+from conftest import assert_close, kernel_of, loop_jacobians
 from torch import Tensor, nn
 
 import ggn_ntk
@@ -40,12 +40,6 @@ from ggn_ntk.structured import recorded_products
 ROUTES = ["structured", "jacobian_contraction", "ntk_vector_products", "auto"]
 FUNCTIONS = [empirical_ntk, jacobian_contraction, ntk_vector_products, explain, nngp, empirical_kernels]
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-
-
-def kernel_of(model, *sets):
-    """The kernel by a loop over samples and outputs."""
-    jacobians = [torch.cat(list(loop_jacobians(model, x).values()), 2) for x in sets]
-    return torch.einsum("ncp,mdp->nmcd", jacobians[0], jacobians[-1])
 
 
 class Taking(nn.Module):

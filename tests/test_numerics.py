@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import COMPUTES, assert_close, call, loop_jacobians
+from conftest import COMPUTES, assert_close, call, kernel_of, loop_jacobians
 from models import ENCODER, hugging_face, ids, logits
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -44,10 +44,6 @@ def kernels_of(model, x1, x2=None, output=None):
     out = (found if output is None else output(found)).shape[1:]
     kernels = {name: torch.einsum("ncp,mdp->nmcd", j, second[name]) for name, j in first.items()}
     return {name: k.reshape(*k.shape[:2], *out, *out) for name, k in kernels.items()}
-
-
-def kernel_of(model, x1, x2=None):
-    return sum(kernels_of(model, x1, x2).values())
 
 
 def reduced(kernel, compute):

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import assert_close
+from test_left_as_found import loop_kernel, seeded
 from torch import nn
 from torch.nn.utils import parametrizations
 
@@ -210,31 +211,6 @@ def left_as_found(*values):
     yield
     after = described(values, {})
     assert after == before
-
-
-def jacobian(build, sample):
-    model = build()
-    params = [p for p in model.parameters() if p.requires_grad]
-    rows = [
-        torch.autograd.grad(entry, params, retain_graph=True, allow_unused=True, materialize_grads=True)
-        for entry in model(sample.clone()).flatten()
-    ]
-    return torch.stack([torch.cat([g.flatten() for g in row]) for row in rows])
-
-
-def loop_kernel(build, x1, x2=None):
-    """Builds the model anew for each sample."""
-    j1, j2 = (torch.stack([jacobian(build, sample) for sample in x.split(1)]) for x in (x1, x1 if x2 is None else x2))
-    return torch.einsum("ncp,mdp->nmcd", j1, j2)
-
-
-def seeded(function, *args):
-    def build():
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return function(*args).double()
-
-    return build
 
 
 def check_routes(build, methods=METHODS, n=3):

@@ -17,6 +17,7 @@ from backpack import backpack, disable, extend
 from backpack.context import CTX
 from backpack.extensions import BatchGrad
 from conftest import assert_close, loop_jacobians
+from test_isolation import precision
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
@@ -91,14 +92,6 @@ def jobs_of(model, vivit=False):
         lambda: torch.tensor(float(explain(model, x1, x2).covered)),
     ]
     return jobs + [partial(ntk, x1, x2, method="vivit", compute=kind) for kind in ("full", "trace") if vivit]
-
-
-def precision():
-    b = torch.backends
-    if not hasattr(b, "fp32_precision"):
-        return torch.get_float32_matmul_precision(), b.cuda.matmul.allow_tf32, b.cudnn.allow_tf32
-    switches = [b, b.cuda.matmul, b.cudnn, b.cudnn.conv, b.cudnn.rnn, b.mkldnn, b.mkldnn.matmul, b.mkldnn.conv]
-    return [switch.fp32_precision for switch in switches]
 
 
 def modes():

@@ -5,7 +5,7 @@ import warnings
 import pytest
 import torch
 from cases import CASES, Shift, TiedTransformer, mlp, normal, tokens
-from conftest import assert_close, call, loop_jacobians
+from conftest import assert_close, kernel_of
 from models import MODELS, Branches, Checkpointed, CrossAttention, Recurrent, Scaled, UsedFunctionally, with_memory
 from test_capture import each
 from torch import nn
@@ -31,15 +31,6 @@ LOOP = "come from a loop over samples and outputs: exact, but slower, since torc
 PRODUCTS = "is computed by Jacobian contraction instead of products, since torch.func does not go through the model"
 RULE = "Its kernel comes from Jacobians of each sample instead: exact, but slower"
 GIVES_WAY = "method='auto' takes 'jacobian_contraction'"
-
-
-def kernel_of(model, x1, x2=None):
-    """The kernel by a loop over samples and outputs."""
-    first = loop_jacobians(model, x1)
-    second = first if x2 is None else loop_jacobians(model, x2)
-    kernel = sum(torch.einsum("ncp,mdp->nmcd", j, second[name]) for name, j in first.items())
-    out = call(model, x1).shape[1:]
-    return kernel.reshape(*kernel.shape[:2], *out, *out)
 
 
 def caught(function, *args, **kwargs):
