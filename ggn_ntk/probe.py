@@ -216,7 +216,7 @@ class Probe:
         self.axes = request.resolve(self.out_shape)  # a kernel that cannot fit is refused before more is evaluated
         self._v_alone = cotangent(outputs[0], 0, Size([len(few), *self.out_shape]))
         self._outputs = torch.cat(outputs).detach()
-        self._few = torch.tensor(few, device=self._outputs.device)
+        self._few = few
         self.everyone = everyone
         if self.everyone:  # one output of each sample: ``s`` of all of them takes long to read
             self._outputs_of, numbers = _draw(n, self.out_shape.numel())
@@ -275,7 +275,7 @@ class Probe:
         if self.everyone:
             compare_alone(self._request, self.inputs, output)
         elif n == 1:
-            compare_outputs(self._request, self.inputs, output, [0], self._outputs)
+            compare_outputs(self._request, self.inputs, output, self._few, self._outputs)
         for halves in self._halves:
             compare_outputs(self._request, self.inputs, output, range(n), halves.outputs)
 

@@ -2,6 +2,7 @@
 
 import math
 import string
+from collections.abc import Sequence
 from functools import lru_cache
 
 import torch
@@ -86,8 +87,11 @@ def weighted_sum(jacobian: Factored, weights: Tensor, param: Tensor) -> Tensor:
     n, largest = weights.shape[1], max(math.prod(operand.shape) for operand in jacobian.operands)
     count = min(n, -(-largest // _COPIED))
     if count > 1:
-        blocks = torch.arange(n, device=weights.device).tensor_split(count)
-        parts = [weighted_sum(select_samples(jacobian, block), weights[:, block], param) for block in blocks]
+        blocks = [range(n * i // count, n * (i + 1) // count) for i in range(count)]
+        parts = [
+            weighted_sum(select_samples(jacobian, block), weights[:, block.start : block.stop], param)
+            for block in blocks
+        ]
         return torch.stack(parts).sum(0)
     vectors = _vectors(param)
     shorter = None if vectors is None else _multiply_rows(jacobian, vectors)
@@ -222,12 +226,16 @@ def squared_terms(jacobian: Factored) -> Tensor:
     return torch.einsum(f"{','.join(terms)}->", *(t.to(dtype) for t in squares))
 
 
-def select_samples(jacobian: Factored, samples: Tensor) -> Factored:
-    """Restrict a Jacobian to some samples."""
+def select_samples(jacobian: Factored, samples: Sequence[int]) -> Factored:
+    """Restrict a Jacobian to some samples: to views, or copies of these alone, in whatever layout operands are."""
     operands = []
     for term, operand in zip(jacobian.terms, jacobian.operands, strict=True):
         n, tensor = term.find("n"), operand.places if isinstance(operand, OneHot) else operand
         if n >= 0:
-            tensor = tensor.index_select(n, samples)
+            if isinstance(samples, range):
+                tensor = tensor.narrow(n, samples.start, len(samples))
+            else:
+                views = [tensor.narrow(n, sample, 1) for sample in samples]
+                tensor = torch.cat(views, n) if len(views) > 1 else views[0]
         operands.append(operand._replace(places=tensor) if isinstance(operand, OneHot) else tensor)
     return Factored(jacobian.equation, tuple(operands))
