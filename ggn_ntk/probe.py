@@ -23,7 +23,7 @@ from torch import Size, Tensor
 from ggn_ntk.autograd_graph import dense
 from ggn_ntk.axes import OutputAxes
 from ggn_ntk.capture import Call, Layout, Recording, locate, record, used_elsewhere
-from ggn_ntk.comparison import all_finite, cotangent, differing, read, rows_differing
+from ggn_ntk.comparison import all_finite, cotangent, differing, norms, read, rows_differing
 from ggn_ntk.errors import NotFiniteError, is_out_of_memory
 from ggn_ntk.independence import (
     Checked,
@@ -55,16 +55,13 @@ _PROBED, _SHARE = 3, 16
 # the kernel of a fully-connected network. How many entries are many, for all of them.
 _MANY_ENTRIES = 2**22
 
-_DIFFERS = "its Jacobian by the layer's rule differs from autograd's (relative error {:.1e})"
-
-
 #: What is said of a parameter whose rule is wrong.
 DIFFERS = "its Jacobian by the layer's rule differs from autograd's"
 
 
 # A sum over positions and uses cancels where the square of its norm is below this share of the sum of squares of its
 # terms' norms: then products of terms round to so many times as much of the kernel.
-_CANCELS = 1 / 10
+_CANCELS = 1 / 30
 
 
 class Trial(NamedTuple):
@@ -73,12 +70,12 @@ class Trial(NamedTuple):
     Attributes:
         expected: Autograd's gradient of ``sum v f`` for each wanted parameter, by name (see :func:`sketched`).
         failures: Why rules do not give the gradient of a parameter, by name.
-        terms: The sum of the squared norms of the terms that rules add up for it, by name.
+        cancelling: Parameters whose gradient is far smaller than the terms that rules add up for it.
     """
 
     expected: dict[str, Tensor]
     failures: dict[str, str]
-    terms: dict[str, Tensor]
+    cancelling: set[str]
 
 
 def try_rules(request: Request, recording: Recording, v: Tensor) -> Trial:
@@ -99,7 +96,7 @@ def try_rules(request: Request, recording: Recording, v: Tensor) -> Trial:
     passed, expected = _gradients(request, recording, v)
     if not all_finite(expected.values()):
         raise NotFiniteError
-    actual, terms = dict[str, Tensor](), dict[str, Tensor]()
+    actual, terms, sums = dict[str, Tensor](), dict[str, Tensor](), set[str]()
     for call, s in zip(recording.calls, passed, strict=True):
         try:
             jacobians = {} if s is None else _jacobians(call, s.unsqueeze(0), 1)
@@ -108,6 +105,8 @@ def try_rules(request: Request, recording: Recording, v: Tensor) -> Trial:
             continue
         for name, jacobian in jacobians.items():
             product = weighted_sum(jacobian, v.new_ones(1, 1), request.params[name])
+            if name in actual or jacobian.adds_up:
+                sums.add(name)
             actual[name] = actual[name] + product if name in actual else product
             terms[name] = terms.get(name, 0) + squared_terms(jacobian)
         missing = (name for name in call.params.values() if name not in jacobians and s is not None)
@@ -116,7 +115,34 @@ def try_rules(request: Request, recording: Recording, v: Tensor) -> Trial:
     rounding = rounding_of(request, recording.inputs, v, sketched)
     for name, size in differing(actual, expected, probe_tolerance(recording.output), rounding).items():
         failures[name] = f"{DIFFERS} (relative error {size:.1e})"
-    return Trial(expected, failures, terms)
+    added_up = {name: terms[name] for name in sums}
+    return Trial(expected, failures, _cancelling(request, recording.inputs, v, expected, added_up))
+
+
+def _cancelling(
+    request: Request, inputs: Inputs, v: Tensor, expected: dict[str, Tensor], terms: dict[str, Tensor]
+) -> set[str]:
+    """Find the parameters for which the terms that rules add up cancel.
+
+    Args:
+        request: The request.
+        inputs: One sample.
+        v: Numbers like its output.
+        expected: Autograd's gradient of ``sum v f``, :func:`sketched`, by name.
+        terms: The sum of the squared norms of the terms, by name, of those gradients that are sums.
+
+    Returns:
+        Their names.
+    """
+    numbers = read([*(norm_of_sketch(expected[name], request.params[name]) for name in terms), *terms.values()])
+    least = {name: _CANCELS * square for name, square in zip(terms, numbers[len(terms) :], strict=True)}
+    found = [name for name, size in zip(terms, numbers, strict=False) if size**2 < least[name]]
+    if not found:
+        return set()
+    # A sketch of few vectors may be short by chance, and to form a Jacobian for that would take long.
+    _, exact = gradients(request, inputs, v)
+    sizes = norms(exact[name] for name in found)
+    return {name for name, size in zip(found, sizes, strict=True) if size**2 < least[name]}
 
 
 def outside_of_calls(request: Request, recording: Recording) -> dict[str, str]:
@@ -255,7 +281,7 @@ class Probe:
         ]
         self.recordings.clear()
         params = self._request.params
-        self.cancelling = {name for trial in tried for name in _cancelling(trial, params)}
+        self.cancelling = {name for trial in tried for name in trial.cancelling}
         if not self.everyone:
             self._expected = {name: torch.stack([trial.expected[name] for trial in tried]).sum(0) for name in params}
             self._weights = self._v_alone.reshape(len(self._few), -1).T
@@ -367,14 +393,6 @@ def _draw(n: int, outputs: int) -> tuple[list[int], Tensor]:
     chosen = torch.randint(outputs, (n,), generator=generator, device="cpu").tolist()
     signs = torch.randint(2, (n,), generator=generator, device="cpu") * 2 - 1
     return chosen, signs * (0.5 + torch.rand(n, generator=generator, device="cpu"))
-
-
-def _cancelling(trial: Trial, params: dict[str, Tensor]) -> set[str]:
-    """Find the parameters for which the terms that rules add up cancel."""
-    sizes = [norm_of_sketch(trial.expected[name], params[name]) for name in trial.terms]
-    numbers = read([*sizes, *trial.terms.values()])
-    pairs = zip(trial.terms, numbers, numbers[len(sizes) :], strict=False)
-    return {name for name, size, terms in pairs if size**2 < _CANCELS * terms}
 
 
 def _in_fastest_layout(request: Request, inputs: Inputs, sample: int) -> tuple[Inputs, Recording]:

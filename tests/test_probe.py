@@ -6,7 +6,7 @@ from cases import CASES, cast
 from conftest import assert_close, call
 from torch import Tensor, nn
 
-from ggn_ntk import Factored, RouteWarning, empirical_ntk, register_rule
+from ggn_ntk import Factored, RouteWarning, empirical_ntk, probe, register_rule
 from ggn_ntk.axes import AxesRequest
 from ggn_ntk.isolation import isolated
 from ggn_ntk.reference import jacobian_contraction
@@ -121,3 +121,29 @@ def test_a_rule_that_is_wrong_for_few_samples(capture, flagged):
     with pytest.warns(RouteWarning, match="0.weight: its Jacobian by the layer's rule differs"):
         kernel = empirical_ntk(model, x, compute="trace", capture=capture)
     assert_close(kernel, torch.einsum("nmcc->nm", jacobian_contraction(model, x)))
+
+
+class Difference(nn.Module):
+    """The difference of two passes through a network."""
+
+    def __init__(self, net):
+        super().__init__()
+        self.net = net
+
+    def forward(self, x):
+        return self.net(x) - self.net(0.999 * x)
+
+
+def cancelling(model, *sets):
+    request = Request.parse(model, *sets, AxesRequest.parse("full"), params=None, per_parameter=False)
+    with isolated(model), torch.no_grad():
+        return prepare(request).probe.cancelling
+
+
+def test_jacobians_that_cancel_are_no_chance_of_the_vectors_they_are_compared_with(monkeypatch):
+    """Formed for no reason, Jacobians take a thousand times as long."""
+    net = nn.Sequential(nn.Conv2d(1, 40, 3), nn.Tanh(), nn.Flatten(), nn.Linear(40 * 36, 50))
+    x = torch.randn(3, 1, 8, 8)
+    assert cancelling(Difference(net), x, None) == {name for name, _ in Difference(net).named_parameters()}
+    monkeypatch.setattr(probe, "norm_of_sketch", lambda sketch, param: sketch.new_zeros(()))
+    assert not cancelling(net, x, None)

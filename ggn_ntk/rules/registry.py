@@ -85,6 +85,11 @@ class Factored:
         return self.equation.split("->")[1]
 
     @property
+    def adds_up(self) -> bool:
+        """Whether an entry is a sum, say over positions."""
+        return not set("".join(self.terms)) <= set(self.result)
+
+    @property
     def sizes(self) -> dict[str, int]:
         """The size of each letter."""
         sizes: dict[str, int] = {}
