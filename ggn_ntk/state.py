@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from ggn_ntk.turns import if_free
+
 # How far to follow objects that modules hold, and up to how many entries to look into a container: a model may hold the
 # data set that it is trained on.
 _DEPTH, _ENTRIES = 5, 1000
@@ -58,6 +60,7 @@ class State:
         self._entries: list[_Entry] = []
         self._generators: list[_Entry] = []
         self._empty: list[Any] = []  # most of what modules hold, such as hooks, and quickly looked through
+        self._others: list[tuple[Module, State]] = []  # which other threads may evaluate meanwhile
         self._thorough = thorough
         self.tensors: list[Tensor] = []
         # The values of parameters and buffers are for the session to look after.
@@ -69,6 +72,7 @@ class State:
         # What else holds them, is another name of theirs.
         self._members = [store for module in modules for store in (module._parameters, module._buffers)]
         self._seen |= set(map(id, self._members))
+        self._modules = set(map(id, modules))
         for module in modules:
             self._add(module, 0)
 
@@ -84,6 +88,10 @@ class State:
         for entry in self._entries:
             if entry.changed():
                 entry.put_back()
+        for module, state in self._others:
+            with if_free(module) as free:
+                if free:
+                    state.restore()
 
     def generators_moved(self) -> bool:
         """Tell whether a generator that a module holds is not where it was."""
@@ -95,6 +103,9 @@ class State:
         if id(value) in self._own:
             self.tensors.append(value)
         if id(value) in self._seen or issubclass(kind, _FUNCTIONS):
+            return
+        if issubclass(kind, Module) and depth and id(value) not in self._modules:
+            self._add_other(value, depth)
             return
         self._seen.add(id(value))
         follow = self._thorough and depth < _DEPTH
@@ -112,6 +123,17 @@ class State:
         if issubclass(kind, tuple) and follow:
             for held in tuple.__getitem__(value, slice(_ENTRIES)):
                 self._add(held, depth + 1)
+
+    def _add_other(self, module: Module, depth: int) -> None:
+        """Take down a model that is held as a value, say a teacher in a list, unless another thread evaluates it."""
+        with if_free(module) as free:
+            if free:
+                state = State((), thorough=self._thorough)
+                state._seen, state._own, state._modules = self._seen, self._own, set(map(id, module.modules()))
+                state._add(module, depth)
+                self._others.append((module, state))
+                self.tensors += state.tensors
+                self._generators += state._generators
 
 
 class _Entry:

@@ -46,6 +46,20 @@ def forward_mode() -> Iterator[None]:
         yield
 
 
+@contextmanager
+def if_free(model: Module) -> Iterator[bool]:
+    """Keep others from having a model meanwhile, unless one has it already.
+
+    Args:
+        model: The model.
+
+    Yields:
+        Whether no other thread has it.
+    """
+    with _RELEASED:
+        yield _is_free(map(id, model.modules()))
+
+
 def _is_free(keys: Iterable[int]) -> bool:
     """Tell whether no other thread uses any of these."""
     return not _owners(keys) - {threading.get_ident()}

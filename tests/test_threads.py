@@ -13,6 +13,7 @@ from itertools import count
 import numpy as np
 import pytest
 import torch
+import torch._dynamo  # torch.func imports it at its first use, and it filters warnings
 from backpack import backpack, disable, extend
 from backpack.context import CTX
 from backpack.extensions import BatchGrad
@@ -107,7 +108,7 @@ def process_state():
         "attention": (b.cuda.flash_sdp_enabled(), b.cuda.mem_efficient_sdp_enabled(), b.cuda.math_sdp_enabled()),
         "fast path": b.mha.get_fastpath_enabled(),
         "cudnn": b.cudnn.enabled,
-        "stance": torch._dynamo.eval_frame._stance.stance if "torch._dynamo" in sys.modules else "default",
+        "stance": torch._dynamo.eval_frame._stance.stance,
         "filters": list(warnings.filters),
         "dtype": torch.get_default_dtype(),
         "modes": modes(),
@@ -650,3 +651,29 @@ def test_models_that_ask_for_each_other_in_two_threads():
     with left_as_found(*models):
         in_threads(run, models, threads=2)
     assert all("Two threads wait for each other" in error for error in errors)
+
+
+@pytest.mark.parametrize("method", ["structured", "jacobian_contraction"])
+def test_a_model_that_another_holds_in_a_list(method):
+    """What it holds while another thread has its parameters exchanged is not put back."""
+    inside, begun = threading.Event(), threading.Event()
+    teacher, x = nn.Sequential(Scaled().double()), torch.randn(3, 8).double()
+    expected = empirical_ntk(teacher, x)
+
+    def wait(*args):
+        inside.set()
+        assert begun.wait(60)
+
+    teacher.register_forward_pre_hook(wait)
+    with ThreadPoolExecutor(1) as pool:
+
+        def ends(*args):
+            begun.set()
+            return found.result(60)
+
+        holder = Asks(teacher, ends)
+        with left_as_found(teacher, holder):
+            found = pool.submit(empirical_ntk, teacher, x, method=method)
+            assert inside.wait(60)
+            empirical_ntk(holder, x, method=method)
+    assert_close(found.result(), expected)
