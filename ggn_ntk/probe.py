@@ -15,6 +15,7 @@ take a unit to the other side of a kink; what differs is compared once more with
 """
 
 from collections.abc import Container, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -78,13 +79,14 @@ class Trial(NamedTuple):
     cancelling: set[str]
 
 
-def try_rules(request: Request, recording: Recording, v: Tensor) -> Trial:
+def try_rules(request: Request, recording: Recording, v: Tensor, tolerance: float) -> Trial:
     """Compare rules with autograd on one sample.
 
     Args:
         request: The request.
         recording: A forward pass of one sample.
         v: Numbers like its output, ``[1, *out]``.
+        tolerance: The largest relative error of gradients that rounding makes.
 
     Returns:
         What was found.
@@ -96,7 +98,7 @@ def try_rules(request: Request, recording: Recording, v: Tensor) -> Trial:
     passed, expected = _gradients(request, recording, v)
     if not all_finite(expected.values()):
         raise NotFiniteError
-    actual, terms, sums = dict[str, Tensor](), dict[str, Tensor](), set[str]()
+    actual, summed = dict[str, Tensor](), dict[str, list[Factored]]()
     for call, s in zip(recording.calls, passed, strict=True):
         try:
             jacobians = {} if s is None else _jacobians(call, s.unsqueeze(0), 1)
@@ -105,18 +107,20 @@ def try_rules(request: Request, recording: Recording, v: Tensor) -> Trial:
             continue
         for name, jacobian in jacobians.items():
             product = weighted_sum(jacobian, v.new_ones(1, 1), request.params[name])
-            if name in actual or jacobian.adds_up:
-                sums.add(name)
             actual[name] = actual[name] + product if name in actual else product
-            terms[name] = terms.get(name, 0) + squared_terms(jacobian)
+            summed.setdefault(name, []).append(jacobian)
         missing = (name for name in call.params.values() if name not in jacobians and s is not None)
         failures |= dict.fromkeys(missing, f"the rule of {type(call.module).__name__} does not state its Jacobian")
     actual |= {name: expected[name] for name in failures}
     rounding = rounding_of(request, recording.inputs, v, sketched)
-    for name, size in differing(actual, expected, probe_tolerance(recording.output), rounding).items():
+    for name, size in differing(actual, expected, tolerance, rounding).items():
         failures[name] = f"{DIFFERS} (relative error {size:.1e})"
-    added_up = {name: terms[name] for name in sums}
-    return Trial(expected, failures, _cancelling(request, recording.inputs, v, expected, added_up))
+    terms = {
+        name: reduce(torch.add, map(squared_terms, jacobians))
+        for name, jacobians in summed.items()
+        if len(jacobians) > 1 or jacobians[0].adds_up
+    }
+    return Trial(expected, failures, _cancelling(request, recording.inputs, v, expected, terms))
 
 
 def _cancelling(
@@ -276,7 +280,7 @@ class Probe:
             Why rules do not give the Jacobian of a parameter, by name.
         """
         tried = [
-            try_rules(self._request, locate(recording, layouts), v)
+            try_rules(self._request, locate(recording, layouts), v, self._tolerance)
             for recording, v in zip(self.recordings, self._v_alone.split(1), strict=True)
         ]
         self.recordings.clear()
