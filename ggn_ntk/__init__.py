@@ -11,7 +11,13 @@ from ggn_ntk.dynamics import (
     nngp_posterior,
     ntk_ensemble,
 )
-from ggn_ntk.errors import (
+from ggn_ntk.explain import explain
+from ggn_ntk.extension import EmpiricalNTK
+from ggn_ntk.gram_hook import AccumulateGramHook
+from ggn_ntk.matrix import IllConditionedWarning
+from ggn_ntk.nngp import EmpiricalKernels, empirical_kernels, nngp
+from ggn_ntk.ntk import empirical_ntk
+from ggn_ntk.problem.errors import (
     KernelMemoryError,
     NotFiniteWarning,
     NTKMismatchError,
@@ -19,12 +25,6 @@ from ggn_ntk.errors import (
     UnsupportedModelError,
     UnsupportedRouteError,
 )
-from ggn_ntk.explain import explain
-from ggn_ntk.extension import EmpiricalNTK
-from ggn_ntk.gram_hook import AccumulateGramHook
-from ggn_ntk.matrix import IllConditionedWarning
-from ggn_ntk.nngp import EmpiricalKernels, empirical_kernels, nngp
-from ggn_ntk.ntk import empirical_ntk
 from ggn_ntk.rules import Factored, register_rule
 from ggn_ntk.spectrum import (
     centered_kernel_alignment,

@@ -26,10 +26,10 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module
 
 from ggn_ntk.autograd_graph import graph_nodes, is_transformed
-from ggn_ntk.errors import NotCapturedError, is_out_of_memory
-from ggn_ntk.inputs import Inputs
 from ggn_ntk.isolation import has_global_hooks
-from ggn_ntk.request import Request
+from ggn_ntk.problem.errors import NotCapturedError, is_out_of_memory
+from ggn_ntk.problem.inputs import Inputs
+from ggn_ntk.problem.request import Request
 from ggn_ntk.rules import Factored, OneHot, Rule, inner_of, rule_for
 
 # The node of a graph that transposes a weight.

@@ -11,13 +11,13 @@ import torch
 from torch import Tensor
 
 from ggn_ntk.comparison import all_finite, cotangent
-from ggn_ntk.errors import NotFiniteError, NotFiniteWarning, Problem, UnsupportedModelError, listed, warn
 from ggn_ntk.independence import gradients
-from ggn_ntk.inputs import Inputs
 from ggn_ntk.isolation import isolated, outside_of_transforms
-from ggn_ntk.layout import Computed
 from ggn_ntk.memory import explained
-from ggn_ntk.request import Request
+from ggn_ntk.problem.errors import NotFiniteError, NotFiniteWarning, Problem, UnsupportedModelError, listed, warn
+from ggn_ntk.problem.inputs import Inputs
+from ggn_ntk.problem.request import Request
+from ggn_ntk.problem.result import Computed
 
 #: A kernel, or one for each parameter by name.
 Kernels = Tensor | dict[str, Tensor]

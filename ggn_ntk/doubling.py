@@ -1,8 +1,9 @@
 """Doubling: the product of two factored Jacobians as one einsum.
 
 ``cno,ni->cnoi`` with itself becomes ``cno,ni,dmo,mi->nmcd``. The letter of the outputs is split by their roles
-(:mod:`ggn_ntk.axes`): both Jacobians share those of diagonal and traced outputs, and of these the latter are summed, so
-that ``ecfno,ni,edfmo,mi->nmecd`` is the general case. Roles without outputs of their own leave no letter.
+(:mod:`ggn_ntk.problem.output_axes`): both Jacobians share those of diagonal and traced outputs, and of these the latter
+are summed, so that ``ecfno,ni,edfmo,mi->nmecd`` is the general case. Roles without outputs of their own leave no
+letter.
 
 Letters: ``c``, ``d`` free, ``e`` diagonal and ``f`` traced outputs; ``n``, ``m`` samples of x1 and x2; all others are
 renamed so that a letter means the same everywhere in an einsum.
@@ -15,7 +16,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ggn_ntk.axes import Roles
 from ggn_ntk.blocks import Joined
 from ggn_ntk.einsum import (
     Memo,
@@ -29,6 +29,7 @@ from ggn_ntk.einsum import (
     path_of,
 )
 from ggn_ntk.lookup import cost, dense, without_data
+from ggn_ntk.problem.output_axes import Roles
 from ggn_ntk.rules import Factored, OneHot
 
 #: Letters of a kernel; operands lack those of size one.

@@ -17,11 +17,8 @@ from torch import Size, Tensor, nn
 from torch.nn import Module
 from torch.nn.modules.loss import _Loss
 
-from ggn_ntk.axes import AxesRequest, OutputAxes
 from ggn_ntk.checks import BATCH_STATISTICS, find, hidden_computation
-from ggn_ntk.errors import Problem, UnsupportedModelError
 from ggn_ntk.inspection import OwnGenerator
-from ggn_ntk.layout import finish
 from ggn_ntk.pass_check import (
     REMEDY,
     ROUTE,
@@ -33,7 +30,10 @@ from ggn_ntk.pass_check import (
     is_output,
     is_wanted,
 )
-from ggn_ntk.request import check_integer, check_split
+from ggn_ntk.problem.errors import Problem, UnsupportedModelError
+from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
+from ggn_ntk.problem.request import check_integer, check_split
+from ggn_ntk.problem.result import finish
 from ggn_ntk.rules import acts_on_each_sample, backpropagation_for, rule_for
 from ggn_ntk.rules.activation import multiply_entries
 from ggn_ntk.rules.registry import batched_vjp

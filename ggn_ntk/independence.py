@@ -20,7 +20,6 @@ from torch import Size, Tensor
 from torch.func import vmap
 
 from ggn_ntk.autograd_graph import dense, precisions
-from ggn_ntk.axes import OutputAxes
 from ggn_ntk.comparison import (
     KINKS,
     PROBE_TOLERANCES,
@@ -34,9 +33,10 @@ from ggn_ntk.comparison import (
     rows_differing,
     total_norm,
 )
-from ggn_ntk.errors import NotFiniteError, Problem, UnsupportedModelError, is_out_of_memory, listed
 from ggn_ntk.inspection import UNSTEADY, in_low_precision
-from ggn_ntk.request import Inputs, Request
+from ggn_ntk.problem.errors import NotFiniteError, Problem, UnsupportedModelError, is_out_of_memory, listed
+from ggn_ntk.problem.output_axes import OutputAxes
+from ggn_ntk.problem.request import Inputs, Request
 
 # The share of a call's time that looking at halves may take beyond the first pair, and up to how many samples it is
 # small in any case.
@@ -160,7 +160,7 @@ def gradients(
         inputs: N samples.
         v: Numbers like the output, ``[N, *out]``.
         primals: Parameters that require a gradient; ``None`` for the model's own.
-        jitter: See :meth:`ggn_ntk.request.Request.evaluate`.
+        jitter: See :meth:`ggn_ntk.problem.request.Request.evaluate`.
 
     Returns:
         The output, and the gradient of ``sum v f`` with respect to each wanted parameter, by name.

@@ -22,8 +22,8 @@ from torch.nn.parameter import is_lazy
 
 from ggn_ntk.autograd_graph import is_transformed
 from ggn_ntk.comparison import read
-from ggn_ntk.errors import Problem, UnsupportedModelError, is_out_of_memory
 from ggn_ntk.inspection import DRAWS, Inspection
+from ggn_ntk.problem.errors import Problem, UnsupportedModelError, is_out_of_memory
 from ggn_ntk.state import State, Values, address_of, storage_of
 from ggn_ntk.switches import process_switches
 from ggn_ntk.turns import alone_with

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ggn_ntk.errors import KernelMemoryError, bytes_asked_for, is_out_of_memory
+from ggn_ntk.problem.errors import KernelMemoryError, bytes_asked_for, is_out_of_memory
 
 _HELP = (
     "What helps: compute='trace' or 'diagonal' (or trace_axes=) instead of the full kernel, fewer parameters at a time "

@@ -13,15 +13,15 @@ import torch
 from torch import Tensor, einsum
 from torch.nn import Module
 
-from ggn_ntk.axes import AxesRequest
 from ggn_ntk.checks import configuration_problems
-from ggn_ntk.errors import NotFiniteWarning, Problem, UnsupportedModelError, listed, warn, without
 from ggn_ntk.independence import check_shape, compare_alone, look
 from ggn_ntk.isolation import isolated, outside_of_transforms
-from ggn_ntk.layout import finish
 from ggn_ntk.memory import check_result, explained
 from ggn_ntk.ntk import compute_kernels, parse_method
-from ggn_ntk.request import Request
+from ggn_ntk.problem.errors import NotFiniteWarning, Problem, UnsupportedModelError, listed, warn, without
+from ggn_ntk.problem.output_axes import AxesRequest
+from ggn_ntk.problem.request import Request
+from ggn_ntk.problem.result import finish
 
 _KIND = "empirical NNGP kernel"
 

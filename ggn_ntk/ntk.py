@@ -10,15 +10,15 @@ import torch
 from torch import Size, Tensor
 from torch.nn import Module
 
-from ggn_ntk.axes import AxesRequest, OutputAxes
 from ggn_ntk.checks import check_model
 from ggn_ntk.comparison import SEEN, TOLERANCES, cotangent, norms
 from ggn_ntk.computation import Kernels, carry_out, is_finite
-from ggn_ntk.errors import NTKMismatchError, RouteWarning, UnsupportedRouteError, silent, warn
 from ggn_ntk.independence import rounding_of
-from ggn_ntk.layout import Computed
+from ggn_ntk.problem.errors import NTKMismatchError, RouteWarning, UnsupportedRouteError, silent, warn
+from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
+from ggn_ntk.problem.request import Request
+from ggn_ntk.problem.result import Computed
 from ggn_ntk.reference import contract_jacobians, jacobian_kernels, multiply_vectors, product_kernels
-from ggn_ntk.request import Request
 from ggn_ntk.structured import structured_kernels
 from ggn_ntk.vivit import vivit_kernels
 

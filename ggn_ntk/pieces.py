@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ggn_ntk.axes import OutputAxes, Roles
+from ggn_ntk.problem.output_axes import OutputAxes, Roles
 
 
 class Piece(NamedTuple):

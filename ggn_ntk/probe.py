@@ -22,10 +22,8 @@ import torch
 from torch import Size, Tensor
 
 from ggn_ntk.autograd_graph import dense
-from ggn_ntk.axes import OutputAxes
 from ggn_ntk.capture import Call, Layout, Recording, locate, record, used_elsewhere
 from ggn_ntk.comparison import all_finite, cotangent, differing, norms, read, rows_differing
-from ggn_ntk.errors import NotFiniteError, is_out_of_memory
 from ggn_ntk.independence import (
     Checked,
     Parts,
@@ -42,8 +40,10 @@ from ggn_ntk.independence import (
     probe_tolerance,
     rounding_of,
 )
-from ggn_ntk.inputs import Inputs
-from ggn_ntk.request import Request
+from ggn_ntk.problem.errors import NotFiniteError, is_out_of_memory
+from ggn_ntk.problem.inputs import Inputs
+from ggn_ntk.problem.output_axes import OutputAxes
+from ggn_ntk.problem.request import Request
 from ggn_ntk.rules import Factored, channels_last, rule_for
 from ggn_ntk.vector_products import norm_of_sketch, pick, select_samples, sketched, squared_terms, weighted_sum
 from ggn_ntk.walk import why_not

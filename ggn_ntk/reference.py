@@ -16,15 +16,15 @@ from torch.func import jacrev, jvp, vjp, vmap
 from torch.nn import Module
 
 from ggn_ntk.autograd_graph import precisions
-from ggn_ntk.axes import AxesRequest, OutputAxes
 from ggn_ntk.checks import check_model
 from ggn_ntk.comparison import KINKS, PROBE_TOLERANCES, cotangent, differing, total_norm
 from ggn_ntk.computation import compute as _compute
-from ggn_ntk.errors import RouteWarning, UnsupportedModelError, is_out_of_memory, listed, warn
 from ggn_ntk.independence import Checked, Parts, compare_gradients, gradients, gradients_of, rounding_of
-from ggn_ntk.inputs import Inputs
-from ggn_ntk.layout import Computed, transpose
-from ggn_ntk.request import Request
+from ggn_ntk.problem.errors import RouteWarning, UnsupportedModelError, is_out_of_memory, listed, warn
+from ggn_ntk.problem.inputs import Inputs
+from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
+from ggn_ntk.problem.request import Request
+from ggn_ntk.problem.result import Computed, transpose
 
 
 def jacobian_contraction(

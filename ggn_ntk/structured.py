@@ -18,13 +18,17 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ggn_ntk.axes import OutputAxes, Roles
 from ggn_ntk.bias import join_biases
 from ggn_ntk.capture import Layout, Recording, learn_layouts, locate, record
 from ggn_ntk.checks import check_model, configuration_problems
 from ggn_ntk.contraction import add_products
 from ggn_ntk.doubling import Doubled, Part, double, parts
-from ggn_ntk.errors import (
+from ggn_ntk.independence import Checked, check_shape
+from ggn_ntk.isolation import isolated
+from ggn_ntk.lookup import without_data
+from ggn_ntk.pieces import Piece
+from ggn_ntk.probe import DIFFERS, Probe, outside_of_calls
+from ggn_ntk.problem.errors import (
     NotCapturedError,
     Problem,
     RouteWarning,
@@ -33,14 +37,10 @@ from ggn_ntk.errors import (
     is_out_of_memory,
     warn,
 )
-from ggn_ntk.independence import Checked, check_shape
-from ggn_ntk.isolation import isolated
-from ggn_ntk.layout import Computed
-from ggn_ntk.lookup import without_data
-from ggn_ntk.pieces import Piece
-from ggn_ntk.probe import DIFFERS, Probe, outside_of_calls
+from ggn_ntk.problem.output_axes import OutputAxes, Roles
+from ggn_ntk.problem.request import Request
+from ggn_ntk.problem.result import Computed
 from ggn_ntk.reference import contract_jacobians
-from ggn_ntk.request import Request
 from ggn_ntk.rules import Factored
 from ggn_ntk.uses import put_together
 from ggn_ntk.walk import FAILS, Walk, is_known, structure_problems

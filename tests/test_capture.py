@@ -20,10 +20,10 @@ from ggn_ntk import (
     vector_products,
     way_back,
 )
-from ggn_ntk.axes import AxesRequest
 from ggn_ntk.comparison import differing
+from ggn_ntk.problem.output_axes import AxesRequest
+from ggn_ntk.problem.request import Request
 from ggn_ntk.reference import jacobian_contraction
-from ggn_ntk.request import Request
 from ggn_ntk.rules import attention, rule_for
 from ggn_ntk.rules.registry import _RULES, _RULES_BY_NAME
 from ggn_ntk.walk import identity

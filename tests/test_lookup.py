@@ -10,10 +10,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ggn_ntk import empirical_ntk, explain, lookup
-from ggn_ntk.axes import Roles
 from ggn_ntk.doubling import double
 from ggn_ntk.einsum import Memo, aligned, contract
 from ggn_ntk.lookup import looked_up
+from ggn_ntk.problem.output_axes import Roles
 from ggn_ntk.reference import jacobian_contraction
 from ggn_ntk.rules import Factored, OneHot
 

@@ -10,7 +10,7 @@ from conftest import METHODS, assert_close
 from torch import nn
 
 from ggn_ntk import KernelMemoryError, empirical_kernels, empirical_ntk, explain, linearize, memory, nngp
-from ggn_ntk.errors import bytes_asked_for, is_out_of_memory
+from ggn_ntk.problem.errors import bytes_asked_for, is_out_of_memory
 from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
 
 DEFAULT = "[enforce fail at alloc_cpu.cpp:121] {}. DefaultCPUAllocator: {} memory: you tried to allocate {} bytes."

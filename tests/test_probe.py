@@ -7,10 +7,10 @@ from conftest import assert_close, call
 from torch import Tensor, nn
 
 from ggn_ntk import Factored, RouteWarning, empirical_ntk, probe, register_rule
-from ggn_ntk.axes import AxesRequest
 from ggn_ntk.isolation import isolated
+from ggn_ntk.problem.output_axes import AxesRequest
+from ggn_ntk.problem.request import Request
 from ggn_ntk.reference import jacobian_contraction
-from ggn_ntk.request import Request
 from ggn_ntk.rules import acts_on_each_sample, registry
 from ggn_ntk.structured import prepare
 

@@ -19,9 +19,9 @@ from ggn_ntk import (
     structured,
     walk,
 )
-from ggn_ntk.axes import Roles
 from ggn_ntk.checks import relative_error
 from ggn_ntk.doubling import double
+from ggn_ntk.problem.output_axes import Roles
 from ggn_ntk.reference import jacobian_contraction
 from ggn_ntk.rules import register_backpropagation, registry
 from ggn_ntk.walk import Use, backpropagate, identity

@@ -23,7 +23,7 @@ from ggn_ntk import (
     ntk,
     register_rule,
 )
-from ggn_ntk.errors import Problem
+from ggn_ntk.problem.errors import Problem
 from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
 from ggn_ntk.rules.linear import linear
 

@@ -7,9 +7,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ggn_ntk import capture, empirical_ntk, way_back
-from ggn_ntk.axes import AxesRequest
+from ggn_ntk.problem.output_axes import AxesRequest
+from ggn_ntk.problem.request import Request
 from ggn_ntk.reference import jacobian_contraction
-from ggn_ntk.request import Request
 
 
 class Branches(nn.Module):

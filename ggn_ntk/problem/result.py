@@ -1,7 +1,7 @@
 """The output convention: from kernels over flattened outputs to the tensors users get.
 
-Routes work with outputs merged to one axis for each role, ``[N1, N2, E, F, F]`` (:mod:`ggn_ntk.axes`). Letters: ``n``,
-``m`` samples of x1, x2; ``e`` diagonal outputs; ``c``, ``d`` free outputs.
+Routes work with outputs merged to one axis for each role, ``[N1, N2, E, F, F]`` (:mod:`ggn_ntk.problem.output_axes`).
+Letters: ``n``, ``m`` samples of x1, x2; ``e`` diagonal outputs; ``c``, ``d`` free outputs.
 """
 
 from collections.abc import Iterable
@@ -10,7 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ggn_ntk.axes import OutputAxes
+from ggn_ntk.problem.output_axes import OutputAxes
 
 
 class Computed(NamedTuple):
