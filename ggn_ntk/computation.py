@@ -13,7 +13,7 @@ from torch import Tensor
 from ggn_ntk.comparison import all_finite, cotangent
 from ggn_ntk.independence import gradients
 from ggn_ntk.isolation import isolated, outside_of_transforms
-from ggn_ntk.memory import explained
+from ggn_ntk.memory.budget import explained
 from ggn_ntk.problem.errors import NotFiniteError, NotFiniteWarning, Problem, UnsupportedModelError, listed, warn
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request

@@ -13,10 +13,10 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ggn_ntk.blocks import SIZE_ELSEWHERE, SIZES, split
 from ggn_ntk.doubling import Doubled
 from ggn_ntk.einsum import KEPT, Memo, Operand, aligned, contract_to_last, path_of, step
 from ggn_ntk.lookup import looked_up, without_data
+from ggn_ntk.memory.blocks import SIZE_ELSEWHERE, SIZES, split
 from ggn_ntk.problem.result import transpose
 
 #: Numbers that an intermediate result of x1 may hold before x1 is taken in blocks.

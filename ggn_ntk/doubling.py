@@ -16,7 +16,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ggn_ntk.blocks import Joined
 from ggn_ntk.einsum import (
     Memo,
     Operand,
@@ -29,6 +28,7 @@ from ggn_ntk.einsum import (
     path_of,
 )
 from ggn_ntk.lookup import cost, dense, without_data
+from ggn_ntk.memory.blocks import Joined
 from ggn_ntk.problem.output_axes import Roles
 from ggn_ntk.rules import Factored, OneHot
 

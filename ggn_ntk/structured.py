@@ -26,7 +26,7 @@ from ggn_ntk.doubling import Doubled, Part, double, parts
 from ggn_ntk.independence import Checked, check_shape
 from ggn_ntk.isolation import isolated
 from ggn_ntk.lookup import without_data
-from ggn_ntk.pieces import Piece
+from ggn_ntk.memory.chunks import Piece
 from ggn_ntk.probe import DIFFERS, Probe, outside_of_calls
 from ggn_ntk.problem.errors import (
     NotCapturedError,

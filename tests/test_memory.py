@@ -9,7 +9,8 @@ from cases import mlp
 from conftest import METHODS, assert_close
 from torch import nn
 
-from ggn_ntk import KernelMemoryError, empirical_kernels, empirical_ntk, explain, linearize, memory, nngp
+from ggn_ntk import KernelMemoryError, empirical_kernels, empirical_ntk, explain, linearize, nngp
+from ggn_ntk.memory import budget
 from ggn_ntk.problem.errors import bytes_asked_for, is_out_of_memory
 from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
 
@@ -227,7 +228,7 @@ LARGE = torch.zeros(1, 5).expand(3000, 5)  # a full kernel of 3000^2 3^2 numbers
 
 @pytest.mark.parametrize("method", [*METHODS, "reference", "products", "nngp"])
 def test_a_result_that_cannot_fit_is_refused_at_once(method, monkeypatch):
-    monkeypatch.setattr(memory, "available", lambda device: 2**28)
+    monkeypatch.setattr(budget, "available", lambda device: 2**28)
     model, seen = mlp(nn.Tanh)(), []
     if method != "vivit":
         model.register_forward_pre_hook(lambda module, args: seen.append(len(args[0])))
@@ -242,21 +243,21 @@ def test_a_result_that_cannot_fit_is_refused_at_once(method, monkeypatch):
     "options", [{"compute": "trace"}, {"compute": "diagonal"}, {"trace_axes": 0}, {"params": ["0.bias"]}]
 )
 def test_only_a_result_that_cannot_fit_is(options, free, monkeypatch):
-    monkeypatch.setattr(memory, "available", lambda device: free)
+    monkeypatch.setattr(budget, "available", lambda device: free)
     x = torch.randn(7, 5)
     expected = empirical_ntk(mlp(nn.Tanh)(), x, **options).shape
     assert empirical_ntk(mlp(nn.Tanh)(), x, **options).shape == expected
     shape = (3000, 3000) if options.get("compute") == "trace" else (3000, 3000, 3)
     params = list(mlp(nn.Tanh)().parameters())
-    memory.check_result(shape, params, False)
+    budget.check_result(shape, params, False)
     if free == 2**28:
         with pytest.raises(KernelMemoryError, match=r"takes 618\.0 MiB"):
-            memory.check_result((3000, 3000, 3), params, True)
+            budget.check_result((3000, 3000, 3), params, True)
 
 
 def test_a_kernel_for_each_parameter_and_float64_take_more(monkeypatch):
-    monkeypatch.setattr(memory, "available", lambda device: 2**29)
-    memory.check_result((3000, 3000, 3, 3), list(mlp(nn.Tanh)().parameters()), False)
+    monkeypatch.setattr(budget, "available", lambda device: 2**29)
+    budget.check_result((3000, 3000, 3, 3), list(mlp(nn.Tanh)().parameters()), False)
     for options, model, size in (
         ({"per_parameter": True}, mlp(nn.Tanh)(), r"1\.81 GiB"),
         ({}, mlp(nn.Tanh)().double(), "618"),
@@ -266,9 +267,9 @@ def test_a_kernel_for_each_parameter_and_float64_take_more(monkeypatch):
 
 
 def test_what_is_available():
-    free = memory.available(torch.device("cpu"))
+    free = budget.available(torch.device("cpu"))
     assert free is None or 2**20 < free < 2**50
-    assert memory.available(torch.device("meta")) is None
+    assert budget.available(torch.device("meta")) is None
 
 
 def test_the_model_is_right_after_memory_ran_out():

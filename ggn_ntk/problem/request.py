@@ -19,7 +19,7 @@ from ggn_ntk.autograd_graph import graph_nodes
 from ggn_ntk.comparison import TOLERANCES
 from ggn_ntk.inspection import in_low_precision, without_draws
 from ggn_ntk.isolation import isolated, outside_of_transforms
-from ggn_ntk.memory import check_result
+from ggn_ntk.memory.budget import check_result
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError, listed
 from ggn_ntk.problem.inputs import Inputs, check_alike, kind_of, parse_inputs
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
