@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from ggn_ntk.checks import TOLERANCES, relative_error
+from ggn_ntk.models.requirements import TOLERANCES, relative_error
 from ggn_ntk.ntk import Method, empirical_ntk
 from ggn_ntk.reference import jacobian_contraction
 

@@ -25,8 +25,8 @@ from torch import Size, Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module
 
-from ggn_ntk.autograd_graph import graph_nodes, is_transformed
-from ggn_ntk.isolation import has_global_hooks
+from ggn_ntk.models.autograd_graph import graph_nodes, is_transformed
+from ggn_ntk.models.isolation import has_global_hooks
 from ggn_ntk.problem.errors import NotCapturedError, is_out_of_memory
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request

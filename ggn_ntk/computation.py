@@ -10,10 +10,10 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ggn_ntk.comparison import all_finite, cotangent
-from ggn_ntk.independence import gradients
-from ggn_ntk.isolation import isolated, outside_of_transforms
 from ggn_ntk.memory.budget import explained
+from ggn_ntk.models.comparison import all_finite, cotangent
+from ggn_ntk.models.independence import gradients
+from ggn_ntk.models.isolation import isolated, outside_of_transforms
 from ggn_ntk.problem.errors import NotFiniteError, NotFiniteWarning, Problem, UnsupportedModelError, listed, warn
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request

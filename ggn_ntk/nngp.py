@@ -13,10 +13,10 @@ import torch
 from torch import Tensor, einsum
 from torch.nn import Module
 
-from ggn_ntk.checks import configuration_problems
-from ggn_ntk.independence import check_shape, compare_alone, look
-from ggn_ntk.isolation import isolated, outside_of_transforms
 from ggn_ntk.memory.budget import check_result, explained
+from ggn_ntk.models.independence import check_shape, compare_alone, look
+from ggn_ntk.models.isolation import isolated, outside_of_transforms
+from ggn_ntk.models.requirements import configuration_problems
 from ggn_ntk.ntk import compute_kernels, parse_method
 from ggn_ntk.problem.errors import NotFiniteWarning, Problem, UnsupportedModelError, listed, warn, without
 from ggn_ntk.problem.output_axes import AxesRequest

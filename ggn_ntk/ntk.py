@@ -10,10 +10,10 @@ import torch
 from torch import Size, Tensor
 from torch.nn import Module
 
-from ggn_ntk.checks import check_model
-from ggn_ntk.comparison import SEEN, TOLERANCES, cotangent, norms
 from ggn_ntk.computation import Kernels, carry_out, is_finite
-from ggn_ntk.independence import rounding_of
+from ggn_ntk.models.comparison import SEEN, TOLERANCES, cotangent, norms
+from ggn_ntk.models.independence import rounding_of
+from ggn_ntk.models.requirements import check_model
 from ggn_ntk.problem.errors import NTKMismatchError, RouteWarning, UnsupportedRouteError, silent, warn
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.request import Request

@@ -16,8 +16,8 @@ from torch import Tensor, nn
 from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn import Module
 
-from ggn_ntk.autograd_graph import graph_nodes, precisions
-from ggn_ntk.comparison import PROBE_TOLERANCES, SEEN, cotangent
+from ggn_ntk.models.autograd_graph import graph_nodes, precisions
+from ggn_ntk.models.comparison import PROBE_TOLERANCES, SEEN, cotangent
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError
 from ggn_ntk.rules.activation import active_rrelu
 from ggn_ntk.rules.shape import active_dropout

@@ -6,9 +6,9 @@ For numbers v, ``sum v[n, c] J[c, n]`` from the Jacobians that rules write must 
 - on a few samples, each by itself: is each rule right, and is every use of a parameter the call of a layer with one?
 - on the Jacobians that are contracted, of all samples: do rules hold for each of them, is the axis of the samples
   found, did ``s`` pass back right, and do samples leave one another alone? Autograd's side comes from the samples in
-  two halves (:mod:`ggn_ntk.independence`). Where all layers are known to act on each sample by itself, and nothing but
-  torch and this library runs between them, a few samples stand for all: the rest would take up to half of the kernel's
-  time.
+  two halves (:mod:`ggn_ntk.models.independence`). Where all layers are known to act on each sample by itself, and
+  nothing but torch and this library runs between them, a few samples stand for all: the rest would take up to half of
+  the kernel's time.
 
 In the first, both sides come from one forward pass, so that they differ by rounding alone. In the second, rounding may
 take a unit to the other side of a kink; what differs is compared once more with a gradient from a batch of all samples.
@@ -21,10 +21,10 @@ from typing import NamedTuple
 import torch
 from torch import Size, Tensor
 
-from ggn_ntk.autograd_graph import dense
 from ggn_ntk.capture import Call, Layout, Recording, locate, record, used_elsewhere
-from ggn_ntk.comparison import all_finite, cotangent, differing, norms, read, rows_differing
-from ggn_ntk.independence import (
+from ggn_ntk.models.autograd_graph import dense
+from ggn_ntk.models.comparison import all_finite, cotangent, differing, norms, read, rows_differing
+from ggn_ntk.models.independence import (
     Checked,
     Parts,
     check_output,

@@ -15,11 +15,11 @@ from torch import Size, Tensor, einsum
 from torch.func import jacrev, jvp, vjp, vmap
 from torch.nn import Module
 
-from ggn_ntk.autograd_graph import precisions
-from ggn_ntk.checks import check_model
-from ggn_ntk.comparison import KINKS, PROBE_TOLERANCES, cotangent, differing, total_norm
 from ggn_ntk.computation import compute as _compute
-from ggn_ntk.independence import Checked, Parts, compare_gradients, gradients, gradients_of, rounding_of
+from ggn_ntk.models.autograd_graph import precisions
+from ggn_ntk.models.comparison import KINKS, PROBE_TOLERANCES, cotangent, differing, total_norm
+from ggn_ntk.models.independence import Checked, Parts, compare_gradients, gradients, gradients_of, rounding_of
+from ggn_ntk.models.requirements import check_model
 from ggn_ntk.problem.errors import RouteWarning, UnsupportedModelError, is_out_of_memory, listed, warn
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes

@@ -20,13 +20,13 @@ from torch import Tensor
 
 from ggn_ntk.bias import join_biases
 from ggn_ntk.capture import Layout, Recording, learn_layouts, locate, record
-from ggn_ntk.checks import check_model, configuration_problems
 from ggn_ntk.contraction import add_products
 from ggn_ntk.doubling import Doubled, Part, double, parts
-from ggn_ntk.independence import Checked, check_shape
-from ggn_ntk.isolation import isolated
 from ggn_ntk.lookup import without_data
 from ggn_ntk.memory.chunks import Piece
+from ggn_ntk.models.independence import Checked, check_shape
+from ggn_ntk.models.isolation import isolated
+from ggn_ntk.models.requirements import check_model, configuration_problems
 from ggn_ntk.probe import DIFFERS, Probe, outside_of_calls
 from ggn_ntk.problem.errors import (
     NotCapturedError,

@@ -18,18 +18,18 @@ from torch.func import jvp, vjp
 from torch.nn import Module
 from torch.utils._pytree import tree_map
 
-from ggn_ntk.autograd_graph import is_transformed, precisions
-from ggn_ntk.checks import eager
-from ggn_ntk.comparison import KINKS, PROBE_TOLERANCES, SEEN, cotangent, norms, read, total_norm
 from ggn_ntk.composite import differentiable
-from ggn_ntk.independence import gradients, gradients_of
-from ggn_ntk.isolation import isolated
+from ggn_ntk.models.autograd_graph import is_transformed, precisions
+from ggn_ntk.models.comparison import KINKS, PROBE_TOLERANCES, SEEN, cotangent, norms, read, total_norm
+from ggn_ntk.models.independence import gradients, gradients_of
+from ggn_ntk.models.isolation import isolated
+from ggn_ntk.models.requirements import eager
+from ggn_ntk.models.switches import without_checkpoints
+from ggn_ntk.models.turns import alone_with
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError, is_out_of_memory, without
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request, check_wrappers
-from ggn_ntk.switches import without_checkpoints
-from ggn_ntk.turns import alone_with
 
 _KIND = "Taylor expansion"
 

@@ -23,12 +23,12 @@ from torch import Size, Tensor
 from torch.nn import Flatten, Module, MSELoss, Parameter
 from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
-from ggn_ntk.checks import AVG_POOLS, check_vivit, eager
-from ggn_ntk.comparison import PROBE_TOLERANCES, all_finite, cotangent, differing
 from ggn_ntk.computation import compute as _compute
 from ggn_ntk.gram_hook import GramSum, _kernel_block
-from ggn_ntk.independence import gradients
-from ggn_ntk.inspection import OwnGenerator
+from ggn_ntk.models.comparison import PROBE_TOLERANCES, all_finite, cotangent, differing
+from ggn_ntk.models.independence import gradients
+from ggn_ntk.models.inspection import OwnGenerator
+from ggn_ntk.models.requirements import AVG_POOLS, check_vivit, eager
 from ggn_ntk.problem.errors import OTHER_METHOD, NotFiniteError, Problem, UnsupportedRouteError, is_out_of_memory
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.request import Request

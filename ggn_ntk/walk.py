@@ -15,11 +15,11 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
-from ggn_ntk.checks import eager, hidden_computation
 from ggn_ntk.doubling import Part, contract_into
-from ggn_ntk.isolation import isolated
 from ggn_ntk.memory.blocks import SIZE_ELSEWHERE, SIZES, WAITING, Joined, split
 from ggn_ntk.memory.chunks import Piece, split_outputs
+from ggn_ntk.models.isolation import isolated
+from ggn_ntk.models.requirements import eager, hidden_computation
 from ggn_ntk.problem.errors import NotCapturedError, Problem, UnsupportedRouteError, is_out_of_memory
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.output_axes import OutputAxes

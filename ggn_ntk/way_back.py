@@ -15,10 +15,10 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from ggn_ntk.autograd_graph import graph_nodes
 from ggn_ntk.capture import Call, Recording
 from ggn_ntk.memory.blocks import SIZE_ELSEWHERE, SIZES
 from ggn_ntk.memory.chunks import Piece, split_outputs
+from ggn_ntk.models.autograd_graph import graph_nodes
 from ggn_ntk.problem.errors import is_out_of_memory
 from ggn_ntk.problem.output_axes import OutputAxes
 from ggn_ntk.problem.request import Request

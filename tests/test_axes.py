@@ -22,8 +22,8 @@ from torch import Size, nn
 
 from ggn_ntk import contraction, einsum, empirical_ntk, walk, way_back
 from ggn_ntk.explain import _contractions
-from ggn_ntk.isolation import isolated
 from ggn_ntk.memory.chunks import split_outputs
+from ggn_ntk.models.isolation import isolated
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.request import Request
 from ggn_ntk.structured import recorded_products

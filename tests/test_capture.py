@@ -20,7 +20,7 @@ from ggn_ntk import (
     vector_products,
     way_back,
 )
-from ggn_ntk.comparison import differing
+from ggn_ntk.models.comparison import differing
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request
 from ggn_ntk.reference import jacobian_contraction

@@ -12,7 +12,7 @@ from conftest import assert_close, kernel_of
 from torch import nn
 
 from ggn_ntk import UnsupportedModelError, empirical_ntk, structured
-from ggn_ntk.independence import partitions
+from ggn_ntk.models.independence import partitions
 from ggn_ntk.structured import prepare
 
 

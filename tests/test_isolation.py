@@ -17,9 +17,9 @@ from conftest import COMPUTES, METHODS, assert_close, call
 from torch import nn
 
 from ggn_ntk import UnsupportedModelError, empirical_ntk, ntk
-from ggn_ntk.isolation import isolated
+from ggn_ntk.models.isolation import isolated
+from ggn_ntk.models.switches import full_precision
 from ggn_ntk.reference import jacobian_contraction
-from ggn_ntk.switches import full_precision
 
 each_method = pytest.mark.parametrize("method", METHODS)
 

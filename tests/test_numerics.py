@@ -12,7 +12,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from ggn_ntk import RouteWarning, UnsupportedModelError, empirical_ntk, explain, linearize, structured
-from ggn_ntk.checks import TOLERANCES, relative_error
+from ggn_ntk.models.requirements import TOLERANCES, relative_error
 
 ROUTES = ["structured", "jacobian_contraction", "ntk_vector_products"]
 each_route = pytest.mark.parametrize("method", ROUTES)

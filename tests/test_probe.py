@@ -7,7 +7,7 @@ from conftest import assert_close, call
 from torch import Tensor, nn
 
 from ggn_ntk import Factored, RouteWarning, empirical_ntk, probe, register_rule
-from ggn_ntk.isolation import isolated
+from ggn_ntk.models.isolation import isolated
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request
 from ggn_ntk.reference import jacobian_contraction

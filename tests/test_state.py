@@ -21,9 +21,9 @@ from torch import nn
 from torch.nn.utils import parametrizations
 
 from ggn_ntk import UnsupportedModelError, UnsupportedRouteError, empirical_ntk, explain, linearize, nngp
-from ggn_ntk.inspection import Inspection, without_draws
-from ggn_ntk.state import State
-from ggn_ntk.switches import Switch, process_switches
+from ggn_ntk.models.inspection import Inspection, without_draws
+from ggn_ntk.models.state import State
+from ggn_ntk.models.switches import Switch, process_switches
 
 METHODS = ["structured", "jacobian_contraction", "ntk_vector_products"]
 

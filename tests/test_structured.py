@@ -19,8 +19,8 @@ from ggn_ntk import (
     structured,
     walk,
 )
-from ggn_ntk.checks import relative_error
 from ggn_ntk.doubling import double
+from ggn_ntk.models.requirements import relative_error
 from ggn_ntk.problem.output_axes import Roles
 from ggn_ntk.reference import jacobian_contraction
 from ggn_ntk.rules import register_backpropagation, registry

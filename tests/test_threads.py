@@ -24,7 +24,7 @@ from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from ggn_ntk import UnsupportedModelError, empirical_kernels, empirical_ntk, explain, linearize, nngp
-from ggn_ntk.comparison import relative_error
+from ggn_ntk.models.comparison import relative_error
 from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
 
 THREADS, CALLS = 8, 500

@@ -15,16 +15,16 @@ from torch.nn import DataParallel, Module
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._pytree import tree_leaves, tree_map
 
-from ggn_ntk.autograd_graph import graph_nodes
-from ggn_ntk.comparison import TOLERANCES
-from ggn_ntk.inspection import in_low_precision, without_draws
-from ggn_ntk.isolation import isolated, outside_of_transforms
 from ggn_ntk.memory.budget import check_result
+from ggn_ntk.models.autograd_graph import graph_nodes
+from ggn_ntk.models.comparison import TOLERANCES
+from ggn_ntk.models.inspection import in_low_precision, without_draws
+from ggn_ntk.models.isolation import isolated, outside_of_transforms
+from ggn_ntk.models.turns import alone_with
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError, listed
 from ggn_ntk.problem.inputs import Inputs, check_alike, kind_of, parse_inputs
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.result import finish, sum_kernels
-from ggn_ntk.turns import alone_with
 
 CAPTURES = ("auto", "backpack", "autograd")
 

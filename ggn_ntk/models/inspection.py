@@ -15,9 +15,9 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from ggn_ntk.comparison import TOLERANCES
+from ggn_ntk.models.comparison import TOLERANCES
+from ggn_ntk.models.state import generator_of_numpy, generators_of_torch, global_generators, storage_of
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError, listed
-from ggn_ntk.state import generator_of_numpy, generators_of_torch, global_generators, storage_of
 
 _T = TypeVar("_T")
 

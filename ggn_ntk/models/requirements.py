@@ -13,10 +13,10 @@ from torch.nn.modules.loss import _Loss
 from torch.nn.parameter import UninitializedParameter
 from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
-from ggn_ntk.comparison import TOLERANCES
-from ggn_ntk.comparison import relative_error as relative_error  # the guide imports it from here
-from ggn_ntk.independence import Checked, check_samples, look
-from ggn_ntk.isolation import has_global_hooks, runs_hooks
+from ggn_ntk.models.comparison import TOLERANCES
+from ggn_ntk.models.comparison import relative_error as relative_error  # the guide imports it from here
+from ggn_ntk.models.independence import Checked, check_samples, look
+from ggn_ntk.models.isolation import has_global_hooks, runs_hooks
 from ggn_ntk.problem.errors import OTHER_METHOD, Problem, UnsupportedModelError, UnsupportedRouteError
 from ggn_ntk.problem.request import Request
 from ggn_ntk.rules import acts_on_each_sample

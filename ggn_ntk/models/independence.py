@@ -19,8 +19,8 @@ import torch
 from torch import Size, Tensor
 from torch.func import vmap
 
-from ggn_ntk.autograd_graph import dense, precisions
-from ggn_ntk.comparison import (
+from ggn_ntk.models.autograd_graph import dense, precisions
+from ggn_ntk.models.comparison import (
     KINKS,
     PROBE_TOLERANCES,
     SEEN,
@@ -33,7 +33,7 @@ from ggn_ntk.comparison import (
     rows_differing,
     total_norm,
 )
-from ggn_ntk.inspection import UNSTEADY, in_low_precision
+from ggn_ntk.models.inspection import UNSTEADY, in_low_precision
 from ggn_ntk.problem.errors import NotFiniteError, Problem, UnsupportedModelError, is_out_of_memory, listed
 from ggn_ntk.problem.output_axes import OutputAxes
 from ggn_ntk.problem.request import Inputs, Request
