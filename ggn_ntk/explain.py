@@ -7,10 +7,10 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from ggn_ntk.contraction import restrict
-from ggn_ntk.doubling import Doubled
-from ggn_ntk.einsum import path_of
-from ggn_ntk.lookup import looked_up
+from ggn_ntk.contraction.accumulate import restrict
+from ggn_ntk.contraction.einsum import path_of
+from ggn_ntk.contraction.one_hot import looked_up
+from ggn_ntk.contraction.products import Doubled
 from ggn_ntk.models.isolation import isolated, outside_of_transforms
 from ggn_ntk.models.requirements import eager
 from ggn_ntk.problem.errors import Problem, UnsupportedRouteError

@@ -18,11 +18,12 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ggn_ntk.bias import join_biases
 from ggn_ntk.capture import Layout, Recording, learn_layouts, locate, record
-from ggn_ntk.contraction import add_products
-from ggn_ntk.doubling import Doubled, Part, double, parts
-from ggn_ntk.lookup import without_data
+from ggn_ntk.contraction.accumulate import add_products
+from ggn_ntk.contraction.bias import join_biases
+from ggn_ntk.contraction.one_hot import without_data
+from ggn_ntk.contraction.products import Doubled, Part, double, parts
+from ggn_ntk.contraction.uses import put_together
 from ggn_ntk.memory.chunks import Piece
 from ggn_ntk.models.independence import Checked, check_shape
 from ggn_ntk.models.isolation import isolated
@@ -42,7 +43,6 @@ from ggn_ntk.problem.request import Request
 from ggn_ntk.problem.result import Computed
 from ggn_ntk.reference import contract_jacobians
 from ggn_ntk.rules import Factored
-from ggn_ntk.uses import put_together
 from ggn_ntk.walk import FAILS, Walk, is_known, structure_problems
 from ggn_ntk.way_back import Capture
 

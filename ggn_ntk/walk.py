@@ -15,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
-from ggn_ntk.doubling import Part, contract_into
+from ggn_ntk.contraction.products import Part, contract_into
 from ggn_ntk.memory.blocks import SIZE_ELSEWHERE, SIZES, WAITING, Joined, split
 from ggn_ntk.memory.chunks import Piece, split_outputs
 from ggn_ntk.models.isolation import isolated

@@ -20,7 +20,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Size, nn
 
-from ggn_ntk import contraction, einsum, empirical_ntk, walk, way_back
+from ggn_ntk import empirical_ntk, walk, way_back
+from ggn_ntk.contraction import accumulate, einsum
 from ggn_ntk.explain import _contractions
 from ggn_ntk.memory.chunks import split_outputs
 from ggn_ntk.models.isolation import isolated
@@ -207,11 +208,11 @@ def test_pieces_hold_each_pair_once(roles, size, data):
 @pytest.mark.parametrize("roles", ROLES, ids="-".join)
 def test_blocks_of_samples(roles, symmetric, monkeypatch):
     monkeypatch.setattr(walk, "SIZES", {"cpu": 1})
-    monkeypatch.setattr(contraction, "SIZES", {})
+    monkeypatch.setattr(accumulate, "SIZES", {})
     for budget, kept, cached in [(1, 1, 1), (200, 1, 10**6), (1, 200, 10**6), (10**6, 10**6, 1)]:
-        monkeypatch.setattr(contraction, "BUDGET", budget)
-        monkeypatch.setattr(contraction, "SIZE_ELSEWHERE", cached)
-        monkeypatch.setattr(contraction, "KEPT", kept)
+        monkeypatch.setattr(accumulate, "BUDGET", budget)
+        monkeypatch.setattr(accumulate, "SIZE_ELSEWHERE", cached)
+        monkeypatch.setattr(accumulate, "KEPT", kept)
         monkeypatch.setattr(einsum, "KEPT", kept)
         check("convolutional", roles, symmetric, capture="backpack")
 

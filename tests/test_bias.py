@@ -7,8 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ggn_ntk import Factored, bias, empirical_ntk, structured
-from ggn_ntk.doubling import expand
+from ggn_ntk import Factored, empirical_ntk, structured
+from ggn_ntk.contraction import bias
+from ggn_ntk.contraction.products import expand
 from ggn_ntk.reference import jacobian_contraction
 
 

@@ -10,16 +10,8 @@ from models import LARGE, MODELS, Scaled
 from test_isolation import unchanged
 from torch import nn
 
-from ggn_ntk import (
-    Factored,
-    UnsupportedModelError,
-    capture,
-    empirical_ntk,
-    explain,
-    register_rule,
-    vector_products,
-    way_back,
-)
+from ggn_ntk import Factored, UnsupportedModelError, capture, empirical_ntk, explain, register_rule, way_back
+from ggn_ntk.contraction import vector_products
 from ggn_ntk.models.comparison import differing
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request

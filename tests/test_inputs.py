@@ -22,7 +22,6 @@ from ggn_ntk import (
     Factored,
     RouteWarning,
     UnsupportedModelError,
-    einsum,
     empirical_kernels,
     empirical_ntk,
     explain,
@@ -30,6 +29,7 @@ from ggn_ntk import (
     nngp,
 )
 from ggn_ntk import __main__ as demo
+from ggn_ntk.contraction import einsum
 from ggn_ntk.plots import plot_alignment
 from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
 from ggn_ntk.rules import registry

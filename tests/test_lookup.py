@@ -9,10 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ggn_ntk import empirical_ntk, explain, lookup
-from ggn_ntk.doubling import double
-from ggn_ntk.einsum import Memo, aligned, contract
-from ggn_ntk.lookup import looked_up
+from ggn_ntk import empirical_ntk, explain
+from ggn_ntk.contraction import one_hot
+from ggn_ntk.contraction.einsum import Memo, aligned, contract
+from ggn_ntk.contraction.one_hot import looked_up
+from ggn_ntk.contraction.products import double
 from ggn_ntk.problem.output_axes import Roles
 from ggn_ntk.reference import jacobian_contraction
 from ggn_ntk.rules import Factored, OneHot
@@ -70,13 +71,13 @@ def test_all_pairs_of_uses_of_a_table(drawn, seed):
 @pytest.mark.parametrize("compute", COMPUTES)
 @pytest.mark.parametrize("layer", [nn.Embedding, nn.EmbeddingBag])
 def test_a_large_vocabulary_is_never_formed(layer, compute, monkeypatch):
-    original = lookup._dense
+    original = one_hot._dense
 
     def shapes_only(hot, dtype):
         assert hot.tensor.is_meta
         return original(hot, dtype)
 
-    monkeypatch.setattr(lookup, "_dense", shapes_only)
+    monkeypatch.setattr(one_hot, "_dense", shapes_only)
     model = nn.Sequential(layer(50_000, 3), nn.Tanh(), nn.Flatten(), nn.LazyLinear(2)).double()
     x1, x2 = torch.randint(50_000, (3, 4)), torch.randint(50_000, (2, 4))
     x2[:, :2] = x1[:2, 1:3]

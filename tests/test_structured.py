@@ -8,18 +8,9 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ggn_ntk import (
-    Factored,
-    UnsupportedModelError,
-    contraction,
-    einsum,
-    empirical_ntk,
-    explain,
-    register_rule,
-    structured,
-    walk,
-)
-from ggn_ntk.doubling import double
+from ggn_ntk import Factored, UnsupportedModelError, empirical_ntk, explain, register_rule, structured, walk
+from ggn_ntk.contraction import accumulate, einsum
+from ggn_ntk.contraction.products import double
 from ggn_ntk.models.requirements import relative_error
 from ggn_ntk.problem.output_axes import Roles
 from ggn_ntk.reference import jacobian_contraction
@@ -139,11 +130,11 @@ def test_outer_rows_become_a_batch_instead_of_a_copy():
 def test_blocks_of_samples(name, symmetric, compute, monkeypatch):
     case = BY_NAME[name]
     model, x1, x2 = case.build()
-    monkeypatch.setattr(contraction, "SIZES", {})
+    monkeypatch.setattr(accumulate, "SIZES", {})
     for budget, kept, cached in [(1, 1, 1), (500, 1, 10**6), (1, 500, 10**6), (10**6, 10**6, 1), (10**6, 10**6, 500)]:
-        monkeypatch.setattr(contraction, "BUDGET", budget)
-        monkeypatch.setattr(contraction, "SIZE_ELSEWHERE", cached)
-        monkeypatch.setattr(contraction, "KEPT", kept)
+        monkeypatch.setattr(accumulate, "BUDGET", budget)
+        monkeypatch.setattr(accumulate, "SIZE_ELSEWHERE", cached)
+        monkeypatch.setattr(accumulate, "KEPT", kept)
         monkeypatch.setattr(einsum, "KEPT", kept)
         kernel = empirical_ntk(model, x1, None if symmetric else x2, compute=compute, method="structured")
         assert_close(kernel, oracle_sum(case, symmetric, compute))
@@ -188,7 +179,7 @@ def test_weight_and_bias_share_the_gram_matrix_of_s(monkeypatch):
     s, x = torch.randn(c, n, features), torch.randn(n, features)
     jacobians = {"weight": Factored("cno,ni->cnoi", (s, x)), "bias": Factored("cno->cno", (s,))}
     kernels = {"": torch.zeros(4, 4, 1, c, c)}
-    contraction.add_products(
+    accumulate.add_products(
         kernels, [("", double(j, j, Roles(free=c))) for j in jacobians.values()], (4, 4, 1, c, c), n1=4
     )
     assert len(products) == 2  # x with x and s with s, of which the kernel is the product
@@ -203,7 +194,7 @@ def test_the_jacobian_of_one_set_is_formed_once(monkeypatch):
     for n1, count in [(None, 2), (2, 3)]:
         products.clear()
         kernel = torch.zeros((4, 4, 1, 2, 2) if n1 is None else (2, 2, 1, 2, 2))
-        contraction.add_products({"": kernel}, [("", double(jacobian, jacobian, Roles(free=2)))], kernel.shape, n1)
+        accumulate.add_products({"": kernel}, [("", double(jacobian, jacobian, Roles(free=2)))], kernel.shape, n1)
         assert len(products) == count
 
 
@@ -216,7 +207,7 @@ def test_different_factorisations_are_matched_by_position():
     for a, i in zip((embedding, linear, grouped), dense, strict=True):
         for b, j in zip((embedding, linear, grouped), dense, strict=True):
             kernel = torch.zeros(1, 2, 1, 2, 2).double()
-            contraction.add_products({"": kernel}, [("", double(a, b, Roles(free=2)))], kernel.shape, n1=1)
+            accumulate.add_products({"": kernel}, [("", double(a, b, Roles(free=2)))], kernel.shape, n1=1)
             assert relative_error(kernel[:, :, 0], torch.einsum("cnz,dmz->nmcd", i[:, :1], j[:, 1:])) < 1e-14
 
 

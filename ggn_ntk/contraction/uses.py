@@ -15,7 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ggn_ntk.doubling import expand, sum_private_letters
+from ggn_ntk.contraction.products import expand, sum_private_letters
 from ggn_ntk.rules import Factored, OneHot
 
 # Numbers that uses may hold when they are put together, if their operands are views of less memory (windows).

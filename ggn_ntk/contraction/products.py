@@ -16,7 +16,7 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from ggn_ntk.einsum import (
+from ggn_ntk.contraction.einsum import (
     Memo,
     Operand,
     aligned,
@@ -27,7 +27,7 @@ from ggn_ntk.einsum import (
     multiply,
     path_of,
 )
-from ggn_ntk.lookup import cost, dense, without_data
+from ggn_ntk.contraction.one_hot import cost, dense, without_data
 from ggn_ntk.memory.blocks import Joined
 from ggn_ntk.problem.output_axes import Roles
 from ggn_ntk.rules import Factored, OneHot

@@ -9,7 +9,7 @@ from math import prod
 
 import torch
 
-from ggn_ntk.einsum import Operand, aligned, path_of
+from ggn_ntk.contraction.einsum import Operand, aligned, path_of
 
 
 def looked_up(operands: Sequence[Operand]) -> list[Operand]:

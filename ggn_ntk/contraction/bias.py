@@ -10,7 +10,7 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from ggn_ntk.einsum import memory_of
+from ggn_ntk.contraction.einsum import memory_of
 from ggn_ntk.rules import Factored
 
 

@@ -2,8 +2,8 @@
 
 The order in which the operands of a product are contracted is the algorithm: form both Jacobians, or both Gram
 matrices, or anything between (Novak, Sohl-Dickstein, Schoenholz: "Fast Finite Width Neural Tangent Kernel", ICML 2022,
-section 3, compare some orders by hand). It is chosen by cost alone (:mod:`ggn_ntk.einsum`); here samples are taken in
-blocks, so that what the order forms on the way keeps to a budget.
+section 3, compare some orders by hand). It is chosen by cost alone (:mod:`ggn_ntk.contraction.einsum`); here samples
+are taken in blocks, so that what the order forms on the way keeps to a budget.
 """
 
 from collections.abc import Hashable, Iterator, Mapping, Sequence
@@ -13,9 +13,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ggn_ntk.doubling import Doubled
-from ggn_ntk.einsum import KEPT, Memo, Operand, aligned, contract_to_last, path_of, step
-from ggn_ntk.lookup import looked_up, without_data
+from ggn_ntk.contraction.einsum import KEPT, Memo, Operand, aligned, contract_to_last, path_of, step
+from ggn_ntk.contraction.one_hot import looked_up, without_data
+from ggn_ntk.contraction.products import Doubled
 from ggn_ntk.memory.blocks import SIZE_ELSEWHERE, SIZES, split
 from ggn_ntk.problem.result import transpose
 

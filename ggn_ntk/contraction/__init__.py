@@ -1,0 +1,1 @@
+"""Einsums of factored Jacobians, and what they cost."""
