@@ -2,10 +2,11 @@
 
 A capture yields, layer by layer, the layer's input and ``s = d f / d (layer output)``; a rule writes the Jacobians of
 the layer's parameters as einsums of the two, and these are contracted to the block of the kernel. There are two
-captures: a walk through a Sequential model (:mod:`ggn_ntk.walk`), and autograd for any other (:mod:`ggn_ntk.capture`).
+captures: a walk through a Sequential model (:mod:`ggn_ntk.jacobians.sequential`), and autograd for any other
+(:mod:`ggn_ntk.jacobians.recording`).
 
-No rule is trusted (:mod:`ggn_ntk.probe`). Parameters whose Jacobian no rule gives, or not the right one, are the
-*remainder*: they, and only they, are contracted from Jacobians of each sample by :mod:`ggn_ntk.reference`.
+No rule is trusted (:mod:`ggn_ntk.jacobians.verification`). Parameters whose Jacobian no rule gives, or not the right
+one, are the *remainder*: they, and only they, are contracted from Jacobians of each sample by :mod:`ggn_ntk.reference`.
 """
 
 from collections import Counter, defaultdict
@@ -18,17 +19,19 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ggn_ntk.capture import Layout, Recording, learn_layouts, locate, record
 from ggn_ntk.contraction.accumulate import add_products
 from ggn_ntk.contraction.bias import join_biases
 from ggn_ntk.contraction.one_hot import without_data
 from ggn_ntk.contraction.products import Doubled, Part, double, parts
 from ggn_ntk.contraction.uses import put_together
+from ggn_ntk.jacobians.autograd import Capture
+from ggn_ntk.jacobians.recording import Layout, Recording, learn_layouts, locate, record
+from ggn_ntk.jacobians.sequential import FAILS, Walk, is_known, structure_problems
+from ggn_ntk.jacobians.verification import DIFFERS, Probe, outside_of_calls
 from ggn_ntk.memory.chunks import Piece
 from ggn_ntk.models.independence import Checked, check_shape
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.requirements import check_model, configuration_problems
-from ggn_ntk.probe import DIFFERS, Probe, outside_of_calls
 from ggn_ntk.problem.errors import (
     NotCapturedError,
     Problem,
@@ -43,8 +46,6 @@ from ggn_ntk.problem.request import Request
 from ggn_ntk.problem.result import Computed
 from ggn_ntk.reference import contract_jacobians
 from ggn_ntk.rules import Factored
-from ggn_ntk.walk import FAILS, Walk, is_known, structure_problems
-from ggn_ntk.way_back import Capture
 
 _T = TypeVar("_T")
 

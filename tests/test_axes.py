@@ -20,9 +20,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Size, nn
 
-from ggn_ntk import empirical_ntk, walk, way_back
+from ggn_ntk import empirical_ntk
 from ggn_ntk.contraction import accumulate, einsum
 from ggn_ntk.explain import _contractions
+from ggn_ntk.jacobians import autograd, sequential
 from ggn_ntk.memory.chunks import split_outputs
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
@@ -177,7 +178,7 @@ def test_negative_axes_count_from_the_last_output_axis():
 @pytest.mark.parametrize("roles", ROLES, ids="-".join)
 @pytest.mark.parametrize("budget", [1, 300, 600])
 def test_outputs_in_pieces(budget, roles, symmetric, monkeypatch):
-    monkeypatch.setattr(way_back, "BUDGET", budget)
+    monkeypatch.setattr(autograd, "BUDGET", budget)
     for name in ("convolutional", "tied", "remainder"):
         check(name, roles, symmetric, capture="autograd")
 
@@ -207,7 +208,7 @@ def test_pieces_hold_each_pair_once(roles, size, data):
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("roles", ROLES, ids="-".join)
 def test_blocks_of_samples(roles, symmetric, monkeypatch):
-    monkeypatch.setattr(walk, "SIZES", {"cpu": 1})
+    monkeypatch.setattr(sequential, "SIZES", {"cpu": 1})
     monkeypatch.setattr(accumulate, "SIZES", {})
     for budget, kept, cached in [(1, 1, 1), (200, 1, 10**6), (1, 200, 10**6), (10**6, 10**6, 1)]:
         monkeypatch.setattr(accumulate, "BUDGET", budget)

@@ -10,15 +10,17 @@ from models import LARGE, MODELS, Scaled
 from test_isolation import unchanged
 from torch import nn
 
-from ggn_ntk import Factored, UnsupportedModelError, capture, empirical_ntk, explain, register_rule, way_back
+from ggn_ntk import Factored, UnsupportedModelError, empirical_ntk, explain, register_rule
 from ggn_ntk.contraction import vector_products
+from ggn_ntk.jacobians import autograd
+from ggn_ntk.jacobians.recording import locate, record
+from ggn_ntk.jacobians.sequential import identity
 from ggn_ntk.models.comparison import differing
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request
 from ggn_ntk.reference import jacobian_contraction
 from ggn_ntk.rules import attention, rule_for
 from ggn_ntk.rules.registry import _RULES, _RULES_BY_NAME
-from ggn_ntk.walk import identity
 
 
 def needs(package):
@@ -87,7 +89,7 @@ def test_per_parameter(name, compute):
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("budget", [1, 1000, 10**4])
 def test_outputs_in_pieces(symmetric, budget, compute, monkeypatch):
-    monkeypatch.setattr(way_back, "BUDGET", budget)
+    monkeypatch.setattr(autograd, "BUDGET", budget)
     for name in ("output_sequence", "tied_embedding", "output_scalar", "mlp_one_output"):
         model, x1, x2 = BY_NAME[name].build()
         kernel = empirical_ntk(model, x1, None if symmetric else x2, compute=compute, capture="autograd")
@@ -104,9 +106,9 @@ def test_rules_cover_no_less_of_one_sample_than_of_several(case):
 @pytest.fixture(params=["one by one", "at once"])
 def stage_by_stage(request, monkeypatch):
     """Divides the way back wherever it can be, and passes outputs one by one, or where they can be at once."""
-    monkeypatch.setattr(way_back, "SIZES", {})
-    monkeypatch.setattr(way_back, "SIZE_ELSEWHERE", 0)
-    monkeypatch.setattr(way_back, "ONE_BY_ONE", {"cpu": 0 if request.param == "one by one" else 2**30})
+    monkeypatch.setattr(autograd, "SIZES", {})
+    monkeypatch.setattr(autograd, "SIZE_ELSEWHERE", 0)
+    monkeypatch.setattr(autograd, "ONE_BY_ONE", {"cpu": 0 if request.param == "one by one" else 2**30})
 
 
 @pytest.mark.usefixtures("stage_by_stage")
@@ -470,14 +472,14 @@ def test_a_call_without_s_is_an_error_and_shifts_no_other(largest, monkeypatch):
             self[1](x)
             return self[0](x)
 
-    monkeypatch.setattr(way_back, "ONE_BY_ONE", {"cpu": largest})
+    monkeypatch.setattr(autograd, "ONE_BY_ONE", {"cpu": largest})
     model, x = Aside(nn.Linear(3, 2), nn.Linear(3, 2)), torch.randn(4, 3)
     request = Request.parse(model, x, None, AxesRequest("full", (), ()), params=None, per_parameter=False)
-    recording = capture.locate(capture.record(request, request.x1), None)
+    recording = locate(record(request, request.x1), None)
     assert len(recording.calls) == 2
-    *_, stage = way_back.stages(recording.output, recording.calls)
+    *_, stage = autograd.stages(recording.output, recording.calls)
     with pytest.raises(RuntimeError, match="not have been used"):
-        way_back.pull_back(stage, identity(recording.output), way_back.Rooms(0))
+        autograd.pull_back(stage, identity(recording.output), autograd.Rooms(0))
     assert_close(empirical_ntk(model, x, capture="autograd"), jacobian_contraction(model, x))
 
 

@@ -6,7 +6,8 @@ from cases import CASES, cast
 from conftest import assert_close, call
 from torch import Tensor, nn
 
-from ggn_ntk import Factored, RouteWarning, empirical_ntk, probe, register_rule
+from ggn_ntk import Factored, RouteWarning, empirical_ntk, register_rule
+from ggn_ntk.jacobians import verification
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request
@@ -145,5 +146,5 @@ def test_jacobians_that_cancel_are_no_chance_of_the_vectors_they_are_compared_wi
     net = nn.Sequential(nn.Conv2d(1, 40, 3), nn.Tanh(), nn.Flatten(), nn.Linear(40 * 36, 50))
     x = torch.randn(3, 1, 8, 8)
     assert cancelling(Difference(net), x, None) == {name for name, _ in Difference(net).named_parameters()}
-    monkeypatch.setattr(probe, "norm_of_sketch", lambda sketch, param: sketch.new_zeros(()))
+    monkeypatch.setattr(verification, "norm_of_sketch", lambda sketch, param: sketch.new_zeros(()))
     assert not cancelling(net, x, None)

@@ -8,14 +8,15 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ggn_ntk import Factored, UnsupportedModelError, empirical_ntk, explain, register_rule, structured, walk
+from ggn_ntk import Factored, UnsupportedModelError, empirical_ntk, explain, register_rule, structured
 from ggn_ntk.contraction import accumulate, einsum
 from ggn_ntk.contraction.products import double
+from ggn_ntk.jacobians import sequential
+from ggn_ntk.jacobians.sequential import Use, backpropagate, identity
 from ggn_ntk.models.requirements import relative_error
 from ggn_ntk.problem.output_axes import Roles
 from ggn_ntk.reference import jacobian_contraction
 from ggn_ntk.rules import register_backpropagation, registry
-from ggn_ntk.walk import Use, backpropagate, identity
 
 
 @pytest.mark.parametrize("registered", [registry._RULES, registry._BACKPROPAGATIONS], ids=["rules", "backpropagations"])
@@ -144,9 +145,9 @@ def test_blocks_of_samples(name, symmetric, compute, monkeypatch):
 @pytest.mark.parametrize("waiting", [0, 2**26])
 @pytest.mark.parametrize("case", [case for case in CASES if case.sequential], ids=str)
 def test_layers_on_a_few_samples_at_a_time(case, waiting, symmetric, compute, monkeypatch):
-    monkeypatch.setattr(walk, "SIZES", {})
-    monkeypatch.setattr(walk, "SIZE_ELSEWHERE", 1)
-    monkeypatch.setattr(walk, "WAITING", waiting)
+    monkeypatch.setattr(sequential, "SIZES", {})
+    monkeypatch.setattr(sequential, "SIZE_ELSEWHERE", 1)
+    monkeypatch.setattr(sequential, "WAITING", waiting)
     model, x1, x2 = case.build()
     kernel = empirical_ntk(model, x1, None if symmetric else x2, compute=compute, method="structured")
     assert_close(kernel, oracle_sum(case, symmetric, compute))
@@ -154,9 +155,9 @@ def test_layers_on_a_few_samples_at_a_time(case, waiting, symmetric, compute, mo
 
 def test_blocks_of_samples_wait_as_jacobians_or_as_s(monkeypatch):
     kept = []
-    put = walk._Link._keep
-    monkeypatch.setattr(walk, "SIZES", {"cpu": 1})
-    monkeypatch.setattr(walk._Link, "_keep", lambda link, *args: put(link, *args) or kept.append(link))
+    put = sequential._Link._keep
+    monkeypatch.setattr(sequential, "SIZES", {"cpu": 1})
+    monkeypatch.setattr(sequential._Link, "_keep", lambda link, *args: put(link, *args) or kept.append(link))
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2), nn.ReLU(), nn.Linear(2, 2))
     empirical_ntk(model, torch.randn(2, 1, 8, 8), torch.randn(3, 1, 8, 8), method="structured")
     by_layer = {type(link._use.module): link for link in kept}

@@ -6,7 +6,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ggn_ntk import capture, empirical_ntk, way_back
+from ggn_ntk import empirical_ntk
+from ggn_ntk.jacobians import autograd
+from ggn_ntk.jacobians.recording import locate, record
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request
 from ggn_ntk.reference import jacobian_contraction
@@ -33,13 +35,13 @@ class Branches(nn.Module):
 def stages_of(model, x):
     """Record a model and divide its way back."""
     request = Request.parse(model, x, None, AxesRequest("full", (), ()), params=None, per_parameter=False)
-    recording = capture.locate(capture.record(request, request.x1), None)
+    recording = locate(record(request, request.x1), None)
     used = [c for c, s in zip(recording.calls, passed(recording, x), strict=True) if s is not None]
-    return recording, way_back.stages(recording.output, used)
+    return recording, autograd.stages(recording.output, used)
 
 
 def passed(recording, x):
-    return way_back.pass_back(recording.output, recording.calls, torch.ones_like(recording.output))[0]
+    return autograd.pass_back(recording.output, recording.calls, torch.ones_like(recording.output))[0]
 
 
 def test_a_sequence_is_divided_behind_each_layer():
@@ -58,7 +60,7 @@ def test_stages_are_joined_up_to_a_size():
     _, stages = stages_of(Branches([{0}, {1}, {2}, {1, 3}, {4}]), torch.randn(2, 3))
     assert [stage.numel for stage in stages] == [6, 6, 12, 6]
     for size, expected in [(0, [6, 6, 12, 6]), (12, [12, 12, 6]), (18, [12, 18]), (100, [30])]:
-        joined = way_back.merged(stages, size)
+        joined = autograd.merged(stages, size)
         assert [stage.numel for stage in joined] == expected
         assert [stage.start for stage in joined[1:]] == [end for stage in joined for end in stage.end]
 
@@ -74,12 +76,12 @@ def test_cotangents_pass_stages_of_any_graph(inputs):
     model, x = Branches(inputs).double(), torch.randn(2, 3).double()
     recording, stages = stages_of(model, x)
     several = torch.randn(4, *recording.output.shape).double()
-    cotangents, rooms = several, way_back.Rooms(20)
+    cotangents, rooms = several, autograd.Rooms(20)
     for stage in stages:
         rooms.clear()
-        found, cotangents = way_back.pull_back(stage, cotangents, rooms)
+        found, cotangents = autograd.pull_back(stage, cotangents, rooms)
         for call, s in zip(stage.calls, found, strict=True):
-            whole = [way_back.pass_back(recording.output, [call], v)[0][0] for v in several]
+            whole = [autograd.pass_back(recording.output, [call], v)[0][0] for v in several]
             torch.testing.assert_close(s, torch.stack(whole))
     used = [c for c, s in zip(recording.calls, passed(recording, x), strict=True) if s is not None]
     assert sorted(model.names([call for stage in stages for call in stage.calls])) == model.names(used)
@@ -98,13 +100,13 @@ def test_a_hook_that_changes_gradients_at_the_end_of_a_stage(monkeypatch):
                 y.register_hook(lambda g: 2 * g)
             return self.last(y.sin() + y)
 
-    monkeypatch.setattr(way_back, "SIZES", {"cpu": 0})
+    monkeypatch.setattr(autograd, "SIZES", {"cpu": 0})
     model, x = Hooked().double(), torch.randn(4, 3).double()
     assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
 
 
 def test_rooms_hold_what_fits_until_they_are_cleared():
-    rooms, like = way_back.Rooms(200), torch.empty(0)
+    rooms, like = autograd.Rooms(200), torch.empty(0)
     first, second = rooms.take([4, 5], like), rooms.take([10], like)
     assert first.is_contiguous()
     assert second.data_ptr() - first.data_ptr() == 64 * first.element_size()
@@ -117,8 +119,8 @@ def test_rooms_hold_what_fits_until_they_are_cleared():
 
 
 def test_jacobians_that_wait_for_others_are_not_overwritten(monkeypatch):
-    monkeypatch.setattr(way_back, "SIZES", {"cpu": 0})
-    monkeypatch.setattr(way_back, "ONE_BY_ONE", {"cpu": 0})
+    monkeypatch.setattr(autograd, "SIZES", {"cpu": 0})
+    monkeypatch.setattr(autograd, "ONE_BY_ONE", {"cpu": 0})
     model, x = Branches([{0}, {1}, {2}, {3}]).double(), torch.randn(4, 3).double()
     model.layers[3] = model.layers[1]
     assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))

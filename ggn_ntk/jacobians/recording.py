@@ -1,13 +1,13 @@
 """Capture by autograd: the calls of layers, for any ``nn.Module`` whose samples do not interact.
 
 Forward hooks record the input and output of each call of a layer that has a rule and wanted parameters; then autograd
-passes all output basis vectors back to the recorded outputs (:mod:`ggn_ntk.way_back`). The rest of the model may be
-anything.
+passes all output basis vectors back to the recorded outputs (:mod:`ggn_ntk.jacobians.autograd`). The rest of the model
+may be anything.
 
 A layer's leading axis need not hold the samples. Their axis is the one that grows from one sample to several: in
 front, further back (sequence first), or in front with several rows for each sample (windows). An output that does not
 grow is the same for all samples (position embeddings), and is repeated for each. Whether this holds for all samples,
-and whether the rules are right, is for :mod:`ggn_ntk.probe` to find out.
+and whether the rules are right, is for :mod:`ggn_ntk.jacobians.verification` to find out.
 """
 
 import inspect

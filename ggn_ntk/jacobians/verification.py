@@ -21,7 +21,6 @@ from typing import NamedTuple
 import torch
 from torch import Size, Tensor
 
-from ggn_ntk.capture import Call, Layout, Recording, locate, record, used_elsewhere
 from ggn_ntk.contraction.vector_products import (
     norm_of_sketch,
     pick,
@@ -30,6 +29,9 @@ from ggn_ntk.contraction.vector_products import (
     squared_terms,
     weighted_sum,
 )
+from ggn_ntk.jacobians.autograd import pass_back
+from ggn_ntk.jacobians.recording import Call, Layout, Recording, locate, record, used_elsewhere
+from ggn_ntk.jacobians.sequential import why_not
 from ggn_ntk.models.autograd_graph import dense
 from ggn_ntk.models.comparison import all_finite, cotangent, differing, norms, read, rows_differing
 from ggn_ntk.models.independence import (
@@ -53,8 +55,6 @@ from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.output_axes import OutputAxes
 from ggn_ntk.problem.request import Request
 from ggn_ntk.rules import Factored, channels_last, rule_for
-from ggn_ntk.walk import why_not
-from ggn_ntk.way_back import pass_back
 
 # How many samples are evaluated by themselves: at most so many, and one of so many.
 _PROBED, _SHARE = 3, 16

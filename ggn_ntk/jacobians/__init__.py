@@ -1,0 +1,1 @@
+"""Factored Jacobians of one evaluation, layer by layer."""
