@@ -15,6 +15,7 @@ from ggn_ntk.explain import explain
 from ggn_ntk.extension import EmpiricalNTK
 from ggn_ntk.gram_hook import AccumulateGramHook
 from ggn_ntk.matrix import IllConditionedWarning
+from ggn_ntk.methods.vivit import empirical_ntk_vivit
 from ggn_ntk.nngp import EmpiricalKernels, empirical_kernels, nngp
 from ggn_ntk.ntk import empirical_ntk
 from ggn_ntk.problem.errors import (
@@ -36,7 +37,6 @@ from ggn_ntk.spectrum import (
     relative_kernel_change,
 )
 from ggn_ntk.taylor import TaylorExpansion, linearize, taylor_expand
-from ggn_ntk.vivit import empirical_ntk_vivit
 
 __version__ = "0.1.0"
 

@@ -18,6 +18,7 @@ from torch.nn import Module
 from torch.nn.modules.loss import _Loss
 
 from ggn_ntk.jacobians.sequential import Use, backpropagate, identity
+from ggn_ntk.methods.structured import Accumulator
 from ggn_ntk.models.inspection import OwnGenerator
 from ggn_ntk.models.requirements import BATCH_STATISTICS, find, hidden_computation
 from ggn_ntk.models.state import State, global_generators
@@ -39,7 +40,6 @@ from ggn_ntk.problem.result import finish
 from ggn_ntk.rules import acts_on_each_sample, backpropagation_for, rule_for
 from ggn_ntk.rules.activation import multiply_entries
 from ggn_ntk.rules.registry import batched_vjp
-from ggn_ntk.structured import Accumulator
 
 # Layers of torch that may draw other random numbers.
 _DRAWS = (nn.RNNBase, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)

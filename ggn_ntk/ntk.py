@@ -10,7 +10,10 @@ import torch
 from torch import Size, Tensor
 from torch.nn import Module
 
-from ggn_ntk.computation import Kernels, carry_out, is_finite
+from ggn_ntk.methods.computation import Kernels, carry_out, is_finite
+from ggn_ntk.methods.reference import contract_jacobians, jacobian_kernels, multiply_vectors, product_kernels
+from ggn_ntk.methods.structured import structured_kernels
+from ggn_ntk.methods.vivit import vivit_kernels
 from ggn_ntk.models.comparison import SEEN, TOLERANCES, cotangent, norms
 from ggn_ntk.models.independence import rounding_of
 from ggn_ntk.models.requirements import check_model
@@ -18,9 +21,6 @@ from ggn_ntk.problem.errors import NTKMismatchError, RouteWarning, UnsupportedRo
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.request import Request
 from ggn_ntk.problem.result import Computed
-from ggn_ntk.reference import contract_jacobians, jacobian_kernels, multiply_vectors, product_kernels
-from ggn_ntk.structured import structured_kernels
-from ggn_ntk.vivit import vivit_kernels
 
 
 class Method(str, Enum):

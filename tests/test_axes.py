@@ -25,10 +25,10 @@ from ggn_ntk.contraction import accumulate, einsum
 from ggn_ntk.explain import _contractions
 from ggn_ntk.jacobians import autograd, sequential
 from ggn_ntk.memory.chunks import split_outputs
+from ggn_ntk.methods.structured import recorded_products
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.request import Request
-from ggn_ntk.structured import recorded_products
 
 # Every way to compute a kernel.
 ROUTES = [

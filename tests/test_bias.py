@@ -7,9 +7,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ggn_ntk import Factored, empirical_ntk, structured
+from ggn_ntk import Factored, empirical_ntk
 from ggn_ntk.contraction import bias
 from ggn_ntk.contraction.products import expand
+from ggn_ntk.methods import structured
 from ggn_ntk.reference import jacobian_contraction
 
 

@@ -11,9 +11,10 @@ import torch
 from conftest import assert_close, kernel_of
 from torch import nn
 
-from ggn_ntk import UnsupportedModelError, empirical_ntk, structured
+from ggn_ntk import UnsupportedModelError, empirical_ntk
+from ggn_ntk.methods import structured
+from ggn_ntk.methods.structured import prepare
 from ggn_ntk.models.independence import partitions
-from ggn_ntk.structured import prepare
 
 
 def mean_of_flagged(h, flagged):

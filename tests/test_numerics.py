@@ -11,7 +11,8 @@ from models import ENCODER, hugging_face, ids, logits
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from ggn_ntk import RouteWarning, UnsupportedModelError, empirical_ntk, explain, linearize, structured
+from ggn_ntk import RouteWarning, UnsupportedModelError, empirical_ntk, explain, linearize
+from ggn_ntk.methods import structured
 from ggn_ntk.models.requirements import TOLERANCES, relative_error
 
 ROUTES = ["structured", "jacobian_contraction", "ntk_vector_products"]

@@ -8,12 +8,12 @@ from torch import Tensor, nn
 
 from ggn_ntk import Factored, RouteWarning, empirical_ntk, register_rule
 from ggn_ntk.jacobians import verification
+from ggn_ntk.methods.structured import prepare
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request
 from ggn_ntk.reference import jacobian_contraction
 from ggn_ntk.rules import acts_on_each_sample, registry
-from ggn_ntk.structured import prepare
 
 KNOWN = {kind for kind in (*registry._RULES, *registry._BACKPROPAGATIONS) if kind.__module__.startswith("torch.nn.")}
 

@@ -8,11 +8,12 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ggn_ntk import Factored, UnsupportedModelError, empirical_ntk, explain, register_rule, structured
+from ggn_ntk import Factored, UnsupportedModelError, empirical_ntk, explain, register_rule
 from ggn_ntk.contraction import accumulate, einsum
 from ggn_ntk.contraction.products import double
 from ggn_ntk.jacobians import sequential
 from ggn_ntk.jacobians.sequential import Use, backpropagate, identity
+from ggn_ntk.methods import structured
 from ggn_ntk.models.requirements import relative_error
 from ggn_ntk.problem.output_axes import Roles
 from ggn_ntk.reference import jacobian_contraction

@@ -69,7 +69,7 @@ class NTKMismatchError(RuntimeError):
 
 
 class NotFiniteError(ArithmeticError):
-    """Jacobians of some samples are not finite; which ones is for :mod:`ggn_ntk.computation` to find out."""
+    """Jacobians of some samples are not finite; which ones is for :mod:`ggn_ntk.methods.computation` to find out."""
 
 
 class NotCapturedError(ValueError):

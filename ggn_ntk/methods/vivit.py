@@ -23,8 +23,8 @@ from torch import Size, Tensor
 from torch.nn import Flatten, Module, MSELoss, Parameter
 from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
-from ggn_ntk.computation import compute as _compute
 from ggn_ntk.gram_hook import GramSum, _kernel_block
+from ggn_ntk.methods.computation import compute as _compute
 from ggn_ntk.models.comparison import PROBE_TOLERANCES, all_finite, cotangent, differing
 from ggn_ntk.models.independence import gradients
 from ggn_ntk.models.inspection import OwnGenerator

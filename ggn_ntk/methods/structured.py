@@ -29,6 +29,7 @@ from ggn_ntk.jacobians.recording import Layout, Recording, learn_layouts, locate
 from ggn_ntk.jacobians.sequential import FAILS, Walk, is_known, structure_problems
 from ggn_ntk.jacobians.verification import DIFFERS, Probe, outside_of_calls
 from ggn_ntk.memory.chunks import Piece
+from ggn_ntk.methods.reference import contract_jacobians
 from ggn_ntk.models.independence import Checked, check_shape
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.requirements import check_model, configuration_problems
@@ -44,7 +45,6 @@ from ggn_ntk.problem.errors import (
 from ggn_ntk.problem.output_axes import OutputAxes, Roles
 from ggn_ntk.problem.request import Request
 from ggn_ntk.problem.result import Computed
-from ggn_ntk.reference import contract_jacobians
 from ggn_ntk.rules import Factored
 
 _T = TypeVar("_T")

@@ -1,0 +1,1 @@
+"""Routes to one kernel, which check each other."""
