@@ -12,8 +12,8 @@ from ggn_ntk.dynamics import (
     ntk_ensemble,
 )
 from ggn_ntk.explain import explain
-from ggn_ntk.extension import EmpiricalNTK
-from ggn_ntk.gram_hook import AccumulateGramHook
+from ggn_ntk.extensions.extension import EmpiricalNTK
+from ggn_ntk.extensions.gram_hook import AccumulateGramHook
 from ggn_ntk.matrix import IllConditionedWarning
 from ggn_ntk.methods.vivit import empirical_ntk_vivit
 from ggn_ntk.nngp import EmpiricalKernels, empirical_kernels, nngp

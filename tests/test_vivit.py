@@ -11,7 +11,8 @@ from conftest import assert_close, oracle_sum
 from torch import nn
 from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
-from ggn_ntk import AccumulateGramHook, UnsupportedModelError, empirical_ntk, empirical_ntk_vivit, gram_hook
+from ggn_ntk import AccumulateGramHook, UnsupportedModelError, empirical_ntk, empirical_ntk_vivit
+from ggn_ntk.extensions import gram_hook
 from ggn_ntk.models import requirements
 from ggn_ntk.reference import jacobian_contraction
 

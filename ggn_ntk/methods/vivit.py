@@ -23,7 +23,7 @@ from torch import Size, Tensor
 from torch.nn import Flatten, Module, MSELoss, Parameter
 from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
-from ggn_ntk.gram_hook import GramSum, _kernel_block
+from ggn_ntk.extensions.gram_hook import GramSum, _kernel_block
 from ggn_ntk.methods.computation import compute as _compute
 from ggn_ntk.models.comparison import PROBE_TOLERANCES, all_finite, cotangent, differing
 from ggn_ntk.models.independence import gradients

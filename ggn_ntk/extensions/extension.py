@@ -3,7 +3,7 @@
 BackPACK calls the extension at each module of the backward pass, from the loss to the input (Dangel, Kunstner, Hennig:
 "BackPACK: Packing more into backprop", ICLR 2020, section 2). What it passes back here is not a loss Hessian but ``s``,
 the Jacobian of the model's outputs; it starts as the identity whatever the loss is. The gradients of the pass show
-whether it is right (:mod:`ggn_ntk.pass_check`).
+whether it is right (:mod:`ggn_ntk.extensions.pass_check`).
 """
 
 from collections.abc import Iterator
@@ -17,12 +17,7 @@ from torch import Size, Tensor, nn
 from torch.nn import Module
 from torch.nn.modules.loss import _Loss
 
-from ggn_ntk.jacobians.sequential import Use, backpropagate, identity
-from ggn_ntk.methods.structured import Accumulator
-from ggn_ntk.models.inspection import OwnGenerator
-from ggn_ntk.models.requirements import BATCH_STATISTICS, find, hidden_computation
-from ggn_ntk.models.state import State, global_generators
-from ggn_ntk.pass_check import (
+from ggn_ntk.extensions.pass_check import (
     REMEDY,
     ROUTE,
     Gradients,
@@ -33,6 +28,11 @@ from ggn_ntk.pass_check import (
     is_output,
     is_wanted,
 )
+from ggn_ntk.jacobians.sequential import Use, backpropagate, identity
+from ggn_ntk.methods.structured import Accumulator
+from ggn_ntk.models.inspection import OwnGenerator
+from ggn_ntk.models.requirements import BATCH_STATISTICS, find, hidden_computation
+from ggn_ntk.models.state import State, global_generators
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.request import check_integer, check_split

@@ -1,0 +1,1 @@
+"""Inside a user's own BackPACK pass."""
