@@ -11,13 +11,13 @@ from ggn_ntk.dynamics import (
     nngp_posterior,
     ntk_ensemble,
 )
-from ggn_ntk.explain import explain
 from ggn_ntk.extensions.extension import EmpiricalNTK
 from ggn_ntk.extensions.gram_hook import AccumulateGramHook
+from ggn_ntk.kernels.explain import explain
+from ggn_ntk.kernels.ntk import empirical_ntk
+from ggn_ntk.kernels.outputs import EmpiricalKernels, empirical_kernels, nngp
 from ggn_ntk.matrix import IllConditionedWarning
 from ggn_ntk.methods.vivit import empirical_ntk_vivit
-from ggn_ntk.nngp import EmpiricalKernels, empirical_kernels, nngp
-from ggn_ntk.ntk import empirical_ntk
 from ggn_ntk.problem.errors import (
     KernelMemoryError,
     NotFiniteWarning,

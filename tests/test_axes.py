@@ -22,8 +22,8 @@ from torch import Size, nn
 
 from ggn_ntk import empirical_ntk
 from ggn_ntk.contraction import accumulate, einsum
-from ggn_ntk.explain import _contractions
 from ggn_ntk.jacobians import autograd, sequential
+from ggn_ntk.kernels.explain import _contractions
 from ggn_ntk.memory.chunks import split_outputs
 from ggn_ntk.methods.structured import recorded_products
 from ggn_ntk.models.isolation import isolated

@@ -16,7 +16,8 @@ from cases import BY_NAME, TiedTransformer, mlp, tied_mlp, twice_called
 from conftest import COMPUTES, METHODS, assert_close, call
 from torch import nn
 
-from ggn_ntk import UnsupportedModelError, empirical_ntk, ntk
+from ggn_ntk import UnsupportedModelError, empirical_ntk
+from ggn_ntk.kernels import ntk
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.switches import full_precision
 from ggn_ntk.reference import jacobian_contraction

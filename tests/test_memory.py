@@ -145,7 +145,7 @@ def test_the_structured_route_gives_way_to_none(seam, error, size, monkeypatch):
         raise error
 
     monkeypatch.setattr(f"ggn_ntk.structured.{seam}", fails)
-    monkeypatch.setattr("ggn_ntk.ntk.jacobian_kernels", None)
+    monkeypatch.setattr("ggn_ntk.kernels.ntk.jacobian_kernels", None)
     with runs_out(size):
         empirical_ntk(Net(Greedy(None)), torch.randn(6, 5))
     assert len(calls) == 1

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from torch import nn
 
 import ggn_ntk
-from ggn_ntk import NTKMismatchError, empirical_ntk, empirical_ntk_vivit, ntk, reference
-from ggn_ntk.ntk import Method
+from ggn_ntk import NTKMismatchError, empirical_ntk, empirical_ntk_vivit, reference
+from ggn_ntk.kernels import ntk
+from ggn_ntk.kernels.ntk import Method
 
 sizes = st.integers(1, 5)
 methods = st.sampled_from(METHODS)

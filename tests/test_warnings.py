@@ -20,9 +20,9 @@ from ggn_ntk import (
     empirical_ntk,
     empirical_ntk_vivit,
     explain,
-    ntk,
     register_rule,
 )
+from ggn_ntk.kernels import ntk
 from ggn_ntk.problem.errors import Problem
 from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
 from ggn_ntk.rules.linear import linear

@@ -13,11 +13,11 @@ import torch
 from torch import Tensor, einsum
 from torch.nn import Module
 
+from ggn_ntk.kernels.ntk import compute_kernels, parse_method
 from ggn_ntk.memory.budget import check_result, explained
 from ggn_ntk.models.independence import check_shape, compare_alone, look
 from ggn_ntk.models.isolation import isolated, outside_of_transforms
 from ggn_ntk.models.requirements import configuration_problems
-from ggn_ntk.ntk import compute_kernels, parse_method
 from ggn_ntk.problem.errors import NotFiniteWarning, Problem, UnsupportedModelError, listed, warn, without
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request
