@@ -16,6 +16,7 @@ from ggn_ntk.extensions.gram_hook import AccumulateGramHook
 from ggn_ntk.kernels.explain import explain
 from ggn_ntk.kernels.ntk import empirical_ntk
 from ggn_ntk.kernels.outputs import EmpiricalKernels, empirical_kernels, nngp
+from ggn_ntk.linearization.taylor import TaylorExpansion, linearize, taylor_expand
 from ggn_ntk.matrix import IllConditionedWarning
 from ggn_ntk.methods.vivit import empirical_ntk_vivit
 from ggn_ntk.problem.errors import (
@@ -36,7 +37,6 @@ from ggn_ntk.spectrum import (
     kernel_target_alignment,
     relative_kernel_change,
 )
-from ggn_ntk.taylor import TaylorExpansion, linearize, taylor_expand
 
 __version__ = "0.1.0"
 

@@ -18,7 +18,7 @@ from torch.func import jvp, vjp
 from torch.nn import Module
 from torch.utils._pytree import tree_map
 
-from ggn_ntk.composite import differentiable
+from ggn_ntk.linearization.elementary_ops import differentiable
 from ggn_ntk.models.autograd_graph import is_transformed, precisions
 from ggn_ntk.models.comparison import KINKS, PROBE_TOLERANCES, SEEN, cotangent, norms, read, total_norm
 from ggn_ntk.models.independence import gradients, gradients_of

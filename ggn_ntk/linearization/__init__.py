@@ -1,0 +1,1 @@
+"""Networks expanded in their parameters."""
