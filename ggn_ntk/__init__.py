@@ -1,16 +1,6 @@
 """Empirical neural tangent kernels of PyTorch models, from the Gram matrix of the generalized Gauss-Newton."""
 
 from ggn_ntk import plots, reference
-from ggn_ntk.columns import Gaussian
-from ggn_ntk.dynamics import (
-    gradient_descent_mse,
-    gradient_flow,
-    gradient_flow_mse,
-    kernel_ridge_regression,
-    max_learning_rate,
-    nngp_posterior,
-    ntk_ensemble,
-)
 from ggn_ntk.extensions.extension import EmpiricalNTK
 from ggn_ntk.extensions.gram_hook import AccumulateGramHook
 from ggn_ntk.kernels.explain import explain
@@ -36,6 +26,16 @@ from ggn_ntk.spectrum import (
     ggn_eigenvalues,
     kernel_target_alignment,
     relative_kernel_change,
+)
+from ggn_ntk.training.arguments import Gaussian
+from ggn_ntk.training.squared_loss import (
+    gradient_descent_mse,
+    gradient_flow,
+    gradient_flow_mse,
+    kernel_ridge_regression,
+    max_learning_rate,
+    nngp_posterior,
+    ntk_ensemble,
 )
 
 __version__ = "0.1.0"

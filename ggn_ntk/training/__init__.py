@@ -1,0 +1,1 @@
+"""What training does, from kernels."""
