@@ -7,7 +7,6 @@ from ggn_ntk.kernels.explain import explain
 from ggn_ntk.kernels.ntk import empirical_ntk
 from ggn_ntk.kernels.outputs import EmpiricalKernels, empirical_kernels, nngp
 from ggn_ntk.linearization.taylor import TaylorExpansion, linearize, taylor_expand
-from ggn_ntk.matrix import IllConditionedWarning
 from ggn_ntk.methods.vivit import empirical_ntk_vivit
 from ggn_ntk.problem.errors import (
     KernelMemoryError,
@@ -18,7 +17,8 @@ from ggn_ntk.problem.errors import (
     UnsupportedRouteError,
 )
 from ggn_ntk.rules import Factored, register_rule
-from ggn_ntk.spectrum import (
+from ggn_ntk.spectrum.matrix import IllConditionedWarning
+from ggn_ntk.spectrum.spectra import (
     centered_kernel_alignment,
     condition_number,
     effective_rank,

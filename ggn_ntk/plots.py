@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ggn_ntk.matrix import check_kernel, symmetric_matrix
+from ggn_ntk.spectrum.matrix import check_kernel, symmetric_matrix
 
 #: Blue, vermilion, bluish green, reddish purple, orange and sky blue.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -8,7 +8,7 @@ import torch
 from torch import Size, Tensor
 
 from ggn_ntk.kernels.outputs import EmpiricalKernels
-from ggn_ntk.matrix import check_kernel, flatten, symmetric_matrix, unflatten
+from ggn_ntk.spectrum.matrix import check_kernel, flatten, symmetric_matrix, unflatten
 
 
 class Gaussian(NamedTuple):

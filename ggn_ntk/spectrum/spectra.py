@@ -10,15 +10,15 @@ import warnings
 import torch
 from torch import Tensor
 
-from ggn_ntk.matrix import check_kernel, flatten, level_of_caller, rounding, symmetric_matrix
+from ggn_ntk.spectrum.matrix import check_kernel, flatten, level_of_caller, rounding, symmetric_matrix
 
 
 def eigenvalues(kernel: Tensor) -> Tensor:
     """Compute the eigenvalues of a kernel.
 
     They are not negative but for rounding, which moves each by up to about ``10 eps |K|`` in the Frobenius norm (by
-    Weyl's inequality; Golub, Van Loan: "Matrix Computations", 2013, section 8.1; see :mod:`ggn_ntk.matrix`). Negative
-    ones are returned as they are, and a warning states their size in this unit.
+    Weyl's inequality; Golub, Van Loan: "Matrix Computations", 2013, section 8.1; see :mod:`ggn_ntk.spectrum.matrix`).
+    Negative ones are returned as they are, and a warning states their size in this unit.
 
     Args:
         kernel: ``[N, N, *out, *out]`` or ``[N, N]``, symmetric up to rounding.

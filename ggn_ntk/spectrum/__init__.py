@@ -1,0 +1,1 @@
+"""Spectra of kernels, and how alike two are."""
