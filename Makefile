@@ -12,9 +12,9 @@ INSTALLED_JAX := .venv-jax/.installed
 
 help:
 	@echo "make demo         the NTK of a small CNN by every route: agreement, times, a picture"
-	@echo "make test         format, lint and type checks, then the tests"
+	@echo "make test         format, lint, type and layer checks, then the tests"
 	@echo "make test-oldest  the tests with the oldest Python and torch that setup.cfg allows"
-	@echo "make check        format, lint and type checks alone"
+	@echo "make check        format, lint, type and layer checks alone"
 	@echo "make format       format the code"
 	@echo "make docs         the documentation and the gallery, in docs/_build/html"
 	@echo "make benchmark    ggn_ntk beside its peers: tables and plots in docs/benchmarks, on a quiet machine"
@@ -42,6 +42,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

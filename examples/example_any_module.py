@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ggn_ntk import empirical_ntk, explain
-from ggn_ntk.models.requirements import relative_error
-from ggn_ntk.reference import jacobian_contraction
+from ggn_ntk.reference import jacobian_contraction, relative_error
 
 torch.manual_seed(0)
 

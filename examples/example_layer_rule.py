@@ -15,8 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ggn_ntk import Factored, UnsupportedModelError, empirical_ntk, explain, register_rule
-from ggn_ntk.models.requirements import relative_error
-from ggn_ntk.reference import jacobian_contraction
+from ggn_ntk.reference import jacobian_contraction, relative_error
 from ggn_ntk.rules import register_backpropagation
 
 torch.manual_seed(0)

@@ -25,8 +25,7 @@ from torch import nn
 from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
 from ggn_ntk import AccumulateGramHook, empirical_ntk_vivit
-from ggn_ntk.models.requirements import relative_error
-from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
+from ggn_ntk.reference import jacobian_contraction, ntk_vector_products, relative_error
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"

@@ -5,7 +5,7 @@ from ggn_ntk.extensions.extension import EmpiricalNTK
 from ggn_ntk.extensions.gram_hook import AccumulateGramHook
 from ggn_ntk.kernels.explain import explain
 from ggn_ntk.kernels.ntk import empirical_ntk
-from ggn_ntk.kernels.outputs import EmpiricalKernels, empirical_kernels, nngp
+from ggn_ntk.kernels.outputs import empirical_kernels, nngp
 from ggn_ntk.linearization.taylor import TaylorExpansion, linearize, taylor_expand
 from ggn_ntk.methods.vivit import empirical_ntk_vivit
 from ggn_ntk.problem.errors import (
@@ -16,6 +16,7 @@ from ggn_ntk.problem.errors import (
     UnsupportedModelError,
     UnsupportedRouteError,
 )
+from ggn_ntk.problem.result import EmpiricalKernels
 from ggn_ntk.rules import Factored, register_rule
 from ggn_ntk.spectrum.matrix import IllConditionedWarning
 from ggn_ntk.spectrum.spectra import (

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from ggn_ntk.kernels.ntk import Method, empirical_ntk
 from ggn_ntk.methods.reference import jacobian_contraction
-from ggn_ntk.models.requirements import TOLERANCES, relative_error
+from ggn_ntk.models.comparison import TOLERANCES, relative_error
 
 _DTYPES = {"float32": torch.float32, "float64": torch.float64}
 _METHODS = [method.value for method in Method if method is not Method.AUTO]

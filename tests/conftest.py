@@ -14,7 +14,7 @@ from models import LARGE, MODELS
 from torch import Tensor, nn
 from torch.utils import backend_registration as backends
 
-from ggn_ntk.models.requirements import TOLERANCES
+from ggn_ntk.models.comparison import TOLERANCES
 from ggn_ntk.rules import registry
 
 PRETENDS = not torch.cuda.is_available() and hasattr(backends, "_setup_privateuseone_for_python_backend")

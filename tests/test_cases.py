@@ -8,7 +8,7 @@ from backpack.custom_module.slicing import Slicing
 from cases import CASES
 from torch.nn.modules.loss import _Loss
 
-from ggn_ntk.models.requirements import _VIVIT_LAYERS
+from ggn_ntk.extensions.limits import _VIVIT_LAYERS
 
 
 def test_enough_cases_with_different_names():

@@ -10,8 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from ggn_ntk import UnsupportedModelError, empirical_ntk, empirical_ntk_vivit
-from ggn_ntk.models.requirements import relative_error
-from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
+from ggn_ntk.reference import jacobian_contraction, ntk_vector_products, relative_error
 
 X = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
 

@@ -30,15 +30,7 @@ PAGES += [path for path in sorted((ROOT / "docs").rglob("*.md")) if not {"_build
 MODULES = [m.name for m in pkgutil.walk_packages(ggn_ntk.__path__, "ggn_ntk.") if m.name != "ggn_ntk.__main__"]
 PUBLIC = {f"ggn_ntk.{name}": getattr(ggn_ntk, name) for name in ggn_ntk.__all__}
 for module in (ggn_ntk.plots, ggn_ntk.reference):
-    own = inspect.getmembers(module, lambda member: inspect.isfunction(member))
-    PUBLIC |= {f"{module.__name__}.{name}": f for name, f in own if f.__module__ == module.__name__ and name[0] != "_"}
-for internal in (
-    "contract_jacobians",
-    "multiply_vectors",
-    "jacobian_kernels",
-    "product_kernels",
-):  # the same, for requests
-    del PUBLIC[f"ggn_ntk.reference.{internal}"]
+    PUBLIC |= {f"{module.__name__}.{name}": getattr(module, name) for name in module.__all__}
 
 
 class Block(NamedTuple):

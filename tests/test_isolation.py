@@ -19,7 +19,7 @@ from torch import nn
 from ggn_ntk import UnsupportedModelError, empirical_ntk
 from ggn_ntk.kernels import ntk
 from ggn_ntk.models.isolation import isolated
-from ggn_ntk.models.switches import full_precision
+from ggn_ntk.process.switches import full_precision
 from ggn_ntk.reference import jacobian_contraction
 
 each_method = pytest.mark.parametrize("method", METHODS)

@@ -12,11 +12,11 @@ from torch import nn
 from ggn_ntk import empirical_ntk, explain
 from ggn_ntk.contraction import one_hot
 from ggn_ntk.contraction.einsum import Memo, aligned, contract
+from ggn_ntk.contraction.factored import Factored, OneHot
 from ggn_ntk.contraction.one_hot import looked_up
 from ggn_ntk.contraction.products import double
 from ggn_ntk.problem.output_axes import Roles
 from ggn_ntk.reference import jacobian_contraction
-from ggn_ntk.rules import Factored, OneHot
 
 
 @st.composite

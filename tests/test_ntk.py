@@ -113,7 +113,7 @@ def test_check_passes_on_right_kernels(method, compute, per_parameter, dtype):
 @pytest.mark.parametrize("method", list(ntk._ROUTES))
 def test_check_raises_on_wrong_kernels(method, per_parameter, monkeypatch, dtype):
     def slightly_wrong(request):
-        computed, factor = right(request), 1 + 20 * ggn_ntk.models.requirements.TOLERANCES[dtype]
+        computed, factor = right(request), 1 + 20 * ggn_ntk.models.comparison.TOLERANCES[dtype]
         return computed._replace(kernels=[(name, kernel * factor) for name, kernel in computed.kernels])
 
     right = ntk._ROUTES[method]

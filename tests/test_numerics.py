@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 
 from ggn_ntk import RouteWarning, UnsupportedModelError, empirical_ntk, explain, linearize
 from ggn_ntk.methods import structured
-from ggn_ntk.models.requirements import TOLERANCES, relative_error
+from ggn_ntk.models.comparison import TOLERANCES, relative_error
 
 ROUTES = ["structured", "jacobian_contraction", "ntk_vector_products"]
 each_route = pytest.mark.parametrize("method", ROUTES)

@@ -16,7 +16,7 @@ from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
 from ggn_ntk import AccumulateGramHook, EmpiricalNTK, empirical_ntk, explain, linearize, nngp
 from ggn_ntk.models.comparison import relative_error
-from ggn_ntk.models.switches import full_precision
+from ggn_ntk.process.switches import full_precision
 
 ALL = [*(pytest.param(case, id=case.name) for case in CASES), *each(MODELS)]
 TENSORS = [*(pytest.param(case, id=case.name) for case in CASES), *each(m for m in MODELS if m.output is None)]

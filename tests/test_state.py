@@ -23,7 +23,7 @@ from torch.nn.utils import parametrizations
 from ggn_ntk import UnsupportedModelError, UnsupportedRouteError, empirical_ntk, explain, linearize, nngp
 from ggn_ntk.models.inspection import Inspection, without_draws
 from ggn_ntk.models.state import State
-from ggn_ntk.models.switches import Switch, process_switches
+from ggn_ntk.process.switches import Switch, process_switches
 
 METHODS = ["structured", "jacobian_contraction", "ntk_vector_products"]
 

@@ -14,9 +14,8 @@ from ggn_ntk.contraction.products import double
 from ggn_ntk.jacobians import sequential
 from ggn_ntk.jacobians.sequential import Use, backpropagate, identity
 from ggn_ntk.methods import structured
-from ggn_ntk.models.requirements import relative_error
 from ggn_ntk.problem.output_axes import Roles
-from ggn_ntk.reference import jacobian_contraction
+from ggn_ntk.reference import jacobian_contraction, relative_error
 from ggn_ntk.rules import register_backpropagation, registry
 
 

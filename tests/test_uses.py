@@ -7,9 +7,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ggn_ntk import Factored
+from ggn_ntk.contraction.factored import OneHot
 from ggn_ntk.contraction.products import expand
 from ggn_ntk.contraction.uses import put_together
-from ggn_ntk.rules import OneHot
 
 C, N, OUT, IN = 2, 3, 4, 5
 

@@ -12,8 +12,7 @@ from torch import nn
 from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
 from ggn_ntk import AccumulateGramHook, UnsupportedModelError, empirical_ntk, empirical_ntk_vivit
-from ggn_ntk.extensions import gram_hook
-from ggn_ntk.models import requirements
+from ggn_ntk.extensions import gram_hook, limits
 from ggn_ntk.reference import jacobian_contraction
 
 
@@ -287,7 +286,7 @@ def warns_always():
 @pytest.mark.usefixtures("warns_always")
 @pytest.mark.parametrize("name", ["padding_reflect", "padding_same", "divisor_override"])
 def test_the_numeric_probe_stands_behind_the_list(name, monkeypatch):
-    monkeypatch.setattr(requirements, "VIVIT_CHECKS", [])
+    monkeypatch.setattr(limits, "VIVIT_CHECKS", [])
     monkeypatch.setattr(gram_hook, "VIVIT_CHECKS", [])
     case = BY_NAME[name]
     model, x1, x2 = case.build()
@@ -301,7 +300,7 @@ def test_the_numeric_probe_stands_behind_the_list(name, monkeypatch):
 
 @pytest.mark.parametrize("name", ["avg_pool_ceil", "avg_pool_pad", "conv_transpose_output_padding"])
 def test_errors_of_backpack_are_turned_into_ours(name, monkeypatch):
-    monkeypatch.setattr(requirements, "VIVIT_CHECKS", [])
+    monkeypatch.setattr(limits, "VIVIT_CHECKS", [])
     monkeypatch.setattr(gram_hook, "VIVIT_CHECKS", [])
     case = BY_NAME[name]
     model, x1, x2 = case.build()

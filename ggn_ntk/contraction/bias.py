@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ggn_ntk.contraction.einsum import memory_of
-from ggn_ntk.rules import Factored
+from ggn_ntk.contraction.factored import Factored
 
 
 def join_biases(jacobians: Iterable[Factored]) -> list[Factored]:

@@ -27,10 +27,10 @@ from ggn_ntk.contraction.einsum import (
     multiply,
     path_of,
 )
+from ggn_ntk.contraction.factored import Factored, OneHot
 from ggn_ntk.contraction.one_hot import cost, dense, without_data
 from ggn_ntk.memory.blocks import Joined
 from ggn_ntk.problem.output_axes import Roles
-from ggn_ntk.rules import Factored, OneHot
 
 #: Letters of a kernel; operands lack those of size one.
 RESULT = "nmecd"

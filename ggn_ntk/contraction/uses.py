@@ -15,8 +15,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ggn_ntk.contraction.factored import Factored, OneHot
 from ggn_ntk.contraction.products import expand, sum_private_letters
-from ggn_ntk.rules import Factored, OneHot
 
 # Numbers that uses may hold when they are put together, if their operands are views of less memory (windows).
 _ROOM = 2**26

@@ -8,7 +8,7 @@ from functools import lru_cache
 import torch
 from torch import Tensor
 
-from ggn_ntk.rules import Factored, OneHot
+from ggn_ntk.contraction.factored import Factored, OneHot
 
 # Gradients of large parameters are compared by their products with a few random vectors. How many vectors, and how many
 # entries are many for a parameter.

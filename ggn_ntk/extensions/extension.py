@@ -17,6 +17,7 @@ from torch import Size, Tensor, nn
 from torch.nn import Module
 from torch.nn.modules.loss import _Loss
 
+from ggn_ntk.contraction.accumulator import Accumulator
 from ggn_ntk.extensions.pass_check import (
     REMEDY,
     ROUTE,
@@ -29,7 +30,6 @@ from ggn_ntk.extensions.pass_check import (
     is_wanted,
 )
 from ggn_ntk.jacobians.sequential import Use, backpropagate, identity
-from ggn_ntk.methods.structured import Accumulator
 from ggn_ntk.models.inspection import OwnGenerator
 from ggn_ntk.models.requirements import BATCH_STATISTICS, find, hidden_computation
 from ggn_ntk.models.state import State, global_generators

@@ -12,8 +12,9 @@ from torch.nn import Module, MSELoss
 from torch.nn.modules.loss import _Loss
 from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
+from ggn_ntk.extensions.limits import VIVIT_CHECKS
 from ggn_ntk.extensions.pass_check import ROUTE, Gradients, ModuleCall, PassCheck, call_problems, is_wanted
-from ggn_ntk.models.requirements import BATCH_STATISTICS, VIVIT_CHECKS, find
+from ggn_ntk.models.requirements import BATCH_STATISTICS, find
 from ggn_ntk.problem.errors import UnsupportedModelError
 from ggn_ntk.problem.output_axes import OutputAxes
 from ggn_ntk.problem.request import check_integer, check_split

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from ggn_ntk.contraction.factored import Factored
 from ggn_ntk.jacobians.recording import Call, Recording
 from ggn_ntk.jacobians.sequential import identity, written
 from ggn_ntk.memory.blocks import SIZE_ELSEWHERE, SIZES
@@ -23,7 +24,6 @@ from ggn_ntk.models.autograd_graph import graph_nodes
 from ggn_ntk.problem.errors import is_out_of_memory
 from ggn_ntk.problem.output_axes import OutputAxes
 from ggn_ntk.problem.request import Request
-from ggn_ntk.rules import Factored
 
 #: Numbers that ``s`` of a stage may hold before the outputs are taken in pieces.
 BUDGET = 2**27

@@ -25,12 +25,15 @@ from torch import Size, Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module
 
-from ggn_ntk.models.autograd_graph import graph_nodes, is_transformed
+from ggn_ntk.contraction.factored import Factored, OneHot
+from ggn_ntk.models.autograd_graph import graph_nodes
+from ggn_ntk.models.evaluation import evaluate, runs_foreign_code
 from ggn_ntk.models.isolation import has_global_hooks
 from ggn_ntk.problem.errors import NotCapturedError, is_out_of_memory
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
-from ggn_ntk.rules import Factored, OneHot, Rule, inner_of, rule_for
+from ggn_ntk.process.transforms import is_transformed
+from ggn_ntk.rules import Rule, inner_of, rule_for
 
 # The node of a graph that transposes a weight.
 _TRANSPOSED = "TBackward0"
@@ -172,7 +175,9 @@ def record(request: Request, inputs: Inputs, one: Recording | None = None) -> Re
 
     try:
         with torch.enable_grad():
-            result = request.evaluate(None, inputs, inspect=request.foreign, within=partial(hooked, request, take))
+            result = evaluate(
+                request, None, inputs, inspect=runs_foreign_code(request), within=partial(hooked, request, take)
+            )
     except Exception as error:
         if any(call.repeated for call in calls) and not is_out_of_memory(error):
             raise NotCapturedError("an output that is the same for all samples cannot be repeated") from error

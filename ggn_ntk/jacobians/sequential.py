@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
+from ggn_ntk.contraction.factored import Factored
 from ggn_ntk.contraction.products import Part, contract_into
 from ggn_ntk.memory.blocks import SIZE_ELSEWHERE, SIZES, WAITING, Joined, split
 from ggn_ntk.memory.chunks import Piece, split_outputs
@@ -24,7 +25,7 @@ from ggn_ntk.problem.errors import NotCapturedError, Problem, UnsupportedRouteEr
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.output_axes import OutputAxes
 from ggn_ntk.problem.request import Request
-from ggn_ntk.rules import Factored, acts_on_each_sample, backpropagation_for, rule_for
+from ggn_ntk.rules import acts_on_each_sample, backpropagation_for, rule_for
 
 _REMEDY = "Use capture='autograd' ('auto' does)"
 

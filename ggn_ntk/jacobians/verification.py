@@ -21,6 +21,7 @@ from typing import NamedTuple
 import torch
 from torch import Size, Tensor
 
+from ggn_ntk.contraction.factored import Factored
 from ggn_ntk.contraction.vector_products import (
     norm_of_sketch,
     pick,
@@ -32,6 +33,7 @@ from ggn_ntk.contraction.vector_products import (
 from ggn_ntk.jacobians.autograd import pass_back
 from ggn_ntk.jacobians.recording import Call, Layout, Recording, locate, record, used_elsewhere
 from ggn_ntk.jacobians.sequential import why_not
+from ggn_ntk.memory.budget import resolve_axes
 from ggn_ntk.models.autograd_graph import dense
 from ggn_ntk.models.comparison import all_finite, cotangent, differing, norms, read, rows_differing
 from ggn_ntk.models.independence import (
@@ -54,7 +56,7 @@ from ggn_ntk.problem.errors import NotFiniteError, is_out_of_memory
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.output_axes import OutputAxes
 from ggn_ntk.problem.request import Request
-from ggn_ntk.rules import Factored, channels_last, rule_for
+from ggn_ntk.rules import channels_last, rule_for
 
 # How many samples are evaluated by themselves: at most so many, and one of so many.
 _PROBED, _SHARE = 3, 16
@@ -250,7 +252,9 @@ class Probe:
         self.recordings = [first, *(record(request, self.inputs[[sample]]) for sample in few[1:])]
         outputs = [_output_of_one(request, recording) for recording in self.recordings]
         self.out_shape, self._tolerance = outputs[0].shape[1:], probe_tolerance(outputs[0])
-        self.axes = request.resolve(self.out_shape)  # a kernel that cannot fit is refused before more is evaluated
+        self.axes = resolve_axes(
+            request, self.out_shape
+        )  # a kernel that cannot fit is refused before more is evaluated
         self._v_alone = cotangent(outputs[0], 0, Size([len(few), *self.out_shape]))
         self._outputs = torch.cat(outputs).detach()
         self._few = few

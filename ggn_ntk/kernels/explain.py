@@ -12,11 +12,12 @@ from ggn_ntk.contraction.einsum import path_of
 from ggn_ntk.contraction.one_hot import looked_up
 from ggn_ntk.contraction.products import Doubled
 from ggn_ntk.methods.structured import recorded_products
-from ggn_ntk.models.isolation import isolated, outside_of_transforms
+from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.requirements import eager
 from ggn_ntk.problem.errors import Problem, UnsupportedRouteError
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request
+from ggn_ntk.process.transforms import outside_of_transforms
 
 
 @dataclass(frozen=True)

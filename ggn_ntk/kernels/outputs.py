@@ -7,7 +7,7 @@ as Gaussian Processes", ICLR 2018, section 2).
 
 from collections.abc import Iterable
 from dataclasses import replace
-from typing import Any, NamedTuple, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, einsum
@@ -15,27 +15,17 @@ from torch.nn import Module
 
 from ggn_ntk.kernels.ntk import compute_kernels, parse_method
 from ggn_ntk.memory.budget import check_result, explained
+from ggn_ntk.models.evaluation import evaluate, runs_foreign_code
 from ggn_ntk.models.independence import check_shape, compare_alone, look
-from ggn_ntk.models.isolation import isolated, outside_of_transforms
+from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.requirements import configuration_problems
 from ggn_ntk.problem.errors import NotFiniteWarning, Problem, UnsupportedModelError, listed, warn, without
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request
-from ggn_ntk.problem.result import finish
+from ggn_ntk.problem.result import EmpiricalKernels, finish
+from ggn_ntk.process.transforms import outside_of_transforms
 
 _KIND = "empirical NNGP kernel"
-
-
-class EmpiricalKernels(NamedTuple):
-    """The two kernels of a network, of one shape.
-
-    Attributes:
-        ntk: The empirical neural tangent kernel.
-        nngp: The empirical NNGP kernel.
-    """
-
-    ntk: Tensor
-    nngp: Tensor
 
 
 def nngp(
@@ -182,7 +172,7 @@ def _checked_outputs(request: Request) -> Tensor:
     shape, inputs = look(request), request.x1.stack(request.x2)
     axes = request.axes.resolve(shape)
     check_result((len(request.x1), len(request.second), *axes.roles.kernel), list(inputs.tensors.values()), False)
-    output = check_shape(request.evaluate(None, inputs, inspect=request.foreign), len(inputs), shape)
+    output = check_shape(evaluate(request, None, inputs, inspect=runs_foreign_code(request)), len(inputs), shape)
     compare_alone(request, inputs, output)
     if not output.isfinite().any():
         raise UnsupportedModelError(

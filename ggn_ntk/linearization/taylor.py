@@ -19,17 +19,19 @@ from torch.nn import Module
 from torch.utils._pytree import tree_map
 
 from ggn_ntk.linearization.elementary_ops import differentiable
-from ggn_ntk.models.autograd_graph import is_transformed, precisions
+from ggn_ntk.models.autograd_graph import precisions
 from ggn_ntk.models.comparison import KINKS, PROBE_TOLERANCES, SEEN, cotangent, norms, read, total_norm
+from ggn_ntk.models.evaluation import evaluate, leaves_of, primals_of
 from ggn_ntk.models.independence import gradients, gradients_of
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.requirements import eager
-from ggn_ntk.models.switches import without_checkpoints
-from ggn_ntk.models.turns import alone_with
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError, is_out_of_memory, without
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request, check_wrappers
+from ggn_ntk.process.switches import without_checkpoints
+from ggn_ntk.process.transforms import is_transformed
+from ggn_ntk.process.turns import alone_with
 
 _KIND = "Taylor expansion"
 
@@ -158,9 +160,9 @@ class TaylorExpansion:
                 self._verify(replace(request, params=self._params))
             with torch.set_grad_enabled(records):
                 function = _derivatives(
-                    lambda p: request.evaluate(p, request.x1), step, self.degree, self._pushforward or _forward_mode
+                    lambda p: evaluate(request, p, request.x1), step, self.degree, self._pushforward or _forward_mode
                 )
-                terms = function(request.primals)
+                terms = function(primals_of(request))
                 return torch.stack([term / math.factorial(j) for j, term in enumerate(terms)]).sum(0)
 
     def _verify(self, request: Request) -> None:
@@ -421,7 +423,7 @@ def _find_pushforward(request: Request, degree: int) -> Pushforward:
         UnsupportedModelError: If there is none, or the model is no function.
     """
     with without(_KIND):
-        output = request.evaluate(None, request.x1, inspect=True)
+        output = evaluate(request, None, request.x1, inspect=True)
     if not isinstance(output, Tensor):
         what = f"it returns {type(output).__name__}, not a tensor"
         raise UnsupportedModelError([Problem("", what, "Wrap it in a module that returns one")], _KIND)
@@ -472,11 +474,11 @@ def _agrees_with_autograd(request: Request, inputs: Inputs, pushforward: Pushfor
     Returns:
         Whether ``v^T (J d)`` is ``g^T d``, with the gradient g of ``sum v f``, for random v and d.
     """
-    output = request.evaluate(None, inputs)
+    output = evaluate(request, None, inputs)
     v = cotangent(output, seed=0)
     direction = {name: cotangent(p, seed=1) for name, p in request.params.items()}
     gradient = gradients_of(output, v, request.params)
-    slope = pushforward(lambda p: request.evaluate(p, inputs), (request.primals,), (direction,))[1]
+    slope = pushforward(lambda p: evaluate(request, p, inputs), (primals_of(request),), (direction,))[1]
 
     def along(gradient: Parameters) -> float:
         return math.fsum(read([(g * direction[name]).sum(dtype=torch.float64) for name, g in gradient.items()]))
@@ -485,7 +487,7 @@ def _agrees_with_autograd(request: Request, inputs: Inputs, pushforward: Pushfor
     size = total_norm(gradient.values())
     if error <= _tolerance(output) * size:
         return True
-    moved = [gradients(request, inputs, v, request.leaves(jitter), jitter=jitter)[1] for jitter in (None, 0)]
+    moved = [gradients(request, inputs, v, leaves_of(request, jitter), jitter=jitter)[1] for jitter in (None, 0)]
     seen = abs(along(moved[0]) - along(moved[1]))  # what rounding does, to deep networks
     return error <= min(SEEN * seen, KINKS * size)
 
@@ -503,13 +505,13 @@ def _derivatives_commute(request: Request, inputs: Inputs, pushforward: Pushforw
     Returns:
         Whether they are.
     """
-    u, v = ({name: cotangent(p, seed) for name, p in request.primals.items()} for seed in (0, 1))
+    u, v = ({name: cotangent(p, seed) for name, p in primals_of(request).items()} for seed in (0, 1))
 
     def second_derivative(inner: Parameters, outer: Parameters) -> Tensor:
         def slope(point: Parameters) -> Any:
-            return pushforward(lambda p: request.evaluate(p, inputs), (point,), (inner,))[1]
+            return pushforward(lambda p: evaluate(request, p, inputs), (point,), (inner,))[1]
 
-        result: Tensor = pushforward(slope, (request.primals,), (outer,))[1]
+        result: Tensor = pushforward(slope, (primals_of(request),), (outer,))[1]
         return result
 
     one, other = second_derivative(u, v), second_derivative(v, u)

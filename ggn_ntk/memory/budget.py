@@ -6,9 +6,11 @@ from math import prod
 from pathlib import Path
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
 from ggn_ntk.problem.errors import KernelMemoryError, bytes_asked_for, is_out_of_memory
+from ggn_ntk.problem.output_axes import OutputAxes
+from ggn_ntk.problem.request import Request
 
 _HELP = (
     "What helps: compute='trace' or 'diagonal' (or trace_axes=) instead of the full kernel, fewer parameters at a time "
@@ -60,6 +62,26 @@ def _of_process() -> int | None:
         return None
     pages = int(Path("/proc/self/statm").read_text().split()[5])  # data and stack
     return min(finite) - pages * resource.getpagesize()
+
+
+def resolve_axes(request: Request, out_shape: Size) -> OutputAxes:
+    """Find the role of each output axis, and refuse a kernel that cannot fit into memory.
+
+    Args:
+        request: The request.
+        out_shape: ``[*out]``, the shape of one sample's output.
+
+    Returns:
+        The roles.
+
+    Raises:
+        ValueError: If an axis that was asked for does not exist.
+        KernelMemoryError: If memory does not suffice for the result.
+    """
+    axes = request.axes.resolve(out_shape)
+    samples = len(request.x1), len(request.second)
+    check_result((*samples, *axes.roles.kernel), list(request.params.values()), request.per_parameter)
+    return axes
 
 
 def check_result(shape: Sequence[int], params: Sequence[Tensor], per_parameter: bool) -> None:

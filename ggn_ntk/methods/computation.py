@@ -12,12 +12,14 @@ from torch import Tensor
 
 from ggn_ntk.memory.budget import explained
 from ggn_ntk.models.comparison import all_finite, cotangent
+from ggn_ntk.models.evaluation import evaluate
 from ggn_ntk.models.independence import gradients
-from ggn_ntk.models.isolation import isolated, outside_of_transforms
+from ggn_ntk.models.isolation import isolated
 from ggn_ntk.problem.errors import NotFiniteError, NotFiniteWarning, Problem, UnsupportedModelError, listed, warn
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
 from ggn_ntk.problem.result import Computed
+from ggn_ntk.process.transforms import outside_of_transforms
 
 #: A kernel, or one for each parameter by name.
 Kernels = Tensor | dict[str, Tensor]
@@ -118,7 +120,7 @@ def _infinite_samples(request: Request) -> set[int]:
     """Find the samples whose Jacobians are not finite, dividing those that may be until it is clear."""
     inputs = request.x1.stack(request.x2)
     with torch.no_grad():
-        one = request.evaluate(None, inputs[[0]])
+        one = evaluate(request, None, inputs[[0]])
     v = cotangent(one, 0, torch.Size([len(inputs), *one.shape[1:]]))
     found: set[int] = set()
     waiting = [list(range(len(inputs)))]

@@ -18,6 +18,7 @@ from torch.nn import Module
 from ggn_ntk.methods.computation import compute as _compute
 from ggn_ntk.models.autograd_graph import precisions
 from ggn_ntk.models.comparison import KINKS, PROBE_TOLERANCES, cotangent, differing, total_norm
+from ggn_ntk.models.evaluation import evaluate, leaves_of, primals_of
 from ggn_ntk.models.independence import Checked, Parts, compare_gradients, gradients, gradients_of, rounding_of
 from ggn_ntk.models.requirements import check_model
 from ggn_ntk.problem.errors import RouteWarning, UnsupportedModelError, is_out_of_memory, listed, warn
@@ -158,7 +159,7 @@ def _sample_output(request: Request, primals: dict[str, Tensor], sample: Inputs)
     Returns:
         The flattened output ``[C]``.
     """
-    output: Tensor = request.evaluate(primals, sample.map(lambda x: x.unsqueeze(0)))
+    output: Tensor = evaluate(request, primals, sample.map(lambda x: x.unsqueeze(0)))
     return output.flatten()
 
 
@@ -219,7 +220,7 @@ def _first_line(error: Exception) -> str:
 def _jacobians(request: Request, inputs: Inputs) -> dict[str, Tensor]:
     """Compute the Jacobians of all samples, ``[N, C, P]`` for each parameter (with P entries), by name."""
     jacobian = jacrev(lambda primals, sample: _sample_output(request, primals, sample))
-    primals = request.primals
+    primals = primals_of(request)
     jacobians = _over_samples(lambda x: jacobian(primals, x), inputs, request.chunk_size)
     return {name: j.reshape(*j.shape[:2], -1) for name, j in jacobians.items()}
 
@@ -275,7 +276,7 @@ def _finest(request: Request) -> tuple[Request, float]:
     wide = replace(request, widened=True)
     try:
         with torch.enable_grad():
-            output = wide.evaluate(wide.leaves(), request.x1[:1])
+            output = evaluate(wide, leaves_of(wide), request.x1[:1])
         if precisions(output) == {torch.float64}:
             return wide, PROBE_TOLERANCES[torch.float64]
     except Exception as error:
@@ -334,7 +335,7 @@ def _autograd_jacobian(request: Request, sample: Inputs) -> dict[str, Tensor]:
     Returns:
         The Jacobian ``[C, P]`` of each parameter, by name.
     """
-    output = request.evaluate(None, sample).flatten()
+    output = evaluate(request, None, sample).flatten()
     rows = [gradients_of(entry, torch.ones_like(entry), request.params, retain_graph=True) for entry in output]
     return {name: torch.stack([row[name].flatten() for row in rows]) for name in request.params}
 
@@ -360,7 +361,7 @@ def multiply_vectors(
     kernel, why = None, "it gets products with vectors wrong"
     try:
         first = request.x1[:1]  # before all others are computed
-        tolerance = PROBE_TOLERANCES[request.evaluate(None, first).dtype]
+        tolerance = PROBE_TOLERANCES[evaluate(request, None, first).dtype]
         if _products_agree(request, tolerance, axes.out_shape, first):
             kernel = _kernel_from_products(request, axes)
             if not _holds_for_all(request, axes, kernel):
@@ -392,11 +393,11 @@ def _products_agree(request: Request, tolerance: float, out_shape: Size, sample:
     Returns:
         Whether, for random v and t, ``J^T v`` and ``v^T (J t)`` are what plain autograd makes of them.
     """
-    primals, alone = request.primals, sample.map(lambda x: x[0])
+    primals, alone = primals_of(request), sample.map(lambda x: x[0])
     sizes = [p.numel() for p in primals.values()]
     numbers = cotangent(next(iter(primals.values())), 0, Size([sum(sizes)])).split(sizes)  # one copy to the device
     tangent = {name: t.view(p.shape).to(p) for (name, p), t in zip(primals.items(), numbers, strict=True)}
-    output, pullback, *_ = vjp(lambda p: request.evaluate(p, sample).flatten(), primals)
+    output, pullback, *_ = vjp(lambda p: evaluate(request, p, sample).flatten(), primals)
     v = cotangent(output, seed=1)
     (pulled,), pushed = pullback(v), v @ _pushforward(request, alone, tangent)
     _, expected = gradients(request, sample, v.reshape(1, *out_shape))
@@ -500,8 +501,8 @@ def _column(request: Request, axes: OutputAxes, x1: Inputs, y: Inputs) -> Tensor
     Returns:
         ``[N, E, F, F]``.
     """
-    primals = request.primals
-    output, pullback, *_ = vjp(lambda p: request.evaluate(p, y).flatten(), primals)
+    primals = primals_of(request)
+    output, pullback, *_ = vjp(lambda p: evaluate(request, p, y).flatten(), primals)
 
     def product(basis_vector: Tensor) -> Tensor:
         (gradient,) = pullback(basis_vector)
@@ -524,5 +525,5 @@ def _pushforward(request: Request, sample: Inputs, tangent: dict[str, Tensor]) -
     Returns:
         The product ``[C]``.
     """
-    product: Tensor = jvp(lambda p: _sample_output(request, p, sample), (request.primals,), (tangent,))[1]
+    product: Tensor = jvp(lambda p: _sample_output(request, p, sample), (primals_of(request),), (tangent,))[1]
     return product

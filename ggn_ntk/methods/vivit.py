@@ -24,11 +24,13 @@ from torch.nn import Flatten, Module, MSELoss, Parameter
 from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
 from ggn_ntk.extensions.gram_hook import GramSum, _kernel_block
+from ggn_ntk.extensions.limits import AVG_POOLS, check_vivit
+from ggn_ntk.memory.budget import resolve_axes
 from ggn_ntk.methods.computation import compute as _compute
 from ggn_ntk.models.comparison import PROBE_TOLERANCES, all_finite, cotangent, differing
 from ggn_ntk.models.independence import gradients
 from ggn_ntk.models.inspection import OwnGenerator
-from ggn_ntk.models.requirements import AVG_POOLS, check_vivit, eager
+from ggn_ntk.models.requirements import eager
 from ggn_ntk.problem.errors import OTHER_METHOD, NotFiniteError, Problem, UnsupportedRouteError, is_out_of_memory
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.request import Request
@@ -86,7 +88,7 @@ def vivit_kernels(request: Request) -> Computed:
     Raises:
         UnsupportedRouteError: If it does not.
     """
-    axes = request.resolve(check_vivit(request))
+    axes = resolve_axes(request, check_vivit(request))
     problems = list(_probe_kernels(request, axes.out_shape))
     if problems:
         raise UnsupportedRouteError(problems, _ROUTE)

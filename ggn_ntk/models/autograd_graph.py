@@ -47,8 +47,3 @@ def precisions(output: Tensor) -> set[torch.dtype]:
 def dense(gradient: Tensor) -> Tensor:
     """Write a gradient in full that autograd may have left sparse (of an embedding)."""
     return gradient if gradient.layout is torch.strided else gradient.to_dense()
-
-
-def is_transformed() -> bool:
-    """Tell whether a ``torch.func`` transform is under way, in which tensors stand for others."""
-    return torch._C._functorch.maybe_current_level() is not None

@@ -19,6 +19,7 @@ import torch
 from torch import Size, Tensor
 from torch.func import vmap
 
+from ggn_ntk.memory.budget import resolve_axes
 from ggn_ntk.models.autograd_graph import dense, precisions
 from ggn_ntk.models.comparison import (
     KINKS,
@@ -33,6 +34,7 @@ from ggn_ntk.models.comparison import (
     rows_differing,
     total_norm,
 )
+from ggn_ntk.models.evaluation import evaluate, leaves_of, runs_foreign_code
 from ggn_ntk.models.inspection import UNSTEADY, in_low_precision
 from ggn_ntk.problem.errors import NotFiniteError, Problem, UnsupportedModelError, is_out_of_memory, listed
 from ggn_ntk.problem.output_axes import OutputAxes
@@ -169,9 +171,9 @@ def gradients(
         UnsupportedModelError: If the output has another shape.
     """
     if request.widened and primals is None:
-        primals = request.leaves()
+        primals = leaves_of(request)
     with torch.enable_grad():
-        output = request.evaluate(primals, inputs, jitter=jitter)
+        output = evaluate(request, primals, inputs, jitter=jitter)
     if output.shape != v.shape:
         what = f"its output for {len(v)} of the samples has shape {list(output.shape)}, not {list(v.shape)}"
         raise UnsupportedModelError([Problem("", what, _SHAPE_REMEDY)])
@@ -233,19 +235,19 @@ def compare_alone(request: Request, inputs: Inputs, output: Tensor) -> None:
         chosen = chosen[:_ONE_BY_ONE]
     if chosen:
         with torch.no_grad():
-            alone = [check_shape(request.evaluate(None, inputs[[i]]), 1, output.shape[1:]) for i in chosen]
+            alone = [check_shape(evaluate(request, None, inputs[[i]]), 1, output.shape[1:]) for i in chosen]
         compare_outputs(request, inputs, output, chosen, torch.cat(alone))
 
 
 def _mapped(request: Request, inputs: Inputs, shape: Size) -> Tensor | None:
     """Map the model over samples, each by itself; ``None`` where ``vmap`` does not go through it."""
 
-    def evaluate(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Any:
-        return request.evaluate(None, Inputs(args, kwargs).map(lambda x: x.unsqueeze(0)))
+    def evaluate_one(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Any:
+        return evaluate(request, None, Inputs(args, kwargs).map(lambda x: x.unsqueeze(0)))
 
     try:
         with torch.no_grad():
-            outputs = vmap(evaluate)(inputs.args, inputs.kwargs)
+            outputs = vmap(evaluate_one)(inputs.args, inputs.kwargs)
     except Exception as error:
         if is_out_of_memory(error):
             raise
@@ -272,7 +274,7 @@ def compare_outputs(request: Request, inputs: Inputs, output: Tensor, chosen: Se
     if not differ.any():
         return
     with torch.no_grad():
-        if rows_differing(request.evaluate(None, inputs), output, tolerance).any():
+        if rows_differing(evaluate(request, None, inputs), output, tolerance).any():
             raise UnsupportedModelError([UNSTEADY])
     places = differ.nonzero().flatten()
     error, suspects = _row_norms(others - output[chosen])[places], [chosen[i] for i in places.tolist()]
@@ -297,7 +299,7 @@ def compare_outputs(request: Request, inputs: Inputs, output: Tensor, chosen: Se
 def _rounding_of_outputs(request: Request, inputs: Inputs) -> Tensor:
     """Measure ``[N]`` by how much outputs move with the last digit of inputs and parameters."""
     with torch.no_grad():
-        jittered = [request.evaluate(request.leaves(jitter), inputs, jitter=jitter) for jitter in (None, 0, 1, 2)]
+        jittered = [evaluate(request, leaves_of(request, jitter), inputs, jitter=jitter) for jitter in (None, 0, 1, 2)]
     return torch.stack([_row_norms(x - jittered[0]) for x in jittered[1:]]).amax(0)
 
 
@@ -318,11 +320,11 @@ def _errors_in_double(request: Request, inputs: Inputs, output: Tensor, samples:
     wide, samples = replace(request, widened=True), samples[:_LOOKED_AT]
     try:
         with torch.enable_grad():
-            found = wide.evaluate(None, inputs)
+            found = evaluate(wide, None, inputs)
         if precisions(found) != {torch.float64} or not relative_error(output, found.detach()) <= KINKS:
             return None
         with torch.no_grad():
-            alone = [wide.evaluate(None, inputs[[i]]) for i in samples]
+            alone = [evaluate(wide, None, inputs[[i]]) for i in samples]
         return _row_norms(torch.cat(alone) - found.detach()[samples])
     except Exception as error:
         if is_out_of_memory(error):
@@ -377,7 +379,7 @@ def _depend_on_others(request: Request, inputs: Inputs, output: Tensor, samples:
     rest = [i for i in range(n) if i not in kept]
     for fill in ([*kept], *([i] for i in rest[:3])):
         exchanged = [i if i in kept else fill[i % len(fill)] for i in range(n)]
-        found = request.evaluate(None, inputs[exchanged])
+        found = evaluate(request, None, inputs[exchanged])
         if rows_differing(found, output, tolerance)[list(kept)].any():
             return True
     return False
@@ -447,14 +449,14 @@ def rounding_of(
 
     def measure() -> dict[str, float]:
         # All with exchanged parameters, which do not reach a model that keeps references to its own elsewhere.
-        (_, before), (_, again) = (gradients(request, inputs, v, request.leaves()) for _ in range(2))
+        (_, before), (_, again) = (gradients(request, inputs, v, leaves_of(request)) for _ in range(2))
         if differing(again, before, PROBE_TOLERANCES[v.dtype]):
             raise UnsupportedModelError([UNSTEADY])
-        _, after = gradients(request, inputs, v, request.leaves(jitter=0), jitter=0)
+        _, after = gradients(request, inputs, v, leaves_of(request, jitter=0), jitter=0)
         moved = norms(form(after[name], p) - form(before[name], p) for name, p in request.params.items())
         # A gradient may be zero, or what is left where far larger ones cancel: those of the parameters around it.
         others = request.of_all_parameters()
-        _, around = gradients(others, inputs, v, others.leaves())
+        _, around = gradients(others, inputs, v, leaves_of(others))
         least = torch.finfo(v.dtype).eps * total_norm(around.values())
         return {name: max(size, least) for name, size in zip(request.params, moved, strict=True)}
 
@@ -502,9 +504,9 @@ def check_samples(request: Request) -> Checked:
         NotFiniteError: If Jacobians of some samples are not finite.
     """
     shape = look(request)
-    axes, inputs = request.resolve(shape), request.x1.stack(request.x2)
+    axes, inputs = resolve_axes(request, shape), request.x1.stack(request.x2)
     with torch.enable_grad():
-        output = check_shape(request.evaluate(None, inputs, inspect=request.foreign), len(inputs), shape)
+        output = check_shape(evaluate(request, None, inputs, inspect=runs_foreign_code(request)), len(inputs), shape)
     v = cotangent(output, seed=0)
     gradient = gradients_of(output, v, request.params)
     if not all_finite(gradient.values()):
@@ -532,8 +534,8 @@ def look(request: Request) -> Size:
     stacked = request.x1.stack(request.x2)
     few = stacked[[*range(min(2, len(request.x1))), len(stacked) - 1]] if len(stacked) > 1 else stacked
     with torch.enable_grad():
-        together = check_output(request.evaluate(None, few, inspect=request.foreign), len(few))
-        alone = request.evaluate(None, few[:1])
+        together = check_output(evaluate(request, None, few, inspect=runs_foreign_code(request)), len(few))
+        alone = evaluate(request, None, few[:1])
     shape = list(getattr(alone, "shape", []))
     if shape != [1, *together.shape[1:]]:
         what = (

@@ -2,8 +2,8 @@
 
 A *session* is entered once for all evaluations of a call (:func:`isolated`). It has the modules of the model for
 itself: calls in other threads that share one of them wait. Settings of the process are switched for as long as any
-session lasts (:mod:`ggn_ntk.models.switches`). Every evaluation starts from the state in which the model was found, and
-on exit that state is put back (:mod:`ggn_ntk.models.state`).
+session lasts (:mod:`ggn_ntk.process.switches`). Every evaluation starts from the state in which the model was found,
+and on exit that state is put back (:mod:`ggn_ntk.models.state`).
 """
 
 import threading
@@ -15,18 +15,16 @@ from typing import Any
 import torch
 from backpack import hook_store_io
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 from torch.nn import Module, RNNBase
 from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
 
-from ggn_ntk.models.autograd_graph import is_transformed
 from ggn_ntk.models.comparison import read
 from ggn_ntk.models.inspection import DRAWS, Inspection
 from ggn_ntk.models.state import State, Values, address_of, storage_of
-from ggn_ntk.models.switches import process_switches
-from ggn_ntk.models.turns import alone_with
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError, is_out_of_memory
+from ggn_ntk.process.switches import process_switches
+from ggn_ntk.process.turns import alone_with
 
 
 class _Entered(threading.local):
@@ -91,13 +89,6 @@ def isolated(model: Module) -> Iterator["Session"]:
                 session.verify(error)
             raise
         session.verify()
-
-
-@contextmanager
-def outside_of_transforms() -> Iterator[None]:
-    """Leave transforms of ``torch.func`` that are under way, in whose course a model may ask for another's kernel."""
-    with temporarily_clear_interpreter_stack() if is_transformed() else nullcontext():
-        yield
 
 
 def _default_device(device: torch.device) -> AbstractContextManager[Any]:

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ggn_ntk.models.turns import if_free
+from ggn_ntk.process.turns import if_free
 
 # How far to follow objects that modules hold, and up to how many entries to look into a container: a model may hold the
 # data set that it is trained on.

@@ -2,29 +2,25 @@
 
 import operator
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from difflib import get_close_matches
 from functools import reduce
 from typing import Any, SupportsIndex
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 from torch.jit import ScriptModule
 from torch.nn import DataParallel, Module
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves, tree_map
+from torch.utils._pytree import tree_leaves
 
-from ggn_ntk.memory.budget import check_result
-from ggn_ntk.models.autograd_graph import graph_nodes
-from ggn_ntk.models.comparison import TOLERANCES
-from ggn_ntk.models.inspection import in_low_precision, without_draws
-from ggn_ntk.models.isolation import isolated, outside_of_transforms
-from ggn_ntk.models.turns import alone_with
-from ggn_ntk.problem.errors import Problem, UnsupportedModelError, listed
+from ggn_ntk.problem.errors import listed
 from ggn_ntk.problem.inputs import Inputs, check_alike, kind_of, parse_inputs
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.result import finish, sum_kernels
+from ggn_ntk.process.transforms import is_wrapped, outside_of_transforms
+from ggn_ntk.process.turns import alone_with
 
 CAPTURES = ("auto", "backpack", "autograd")
 
@@ -108,7 +104,7 @@ class Request:
         if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
             raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}.")
         with nullcontext() if transforms else outside_of_transforms(), alone_with(model):
-            if not transforms and any(map(_is_wrapped, (*tree_leaves((x1, x2)), *model.parameters()))):
+            if not transforms and any(map(is_wrapped, (*tree_leaves((x1, x2)), *model.parameters()))):
                 raise ValueError(
                     "x1, x2 or a parameter is what a torch.func transform makes of a tensor: compute kernels outside."
                 )
@@ -142,123 +138,15 @@ class Request:
         """How many samples there are in x1, and in x2 if it is another set."""
         return [len(x) for x in (self.x1, self.x2) if x is not None]
 
-    @property
-    def foreign(self) -> bool:
-        """Whether code that is not torch's own may run between x and the outputs."""
-        with isolated(self.model) as session:
-            return session.foreign or self.output is not None
-
-    @property
-    def primals(self) -> dict[str, Tensor]:
-        """The wanted parameters as plain tensors without a graph: where derivatives are taken."""
-        with isolated(self.model) as session:
-            copy = _widened if self.widened else torch.clone if session.written else torch.Tensor.detach
-            return {name: copy(p.detach()) for name, p in self.params.items()}
-
     def label(self, sample: int) -> str:
         """Name a sample in a message, by its place among those of x1 and x2."""
         return f"x1[{sample}]" if sample < len(self.x1) else f"x2[{sample - len(self.x1)}]"
-
-    def resolve(self, out_shape: Size) -> OutputAxes:
-        """Find the role of each output axis, and refuse a kernel that cannot fit into memory.
-
-        Args:
-            out_shape: ``[*out]``, the shape of one sample's output.
-
-        Returns:
-            The roles.
-
-        Raises:
-            ValueError: If an axis that was asked for does not exist.
-            KernelMemoryError: If memory does not suffice for the result.
-        """
-        axes = self.axes.resolve(out_shape)
-        check_result(
-            (len(self.x1), len(self.second), *axes.roles.kernel), list(self.params.values()), self.per_parameter
-        )
-        return axes
 
     def of_all_parameters(self) -> "Request":
         """Make the same request for all parameters that require a gradient."""
         wanted = {id(p) for p in self.params.values()}
         others = {name: p for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in wanted}
         return replace(self, params=self.params | others)
-
-    def leaves(self, jitter: int | None = None) -> dict[str, Tensor]:
-        """Copy the wanted parameters, to take derivatives at; changed in the last digit, as a seed decides."""
-        copies = {name: (_widened(p) if self.widened else p).detach().clone() for name, p in self.params.items()}
-        if jitter is not None:
-            copies = {name: _jittered(copy, jitter) for name, copy in copies.items()}
-        return {name: copy.requires_grad_() for name, copy in copies.items()}
-
-    def evaluate(
-        self,
-        primals: dict[str, Tensor] | None,
-        inputs: Inputs,
-        *,
-        inspect: bool = False,
-        jitter: int | None = None,
-        within: Callable[[], AbstractContextManager[None]] = nullcontext,
-    ) -> Any:
-        """Evaluate the model as a pure function of the wanted parameters and the inputs.
-
-        It starts from the state in which the model was found. The other parameters are constants, and buffers and
-        inputs are passed as copies, so that code that writes to them leaves the user's alone.
-
-        Args:
-            primals: Values of the wanted parameters; ``None`` for the parameters themselves, which also
-                reaches a model that keeps references to them elsewhere than in its modules.
-            inputs: N samples.
-            inspect: Whether to look for code that draws random numbers or writes to parameters.
-            jitter: Change the other parameters and the inputs in the last digit, as this seed decides.
-            within: Makes a context to call the model in.
-
-        Returns:
-            Outputs ``[N, *out]``, if it is such a model.
-
-        Raises:
-            UnsupportedModelError: If it draws random numbers, computes in a low precision inside, or goes on with a
-                graph from an earlier call.
-        """
-        with isolated(self.model) as session:
-            values: dict[int, Tensor] = {}
-            if self.widened:
-                values = {id(t): _widened(t.detach()) for t in (*self.model.parameters(), *self.model.buffers())}
-            elif primals is not None:
-                values = {id(p): p.detach().clone() if session.written else p.detach() for p in self.model.parameters()}
-            if primals is not None:
-                if jitter is not None:
-                    values = {key: _jittered(value, jitter) for key, value in values.items()}
-                values |= {id(self.params[name]): value for name, value in primals.items()}
-
-            def call(within: Callable[[], AbstractContextManager[None]] = nullcontext) -> Any:
-                x = inputs.map(torch.clone if jitter is None else lambda t: _jittered(t, jitter))
-                x = x.map(_widened) if self.widened else x
-                with session.evaluation(values, inspect=inspect), within():
-                    result = self.model(*x.args, **x.kwargs)
-                    return result if self.output is None else self.output(result)
-
-            def call_with_graph() -> Any:
-                """Let a model differentiate something inside where no graph is wanted of it."""
-                try:
-                    return call()
-                except RuntimeError as error:
-                    if torch.is_grad_enabled() or "does not require grad" not in str(error):
-                        raise
-                with torch.enable_grad():
-                    return tree_map(lambda y: y.detach() if isinstance(y, Tensor) else y, call())
-
-            if not inspect:
-                return call(within) if within is not nullcontext else call_with_graph()
-            result = without_draws(call, within)
-            if not isinstance(result, Tensor):
-                return result
-            if session.low and result.dtype in TOLERANCES:
-                raise UnsupportedModelError([in_low_precision(session.low)])
-            if session.earlier and not session.earlier.isdisjoint(graph_nodes(result)):
-                what = "it uses a tensor with a graph from an earlier call, which a module holds"
-                raise UnsupportedModelError([Problem("", what, "Compute it in the forward pass, or detach() it")])
-            return result
 
     def assemble(self, kernels: Iterable[tuple[str, Tensor]], axes: OutputAxes) -> Tensor | dict[str, Tensor]:
         """Bring what a route computed to the layout of the public API.
@@ -276,25 +164,6 @@ class Request:
             dtype = reduce(torch.promote_types, dtypes.values())
             return finish(sums[""], axes, self.symmetric).to(dtype)
         return {name: finish(sums[name], axes, self.symmetric).to(dtype) for name, dtype in dtypes.items()}
-
-
-def _is_wrapped(x: Any) -> bool:
-    """Tell whether a value stands for another inside of a transform of ``torch.func``."""
-    return isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x)
-
-
-def _widened(x: Tensor) -> Tensor:
-    """Copy a tensor, real numbers in float64."""
-    return x.to(torch.float64, copy=True) if x.is_floating_point() else x.clone()
-
-
-def _jittered(x: Tensor, seed: int) -> Tensor:
-    """Change each number by a unit in its last digit, up or down."""
-    if not x.is_floating_point():
-        return x.clone()
-    generator = torch.Generator("cpu").manual_seed(seed)
-    signs = torch.randint(2, x.shape, generator=generator, device="cpu").to(x.device, x.dtype) * 2 - 1
-    return x + x * signs * torch.finfo(x.dtype).eps
 
 
 def check_wrappers(model: Module) -> None:

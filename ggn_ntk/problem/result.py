@@ -74,3 +74,15 @@ def finish(kernel: Tensor, axes: OutputAxes, symmetric: bool) -> Tensor:
     if symmetric:
         kernel = (kernel + transpose(kernel)) / 2
     return axes.separate(kernel)
+
+
+class EmpiricalKernels(NamedTuple):
+    """The two kernels of a network, of one shape.
+
+    Attributes:
+        ntk: The empirical neural tangent kernel.
+        nngp: The empirical NNGP kernel.
+    """
+
+    ntk: Tensor
+    nngp: Tensor

@@ -13,7 +13,8 @@ import torch
 from torch import Size, Tensor, nn
 from torch.nn import functional as F
 
-from ggn_ntk.rules.registry import Factored, Inner, register_inner, register_rule
+from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.rules.registry import Inner, register_inner, register_rule
 
 
 @register_rule(nn.MultiheadAttention)

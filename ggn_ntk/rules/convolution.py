@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from ggn_ntk.contraction.factored import Factored
 from ggn_ntk.rules.registry import (
-    Factored,
     channels_last,
     register_backpropagation,
     register_rule,

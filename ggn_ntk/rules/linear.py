@@ -2,7 +2,8 @@
 
 from torch import Tensor, nn
 
-from ggn_ntk.rules.registry import Factored, register_backpropagation, register_rule
+from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.rules.registry import register_backpropagation, register_rule
 
 
 @register_rule(nn.Linear)

@@ -5,7 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ggn_ntk.rules.registry import Factored, register_backpropagation, register_rule
+from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.rules.registry import register_backpropagation, register_rule
 
 
 def _scale_and_shift(normalized: Tensor, s: Tensor) -> dict[str, Factored]:

@@ -8,9 +8,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ggn_ntk.contraction.factored import Factored
 from ggn_ntk.rules.embedding import embedding
 from ggn_ntk.rules.normalization import channel_norm
-from ggn_ntk.rules.registry import Factored, register_rule_by_name
+from ggn_ntk.rules.registry import register_rule_by_name
 
 
 @register_rule_by_name("transformers.pytorch_utils.Conv1D")

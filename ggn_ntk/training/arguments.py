@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Size, Tensor
 
-from ggn_ntk.kernels.outputs import EmpiricalKernels
+from ggn_ntk.problem.result import EmpiricalKernels
 from ggn_ntk.spectrum.matrix import check_kernel, flatten, symmetric_matrix, unflatten
 
 

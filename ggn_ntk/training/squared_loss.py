@@ -32,7 +32,7 @@ import numpy as np
 import torch
 from torch import Size, Tensor
 
-from ggn_ntk.kernels.outputs import EmpiricalKernels
+from ggn_ntk.problem.result import EmpiricalKernels
 from ggn_ntk.spectrum.matrix import Decomposition, check_number, decompose, flatten, symmetric_matrix
 from ggn_ntk.training.arguments import Gaussian, Layout, check_kernels, check_shape, parse_test
 from ggn_ntk.training.schedules import Descent, Flow, Schedule

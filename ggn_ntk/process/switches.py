@@ -18,7 +18,7 @@ from torch._functorch import eager_transforms
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint
 
-from ggn_ntk.models.turns import forward_mode
+from ggn_ntk.process.turns import forward_mode
 
 # Warnings that say nothing about the user's call, by the start of their text.
 _WARNINGS = [

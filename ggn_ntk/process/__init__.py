@@ -1,0 +1,1 @@
+"""What all threads of the process share: settings, turns, and torch itself."""
