@@ -23,11 +23,7 @@ _METHODS = [method.value for method in Method if method is not Method.AUTO]
 
 
 def cnn() -> nn.Sequential:
-    """Build the CNN of the PyTorch tutorial "Neural Tangent Kernels", for 3x32x32 images.
-
-    Returns:
-        The CNN, with 10 outputs.
-    """
+    """Build the CNN of the PyTorch tutorial "Neural Tangent Kernels", for 3x32x32 images."""
     return nn.Sequential(
         nn.Conv2d(3, 32, 3),
         nn.ReLU(),
@@ -40,14 +36,7 @@ def cnn() -> nn.Sequential:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the demo.
-
-    Args:
-        arguments: Command line arguments; ``None`` for the process's.
-
-    Returns:
-        The exit status: 0 if all routes agree with the oracle, else 1.
-    """
+    """Run the demo."""
     options = _parse(arguments)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _DTYPES[options.dtype]
@@ -78,14 +67,7 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
-    """Read the command line.
-
-    Args:
-        arguments: The arguments.
-
-    Returns:
-        The options.
-    """
+    """Read the command line."""
     description = "The NTK of a small CNN by every route, their agreement and their times."
     parser = argparse.ArgumentParser(prog="python -m ggn_ntk", description=description)
     parser.add_argument("--n1", type=_positive, default=20, help="samples in x1 (default: %(default)s)")
@@ -106,34 +88,14 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
 
 
 def _positive(text: str) -> int:
-    """Read a positive integer.
-
-    Args:
-        text: What was given.
-
-    Returns:
-        The number.
-
-    Raises:
-        ArgumentTypeError: If it is not positive.
-    """
+    """Read a positive integer."""
     if (number := int(text)) < 1:
         raise argparse.ArgumentTypeError(f"must be at least 1, got {text}")
     return number
 
 
 def _device(text: str) -> str:
-    """Read a device that can be used.
-
-    Args:
-        text: What was given.
-
-    Returns:
-        The device.
-
-    Raises:
-        ArgumentTypeError: If nothing can be put on it.
-    """
+    """Read a device that can be used."""
     try:
         torch.empty(1, device=text)
     except (RuntimeError, AssertionError) as error:
@@ -142,17 +104,7 @@ def _device(text: str) -> str:
 
 
 def _file(text: str) -> Path:
-    """Read where to save something, and make sure that this can be done.
-
-    Args:
-        text: What was given.
-
-    Returns:
-        The path.
-
-    Raises:
-        ArgumentTypeError: If nothing can be written there.
-    """
+    """Read where to save something, and make sure that this can be done."""
     path = Path(text)
     reason = None
     if path.is_dir():
@@ -167,29 +119,14 @@ def _file(text: str) -> Path:
 
 
 def _describe(device: str) -> str:
-    """Name a device.
-
-    Args:
-        device: The device.
-
-    Returns:
-        Its name, or the number of threads on a CPU.
-    """
+    """Name a device."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_name(device)
     return f"{device} ({torch.get_num_threads()} threads)"
 
 
 def _median_seconds(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Time computations that have run once before, one after the other in each round.
-
-    Args:
-        runs: The computations, by name.
-        repeats: The number of rounds.
-
-    Returns:
-        The median time of each in seconds.
-    """
+    """Time computations that have run once before, one after the other in each round."""
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
@@ -208,16 +145,7 @@ def _synchronize() -> None:
 
 
 def _table(errors: dict[str, float], seconds: dict[str, float], tolerance: float) -> str:
-    """Lay out the results.
-
-    Args:
-        errors: Relative error of each method.
-        seconds: Median time of each method.
-        tolerance: The largest error that counts as agreement.
-
-    Returns:
-        The table.
-    """
+    """Lay out the results."""
     fastest = min(seconds.values())
     lines = [f"{'method':<22}{'relative error':>16}{'agrees':>8}{'seconds':>11}{'ratio':>8}"]
     for method, error in errors.items():
@@ -227,12 +155,8 @@ def _table(errors: dict[str, float], seconds: dict[str, float], tolerance: float
 
 
 def _save_picture(trace: Tensor, path: Path) -> None:
-    """Draw a trace kernel.
-
-    Args:
-        trace: ``[N1, N2]``.
-        path: Where to save the picture.
-    """
+    """Draw a trace kernel."""
+    # trace [N1, N2]
     try:
         from matplotlib.figure import Figure
     except ImportError:

@@ -150,17 +150,7 @@ def plot_training(
 
 
 def _axes(ax: Any) -> Any:
-    """Find the axes to draw into.
-
-    Args:
-        ax: Matplotlib axes, or ``None``.
-
-    Returns:
-        These, or the current axes.
-
-    Raises:
-        ImportError: If matplotlib is not installed.
-    """
+    """Find the axes to draw into."""
     try:
         from matplotlib import pyplot as plt
     except ImportError:
@@ -169,14 +159,8 @@ def _axes(ax: Any) -> Any:
 
 
 def _trace(kernel: Tensor) -> Tensor:
-    """Sum a kernel over outputs.
-
-    Args:
-        kernel: ``[N1, N2, *out, *out]`` or ``[N1, N2]``.
-
-    Returns:
-        ``[N1, N2]``.
-    """
+    """Sum a kernel over outputs."""
+    # kernel [N1, N2, *out, *out] -> [N1, N2]
     if kernel.ndim == 2:
         return kernel
     half = (kernel.ndim - 2) // 2
@@ -184,12 +168,7 @@ def _trace(kernel: Tensor) -> Tensor:
 
 
 def _divide_classes(ax: Any, classes: Tensor) -> None:
-    """Draw lines between classes and name them.
-
-    Args:
-        ax: Matplotlib axes.
-        classes: Classes of samples in the order they are drawn in.
-    """
+    """Draw lines between classes and name them."""
     names, counts = classes.unique_consecutive(return_counts=True)
     ends = counts.cumsum(0)
     for end in ends[:-1].tolist():
@@ -203,58 +182,24 @@ def _divide_classes(ax: Any, classes: Tensor) -> None:
 
 
 def _evenly_on_log_axis(n: int) -> list[int]:
-    """Choose points for markers.
-
-    Args:
-        n: The number of points.
-
-    Returns:
-        The positions of eight at most.
-    """
+    """Choose points for markers."""
     return sorted({round(n ** (i / 7)) - 1 for i in range(8)} if n else [])
 
 
 def _line(index: int, every: int | list[int]) -> dict[str, Any]:
-    """Choose the style of a curve.
-
-    Args:
-        index: Which curve it is.
-        every: How many points go to a marker, or which points have one.
-
-    Returns:
-        Keyword arguments of ``Axes.plot``.
-    """
+    """Choose the style of a curve."""
     style = {"color": COLORS[index % len(COLORS)], "marker": _MARKERS[index % len(_MARKERS)]}
     return style | {"markersize": 5, "markevery": every, "linewidth": 1.5}
 
 
 def _numbers(values: Any) -> Any:
-    """Bring numbers to a form that matplotlib takes.
-
-    Args:
-        values: A tensor, array or sequence of numbers.
-
-    Returns:
-        A NumPy array.
-    """
+    """Bring numbers to a form that matplotlib takes."""
     tensor = values.detach().cpu() if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float64)
     return tensor.double().numpy()
 
 
 def _matching(argument: str, values: Any, x: Any) -> Any:
-    """Bring the numbers of a curve to a form that matplotlib takes.
-
-    Args:
-        argument: What they are called.
-        values: A tensor, array or sequence of numbers.
-        x: The steps they belong to.
-
-    Returns:
-        A NumPy array.
-
-    Raises:
-        ValueError: If there are not as many as steps.
-    """
+    """Bring the numbers of a curve to a form that matplotlib takes."""
     y = _numbers(values)
     if y.shape != x.shape or y.ndim != 1:
         raise ValueError(f"{argument} must hold one number for each step, got shapes {y.shape} and {x.shape}.")

@@ -26,18 +26,10 @@ BUDGET = 2**24
 def add_products(
     kernels: dict[str, Tensor], products: Sequence[tuple[str, Doubled]], shape: Sequence[int], n1: int | None
 ) -> None:
-    """Add products of Jacobians to kernels, in blocks of samples that keep intermediate results small.
-
-    Products are taken together, so that they share intermediate results: the weight and bias of a layer the Gram
-    matrix of ``s``, and x1 and x2 the Jacobian where they are the same samples.
-
-    Args:
-        kernels: The kernels, by name; changed in place. Those that are not there yet are made.
-        products: Which product to add to which kernel. Operands are over all samples.
-        shape: Shape of a kernel, ``[N1, N2, E, F, F]``.
-        n1: How many samples are x1, the others x2; ``None`` where all are both: then only pairs of blocks on and
-            above the diagonal are computed, and mirrored.
-    """
+    """Add products of Jacobians to kernels, in blocks of samples that keep intermediate results small."""
+    # Products are taken together, so that they share intermediate results: the weight and bias of a layer the Gram
+    # matrix of ``s``, and x1 and x2 the Jacobian where they are the same samples.
+    # shape [N1, N2, E, F, F]
     n, m = shape[:2]
     some = next(o.tensor for _, product in products for o in product.first if not o.hot)
     new = {name: some.new_empty(*shape) for name, _ in products if name not in kernels}
@@ -71,21 +63,9 @@ def add_products(
 def _summed(
     products: Sequence[tuple[str, Doubled]], rows: slice, columns: slice, memo: Memo, sizes: Mapping[str, int]
 ) -> Iterator[tuple[str, Tensor, Tensor | int]]:
-    """Compute products of Jacobians, as few passes over a block of the kernel as they take.
-
-    The kernels of a weight and a bias may share a factor of the block's size, say the Gram matrix G of ``s``: then
-    their sum is G * (X + 1), with the Gram matrix X of the inputs.
-
-    Args:
-        products: Which product to add to which kernel.
-        rows: Samples of x1.
-        columns: Samples of x2.
-        memo: Keeps intermediate results.
-        sizes: The numbers of all samples: each block is contracted in the order that is cheapest for all of them.
-
-    Yields:
-        The kernel's name and two factors that broadcast to the block.
-    """
+    """Compute products of Jacobians, as few passes over a block of the kernel as they take."""
+    # The kernels of a weight and a bias may share a factor of the block's size, say the Gram matrix G of ``s``: then
+    # their sum is G * (X + 1), with the Gram matrix X of the inputs.
     sums: dict[Hashable, tuple[str, Tensor, Tensor | int]] = {}
     for name, product in products:
         operands = looked_up(restrict(product, rows, columns))
@@ -103,13 +83,7 @@ def _summed(
 
 
 def _accumulate(block: Tensor, large: Tensor, other: Tensor | int) -> None:
-    """Add a product to a block of a kernel, in one pass.
-
-    Args:
-        block: The block; changed in place.
-        large: One factor.
-        other: The other factor.
-    """
+    """Add a product to a block of a kernel, in one pass."""
     if isinstance(other, int):
         block.add_(large, alpha=other)
     else:
@@ -117,59 +91,28 @@ def _accumulate(block: Tensor, large: Tensor, other: Tensor | int) -> None:
 
 
 def _write(block: Tensor, large: Tensor, other: Tensor | int) -> None:
-    """Write a product to a block of a kernel that holds no numbers yet.
-
-    Args:
-        block: The block; changed in place.
-        large: One factor.
-        other: The other factor.
-    """
+    """Write a product to a block of a kernel that holds no numbers yet."""
     torch.mul(large.expand(block.shape), other, out=block)
 
 
 def restrict(product: Doubled, rows: slice, columns: slice) -> list[Operand]:
-    """Select samples of the operands of a product.
-
-    Args:
-        product: The product, over all samples.
-        rows: Samples of x1.
-        columns: Samples of x2.
-
-    Returns:
-        The operands.
-    """
+    """Select samples of the operands of a product."""
     first = [_sliced(o, "n", rows) for o in product.first]
     return first + [_sliced(o, "m", columns) for o in product.second]
 
 
 class _BlockSize(NamedTuple):
-    """How many samples are taken at a time.
+    """How many samples are taken at a time."""
 
-    Attributes:
-        rows: Of x1.
-        columns: Of x2, for what depends on x2 alone.
-        pairs: Of x2, for what depends on both.
-    """
-
-    rows: int
-    columns: int
-    pairs: int
+    rows: int  # of x1
+    columns: int  # of x2, for what depends on x2 alone
+    pairs: int  # of x2, for what depends on both
 
 
 def _block_size(products: Sequence[tuple[str, Doubled]], sizes: Mapping[str, int], cached: int) -> _BlockSize:
-    """Choose blocks of samples for which intermediate results keep to their budgets.
-
-    What depends on both x1 and x2 stays in a processor's cache. Of x2 as few samples as possible take part in it: with
-    one alone, its letter is no obstacle where others have to be put together.
-
-    Args:
-        products: The products to compute.
-        sizes: The numbers of all samples x1 and x2, by letter.
-        cached: Numbers that an intermediate result of both may hold.
-
-    Returns:
-        The size of blocks.
-    """
+    """Choose blocks of samples for which intermediate results keep to their budgets."""
+    # What depends on both x1 and x2 stays in a processor's cache. Of x2 as few samples as possible take part in it:
+    # with one alone, its letter is no obstacle where others have to be put together.
     largest = {"n": 1, "m": 1, "nm": 1}
     for _, product in products:
         for letters, size in _intermediates(product, sizes):
@@ -181,15 +124,7 @@ def _block_size(products: Sequence[tuple[str, Doubled]], sizes: Mapping[str, int
 
 
 def _intermediates(product: Doubled, samples: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    """List the intermediate results on the way to a product.
-
-    Args:
-        product: The product.
-        samples: The numbers of all samples x1 and x2, by letter.
-
-    Yields:
-        The letters of each, and its size for one sample of x1 and one of x2.
-    """
+    """List the intermediate results on the way to a product."""
     given = [*product.first, *product.second]
     operands = looked_up(without_data(given))
     sizes = {letter: size for o in operands for letter, size in zip(o.letters, o.tensor.shape, strict=True)}
@@ -205,16 +140,7 @@ def _intermediates(product: Doubled, samples: Mapping[str, int]) -> Iterator[tup
 
 
 def _sliced(operand: Operand, letter: str, samples: slice) -> Operand:
-    """Select samples of an operand.
-
-    Args:
-        operand: The operand.
-        letter: The letter of its samples; it may lack it.
-        samples: Which samples.
-
-    Returns:
-        The selection.
-    """
+    """Select samples of an operand."""
     if letter not in operand.letters:
         return operand
     tensor = operand.tensor.narrow(operand.letters.index(letter), samples.start, samples.stop - samples.start)

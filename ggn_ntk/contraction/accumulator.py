@@ -33,15 +33,7 @@ class Accumulator:
         counts: Counter[str] | None = None,
         formed: Container[str] = (),
     ) -> None:
-        """Set up.
-
-        Args:
-            roles: The number of outputs in each role.
-            n1: How many samples are x1; ``None`` where all are both x1 and x2.
-            per_parameter: Whether to keep kernels of parameters apart.
-            counts: How often each parameter is used; ``None`` for once.
-            formed: Parameters whose Jacobians are formed before x1 meets x2.
-        """
+        """Set up."""
         self.roles, self.n1, self.per_parameter = roles, n1, per_parameter
         self._counts = Counter() if counts is None else counts
         self._formed = formed
@@ -49,38 +41,18 @@ class Accumulator:
         self._waiting: dict[str, list[Factored]] = defaultdict(list)
 
     def is_reused(self, name: str) -> bool:
-        """Tell whether Jacobians of a parameter wait for others.
-
-        Args:
-            name: The parameter.
-
-        Returns:
-            Whether it is used more than once.
-        """
+        """Tell whether Jacobians of a parameter wait for others."""
         return self._counts[name] > 1
 
     def parts(self, name: str, jacobian: Factored, n: int) -> list[Part] | None:
-        """Group the operands of a Jacobian by what can be contracted for some samples by themselves.
-
-        Args:
-            name: The parameter.
-            jacobian: The Jacobian of some samples.
-            n: The number of all samples.
-
-        Returns:
-            The groups, or ``None`` where nothing can.
-        """
+        """Group the operands of a Jacobian by what can be contracted for some samples by themselves."""
         if self.is_reused(name):
             return None
         n1 = n if self.n1 is None else self.n1
         return parts(jacobian, n1, n1 if self.n1 is None else n - n1, self.roles, formed=name in self._formed)
 
     def add(self, jacobians: dict[str, Factored]) -> None:
-        """Add one use of a layer.
-
-        Args:
-            jacobians: The Jacobian of each wanted parameter, by name.
-        """
+        """Add one use of a layer."""
         once, products = list[Factored](), list[tuple[str, Doubled]]()
         for name, jacobian in jacobians.items():
             self._waiting[name].append(jacobian)
@@ -97,12 +69,7 @@ class Accumulator:
             self._contract(products, jacobian.sizes["n"])
 
     def _contract(self, products: list[tuple[str, Doubled]], n: int) -> None:
-        """Contract products of Jacobians.
-
-        Args:
-            products: Which product to add to which kernel.
-            n: The number of samples.
-        """
+        """Contract products of Jacobians."""
         samples = (n, n) if self.n1 is None else (self.n1, n - self.n1)
         add_products(self.kernels, products, (*samples, *self.roles.kernel), self.n1)
 
@@ -119,35 +86,15 @@ class Recorder(Accumulator):
         counts: Counter[str],
         formed: Container[str],
     ) -> None:
-        """Set up.
-
-        Args:
-            products: Where to: names of parameters and products.
-            roles: The number of outputs in each role.
-            n1: How many samples are x1; ``None`` where all are both x1 and x2.
-            per_parameter: Whether to keep parameters apart.
-            counts: How often each parameter is used.
-            formed: Parameters whose Jacobians are formed before x1 meets x2.
-        """
+        """Set up."""
         super().__init__(roles, n1, per_parameter, counts, formed)
         self._products = products
 
     def parts(self, name: str, jacobian: Factored, n: int) -> None:
-        """Keep operands apart: products of whole Jacobians are to be taken down.
-
-        Args:
-            name: The parameter.
-            jacobian: The Jacobian of some samples.
-            n: The number of all samples.
-        """
+        """Keep operands apart: products of whole Jacobians are to be taken down."""
 
     def _contract(self, products: list[tuple[str, Doubled]], n: int) -> None:
-        """Take products down.
-
-        Args:
-            products: Which product belongs to which parameter.
-            n: The number of samples.
-        """
+        """Take products down."""
         self._products += [
             (name, replace(p, first=tuple(without_data(p.first)), second=tuple(without_data(p.second))))
             for name, p in products

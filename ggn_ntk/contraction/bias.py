@@ -15,14 +15,7 @@ from ggn_ntk.contraction.factored import Factored
 
 
 def join_biases(jacobians: Iterable[Factored]) -> list[Factored]:
-    """Join the Jacobians of biases with those of their weights, as far as this saves work.
-
-    Args:
-        jacobians: Jacobians of parameters whose kernels are summed.
-
-    Returns:
-        Jacobians whose kernels have the same sum.
-    """
+    """Join the Jacobians of biases with those of their weights, as far as this saves work."""
     found: list[Factored] = []
     for jacobian in sorted(jacobians, key=lambda jacobian: -len(jacobian.operands)):
         weights = ((place, joined) for place, weight in enumerate(found) if (joined := _joined(weight, jacobian)))
@@ -32,16 +25,7 @@ def join_biases(jacobians: Iterable[Factored]) -> list[Factored]:
 
 
 def _joined(weight: Factored, bias: Factored) -> Factored | None:
-    """Write the Jacobians of a weight and a bias as that of a weight with one more input.
-
-    Args:
-        weight: Say ``cnpo,npi->cnoi``.
-        bias: Say ``cnpo->cno``.
-
-    Returns:
-        The Jacobian; ``None`` where they are no weight and bias of one layer, or it saves nothing: without positions
-        both share the Gram matrix of ``s``, and an input that is larger than ``s`` is not worth a copy.
-    """
+    """Write the Jacobians of a weight and a bias as that of a weight with one more input."""
     inputs = [letter for letter in weight.result if letter not in bias.result]
     if len(weight.operands) != 2 or len(bias.operands) != 1 or len(inputs) != 1:
         return None

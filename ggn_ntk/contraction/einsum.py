@@ -27,45 +27,22 @@ _LONG, _PARTIAL = 2**14, 2**22
 
 
 class Operand(NamedTuple):
-    """A tensor with a letter for each axis.
+    """A tensor with a letter for each axis."""
 
-    Attributes:
-        letters: The letters.
-        tensor: The tensor.
-        key: What it was computed from: operands of equal keys hold equal numbers.
-        hot: Where the tensor holds the places of ones in one-hot vectors: the letter of the vectors' own axis.
-        size: The length of these vectors.
-    """
-
-    letters: str
-    tensor: Tensor
-    key: Hashable
-    hot: str = ""
-    size: int = 0
+    letters: str  # the letters
+    tensor: Tensor  # the tensor
+    key: Hashable  # what it was computed from: operands of equal keys hold equal numbers
+    hot: str = ""  # where the tensor holds the places of ones in one-hot vectors: the letter of the vectors' own axis
+    size: int = 0  # the length of these vectors
 
 
 def memory_of(tensor: Tensor) -> Hashable:
-    """Tell which entries of which memory a tensor holds.
-
-    Args:
-        tensor: The tensor.
-
-    Returns:
-        A key, equal for tensors of one dtype that are views of the same entries in the same order.
-    """
+    """Tell which entries of which memory a tensor holds."""
     return (tensor.data_ptr(), tensor.shape, tensor.stride())
 
 
 def as_operand(letters: str, tensor: Tensor) -> Operand:
-    """Give a tensor letters, without the axes along which it has one value.
-
-    Args:
-        letters: A letter for each axis.
-        tensor: The tensor.
-
-    Returns:
-        The operand; it lacks the letter of samples where the tensor is the same for all of them.
-    """
+    """Give a tensor letters, without the axes along which it has one value."""
     key = memory_of(tensor)
     for axis in reversed(range(tensor.ndim)):
         same_for_samples = letters[axis] in "nm" and tensor.stride(axis) == 0 and tensor.shape[axis] > 1
@@ -85,29 +62,14 @@ class Memo:
     """
 
     def __init__(self, symmetric: bool = False, keep_copies: bool = False) -> None:
-        """Set up.
-
-        Args:
-            symmetric: Whether x1 and x2 are the same samples.
-            keep_copies: Whether to keep operands that were copied to put letters together: where several blocks of x2
-                meet the same of x1.
-        """
+        """Set up."""
         self.symmetric, self.keep_copies = symmetric, keep_copies
         self._of_pair: dict[Hashable, Tensor] = {}
         self._of_rows: dict[Hashable, Tensor] = {}
         self._of_samples: dict[Hashable, Tensor] = {}
 
     def get(self, key: Hashable, letters: str, compute: Callable[[], Tensor]) -> Tensor:
-        """Look a result up, or compute it.
-
-        Args:
-            key: Its key.
-            letters: Its letters.
-            compute: Computes it.
-
-        Returns:
-            The result.
-        """
+        """Look a result up, or compute it."""
         of_one = self._of_samples if self.symmetric or "n" not in letters else self._of_rows
         kept = self._of_pair if "n" in letters and "m" in letters else of_one
         if key not in kept:
@@ -127,17 +89,7 @@ class Memo:
 
 @lru_cache(maxsize=4096)
 def path_info(equation: str, shapes: tuple[tuple[int, ...], ...], apart: int = 0) -> PathInfo:
-    """Find the order of contraction with the fewest operations.
-
-    Args:
-        equation: The einsum.
-        shapes: The shapes of its operands.
-        apart: How many leading operands to contract by themselves, and so the others, before the two meet; 0 for any
-            order.
-
-    Returns:
-        The order, with its cost.
-    """
+    """Find the order of contraction with the fewest operations."""
     path = _path_apart(equation, shapes, apart) if apart else _search(equation, shapes)
     return opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=path)[1]
 
@@ -171,17 +123,7 @@ def _path_apart(equation: str, shapes: Sequence[tuple[int, ...]], first: int) ->
 def path_of(
     operands: Sequence[Operand], result: str, sizes: Mapping[str, int] = MappingProxyType({}), apart: int = 0
 ) -> PathInfo:
-    """Find the order in which to contract operands.
-
-    Args:
-        operands: The operands.
-        result: The letters to keep, of which operands may lack some.
-        sizes: The sizes of letters where they shall not be those of the operands.
-        apart: As in :func:`path_info`.
-
-    Returns:
-        The order, with its cost.
-    """
+    """Find the order in which to contract operands."""
     present = set().union(*(o.letters for o in operands))
     kept = "".join(letter for letter in result if letter in present)
     equation = ",".join(o.letters for o in operands) + "->" + kept
@@ -191,16 +133,7 @@ def path_of(
 
 
 def contract(operands: Sequence[Operand], result: str, memo: Memo) -> Operand:
-    """Contract operands in the cheapest order.
-
-    Args:
-        operands: The operands.
-        result: The letters to keep.
-        memo: Keeps intermediate results.
-
-    Returns:
-        The result, its letters in any order; those that no operand has are left out.
-    """
+    """Contract operands in the cheapest order."""
     return step(contract_to_last(operands, result, memo), set(result), memo)
 
 
@@ -211,18 +144,7 @@ def contract_to_last(
     sizes: Mapping[str, int] = MappingProxyType({}),
     apart: int = 0,
 ) -> list[Operand]:
-    """Contract operands in the cheapest order, up to the last product.
-
-    Args:
-        operands: The operands.
-        result: The letters to keep.
-        memo: Keeps intermediate results.
-        sizes: The sizes of letters of which operands hold a block; they decide on the order.
-        apart: As in :func:`path_info`.
-
-    Returns:
-        One or two operands, whose product is the result.
-    """
+    """Contract operands in the cheapest order, up to the last product."""
     remaining = list(operands)
     for places in path_of(operands, result, sizes, apart).path:
         taken = [remaining.pop(i) for i in sorted(places, reverse=True)][::-1]
@@ -234,16 +156,7 @@ def contract_to_last(
 
 
 def step(taken: list[Operand], needed: set[str], memo: Memo) -> Operand:
-    """Contract one or two operands, unless it was done before.
-
-    Args:
-        taken: The operands.
-        needed: Letters that must remain.
-        memo: Intermediate results.
-
-    Returns:
-        The result.
-    """
+    """Contract one or two operands, unless it was done before."""
     if len(taken) == 1:
         return taken[0]
     a, b = taken
@@ -258,23 +171,15 @@ def step(taken: list[Operand], needed: set[str], memo: Memo) -> Operand:
 
 
 class Matrices(NamedTuple):
-    """How two operands are multiplied as matrices.
+    """How two operands are multiplied as matrices."""
 
-    Attributes:
-        first: The factor that gives the rows.
-        second: The factor that gives the columns.
-        batch: Letters of the batch of matrices, of which the first factor may lack some: it is repeated along these.
-        rows: Letters of the first factor alone.
-        summed: Letters that are summed.
-        columns: Letters of the second factor alone.
-    """
-
-    first: Operand
-    second: Operand
+    first: Operand  # the factor that gives the rows
+    second: Operand  # the factor that gives the columns
+    # Letters of the batch of matrices, of which the first factor may lack some: it is repeated along these
     batch: list[str]
-    rows: list[str]
-    summed: list[str]
-    columns: list[str]
+    rows: list[str]  # letters of the first factor alone
+    summed: list[str]  # letters that are summed
+    columns: list[str]  # letters of the second factor alone
 
     @property
     def letters(self) -> str:
@@ -283,18 +188,7 @@ class Matrices(NamedTuple):
 
 
 def as_matrices(a: Operand, b: Operand, needed: set[str]) -> Matrices:
-    """Order the letters of a product of two operands.
-
-    Args:
-        a: One factor.
-        b: The other factor.
-        needed: Letters that must remain.
-
-    Returns:
-        The order: rows from ``a`` and columns from ``b``, each as they lie in memory. But where rows of the larger
-        factor lie both outside and inside of what is summed, so that they are no one axis without a copy of it, the
-        outer ones go to the batch and the inner ones are the columns, if the other factor can be repeated for less.
-    """
+    """Order the letters of a product of two operands."""
     larger, smaller = (a, b) if a.tensor.numel() >= b.tensor.numel() else (b, a)
     summed = [letter for letter in _by_stride(larger) if letter in smaller.letters and letter not in needed]
     outer = _outer_rows(larger, smaller, summed)
@@ -307,16 +201,7 @@ def as_matrices(a: Operand, b: Operand, needed: set[str]) -> Matrices:
 
 
 def _outer_rows(larger: Operand, smaller: Operand, summed: list[str]) -> list[str]:
-    """Find rows of the larger factor that lie outside of what is summed, others lying inside.
-
-    Args:
-        larger: The larger factor.
-        smaller: The other factor.
-        summed: Letters that are summed.
-
-    Returns:
-        The letters of these rows; none where the other factor, repeated for each, would be larger than this factor.
-    """
+    """Find rows of the larger factor that lie outside of what is summed, others lying inside."""
     sizes = dict(zip(larger.letters, larger.tensor.shape, strict=True))
     order = [letter for letter in _by_stride(larger) if sizes[letter] > 1]  # the others may lie anywhere
     first = next((place for place, letter in enumerate(order) if letter in summed), len(order))
@@ -328,29 +213,13 @@ def _outer_rows(larger: Operand, smaller: Operand, summed: list[str]) -> list[st
 
 
 def _by_stride(operand: Operand) -> list[str]:
-    """List an operand's letters as they lie in memory.
-
-    Args:
-        operand: The operand.
-
-    Returns:
-        Its letters, outermost first.
-    """
+    """List an operand's letters as they lie in memory."""
     strides = dict(zip(operand.letters, operand.tensor.stride(), strict=True))
     return sorted(operand.letters, key=lambda letter: -strides[letter])
 
 
 def multiply(product: Matrices, memo: Memo, out: Tensor | None = None) -> Tensor:
-    """Multiply two operands: entry by entry where no letter is summed, else as matrices.
-
-    Args:
-        product: The operands, and the order of their letters.
-        memo: Keeps copies of operands.
-        out: Where to put the product.
-
-    Returns:
-        The product, with an axis for each of its letters.
-    """
+    """Multiply two operands: entry by entry where no letter is summed, else as matrices."""
     if out is not None and not out.is_contiguous():
         return out.copy_(multiply(product, memo))
     first, second, letters = product.first, product.second, product.letters
@@ -376,15 +245,8 @@ def multiply(product: Matrices, memo: Memo, out: Tensor | None = None) -> Tensor
 
 
 def _long_products(left: Tensor, right: Tensor) -> Tensor:
-    """Multiply a batch of matrices, adding up few terms at a time, and these sums in pairs.
-
-    Args:
-        left: ``[B, R, S]``.
-        right: ``[B, S, C]``.
-
-    Returns:
-        ``[B, R, C]``.
-    """
+    """Multiply a batch of matrices, adding up few terms at a time, and these sums in pairs."""
+    # left [B, R, S], right [B, S, C] -> [B, R, C]
     (batch, rows, summed), columns = left.shape, right.shape[2]
     length = max(_LONG, ceil(summed * batch * rows * columns / _PARTIAL))
     count, whole = summed // length, summed - summed % length
@@ -397,17 +259,8 @@ def _long_products(left: Tensor, right: Tensor) -> Tensor:
 
 
 def _matrices(operand: Operand, groups: tuple[list[str], ...], sizes: Mapping[str, int], memo: Memo) -> Tensor:
-    """Merge groups of letters to one axis each, without a copy where the operand's memory allows.
-
-    Args:
-        operand: The operand.
-        groups: Letters of the batch of matrices, of their rows, and of their columns.
-        sizes: The size of each letter.
-        memo: Keeps copies.
-
-    Returns:
-        ``[batch, rows, columns]``. A copy keeps innermost in memory what was, to be made in long runs.
-    """
+    """Merge groups of letters to one axis each, without a copy where the operand's memory allows."""
+    # -> [batch, rows, columns]
     if not memo.keep_copies:
         return _merged(operand, groups, sizes)
     names = {letter: operand.letters.find(letter) for group in groups for letter in group}
@@ -416,16 +269,8 @@ def _matrices(operand: Operand, groups: tuple[list[str], ...], sizes: Mapping[st
 
 
 def _merged(operand: Operand, groups: tuple[list[str], ...], sizes: Mapping[str, int]) -> Tensor:
-    """Merge groups of letters; see :func:`_matrices`.
-
-    Args:
-        operand: The operand.
-        groups: The groups.
-        sizes: The size of each letter.
-
-    Returns:
-        ``[batch, rows, columns]``.
-    """
+    """Merge groups of letters; see :func:`_matrices`."""
+    # -> [batch, rows, columns]
     batch, rows, columns = groups
     transposed = _by_stride(operand)[-1] in rows
     order = (batch, columns, rows) if transposed else groups
@@ -438,15 +283,7 @@ def _merged(operand: Operand, groups: tuple[list[str], ...], sizes: Mapping[str,
 
 
 def aligned(operand: Operand, letters: str) -> Tensor:
-    """Order an operand's axes, with an axis of length one for each letter it lacks.
-
-    Args:
-        operand: The operand.
-        letters: The wanted letters.
-
-    Returns:
-        A view that broadcasts.
-    """
+    """Order an operand's axes, with an axis of length one for each letter it lacks."""
     tensor = operand.tensor.permute([operand.letters.index(letter) for letter in letters if letter in operand.letters])
     for axis, letter in enumerate(letters):
         if letter not in operand.letters:

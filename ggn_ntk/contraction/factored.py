@@ -46,11 +46,7 @@ class Factored:
     operands: tuple[Tensor | OneHot, ...]
 
     def __post_init__(self) -> None:
-        """Check that the equation fits the operands.
-
-        Raises:
-            ValueError: If it does not.
-        """
+        """Check that the equation fits the operands."""
         terms, result = self.terms, self.result
         fits = len(terms) == len(self.operands) and all(
             len(t) == o.ndim for t, o in zip(terms, self.operands, strict=True)

@@ -13,14 +13,7 @@ from ggn_ntk.contraction.einsum import Operand, aligned, path_of
 
 
 def looked_up(operands: Sequence[Operand]) -> list[Operand]:
-    """Sum over the axes of one-hot vectors.
-
-    Args:
-        operands: The operands of an einsum whose result lacks these axes.
-
-    Returns:
-        Operands without one-hot vectors, of an einsum with the same result.
-    """
+    """Sum over the axes of one-hot vectors."""
     remaining = list(operands)
     while (hot := next((o for o in remaining if o.hot), None)) is not None:
         dtype = next(o.tensor.dtype for o in remaining if not o.hot)
@@ -33,31 +26,14 @@ def looked_up(operands: Sequence[Operand]) -> list[Operand]:
 
 
 def _match(a: Operand, b: Operand, dtype: torch.dtype) -> Operand:
-    """Multiply one-hot vectors with one another.
-
-    Args:
-        a: Some.
-        b: Others, on the same axis.
-        dtype: The dtype of the result.
-
-    Returns:
-        One where they are the same, else zero.
-    """
+    """Multiply one-hot vectors with one another."""
     letters = a.letters + "".join(letter for letter in b.letters if letter not in a.letters)
     first, second = aligned(a, letters), aligned(b, letters)
     return Operand(letters, ((first == second) & (first >= 0)).to(dtype), ("match", a.key, b.key))
 
 
 def _look_up(table: Operand, hot: Operand) -> Operand:
-    """Multiply one-hot vectors with something else.
-
-    Args:
-        table: It.
-        hot: The vectors.
-
-    Returns:
-        Its entries at their places.
-    """
+    """Multiply one-hot vectors with something else."""
     sizes = dict(zip(hot.letters + table.letters, hot.tensor.shape + table.tensor.shape, strict=True))
     batch = "".join(letter for letter in hot.letters if letter in table.letters)
     own = "".join(letter for letter in hot.letters if letter not in table.letters)
@@ -72,41 +48,19 @@ def _look_up(table: Operand, hot: Operand) -> Operand:
 
 
 def dense(operands: Sequence[Operand]) -> list[Operand]:
-    """Form one-hot vectors.
-
-    Args:
-        operands: The operands of an einsum.
-
-    Returns:
-        The operands with vectors in full.
-    """
+    """Form one-hot vectors."""
     dtype = next(o.tensor.dtype for o in operands if not o.hot)
     return [_dense(o, dtype) if o.hot else o for o in operands]
 
 
 def _dense(hot: Operand, dtype: torch.dtype) -> Operand:
-    """Form one-hot vectors.
-
-    Args:
-        hot: The vectors.
-        dtype: The dtype of the result.
-
-    Returns:
-        The vectors in full.
-    """
+    """Form one-hot vectors."""
     vectors = hot.tensor.unsqueeze(-1) == torch.arange(hot.size, device=hot.tensor.device)
     return Operand(hot.letters + hot.hot, vectors.to(dtype), ("dense", hot.key))
 
 
 def without_data(operands: Sequence[Operand]) -> list[Operand]:
-    """Keep the shapes of operands alone.
-
-    Args:
-        operands: The operands.
-
-    Returns:
-        Operands on the meta device.
-    """
+    """Keep the shapes of operands alone."""
     return [
         o._replace(tensor=torch.empty_strided(o.tensor.shape, o.tensor.stride(), dtype=o.tensor.dtype, device="meta"))
         for o in operands
@@ -114,15 +68,7 @@ def without_data(operands: Sequence[Operand]) -> list[Operand]:
 
 
 def cost(operands: Sequence[Operand], result: str) -> float:
-    """Compute what an einsum costs.
-
-    Args:
-        operands: Its operands.
-        result: The letters to keep.
-
-    Returns:
-        Operations of its cheapest order, and one for each number that stands in for one-hot vectors.
-    """
+    """Compute what an einsum costs."""
     resolved = looked_up(without_data(operands))
     known = {o.key for o in operands if not o.hot}
     formed = sum(o.tensor.numel() for o in resolved if o.key not in known)

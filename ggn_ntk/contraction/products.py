@@ -38,19 +38,12 @@ RESULT = "nmecd"
 
 @dataclass(frozen=True, eq=False)
 class Doubled:
-    """The product of two Jacobians of a parameter, as one einsum.
+    """The product of two Jacobians of a parameter, as one einsum."""
 
-    Attributes:
-        first: Operands of the Jacobian of x1, over all samples; letter ``n``.
-        second: Operands of the Jacobian of x2, over all samples; letter ``m``.
-        result: Letters of the kernel, of which operands may lack some.
-        formed: Whether each Jacobian is to be formed before the two meet, whatever is cheapest.
-    """
-
-    first: tuple[Operand, ...]
-    second: tuple[Operand, ...]
-    result: str = RESULT
-    formed: bool = False
+    first: tuple[Operand, ...]  # operands of the Jacobian of x1, over all samples; letter ``n``
+    second: tuple[Operand, ...]  # operands of the Jacobian of x2, over all samples; letter ``m``
+    result: str = RESULT  # letters of the kernel, of which operands may lack some
+    formed: bool = False  # whether each Jacobian is to be formed before the two meet, whatever is cheapest
 
     @property
     def apart(self) -> int:
@@ -63,20 +56,9 @@ _LARGEST = 2**30
 
 
 def double(first: Factored, second: Factored, roles: Roles, *, formed: bool = False) -> Doubled:
-    """Write the product of two Jacobians of one parameter as one einsum.
-
-    The letters of the parameter's axes are matched by position. Where the two split these axes differently,
-    both Jacobians are formed first.
-
-    Args:
-        first: The Jacobian of x1.
-        second: The Jacobian of x2.
-        roles: The number of outputs in each role.
-        formed: Whether to form each Jacobian before the two meet; with one-hot vectors, if it is not large.
-
-    Returns:
-        The einsum and its operands.
-    """
+    """Write the product of two Jacobians of one parameter as one einsum."""
+    # The letters of the parameter's axes are matched by position. Where the two split these axes differently, both
+    # Jacobians are formed first.
     if _parameter_sizes(first) != _parameter_sizes(second):
         first, second = expand(first), expand(second)
     same, first = second is first, sum_private_letters(first)
@@ -97,28 +79,13 @@ def double(first: Factored, second: Factored, roles: Roles, *, formed: bool = Fa
 
 
 def _cost_of_dense(operands: list[Operand], result: str) -> float:
-    """Compute what an einsum costs with its one-hot vectors in full.
-
-    Args:
-        operands: Its operands.
-        result: The letters to keep.
-
-    Returns:
-        Operations, and one for each number of the vectors.
-    """
+    """Compute what an einsum costs with its one-hot vectors in full."""
     formed = dense(without_data(operands))
     return cost(formed, result) + sum(o.tensor.numel() for o, given in zip(formed, operands, strict=True) if given.hot)
 
 
 def sum_private_letters(factored: Factored) -> Factored:
-    """Sum over the letters that only one operand has, say over positions for a bias.
-
-    Args:
-        factored: The Jacobian.
-
-    Returns:
-        The same Jacobian.
-    """
+    """Sum over the letters that only one operand has, say over positions for a bias."""
     terms, operands = [], []
     for i, (term, tensor) in enumerate(zip(factored.terms, factored.operands, strict=True)):
         needed = {*factored.result, *"".join(factored.terms[:i] + factored.terms[i + 1 :])}
@@ -131,16 +98,7 @@ def sum_private_letters(factored: Factored) -> Factored:
 
 
 def _sum_once(term: str, tensor: Tensor, axes: list[int]) -> Tensor:
-    """Sum over axes, for one sample only where all have the same values.
-
-    Args:
-        term: A letter for each axis.
-        tensor: The tensor.
-        axes: The axes to sum over.
-
-    Returns:
-        The sum, the same for all samples where the tensor was.
-    """
+    """Sum over axes, for one sample only where all have the same values."""
     n = term.find("n")
     if n < 0 or tensor.stride(n) != 0:
         return tensor.sum(axes)
@@ -149,26 +107,13 @@ def _sum_once(term: str, tensor: Tensor, axes: list[int]) -> Tensor:
 
 
 def _parameter_sizes(factored: Factored) -> list[int]:
-    """Read how a Jacobian splits the parameter's axes.
-
-    Args:
-        factored: The Jacobian.
-
-    Returns:
-        The sizes of its letters behind ``cn``.
-    """
+    """Read how a Jacobian splits the parameter's axes."""
     return [factored.sizes[letter] for letter in factored.result[2:]]
 
 
 def expand(factored: Factored) -> Factored:
-    """Form a Jacobian.
-
-    Args:
-        factored: The Jacobian.
-
-    Returns:
-        The same Jacobian as one operand ``[C, N, P]``.
-    """
+    """Form a Jacobian."""
+    # -> [C, N, P]
     factored, n = sum_private_letters(factored), factored.sizes["n"]
     operands = [_as_operand(term, tensor) for term, tensor in zip(factored.terms, factored.operands, strict=True)]
     jacobian = contract(dense(operands), factored.result, Memo())
@@ -178,31 +123,14 @@ def expand(factored: Factored) -> Factored:
 
 
 class Part(NamedTuple):
-    """Operands of a Jacobian that the cheapest order contracts before x1 meets x2.
+    """Operands of a Jacobian that the cheapest order contracts before x1 meets x2."""
 
-    Attributes:
-        operands: The operands.
-        letters: The letters of their product.
-    """
-
-    operands: tuple[Operand, ...]
-    letters: str
+    operands: tuple[Operand, ...]  # the operands
+    letters: str  # the letters of their product
 
 
 def parts(jacobian: Factored, n: int, m: int, roles: Roles, *, formed: bool = False) -> list[Part] | None:
-    """Group the operands of a Jacobian by what the cheapest order does with them before x1 meets x2.
-
-    Args:
-        jacobian: The Jacobian of some samples.
-        n: The number of samples x1 in all.
-        m: The number of samples x2 in all.
-        roles: The number of outputs in each role.
-        formed: Whether the Jacobian is formed before x1 meets x2, whatever is cheapest.
-
-    Returns:
-        The groups, or ``None`` where each is an operand by itself, they are not the same for x1 and x2, or one-hot
-        vectors are among them.
-    """
+    """Group the operands of a Jacobian by what the cheapest order does with them before x1 meets x2."""
     summed = sum_private_letters(jacobian)
     if any(isinstance(operand, OneHot) for operand in summed.operands):
         return None
@@ -221,13 +149,7 @@ def parts(jacobian: Factored, n: int, m: int, roles: Roles, *, formed: bool = Fa
 
 
 def contract_into(part: Part, whole: Joined, block: slice) -> None:
-    """Contract a part of the Jacobian of a block of samples.
-
-    Args:
-        part: The part.
-        whole: Takes the result, by its letters.
-        block: The samples.
-    """
+    """Contract a part of the Jacobian of a block of samples."""
     taken = contract_to_last(part.operands, part.letters, Memo())
     if len(taken) == 1:
         whole.put(block, taken[0].letters, taken[0].tensor)
@@ -239,16 +161,7 @@ def contract_into(part: Part, whole: Joined, block: slice) -> None:
 
 
 def _groups_before_meeting(product: Doubled, n: int, m: int) -> list[list[int]] | None:
-    """Find which operands of one Jacobian the cheapest order contracts with one another alone.
-
-    Args:
-        product: The product of a Jacobian with itself.
-        n: The number of samples x1.
-        m: The number of samples x2.
-
-    Returns:
-        Groups of places among the operands, or ``None`` if they are not the same for x1 and x2.
-    """
+    """Find which operands of one Jacobian the cheapest order contracts with one another alone."""
     operands, half = [*product.first, *product.second], len(product.first)
     info = path_of(operands, product.result, {"n": n, "m": m}, product.apart)
     remaining = [{i} for i in range(len(operands))]
@@ -264,17 +177,7 @@ def _groups_before_meeting(product: Doubled, n: int, m: int) -> list[list[int]] 
 
 
 def _rename(factored: Factored, roles: Roles, names: dict[str, str], fresh: Iterator[str]) -> Iterator[Operand]:
-    """Rename the letters of a Jacobian, and split that of the outputs.
-
-    Args:
-        factored: The Jacobian.
-        roles: The number of outputs in each role.
-        names: The new letters of its result; for outputs, one for each role.
-        fresh: New letters for those that are summed.
-
-    Yields:
-        Its operands.
-    """
+    """Rename the letters of a Jacobian, and split that of the outputs."""
     sizes = {letter: size for letter, size in zip(names["c"], roles, strict=True) if size > 1}
     names["c"] = "".join(sizes)
     for term, operand in zip(factored.terms, factored.operands, strict=True):
@@ -288,15 +191,7 @@ def _rename(factored: Factored, roles: Roles, names: dict[str, str], fresh: Iter
 
 
 def _as_operand(letters: str, operand: Tensor | OneHot) -> Operand:
-    """Give an operand letters.
-
-    Args:
-        letters: A letter for each axis.
-        operand: The operand.
-
-    Returns:
-        The operand; it lacks the letter of samples where it is the same for all of them.
-    """
+    """Give an operand letters."""
     if isinstance(operand, Tensor):
         return as_operand(letters, operand)
     return as_operand(letters[:-1], operand.places)._replace(hot=letters[-1], size=operand.size)

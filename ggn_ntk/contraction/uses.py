@@ -26,28 +26,16 @@ _POSITION = "P"
 
 
 class _Form(NamedTuple):
-    """What uses have in common that can be put together.
+    """What uses have in common that can be put together."""
 
-    Attributes:
-        terms: The letters of each operand: those of the result in its order, then the position, then one-hot vectors.
-        result: The letters of the Jacobian, by their place.
-        sizes: Their sizes.
-    """
-
+    # The letters of each operand: those of the result in its order, then the position, then one-hot vectors
     terms: tuple[str, ...]
-    result: str
-    sizes: tuple[int, ...]
+    result: str  # the letters of the Jacobian, by their place
+    sizes: tuple[int, ...]  # their sizes
 
 
 def put_together(uses: Iterable[Factored]) -> list[Factored]:
-    """Write Jacobians of several uses of a parameter as those of fewer.
-
-    Args:
-        uses: The Jacobians.
-
-    Returns:
-        Jacobians with the same sum: one for all uses of the same form.
-    """
+    """Write Jacobians of several uses of a parameter as those of fewer."""
     formed, apart = list[Factored](), list[Factored]()
     groups: dict[_Form, list[Factored]] = defaultdict(list)
     for use in map(sum_private_letters, uses):

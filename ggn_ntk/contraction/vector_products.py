@@ -19,18 +19,9 @@ _COPIED = 2**24
 
 
 def sketched(gradient: Tensor, param: Tensor) -> Tensor:
-    """Multiply the rows of a large gradient with random vectors.
-
-    A difference of two gradients is as large, relative to them, after as before, but for a factor that is far from one
-    only with a small probability.
-
-    Args:
-        gradient: A gradient with as many entries as the parameter.
-        param: The parameter.
-
-    Returns:
-        The products, or the gradient of a small parameter, flattened.
-    """
+    """Multiply the rows of a large gradient with random vectors."""
+    # A difference of two gradients is as large, relative to them, after as before, but for a factor that is far from
+    # one only with a small probability.
     vectors = _vectors(param)
     if vectors is None:
         return gradient.flatten()
@@ -44,46 +35,24 @@ def norm_of_sketch(products: Tensor, param: Tensor) -> Tensor:
 
 
 def _vectors(param: Tensor) -> Tensor | None:
-    """Draw the vectors that rows of a gradient are multiplied by, always the same ones.
-
-    Args:
-        param: The parameter ``[R, ...]``.
-
-    Returns:
-        ``[V, entries of a row]``; ``None`` where its gradient is compared in full.
-    """
+    """Draw the vectors that rows of a gradient are multiplied by, always the same ones."""
+    # param [R, ...] -> [V, entries of a row]
     row = param.numel() // max(1, len(param)) if param.ndim > 1 else 0
     return None if param.numel() < _LARGE or row <= _VECTORS else _random_vectors(row, param.dtype, param.device)
 
 
 @lru_cache(maxsize=64)
 def _random_vectors(size: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """Draw vectors.
-
-    Args:
-        size: Their length.
-        dtype: Their dtype.
-        device: Their device.
-
-    Returns:
-        ``[V, size]``.
-    """
+    """Draw vectors."""
+    # -> [V, size]
     generator = torch.Generator().manual_seed(0)
     with torch.inference_mode(False):
         return torch.randn(_VECTORS, size, generator=generator, dtype=torch.float64).to(device, dtype)
 
 
 def weighted_sum(jacobian: Factored, weights: Tensor, param: Tensor) -> Tensor:
-    """Compute ``sum_cn v[c, n] J[c, n]``, :func:`sketched`.
-
-    Args:
-        jacobian: The Jacobian.
-        weights: The numbers v, ``[C, N]``.
-        param: The parameter.
-
-    Returns:
-        The products with random vectors, or ``[P]`` for a small parameter with P entries.
-    """
+    """Compute ``sum_cn v[c, n] J[c, n]``, :func:`sketched`."""
+    # weights [C, N] -> [P]
     n, largest = weights.shape[1], max(math.prod(operand.shape) for operand in jacobian.operands)
     count = min(n, -(-largest // _COPIED))
     if count > 1:
@@ -101,17 +70,8 @@ def weighted_sum(jacobian: Factored, weights: Tensor, param: Tensor) -> Tensor:
 
 
 def _multiply_rows(jacobian: Factored, vectors: Tensor) -> Factored | None:
-    """Multiply the rows of a parameter's Jacobian with vectors, where this is for one operand alone to do.
-
-    Args:
-        jacobian: The Jacobian.
-        vectors: ``[V, entries of a row]``.
-
-    Returns:
-        The products, with V in front of the parameter's axes; ``None`` where several operands have the entries of a
-        row, where an axis is split between rows and entries, or one-hot, and where the operand is over outputs: that is
-        summed over these first.
-    """
+    """Multiply the rows of a parameter's Jacobian with vectors, where this is for one operand alone to do."""
+    # vectors [V, entries of a row]
     row, sizes = jacobian.result, jacobian.sizes
     while row and math.prod(sizes[letter] for letter in row[1:]) >= vectors.shape[1]:
         row = row[1:]
@@ -131,15 +91,8 @@ def _multiply_rows(jacobian: Factored, vectors: Tensor) -> Factored | None:
 
 
 def _weighted_sum(jacobian: Factored, weights: Tensor) -> Tensor:
-    """Compute ``sum_cn v[c, n] J[c, n]``.
-
-    Args:
-        jacobian: The Jacobian.
-        weights: The numbers v, ``[C, N]``.
-
-    Returns:
-        ``[P]`` for a parameter with P entries.
-    """
+    """Compute ``sum_cn v[c, n] J[c, n]``."""
+    # weights [C, N] -> [P]
     weights = weights.to(next(o.dtype for o in jacobian.operands if isinstance(o, Tensor)))
     result, operands = jacobian.result[2:], list(zip(jacobian.terms, jacobian.operands, strict=True))
     one_hot = [(term, operand) for term, operand in operands if isinstance(operand, OneHot)]
@@ -161,18 +114,7 @@ def _weighted_sum(jacobian: Factored, weights: Tensor) -> Tensor:
 
 
 def _scatter(values: Tensor, letters: str, term: str, vectors: OneHot, result: str) -> Tensor:
-    """Multiply by one-hot vectors, and sum over their places.
-
-    Args:
-        values: What to multiply.
-        letters: A letter for each axis: those of the places, and those of the result but for the vectors' own.
-        term: The letters of the vectors.
-        vectors: The vectors.
-        result: The letters of the result.
-
-    Returns:
-        The flattened result.
-    """
+    """Multiply by one-hot vectors, and sum over their places."""
     sizes = dict(zip(letters, values.shape, strict=True)) | {term[-1]: vectors.size}
     known = vectors.places.reshape(*vectors.places.shape, *[1] * (values.ndim - vectors.places.ndim))
     index = torch.zeros_like(values, dtype=torch.long)
@@ -187,16 +129,8 @@ def _scatter(values: Tensor, letters: str, term: str, vectors: OneHot, result: s
 
 
 def pick(jacobian: Factored, outputs: Tensor, samples: Tensor) -> Factored:
-    """Take one output of each of some samples.
-
-    Args:
-        jacobian: The Jacobian.
-        outputs: The outputs ``[M]``.
-        samples: The samples ``[M]`` that they are of.
-
-    Returns:
-        The Jacobian, with M samples and a single output.
-    """
+    """Take one output of each of some samples."""
+    # outputs [M], samples [M]
     terms, operands = [], list[Tensor | OneHot]()
     for term, operand in zip(jacobian.terms, jacobian.operands, strict=True):
         if isinstance(operand, OneHot):

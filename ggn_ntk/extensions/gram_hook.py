@@ -220,25 +220,12 @@ class _Watch(BackpropExtension):
         self._vivit, self._compares = vivit, hessian is not None
 
     def expects_backpropagation_quantities(self) -> bool:
-        """Tell BackPACK that nothing is passed back.
-
-        Returns:
-            ``False``.
-        """
+        """Tell BackPACK that nothing is passed back."""
         return False
 
     @torch.no_grad()
     def __call__(self, module: Any, g_inp: Gradients, g_out: Gradients) -> None:
-        """Look at a module. BackPACK calls this in the backward pass, before ViViT.
-
-        Args:
-            module: The module.
-            g_inp: Gradients with respect to its inputs.
-            g_out: Gradients with respect to its output.
-
-        Raises:
-            UnsupportedModelError: If what ViViT passes back does not get here through extended modules alone.
-        """
+        """Look at a module. BackPACK calls this in the backward pass, before ViViT."""
         if isinstance(module, _Loss):
             return
         call = ModuleCall(module, g_inp, g_out)

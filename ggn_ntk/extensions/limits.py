@@ -18,18 +18,8 @@ from ggn_ntk.rules import acts_on_each_sample
 
 
 def check_vivit(request: Request) -> Size:
-    """Raise unless ViViT suits the model. Call it inside ``isolated(request.model)``.
-
-    Args:
-        request: The request.
-
-    Returns:
-        The shape ``[*out]`` of one sample's output.
-
-    Raises:
-        UnsupportedModelError: If there is a problem on any route.
-        UnsupportedRouteError: If there are problems on this one.
-    """
+    """Raise unless ViViT suits the model. Call it inside ``isolated(request.model)``."""
+    # -> [*out]
     route, problems = "empirical NTK through ViViT", configuration_problems(request)
     of_route = vivit_problems(request)
     if problems or of_route:
@@ -47,14 +37,7 @@ def check_vivit(request: Request) -> Size:
 
 
 def vivit_problems(request: Request) -> list[Problem]:
-    """Find what the ViViT route cannot do, or would do wrong without a word.
-
-    Args:
-        request: The request.
-
-    Returns:
-        The problems.
-    """
+    """Find what the ViViT route cannot do, or would do wrong without a word."""
     model = eager(request.model)
     problems = []
     if request.output is not None:
@@ -75,15 +58,7 @@ def vivit_problems(request: Request) -> list[Problem]:
 
 
 def vivit_module_problems(module: Module, name: str) -> Iterator[Problem]:
-    """Find what ViViT cannot do, or does wrong without a word, in one module.
-
-    Args:
-        module: The module.
-        name: Its dotted name.
-
-    Yields:
-        The problems.
-    """
+    """Find what ViViT cannot do, or does wrong without a word, in one module."""
     kind = type(module).__name__
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         known: list[str] = []

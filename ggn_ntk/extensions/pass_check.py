@@ -235,10 +235,8 @@ class PassCheck:
             self._expect_zero(call, "samples influence one another in it ({error})", errors, size, size)
 
     def allow_rounding(self, call: ModuleCall, wanted: list[int], passed: list[Tensor]) -> None:
-        """Allow, in modules in front, for what rounding does where terms cancel, say in a normalisation.
-
-        With gradients that an evaluation repeats, rounding alone makes their sum differ from the gradient of the sum.
-        """
+        """Allow, in modules in front, for what rounding does where terms cancel, say in a normalisation."""
+        # With gradients that an evaluation repeats, rounding alone makes their sum differ from the gradient of the sum.
         for i, s in zip(wanted, passed, strict=True):
             error, *sizes = self._measure(s, call.g_inp[i])
             relative = (error / torch.maximum(*sizes)).nan_to_num(0, 0, 0)

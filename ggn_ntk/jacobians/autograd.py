@@ -38,17 +38,11 @@ ONE_BY_ONE = {"cpu": 2**16}
 
 @dataclass(frozen=True, eq=False)
 class Stage:
-    """A part of the way back.
+    """A part of the way back."""
 
-    Attributes:
-        start: Where it starts in the graph.
-        calls: The calls of layers on the way, those first that it passes last.
-        end: Where the next stage starts; empty for the last stage.
-    """
-
-    start: GradientEdge
-    calls: tuple[Call, ...]
-    end: tuple[GradientEdge, ...]
+    start: GradientEdge  # where it starts in the graph
+    calls: tuple[Call, ...]  # the calls of layers on the way, those first that it passes last
+    end: tuple[GradientEdge, ...]  # where the next stage starts; empty for the last stage
 
     @property
     def numel(self) -> int:
@@ -57,15 +51,7 @@ class Stage:
 
 
 def stages(output: Tensor, calls: Sequence[Call]) -> list[Stage]:
-    """Divide the way back wherever all of it passes through one tensor.
-
-    Args:
-        output: The model's output, in a graph.
-        calls: Calls of layers, on all of whose outputs it depends.
-
-    Returns:
-        The stages, from the output on.
-    """
+    """Divide the way back wherever all of it passes through one tensor."""
     if not calls:
         return []
     nodes = _sorted_nodes(output, {call.edge.node for call in calls})
@@ -86,15 +72,7 @@ def stages(output: Tensor, calls: Sequence[Call]) -> list[Stage]:
 
 
 def _sorted_nodes(output: Tensor, ends: Collection[Node]) -> list[Node]:
-    """Sort the nodes of a graph, as far as they lead to some of them, so that each comes before those it leads to.
-
-    Args:
-        output: The tensor whose graph it is.
-        ends: Where they shall lead.
-
-    Returns:
-        The nodes, from the output on.
-    """
+    """Sort the nodes of a graph, as far as they lead to some of them, so that each comes before those it leads to."""
     leads: dict[Node, bool] = {}
     found: list[Node] = []
     waiting = [(get_gradient_edge(output).node, False)]
@@ -112,15 +90,7 @@ def _sorted_nodes(output: Tensor, ends: Collection[Node]) -> list[Node]:
 
 
 def merged(parts: Sequence[Stage], size: int) -> list[Stage]:
-    """Join stages, for fewer calls of functions.
-
-    Args:
-        parts: Stages, one behind the other.
-        size: Numbers that ``s`` of several stages may hold for one output.
-
-    Returns:
-        The stages; those that are larger by themselves stay as they are.
-    """
+    """Join stages, for fewer calls of functions."""
     found: list[Stage] = []
     for stage in parts:
         if found and found[-1].numel + stage.numel <= size:
@@ -139,23 +109,8 @@ def pass_back(
     batched: bool = False,
     allow_unused: bool = True,
 ) -> tuple[list[Tensor | None], tuple[Tensor | None, ...]]:
-    """Pass cotangents back to layers.
-
-    Args:
-        start: A tensor or its place in a graph, which is kept.
-        calls: Calls of layers.
-        cotangents: Numbers like the tensor.
-        others: Parameters, or other places in the graph.
-        batched: Whether there are several cotangents, ``[K, ...]``.
-        allow_unused: Whether the tensor may not depend on some of them.
-
-    Returns:
-        ``[*output]`` of each call, or ``[K, *output]``, and the gradient of each of the others, or with ``K`` in front;
-        ``None`` where the tensor does not depend on it.
-
-    Raises:
-        RuntimeError: If it does not depend on one, and has to.
-    """
+    """Pass cotangents back to layers."""
+    # batched [K, ...] -> [*output]
     inputs: Any = [*(call.edge for call in calls), *others]
     if not inputs or (isinstance(start, Tensor) and not start.requires_grad):
         return [None] * len(calls), (None,) * len(others)
@@ -171,11 +126,7 @@ class Rooms:
     """Memory for ``s`` of one stage after the other: to get new memory for each takes as long as to write it."""
 
     def __init__(self, numel: int) -> None:
-        """Set up.
-
-        Args:
-            numel: How many numbers to keep memory for; what does not fit gets its own.
-        """
+        """Set up."""
         self._numel, self._used = numel, 0
         self._memory: Tensor | None = None
 
@@ -184,15 +135,7 @@ class Rooms:
         self._used = 0
 
     def take(self, shape: Sequence[int], like: Tensor) -> Tensor:
-        """Make room.
-
-        Args:
-            shape: The shape of a tensor.
-            like: Decides on its dtype and device.
-
-        Returns:
-            A contiguous tensor, to be written to.
-        """
+        """Make room."""
         if self._memory is None:
             self._memory = like.new_empty(self._numel)
         start, stop = self._used, self._used + math.prod(shape)
@@ -205,16 +148,8 @@ class Rooms:
 def pull_back(
     stage: Stage, cotangents: Tensor | Sequence[Tensor], rooms: Rooms
 ) -> tuple[list[Tensor], Tensor | Sequence[Tensor]]:
-    """Pass several cotangents back, at once where layers are small, and one by one where ``vmap`` fails.
-
-    Args:
-        stage: The part of the way that they pass.
-        cotangents: ``[K, ...]`` where it starts.
-        rooms: Memory for the result.
-
-    Returns:
-        ``[K, *output]`` for each call, and ``[K, ...]`` where the stage ends; nothing for the last one.
-    """
+    """Pass several cotangents back, at once where layers are small, and one by one where ``vmap`` fails."""
+    # cotangents [K, ...] -> [K, *output]
     if stage.numel < len(stage.calls) * ONE_BY_ONE.get(cotangents[0].device.type, math.inf):
         try:
             several = cotangents if isinstance(cotangents, Tensor) else torch.stack(list(cotangents))
@@ -236,34 +171,15 @@ def pull_back(
 
 
 def _pass_stage(stage: Stage, cotangents: Tensor, *, batched: bool = False) -> tuple[list[Tensor], list[Tensor]]:
-    """Pass a stage.
-
-    Args:
-        stage: The stage.
-        cotangents: What starts.
-        batched: Whether there are several, ``[K, ...]``.
-
-    Returns:
-        What reaches its calls, and its end.
-    """
+    """Pass a stage."""
+    # batched [K, ...]
     found, ends = pass_back(stage.start, stage.calls, cotangents, stage.end, batched=batched, allow_unused=False)
     return [s for s in found if s is not None], [s for s in ends if s is not None]
 
 
 def _room(call: Call, part: Tensor, k: int, rooms: Rooms) -> Tensor:
-    """Make room for the cotangents of a layer's output.
-
-    Args:
-        call: The call of the layer.
-        part: The first cotangent.
-        k: The number of cotangents K.
-        rooms: Memory.
-
-    Returns:
-        ``[K, *output]``. Samples are outermost in memory. Behind them are positions, if there are more of them than
-        channels: products sum over them, to which K and channels are one axis. Fewer positions stay beside their
-        channels, behind K: products that keep either leave them one axis for the next.
-    """
+    """Make room for the cotangents of a layer's output."""
+    # -> [K, *output]
     axes = sorted(range(part.ndim), key=lambda axis: (axis != call.axis, -call.strides[axis]))
     channels = part.shape[axes[-1]]
     place = max(1, part.ndim - 1) if part.numel() > part.shape[axes[0]] * channels**2 else 1
@@ -285,12 +201,7 @@ class Capture:
     kind = "autograd"
 
     def __init__(self, request: Request, recording: Recording) -> None:
-        """Set up.
-
-        Args:
-            request: The request; calls count with its parameters alone.
-            recording: The forward pass, with samples found in its calls.
-        """
+        """Set up."""
         reached = set(graph_nodes(recording.output))
         wanted = [
             replace(call, params={key: name for key, name in call.params.items() if name in request.params})
@@ -303,28 +214,13 @@ class Capture:
         self.failures: dict[str, str] = {}
 
     def pieces(self, axes: OutputAxes) -> list[Piece]:
-        """Split the outputs so that ``s`` of no stage exceeds the budget.
-
-        Args:
-            axes: The role of each output axis.
-
-        Returns:
-            The pieces.
-        """
+        """Split the outputs so that ``s`` of no stage exceeds the budget."""
         per_output = max((1, *(stage.numel for stage in self._stages)))  # a layer's output may be empty
         return split_outputs(axes, BUDGET // per_output)
 
     def jacobians(self, outputs: Tensor, parts: object) -> Iterator[dict[str, Factored]]:
-        """Pass basis vectors of some outputs back and write Jacobians.
-
-        Args:
-            outputs: Where they are in ``[*out]``, flattened.
-            parts: Not used: here all samples pass back together.
-
-        Yields:
-            The Jacobians of each call, by the names users know parameters by. The caller has to drop them before it
-            asks for more, since ``s`` may be overwritten, unless a parameter among them is used again.
-        """
+        """Pass basis vectors of some outputs back and write Jacobians."""
+        # outputs [*out]
         cotangents: Tensor | Sequence[Tensor] = identity(self.output, outputs)
         size = SIZES.get(self.output.device.type, SIZE_ELSEWHERE)
         divided = merged(self._stages, size // len(outputs))
@@ -336,12 +232,5 @@ class Capture:
             rooms.clear()
 
     def _waits(self, stage: Stage) -> bool:
-        """Tell whether Jacobians of a stage wait for those of others.
-
-        Args:
-            stage: The stage.
-
-        Returns:
-            Whether a parameter among them is used again.
-        """
+        """Tell whether Jacobians of a stage wait for those of others."""
         return any(self.counts[name] > 1 for call in stage.calls for name in call.params.values())

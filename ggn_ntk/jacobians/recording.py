@@ -41,35 +41,21 @@ _TRANSPOSED = "TBackward0"
 
 @dataclass(frozen=True, eq=False)
 class Call:
-    """One call of a layer that has a rule.
+    """One call of a layer that has a rule."""
 
-    Attributes:
-        module: The layer.
-        rule: Its rule.
-        args: Its arguments; once the samples are found, they are in front.
-        edge: Where its output is in the graph of the model's output.
-        shape: Shape of its output.
-        strides: How its output lies in memory.
-        params: Its wanted parameters: their names on the layer, and those users know them by.
-        sources: Nodes of the graph that its inputs come from.
-        versions: The arguments that were not copied, and how often each had been written to.
-        repeated: Whether its output was the same for all samples, and repeated for each.
-        axis: The axis of the samples in the output; ``None`` where it is not known.
-        rows: How many entries of that axis, one behind the other, belong to a sample.
-    """
-
-    module: Module
-    rule: Rule
-    args: tuple[Any, ...]
-    edge: GradientEdge
-    shape: Size
-    strides: tuple[int, ...]
-    params: dict[str, str]
-    sources: tuple[Node, ...]
+    module: Module  # the layer
+    rule: Rule  # its rule
+    args: tuple[Any, ...]  # its arguments; once the samples are found, they are in front
+    edge: GradientEdge  # where its output is in the graph of the model's output
+    shape: Size  # shape of its output
+    strides: tuple[int, ...]  # how its output lies in memory
+    params: dict[str, str]  # its wanted parameters: their names on the layer, and those users know them by
+    sources: tuple[Node, ...]  # nodes of the graph that its inputs come from
+    # The arguments that were not copied, and how often each had been written to
     versions: tuple[tuple[Tensor, int], ...] = ()
-    repeated: bool = False
-    axis: int | None = None
-    rows: int = 1
+    repeated: bool = False  # whether its output was the same for all samples, and repeated for each
+    axis: int | None = None  # the axis of the samples in the output; ``None`` where it is not known
+    rows: int = 1  # how many entries of that axis, one behind the other, belong to a sample
 
     def at(self, edge: GradientEdge, shape: Size, strides: tuple[int, ...]) -> "Call":
         """Move its output to another place in the graph."""
@@ -81,17 +67,8 @@ class Call:
         return self.args[0] if len(self.args) == 1 else self.args
 
     def jacobians(self, s: Tensor) -> dict[str, Factored]:
-        """Write the Jacobians of the layer's wanted parameters.
-
-        Args:
-            s: ``[C, *output]``.
-
-        Returns:
-            The Jacobians, by the names users know parameters by; those that the rule does not state are left out.
-
-        Raises:
-            NotCapturedError: If there is nothing to apply the rule to.
-        """
+        """Write the Jacobians of the layer's wanted parameters."""
+        # s [C, *output]
         if any(tensor._version != version for tensor, version in self.versions):
             raise NotCapturedError("an argument of a call of its layer was changed in place later")
         if self.axis is None:
@@ -102,17 +79,11 @@ class Call:
 
 @dataclass(frozen=True, eq=False)
 class Recording:
-    """A forward pass.
+    """A forward pass."""
 
-    Attributes:
-        calls: The calls of layers that have rules and wanted parameters, in their order.
-        output: The model's output, in a graph.
-        inputs: The N samples.
-    """
-
-    calls: list[Call]
-    output: Any
-    inputs: Inputs
+    calls: list[Call]  # the calls of layers that have rules and wanted parameters, in their order
+    output: Any  # the model's output, in a graph
+    inputs: Inputs  # the N samples
 
     @property
     def n(self) -> int:
@@ -121,38 +92,17 @@ class Recording:
 
 
 class Layout(NamedTuple):
-    """Where the samples are in one call of a layer.
+    """Where the samples are in one call of a layer."""
 
-    Attributes:
-        module: The layer.
-        axis: Their axis in the output; ``None`` if there is none.
-        rows: How many entries of that axis belong to a sample.
-        args: Their axes in the arguments; ``None`` where there is none.
-        same: Whether the output is the same for all samples, since it does not grow.
-    """
-
-    module: Module
-    axis: int | None
-    rows: int
-    args: list[int | None]
-    same: bool
+    module: Module  # the layer
+    axis: int | None  # their axis in the output; ``None`` if there is none
+    rows: int  # how many entries of that axis belong to a sample
+    args: list[int | None]  # their axes in the arguments; ``None`` where there is none
+    same: bool  # whether the output is the same for all samples, since it does not grow
 
 
 def record(request: Request, inputs: Inputs, one: Recording | None = None) -> Recording:
-    """Evaluate the model, and record the calls of layers.
-
-    Args:
-        request: The request.
-        inputs: N samples.
-        one: A recording of one sample: outputs that are the same for all samples, since they do not grow from one to
-            several, are repeated for each. ``None`` to repeat nothing.
-
-    Returns:
-        The recording; where the samples are is for :func:`locate`.
-
-    Raises:
-        NotCapturedError: If the model fails where an output is repeated.
-    """
+    """Evaluate the model, and record the calls of layers."""
     calls: list[Call] = []
     n = len(inputs)
 
@@ -191,14 +141,7 @@ def _kept(argument: Tensor) -> Tensor:
 
 
 def _axes_of_all(shape: Size) -> int:
-    """Count the axes that stand for the samples in an output that is the same for all.
-
-    Args:
-        shape: Its shape.
-
-    Returns:
-        One where its leading axis has length one, else none.
-    """
+    """Count the axes that stand for the samples in an output that is the same for all."""
     return 1 if shape[:1] == (1,) else 0
 
 
@@ -206,29 +149,12 @@ _Module = TypeVar("_Module", Call, Layout)
 
 
 def _of_same_layer(module: Module, entries: Sequence[_Module], place: int) -> _Module | None:
-    """Look up what is known of a call from another pass.
-
-    Args:
-        module: The layer that is called.
-        entries: An entry for each call of the other pass.
-        place: How many calls there were before.
-
-    Returns:
-        The entry; ``None`` where another layer was called.
-    """
+    """Look up what is known of a call from another pass."""
     return entries[place] if place < len(entries) and entries[place].module is module else None
 
 
 def learn_layouts(one: Recording, several: Recording) -> list[Layout]:
-    """Find out where the samples are in each call of a layer.
-
-    Args:
-        one: A recording of one sample.
-        several: A recording of several.
-
-    Returns:
-        The layouts of the calls, in their order.
-    """
+    """Find out where the samples are in each call of a layer."""
     layouts = []
     for place, call in enumerate(several.calls):
         axis, rows, args = None, 1, list[int | None]()
@@ -243,15 +169,7 @@ def learn_layouts(one: Recording, several: Recording) -> list[Layout]:
 
 
 def locate(recording: Recording, layouts: Sequence[Layout] | None) -> Recording:
-    """Find the samples in recorded calls, and tell products inside of layers from the rest of these.
-
-    Args:
-        recording: The recording.
-        layouts: Where the samples are in each call; ``None``: in front.
-
-    Returns:
-        The recording with samples in front of arguments; without an axis of samples where it is not known.
-    """
+    """Find the samples in recorded calls, and tell products inside of layers from the rest of these."""
     calls: list[Call] = []
     for place, call in enumerate(recording.calls):
         if layouts is None:
@@ -263,16 +181,7 @@ def locate(recording: Recording, layouts: Sequence[Layout] | None) -> Recording:
 
 
 def _locate(call: Call, layout: Layout | None, n: int) -> Call:
-    """Find the samples in a call.
-
-    Args:
-        call: The call.
-        layout: Where they are.
-        n: The number of samples.
-
-    Returns:
-        The call.
-    """
+    """Find the samples in a call."""
     if layout is not None and layout.same and n == 1:
         return _repeat_for_one(call)
     if layout is None or layout.axis is None or call.shape[layout.axis : layout.axis + 1] != (n * layout.rows,):
@@ -282,14 +191,7 @@ def _locate(call: Call, layout: Layout | None, n: int) -> Call:
 
 
 def _repeat_for_one(call: Call) -> Call:
-    """Give an output that is the same for all samples an axis of samples.
-
-    Args:
-        call: The call, of one sample.
-
-    Returns:
-        The call.
-    """
+    """Give an output that is the same for all samples an axis of samples."""
     kept = _axes_of_all(call.shape)
     args = call.args if kept else _map_tensors(lambda t: t.unsqueeze(0), call.args)
     strides = (0, *call.strides[kept:])
@@ -297,15 +199,7 @@ def _repeat_for_one(call: Call) -> Call:
 
 
 def _split_call(call: Call) -> list[Call]:
-    """Tell a product with a parameter inside of a layer from the rest of the layer.
-
-    Args:
-        call: A call of the layer.
-
-    Returns:
-        The layer without the product, and the product, as far as their parameters are wanted; the call as it is where
-        there is none in the graph.
-    """
+    """Tell a product with a parameter inside of a layer from the rest of the layer."""
     inner = None
     if call.axis is not None and call.rows == 1 and not call.repeated:
         inner = inner_of(call.rule, call.module, call.x)
@@ -325,14 +219,7 @@ def _split_call(call: Call) -> list[Call]:
 
 
 def _leaf(node: Node | None) -> Any:
-    """Look up the parameter that a node of a graph accumulates the gradient of, itself or behind a transposition.
-
-    Args:
-        node: The node.
-
-    Returns:
-        The parameter, or ``None``.
-    """
+    """Look up the parameter that a node of a graph accumulates the gradient of, itself or behind a transposition."""
     while node is not None and node.name() == _TRANSPOSED:
         node = node.next_functions[0][0]
     return getattr(node, "variable", None)
@@ -342,16 +229,7 @@ def _leaf(node: Node | None) -> Any:
 def hooked(
     request: Request, take: Callable[[Module, Rule, tuple[Any, ...], Tensor, dict[str, str]], Tensor]
 ) -> Iterator[None]:
-    """Call a function for each call of a layer that has a rule and wanted parameters.
-
-    Args:
-        request: The request.
-        take: Takes the layer, its rule, its arguments, its output, and its wanted parameters; returns what to pass on
-            as the output.
-
-    Yields:
-        Nothing. The hooks are gone before a backward pass, in which checkpoints evaluate layers again.
-    """
+    """Call a function for each call of a layer that has a rule and wanted parameters."""
     names, thread = {id(p): name for name, p in request.params.items()}, threading.get_ident()
     handles = []
     try:
@@ -386,22 +264,7 @@ def _hook(
     kwargs: dict[str, Any],
     output: Any,
 ) -> Any:
-    """Pass a call on, if it is one of this thread's with the layer's own parameters, and no transform sees it.
-
-    Args:
-        take: See :func:`hooked`.
-        rule: The rule of the layer.
-        params: The wanted parameters of the layer.
-        own: All its parameters, as :func:`_own_parameters` lists them.
-        thread: The thread whose calls count.
-        module: The layer.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-        output: What it returned; of a tuple, the first entry counts.
-
-    Returns:
-        What it returns instead.
-    """
+    """Pass a call on, if it is one of this thread's with the layer's own parameters, and no transform sees it."""
     first = output[0] if isinstance(output, tuple) else output
     if not (isinstance(first, Tensor) and first.requires_grad) or threading.get_ident() != thread or is_transformed():
         return output
@@ -412,16 +275,7 @@ def _hook(
 
 
 def _positional(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """Bring a layer's arguments to the order of its signature.
-
-    Args:
-        module: The layer.
-        args: Its positional arguments.
-        kwargs: Its keyword arguments.
-
-    Returns:
-        All arguments, those that were not given in between with their defaults.
-    """
+    """Bring a layer's arguments to the order of its signature."""
     if not kwargs:
         return args
     bound = inspect.signature(module.forward).bind(*args, **kwargs)
@@ -432,29 +286,14 @@ def _positional(module: Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -
 
 
 def _map_tensors(function: Callable[[Tensor], Tensor], x: Any) -> Any:
-    """Apply a function to the tensors among a layer's arguments.
-
-    Args:
-        function: The function.
-        x: A tensor, another argument, or a tuple of such.
-
-    Returns:
-        The same with the function's results.
-    """
+    """Apply a function to the tensors among a layer's arguments."""
     if isinstance(x, tuple):
         return tuple(_map_tensors(function, entry) for entry in x)
     return function(x) if isinstance(x, Tensor) and x.ndim else x
 
 
 def _tensors(x: Any) -> Iterator[Tensor]:
-    """List the tensors among a layer's arguments.
-
-    Args:
-        x: A tensor, another argument, or a tuple of such.
-
-    Yields:
-        The tensors.
-    """
+    """List the tensors among a layer's arguments."""
     for entry in x if isinstance(x, tuple) else ():
         yield from _tensors(entry)
     if isinstance(x, Tensor):
@@ -462,28 +301,12 @@ def _tensors(x: Any) -> Iterator[Tensor]:
 
 
 def _shape(x: Any) -> Size:
-    """Look up the shape of an argument.
-
-    Args:
-        x: The argument.
-
-    Returns:
-        Its shape; empty for those that are no tensors.
-    """
+    """Look up the shape of an argument."""
     return x.shape if isinstance(x, Tensor) else Size()
 
 
 def _grown(one: Size, several: Size, n: int) -> int | None:
-    """Find the axis along which a tensor for several samples is longer than for one.
-
-    Args:
-        one: Its shape for one sample.
-        several: Its shape for several.
-        n: How many.
-
-    Returns:
-        The axis; ``None`` if it is not a single one, or not as many times as long.
-    """
+    """Find the axis along which a tensor for several samples is longer than for one."""
     if len(one) != len(several):
         return None
     axes = [axis for axis, (a, b) in enumerate(zip(one, several, strict=True)) if a != b]
@@ -491,15 +314,7 @@ def _grown(one: Size, several: Size, n: int) -> int | None:
 
 
 def _split_rows(factored: Factored, rows: int) -> Factored:
-    """Sum a Jacobian over the rows that belong to a sample.
-
-    Args:
-        factored: The Jacobian, with ``n`` over N times R rows.
-        rows: The number R.
-
-    Returns:
-        The Jacobian, with ``n`` over N samples.
-    """
+    """Sum a Jacobian over the rows that belong to a sample."""
     if rows == 1:
         return factored
     letter = next(a for a in string.ascii_uppercase if a not in factored.equation)
@@ -516,13 +331,6 @@ def _split_rows(factored: Factored, rows: int) -> Factored:
 
 
 def used_elsewhere(recording: Recording) -> set[int]:
-    """Find the parameters that enter the output on a way that does not lead through a recorded call.
-
-    Args:
-        recording: A forward pass.
-
-    Returns:
-        The ids of parameters that are used outside of the calls of layers that have rules.
-    """
+    """Find the parameters that enter the output on a way that does not lead through a recorded call."""
     sources = {call.edge.node: call.sources for call in recording.calls}
     return {id(getattr(node, "variable", None)) for node in graph_nodes(recording.output, sources)}

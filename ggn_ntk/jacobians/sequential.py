@@ -39,27 +39,14 @@ Parts = Callable[[str, Factored, int], list[Part] | None]
 
 
 class Use(NamedTuple):
-    """One call of a layer.
+    """One call of a layer."""
 
-    Attributes:
-        module: The layer.
-        x: Its input ``[N, ...]``; a tuple where it takes several.
-        params: Its wanted parameters: their names on the layer, and those users know them by.
-    """
-
-    module: Module
-    x: Any
-    params: dict[str, str]
+    module: Module  # the layer
+    x: Any  # its input ``[N, ...]``; a tuple where it takes several
+    params: dict[str, str]  # its wanted parameters: their names on the layer, and those users know them by
 
     def restrict(self, samples: slice) -> "Use":
-        """Select samples.
-
-        Args:
-            samples: Which samples.
-
-        Returns:
-            The use of the layer by these samples.
-        """
+        """Select samples."""
         x = tuple(x[samples] for x in self.x) if isinstance(self.x, tuple) else self.x[samples]
         return self._replace(x=x)
 
@@ -76,15 +63,7 @@ class Walk:
     kind = "backpack"
 
     def __init__(self, request: Request, inputs: Inputs) -> None:
-        """Evaluate the model on all samples and record the input of each layer.
-
-        Args:
-            request: The request.
-            inputs: The samples.
-
-        Raises:
-            UnsupportedRouteError: If the model is more than a sequence of layers on samples.
-        """
+        """Evaluate the model on all samples and record the input of each layer."""
         with isolated(request.model) as session, session.evaluation({}, inspect=session.foreign):
             self._uses, self.output = _forward(request, inputs)
         if any(use.params and len(x) != len(inputs) for use in self._uses for x in _tensors(use.x)):
@@ -94,44 +73,20 @@ class Walk:
         self.failures: dict[str, str] = {}
 
     def pieces(self, axes: OutputAxes) -> list[Piece]:
-        """Split the outputs: here they pass back together.
-
-        Args:
-            axes: The role of each output axis.
-
-        Returns:
-            All outputs as one piece.
-        """
+        """Split the outputs: here they pass back together."""
         return split_outputs(axes, self.output[0].numel())
 
     def jacobians(self, outputs: Tensor, parts: Parts) -> Iterator[dict[str, Factored]]:
-        """Pass ``s`` back and write Jacobians on the way. Recorded inputs are freed, so this works once.
-
-        Args:
-            outputs: All outputs, by where they are in ``[*out]``, flattened.
-            parts: Tells what of a Jacobian can be contracted for some samples by themselves.
-
-        Yields:
-            The Jacobians of each layer, by the names users know parameters by. The caller has to drop them before it
-            asks for more, since ``s`` may be overwritten, unless a parameter among them is used again.
-        """
+        """Pass ``s`` back and write Jacobians on the way. Recorded inputs are freed, so this works once."""
+        # outputs [*out]
         s = identity(self.output, outputs)
         while _any_wanted(self._uses):
             blocks = _blocks(self._uses, s)
             s = yield from (self._in_blocks(s, blocks, parts) if len(blocks) > 1 else self._all(s))
 
     def _all(self, s: Tensor) -> Generator[dict[str, Factored], None, Tensor]:
-        """Pass ``s`` of all samples back through the last layer.
-
-        Args:
-            s: ``[C, N, *layer output]``; may be overwritten.
-
-        Yields:
-            The layer's Jacobians, if it has any.
-
-        Returns:
-            ``[C, N, *layer input]``, unless no layer before needs it.
-        """
+        """Pass ``s`` of all samples back through the last layer."""
+        # s [C, N, *layer output] -> [C, N, *layer input]
         use = self._uses.pop()
         if use.params:
             yield written(lambda: jacobians(use, s), use.module, use.params, self.failures)
@@ -141,22 +96,10 @@ class Walk:
         return backpropagate(use, s.clone() if waits else s)  # which may overwrite it
 
     def _in_blocks(self, s: Tensor, blocks: list[slice], parts: Parts) -> Generator[dict[str, Factored], None, Tensor]:
-        """Pass ``s`` of one block of samples after the other back through a chain of layers.
-
-        How many layers the chain has turns out at the first block: as many as let no more wait for the other blocks
-        than there is room for.
-
-        Args:
-            s: ``[C, N, *layer output]``; may be overwritten.
-            blocks: The blocks.
-            parts: Tells what of a Jacobian can be contracted for some samples by themselves.
-
-        Yields:
-            The Jacobians of each layer.
-
-        Returns:
-            ``[C, N, *layer input]``, unless no layer before the chain needs it.
-        """
+        """Pass ``s`` of one block of samples after the other back through a chain of layers."""
+        # How many layers the chain has turns out at the first block: as many as let no more wait for the other blocks
+        # than there is room for.
+        # s [C, N, *layer output] -> [C, N, *layer input]
         uses, n = self._uses, s.shape[1]
         chain: list[_Link] = []
         passed = Joined(n)
@@ -178,27 +121,13 @@ class Walk:
 
 
 def _any_wanted(uses: list[Use]) -> bool:
-    """Tell whether ``s`` has to pass further back.
-
-    Args:
-        uses: The uses of layers that it has not passed.
-
-    Returns:
-        Whether one of them has a wanted parameter.
-    """
+    """Tell whether ``s`` has to pass further back."""
     return any(use.params for use in uses)
 
 
 def _blocks(uses: list[Use], s: Tensor) -> list[slice]:
-    """Split samples for the way back through the last layers.
-
-    Args:
-        uses: The uses of layers.
-        s: ``[C, N, *layer output]``.
-
-    Returns:
-        The blocks: a single one while ``s`` is the same for all samples, which is cheaper than any block.
-    """
+    """Split samples for the way back through the last layers."""
+    # s [C, N, *layer output]
     n, use = s.shape[1], uses[-1]
     if s.stride(1) == 0 and (use.params or backpropagation_for(use.module).linear):
         return split(n, n)
@@ -210,14 +139,8 @@ def _blocks(uses: list[Use], s: Tensor) -> list[slice]:
 
 
 def _axes(s: Tensor) -> str:
-    """Name the axes of ``s``.
-
-    Args:
-        s: ``[C, N, ...]``.
-
-    Returns:
-        A letter for each.
-    """
+    """Name the axes of ``s``."""
+    # s [C, N, ...]
     return "cn" + string.ascii_uppercase[: s.ndim - 2]
 
 
@@ -225,15 +148,7 @@ class _Link:
     """A layer in a chain, through which blocks of samples pass."""
 
     def __init__(self, use: Use, parts: Parts, failures: dict[str, str], *, passes_on: bool, n: int) -> None:
-        """Set up.
-
-        Args:
-            use: The use of the layer.
-            parts: Tells what of a Jacobian can be contracted for some samples by themselves.
-            failures: Takes down why the rule of the layer fails, if it does.
-            passes_on: Whether a layer before needs ``s``.
-            n: The number of samples.
-        """
+        """Set up."""
         self._use, self._parts, self._passes_on, self._n = use, parts, passes_on, n
         self._failures = failures
         self._s = Joined(n)
@@ -246,28 +161,16 @@ class _Link:
         return sum(whole.numel for whole in wholes)
 
     def pass_back(self, block: slice, s: Tensor) -> Tensor:
-        """Keep what the Jacobians need of a block, and pass ``s`` back.
-
-        Args:
-            block: Its samples.
-            s: ``[C, block, *layer output]``; may be overwritten.
-
-        Returns:
-            ``[C, block, *layer input]``, or ``s`` if no layer before needs it.
-        """
+        """Keep what the Jacobians need of a block, and pass ``s`` back."""
+        # s [C, block, *layer output] -> [C, block, *layer input]
         use = self._use.restrict(block)
         if use.params:
             self._keep(block, s, self._written(use, s))
         return backpropagate(use, s) if self._passes_on else s
 
     def _keep(self, block: slice, s: Tensor, factored: dict[str, Factored]) -> None:
-        """Keep the Jacobians of a block as far as the order of contraction forms them, else ``s``.
-
-        Args:
-            block: Its samples.
-            s: ``[C, block, *layer output]``.
-            factored: The Jacobians, by name.
-        """
+        """Keep the Jacobians of a block as far as the order of contraction forms them, else ``s``."""
+        # s [C, block, *layer output]
         split_up = {name: self._parts(name, jacobian, self._n) for name, jacobian in factored.items()}
         if any(found is None for found in split_up.values()):
             self._s.put(block, _axes(s), s)
@@ -284,11 +187,7 @@ class _Link:
         return {name: jacobian for name, jacobian in found.items() if name not in self._failures}
 
     def jacobians(self) -> dict[str, Factored]:
-        """Put the blocks together.
-
-        Returns:
-            The Jacobians of all samples, by the name users know the parameter by.
-        """
+        """Put the blocks together."""
         if self._s.numel > 0:
             return self._written(self._use, self._s.ordered(_axes(self._s.tensor)))
         return {
@@ -299,14 +198,7 @@ class _Link:
 
 
 def structure_problems(request: Request) -> Iterator[Problem]:
-    """Find what keeps a model from being taken apart into layers.
-
-    Args:
-        request: The request.
-
-    Yields:
-        The problems.
-    """
+    """Find what keeps a model from being taken apart into layers."""
     if request.x1.kwargs:
         yield Problem("", "it is called with keyword arguments, which layers do not pass on", _REMEDY)
     if request.output is not None:
@@ -330,27 +222,12 @@ def structure_problems(request: Request) -> Iterator[Problem]:
 
 
 def _is_layer(module: Module) -> bool:
-    """Tell layers from containers that call their children one after the other.
-
-    Args:
-        module: The module.
-
-    Returns:
-        Whether it is a layer.
-    """
+    """Tell layers from containers that call their children one after the other."""
     return not isinstance(module, nn.Sequential) or type(module).forward is not nn.Sequential.forward
 
 
 def _named_layers(module: Module, name: str = "") -> Iterator[tuple[str, Module]]:
-    """List a model's containers and layers, these in the order of their calls.
-
-    Args:
-        module: The model.
-        name: Its dotted name.
-
-    Yields:
-        Dotted names and modules; a layer that is called several times comes as often.
-    """
+    """List a model's containers and layers, these in the order of their calls."""
     yield name, module
     if not _is_layer(module):
         for key, child in module._modules.items():
@@ -359,14 +236,7 @@ def _named_layers(module: Module, name: str = "") -> Iterator[tuple[str, Module]
 
 
 def _tensors(x: Any) -> tuple[Tensor, ...]:
-    """List the inputs of a layer.
-
-    Args:
-        x: A tensor or a tuple of tensors.
-
-    Returns:
-        The tensors.
-    """
+    """List the inputs of a layer."""
     return x if isinstance(x, tuple) else (x,)
 
 
@@ -378,18 +248,7 @@ def is_known(request: Request) -> bool:
 
 @torch.no_grad()
 def _forward(request: Request, inputs: Inputs) -> tuple[list[Use], Any]:
-    """Evaluate the model on all samples and record the input of each layer.
-
-    Args:
-        request: The request.
-        inputs: The samples.
-
-    Returns:
-        The uses of layers in the order of their calls, and the output.
-
-    Raises:
-        UnsupportedRouteError: If a layer in between returns no tensor.
-    """
+    """Evaluate the model on all samples and record the input of each layer."""
     names = {id(p): name for name, p in request.params.items()}
     args = inputs.args
     uses: list[Use] = []
@@ -407,31 +266,14 @@ def _forward(request: Request, inputs: Inputs) -> tuple[list[Use], Any]:
 
 
 def _may_overwrite(layer: Module) -> bool:
-    """Tell whether a layer may work in place, on the recorded output of the layer before.
-
-    Args:
-        layer: The layer.
-
-    Returns:
-        Whether it is set to, or is not one of torch's.
-    """
+    """Tell whether a layer may work in place, on the recorded output of the layer before."""
     return getattr(layer, "inplace", False) or not type(layer).__module__.startswith("torch.nn.")
 
 
 def written(
     write: Callable[[], dict[str, Factored]], module: Module, params: dict[str, str], failures: dict[str, str]
 ) -> dict[str, Factored]:
-    """Write the Jacobians of a layer, or take down that its rule fails.
-
-    Args:
-        write: Writes them.
-        module: The layer.
-        params: Its wanted parameters: their names on the layer, and those users know them by.
-        failures: Takes down why.
-
-    Returns:
-        The Jacobians by name; none where the rule fails.
-    """
+    """Write the Jacobians of a layer, or take down that its rule fails."""
     try:
         return write()
     except Exception as error:
@@ -447,15 +289,8 @@ def why_not(error: Exception, module: Module) -> str:
 
 
 def jacobians(use: Use, s: Tensor) -> dict[str, Factored]:
-    """Write the Jacobians of a layer's wanted parameters.
-
-    Args:
-        use: The layer and its input.
-        s: ``[C, N, *layer output]``.
-
-    Returns:
-        The Jacobians, by the name users know the parameter by.
-    """
+    """Write the Jacobians of a layer's wanted parameters."""
+    # s [C, N, *layer output]
     rule = rule_for(use.module)
     assert rule is not None
     factored = rule(use.module, use.x, s)
@@ -463,16 +298,8 @@ def jacobians(use: Use, s: Tensor) -> dict[str, Factored]:
 
 
 def identity(output: Tensor, outputs: Tensor | None = None) -> Tensor:
-    """Start ``s`` at the output.
-
-    Args:
-        output: ``[N, *out]``.
-        outputs: Some outputs, by where they are in ``[*out]``, flattened; ``None`` for all.
-
-    Returns:
-        The Jacobian of these outputs with respect to the output, ``[C, N, *out]``: the same for all samples, and kept
-        once.
-    """
+    """Start ``s`` at the output."""
+    # output [N, *out], outputs [*out] -> [C, N, *out]
     n, *out = output.shape
     if outputs is None:
         rows = torch.eye(output[0].numel(), dtype=output.dtype, device=output.device)
@@ -483,15 +310,8 @@ def identity(output: Tensor, outputs: Tensor | None = None) -> Tensor:
 
 
 def backpropagate(use: Use, s: Tensor) -> Tensor:
-    """Pass ``s`` back through a layer.
-
-    Args:
-        use: The layer and its input.
-        s: ``[C, N, *layer output]``; may be overwritten.
-
-    Returns:
-        ``[C, N, *layer input]``; kept once where it is the same for all samples.
-    """
+    """Pass ``s`` back through a layer."""
+    # s [C, N, *layer output] -> [C, N, *layer input]
     function, linear = backpropagation_for(use.module)
     if linear and s.stride(1) == 0:
         return function(use.module, use.x[:1], s[:, :1]).expand(-1, s.shape[1], *use.x.shape[1:])

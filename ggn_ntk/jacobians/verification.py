@@ -75,34 +75,17 @@ _CANCELS = 1 / 30
 
 
 class Trial(NamedTuple):
-    """What rules make of one sample, beside autograd.
+    """What rules make of one sample, beside autograd."""
 
-    Attributes:
-        expected: Autograd's gradient of ``sum v f`` for each wanted parameter, by name (see :func:`sketched`).
-        failures: Why rules do not give the gradient of a parameter, by name.
-        cancelling: Parameters whose gradient is far smaller than the terms that rules add up for it.
-    """
-
+    # Autograd's gradient of ``sum v f`` for each wanted parameter, by name (see :func:`sketched`)
     expected: dict[str, Tensor]
-    failures: dict[str, str]
-    cancelling: set[str]
+    failures: dict[str, str]  # why rules do not give the gradient of a parameter, by name
+    cancelling: set[str]  # parameters whose gradient is far smaller than the terms that rules add up for it
 
 
 def try_rules(request: Request, recording: Recording, v: Tensor, tolerance: float) -> Trial:
-    """Compare rules with autograd on one sample.
-
-    Args:
-        request: The request.
-        recording: A forward pass of one sample.
-        v: Numbers like its output, ``[1, *out]``.
-        tolerance: The largest relative error of gradients that rounding makes.
-
-    Returns:
-        What was found.
-
-    Raises:
-        NotFiniteError: If the gradient is not finite.
-    """
+    """Compare rules with autograd on one sample."""
+    # v [1, *out]
     failures = outside_of_calls(request, recording)
     passed, expected = _gradients(request, recording, v)
     if not all_finite(expected.values()):
@@ -135,18 +118,7 @@ def try_rules(request: Request, recording: Recording, v: Tensor, tolerance: floa
 def _cancelling(
     request: Request, inputs: Inputs, v: Tensor, expected: dict[str, Tensor], terms: dict[str, Tensor]
 ) -> set[str]:
-    """Find the parameters for which the terms that rules add up cancel.
-
-    Args:
-        request: The request.
-        inputs: One sample.
-        v: Numbers like its output.
-        expected: Autograd's gradient of ``sum v f``, :func:`sketched`, by name.
-        terms: The sum of the squared norms of the terms, by name, of those gradients that are sums.
-
-    Returns:
-        Their names.
-    """
+    """Find the parameters for which the terms that rules add up cancel."""
     numbers = read([*(norm_of_sketch(expected[name], request.params[name]) for name in terms), *terms.values()])
     least = {name: _CANCELS * square for name, square in zip(terms, numbers[len(terms) :], strict=True)}
     found = [name for name, size in zip(terms, numbers, strict=False) if size**2 < least[name]]
@@ -186,35 +158,15 @@ def _jacobians(call: Call, s: Tensor, n: int) -> dict[str, Factored]:
 
 
 def _gradients(request: Request, recording: Recording, v: Tensor) -> tuple[list[Tensor | None], dict[str, Tensor]]:
-    """Compute gradients in a graph that is kept.
-
-    Args:
-        request: The request.
-        recording: A forward pass.
-        v: Numbers like its output.
-
-    Returns:
-        The gradients of ``sum v f`` with respect to the outputs of calls, and, :func:`sketched`, to wanted parameters,
-        by name.
-    """
+    """Compute gradients in a graph that is kept."""
     passed, found = pass_back(recording.output, recording.calls, v, list(request.params.values()))
     gradients = zip(request.params.items(), found, strict=True)
     return passed, {name: sketched(torch.zeros_like(p) if g is None else dense(g), p) for (name, p), g in gradients}
 
 
 def _choose(n: int, count: int, seed: int) -> list[int]:
-    """Choose samples, neither the first nor the last of more than two.
-
-    What a model makes of all samples with the help of one of them, say of ``x[:1]``, shows at the others alone.
-
-    Args:
-        n: The number of samples.
-        count: How many to choose of more than two; of two, both are.
-        seed: Decides on the choice.
-
-    Returns:
-        The samples.
-    """
+    """Choose samples, neither the first nor the last of more than two."""
+    # What a model makes of all samples with the help of one of them, say of ``x[:1]``, shows at the others alone.
     if n <= 2:
         return list(range(n))
     order = torch.randperm(n - 2, generator=torch.Generator().manual_seed(seed), device="cpu") + 1
@@ -234,16 +186,7 @@ class Probe:
     """
 
     def __init__(self, request: Request, *, everyone: bool) -> None:
-        """Evaluate samples by themselves, and all of them in halves.
-
-        Args:
-            request: The request.
-            everyone: Whether to compare Jacobians of all samples.
-
-        Raises:
-            UnsupportedModelError: If the output cannot be differentiated, or samples influence one another.
-            NotFiniteError: If Jacobians of some samples are not finite.
-        """
+        """Evaluate samples by themselves, and all of them in halves."""
         self._request, stacked = request, request.x1.stack(request.x2)
         entries, n = sum(p.numel() for p in request.params.values()), len(stacked)
         count = max(1, min(_PROBED, n // _SHARE, _MANY_ENTRIES // max(1, entries)))
@@ -282,14 +225,7 @@ class Probe:
             raise NotFiniteError
 
     def try_rules(self, layouts: Sequence[Layout] | None) -> dict[str, str]:
-        """Try the rules on the few samples. This frees their recordings, so it works once.
-
-        Args:
-            layouts: Where the samples are in each call of a layer; ``None``: in front.
-
-        Returns:
-            Why rules do not give the Jacobian of a parameter, by name.
-        """
+        """Try the rules on the few samples. This frees their recordings, so it works once."""
         tried = [
             try_rules(self._request, locate(recording, layouts), v, self._tolerance)
             for recording, v in zip(self.recordings, self._v_alone.split(1), strict=True)
@@ -303,14 +239,8 @@ class Probe:
         return {name: why for trial in tried for name, why in trial.failures.items()}
 
     def see(self, output: Tensor) -> None:
-        """Compare the outputs of all samples in one batch with those by themselves and in halves.
-
-        Args:
-            output: The outputs ``[N, *out]``.
-
-        Raises:
-            UnsupportedModelError: If samples influence one another.
-        """
+        """Compare the outputs of all samples in one batch with those by themselves and in halves."""
+        # output [N, *out]
         n = len(self.inputs)
         check_shape(output, n, self.out_shape)
         if self.everyone:
@@ -325,11 +255,8 @@ class Probe:
         return not rows_differing(output.detach()[self._few], self._outputs, self._tolerance).any()
 
     def begin(self, outputs: Tensor) -> None:
-        """Start on some outputs.
-
-        Args:
-            outputs: Where they are in ``[*out]``, flattened. Those that have been there are not counted again.
-        """
+        """Start on some outputs."""
+        # outputs [*out]
         if self.everyone:
             places = {output: place for place, output in enumerate(outputs.tolist())}
             samples = [i for i, output in enumerate(self._outputs_of) if output in places]
@@ -344,11 +271,7 @@ class Probe:
             self._weights = self._weights.index_fill(0, chosen, 0)
 
     def add(self, jacobians: dict[str, Factored]) -> None:
-        """Take down one use of a layer.
-
-        Args:
-            jacobians: The Jacobian of each wanted parameter, over all samples, by name.
-        """
+        """Take down one use of a layer."""
         for name, jacobian in jacobians.items():
             if self.everyone:
                 seen, weights = pick(jacobian, *self._picked), self._numbers[self._picked[1]].unsqueeze(0)
@@ -358,28 +281,11 @@ class Probe:
             self._actual[name] = self._actual[name] + product if name in self._actual else product
 
     def judge(self, missed: Container[str]) -> dict[str, float]:
-        """Compare what was taken down.
-
-        Args:
-            missed: The parameters whose Jacobians rules do not give.
-
-        Returns:
-            The relative error of those Jacobians that differ, by the name of the parameter.
-        """
+        """Compare what was taken down."""
         return differing(self._given(self._expected, missed), self._expected, self._tolerance)
 
     def diagnose(self, missed: Container[str]) -> dict[str, str]:
-        """Find out why what was taken down of all samples differs from their gradient in halves.
-
-        Args:
-            missed: The parameters whose Jacobians rules do not give.
-
-        Returns:
-            Why rules do not give the Jacobian of a parameter, by name; empty where kinks explain all.
-
-        Raises:
-            UnsupportedModelError: If samples influence one another.
-        """
+        """Find out why what was taken down of all samples differs from their gradient in halves."""
         request = self._request
         _, batch = gradients(request, self.inputs, self._v)
         expected = {name: sketched(batch.pop(name), p) for name, p in request.params.items()}

@@ -150,15 +150,7 @@ def explain(
 
 
 def _contractions(request: Request, products: Iterable[tuple[str, Doubled]]) -> Iterable[Contraction]:
-    """Describe each product of Jacobians.
-
-    Args:
-        request: The request.
-        products: The products, by names of parameters.
-
-    Yields:
-        The descriptions.
-    """
+    """Describe each product of Jacobians."""
     owners = {id(p): type(m).__name__ for m in eager(request.model).modules() for p in m.parameters(recurse=False)}
     total, n1 = sum(request.sizes), request.n1
     rows, columns = slice(0, n1 or total), slice(n1 or 0, total)

@@ -132,20 +132,7 @@ def empirical_ntk(
 
 
 def parse_method(method: str, check: bool, capture: str = "auto") -> Method:
-    """Check what a call says about how to compute.
-
-    Args:
-        method: The name of the method.
-        check: Whether to compare a block with an independent computation.
-        capture: How the structured route takes the model apart.
-
-    Returns:
-        The method; the structured route where its capture was asked for.
-
-    Raises:
-        TypeError: If ``check`` is no truth value.
-        ValueError: If there is no method of that name, or it has no capture to ask for.
-    """
+    """Check what a call says about how to compute."""
     if not isinstance(check, bool):
         raise TypeError(f"check must be True or False, got {type(check).__name__}.")
     try:
@@ -161,16 +148,7 @@ def parse_method(method: str, check: bool, capture: str = "auto") -> Method:
 
 
 def compute_kernels(request: Request, method: Method, check: bool) -> tuple[Kernels, Computed]:
-    """Compute what a request asks for.
-
-    Args:
-        request: The request.
-        method: The method asked for.
-        check: Whether to compare a block with an independent computation.
-
-    Returns:
-        The kernel, or one for each parameter by name, and what the route returned.
-    """
+    """Compute what a request asks for."""
 
     def kernels(request: Request) -> tuple[Kernels, Computed]:
         taken, computed = _take_route(request, method)
@@ -183,15 +161,7 @@ def compute_kernels(request: Request, method: Method, check: bool) -> tuple[Kern
 
 
 def _take_route(request: Request, method: Method) -> tuple[Method, Computed]:
-    """Compute by the method asked for, or choose one.
-
-    Args:
-        request: The request.
-        method: The method asked for.
-
-    Returns:
-        The method taken, and what it made of the request.
-    """
+    """Compute by the method asked for, or choose one."""
     if method is not Method.AUTO:
         return method, _ROUTES[method](request)
     try:
@@ -204,17 +174,7 @@ def _take_route(request: Request, method: Method) -> tuple[Method, Computed]:
 def _compare_with_oracle(
     request: Request, result: Tensor | dict[str, Tensor], method: Method, axes: OutputAxes
 ) -> None:
-    """Compare a random block of a kernel with an independent computation.
-
-    Args:
-        request: The request.
-        result: What the method made of it.
-        method: The method.
-        axes: The role of each output axis.
-
-    Raises:
-        NTKMismatchError: If they differ by more than the tolerance for the dtype.
-    """
+    """Compare a random block of a kernel with an independent computation."""
     drawn = torch.Generator("cpu").manual_seed(0)
     rows, columns = (
         torch.randperm(len(x), generator=drawn, device="cpu")[:_BLOCK].tolist() for x in (request.x1, request.second)

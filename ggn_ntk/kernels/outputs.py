@@ -115,16 +115,8 @@ def empirical_kernels(
 
 
 def _multiply_outputs(request: Request, outputs: Tensor | None = None) -> Tensor:
-    """Compute an NNGP kernel.
-
-    Args:
-        request: The request.
-        outputs: The model's output for all samples, x2's behind x1's, ``[N1 + N2, *out]``, if these are known to leave
-            one another alone; ``None`` to evaluate and find out.
-
-    Returns:
-        The kernel in the layout of the public API.
-    """
+    """Compute an NNGP kernel."""
+    # outputs [N1 + N2, *out]
     described = f"the NNGP kernel of {sum(request.sizes)} samples"
     with (
         outside_of_transforms(),
@@ -154,17 +146,8 @@ def _fill(kernel: Tensor, request: Request, infinite: list[int]) -> None:
 
 
 def _checked_outputs(request: Request) -> Tensor:
-    """Evaluate a model, and raise unless its outputs are a function of one sample each.
-
-    Args:
-        request: The request.
-
-    Returns:
-        The outputs of all samples ``[N1 + N2, *out]``.
-
-    Raises:
-        UnsupportedModelError: If they are not.
-    """
+    """Evaluate a model, and raise unless its outputs are a function of one sample each."""
+    # -> [N1 + N2, *out]
     # The check wants something to differentiate, and an NNGP kernel needs no parameter: let it have the inputs.
     problems = configuration_problems(replace(request, params=request.x1.tensors))
     if problems:

@@ -19,14 +19,7 @@ from torch.overrides import TorchFunctionMode
 
 @contextmanager
 def differentiable(degree: int) -> Iterator[None]:
-    """Have models compute in operations that can be differentiated in forward mode.
-
-    Args:
-        degree: How often they will be. Normalisations are written out from the second derivative on.
-
-    Yields:
-        Nothing.
-    """
+    """Have models compute in operations that can be differentiated in forward mode."""
     before = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
@@ -44,58 +37,27 @@ class _Composite(TorchFunctionMode):
     """
 
     def __init__(self, replacements: dict[Callable[..., Any], Callable[..., Any]]) -> None:
-        """Store the functions.
-
-        Args:
-            replacements: The other functions, by those they replace.
-        """
+        """Store the functions."""
         super().__init__()
         self.replacements = replacements
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call a function of torch, or what replaces it.
-
-        Args:
-            func: The function.
-            types: Types that override it.
-            args: Its positional arguments.
-            kwargs: Its keyword arguments.
-
-        Returns:
-            Its result.
-        """
+        """Call a function of torch, or what replaces it."""
         return self.replacements.get(func, func)(*args, **(kwargs or {}))
 
 
 def _normalize(x: Tensor, axes: list[int], eps: float) -> Tensor:
-    """Shift and scale to mean 0 and variance 1.
-
-    Args:
-        x: Any tensor.
-        axes: The axes over which mean and variance are taken.
-        eps: Added to the variance.
-
-    Returns:
-        The normalised tensor.
-    """
+    """Shift and scale to mean 0 and variance 1."""
     centred = x - x.mean(axes, keepdim=True)
     variance = centred.square().mean(axes, keepdim=True)
     return centred * torch.rsqrt(variance + eps)
 
 
 def _scale_channels(x: Tensor, weight: Tensor | None, bias: Tensor | None) -> Tensor:
-    """Apply an affine map to each channel.
-
-    Args:
-        x: ``[N, C, ...]``.
-        weight: ``[C]`` or ``None``.
-        bias: ``[C]`` or ``None``.
-
-    Returns:
-        A tensor like ``x``.
-    """
+    """Apply an affine map to each channel."""
+    # x [N, C, ...], weight [C], bias [C]
     shape = (1, -1, *[1] * (x.ndim - 2))
     x = x if weight is None else x * weight.reshape(shape)
     return x if bias is None else x + bias.reshape(shape)
@@ -108,18 +70,8 @@ def _layer_norm(
     bias: Tensor | None = None,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Normalise over the last axes, like ``torch.nn.functional.layer_norm``.
-
-    Args:
-        input: ``[..., *normalized_shape]``.
-        normalized_shape: The shape of the last axes.
-        weight: Of that shape, or ``None``.
-        bias: Of that shape, or ``None``.
-        eps: Added to the variance.
-
-    Returns:
-        A tensor like ``input``.
-    """
+    """Normalise over the last axes, like ``torch.nn.functional.layer_norm``."""
+    # input [..., *normalized_shape]
     x = _normalize(input, [*range(-len(normalized_shape), 0)], eps)
     x = x if weight is None else x * weight
     return x if bias is None else x + bias
@@ -135,21 +87,8 @@ def _batch_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Normalise over the batch, like ``torch.nn.functional.batch_norm``, but leave running statistics alone.
-
-    Args:
-        input: ``[N, C, ...]``.
-        running_mean: ``[C]`` or ``None``.
-        running_var: ``[C]`` or ``None``.
-        weight: ``[C]`` or ``None``.
-        bias: ``[C]`` or ``None``.
-        training: Whether to use the statistics of the batch instead of the running ones.
-        momentum: Not used.
-        eps: Added to the variance.
-
-    Returns:
-        A tensor like ``input``.
-    """
+    """Normalise over the batch, like ``torch.nn.functional.batch_norm``, but leave running statistics alone."""
+    # input [N, C, ...], running_mean [C], running_var [C], weight [C], bias [C]
     if not training:
         return F.batch_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     return _scale_channels(_normalize(input, [0, *range(2, input.ndim)], eps), weight, bias)
@@ -165,21 +104,8 @@ def _instance_norm(
     momentum: float = 0.1,
     eps: float = 1e-5,
 ) -> Tensor:
-    """Normalise each image, like ``torch.nn.functional.instance_norm``, but leave running statistics alone.
-
-    Args:
-        input: ``[N, C, ...]``.
-        running_mean: ``[C]`` or ``None``.
-        running_var: ``[C]`` or ``None``.
-        weight: ``[C]`` or ``None``.
-        bias: ``[C]`` or ``None``.
-        use_input_stats: Whether to use the statistics of the image instead of the running ones.
-        momentum: Not used.
-        eps: Added to the variance.
-
-    Returns:
-        A tensor like ``input``.
-    """
+    """Normalise each image, like ``torch.nn.functional.instance_norm``, but leave running statistics alone."""
+    # input [N, C, ...], running_mean [C], running_var [C], weight [C], bias [C]
     if not use_input_stats:
         return F.instance_norm(input, running_mean, running_var, weight, bias, False, momentum, eps)
     return _scale_channels(_normalize(input, [*range(2, input.ndim)], eps), weight, bias)
@@ -198,24 +124,8 @@ def _embedding_bag(
     include_last_offset: bool = False,
     padding_idx: int | None = None,
 ) -> Tensor:
-    """Reduce bags of rows of a table, like ``torch.nn.functional.embedding_bag``.
-
-    Args:
-        input: Rows ``[N, L]`` of each bag. In any other form, torch's function is called.
-        weight: The table ``[V, K]``.
-        offsets: Where bags start in a flat list of rows, or ``None``.
-        max_norm: Must be ``None``, or torch's function is called.
-        norm_type: Not used.
-        scale_grad_by_freq: Not used: it changes no values.
-        mode: ``"sum"``, ``"mean"`` or ``"max"``.
-        sparse: Not used: it changes no values.
-        per_sample_weights: Factors ``[N, L]`` for mode "sum", or ``None``.
-        include_last_offset: Not used without offsets.
-        padding_idx: A row that does not count, or ``None``.
-
-    Returns:
-        ``[N, K]``.
-    """
+    """Reduce bags of rows of a table, like ``torch.nn.functional.embedding_bag``."""
+    # input [N, L], weight [V, K], per_sample_weights [N, L] -> [N, K]
     if input.ndim != 2 or max_norm is not None:
         options = (norm_type, scale_grad_by_freq, mode, sparse, per_sample_weights, include_last_offset, padding_idx)
         return F.embedding_bag(input, weight, offsets, max_norm, *options)

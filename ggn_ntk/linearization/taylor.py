@@ -178,18 +178,7 @@ class TaylorExpansion:
         self._verified.update(fingerprints)
 
     def _choose(self, params: Iterable[str] | Mapping[str, Tensor] | None) -> Parameters:
-        """Look up the parameters to expand in, and move the snapshot to where they are wanted.
-
-        Args:
-            params: Names, a mapping from names to values, or ``None``.
-
-        Returns:
-            The snapshot's parameters, by the first of their names.
-
-        Raises:
-            TypeError: If ``params`` is none of these.
-            ValueError: If it is empty, or there is nothing to expand in.
-        """
+        """Look up the parameters to expand in, and move the snapshot to where they are wanted."""
         known = dict(self._model.named_parameters())
         if params is None:
             chosen = {name: p for name, p in known.items() if p.is_floating_point()}
@@ -213,18 +202,7 @@ class TaylorExpansion:
         return {name: p.requires_grad_() for name, p in chosen.items()}
 
     def _step(self, new_params: Mapping[str, Tensor] | Module) -> Parameters:
-        """Compute the step away from the expansion point.
-
-        Args:
-            new_params: The new parameters.
-
-        Returns:
-            θ - θ0 for each parameter given, by the first of its names.
-
-        Raises:
-            TypeError: If ``new_params`` is no mapping and no model.
-            ValueError: If it holds nothing to expand in, or two values of one parameter.
-        """
+        """Compute the step away from the expansion point."""
         if isinstance(new_params, Module):
             with alone_with(new_params):
                 new_params = dict(new_params.named_parameters())
@@ -248,18 +226,7 @@ class TaylorExpansion:
         return {name: value - self._params[name].detach() for name, value in given.items()}
 
     def _first_name(self, argument: str, name: Any) -> str:
-        """Look up a parameter.
-
-        Args:
-            argument: The argument's name.
-            name: Any name of the parameter.
-
-        Returns:
-            The first of its names.
-
-        Raises:
-            ValueError: If there is none of that name.
-        """
+        """Look up a parameter."""
         plain = name.removeprefix(_COMPILED) if isinstance(name, str) else name
         if plain not in self._names:
             raise ValueError(
@@ -269,14 +236,7 @@ class TaylorExpansion:
 
 
 def _snapshot(model: Module) -> Module:
-    """Copy a model as the function it is now.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The copy, without backward hooks, which take no part in the function.
-    """
+    """Copy a model as the function it is now."""
     kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     with torch.inference_mode(False), torch.no_grad(), alone_with(model):
         # deepcopy refuses results of an earlier forward pass that a module holds on to
@@ -289,34 +249,13 @@ def _snapshot(model: Module) -> Module:
 
 
 def _first_names(model: Module) -> dict[str, str]:
-    """Map the names of each parameter to the first of them.
-
-    Args:
-        model: The model.
-
-    Returns:
-        The first name, by name; they differ for tied parameters.
-    """
+    """Map the names of each parameter to the first of them."""
     firsts = {id(p): name for name, p in model.named_parameters()}
     return {name: firsts[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
 
 
 def _checked(argument: str, name: str, value: Any, parameter: Tensor) -> Tensor:
-    """Check a value of a parameter.
-
-    Args:
-        argument: The argument's name.
-        name: The parameter's name.
-        value: Its value.
-        parameter: The parameter.
-
-    Returns:
-        The value.
-
-    Raises:
-        TypeError: If it is not a tensor.
-        ValueError: If its shape, dtype or device is not the parameter's.
-    """
+    """Check a value of a parameter."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}[{name!r}] must be a tensor, got {type(value).__name__}.")
     for what in ("shape", "dtype", "device"):
@@ -330,17 +269,7 @@ def _checked(argument: str, name: str, value: Any, parameter: Tensor) -> Tensor:
 def _derivatives(
     function: Callable[[Parameters], Tensor], step: Parameters, degree: int, pushforward: Pushforward
 ) -> Callable[..., Any]:
-    """Differentiate along a step, again and again.
-
-    Args:
-        function: Takes parameters.
-        step: The direction.
-        degree: How often.
-        pushforward: How to differentiate once.
-
-    Returns:
-        A function from parameters to the tuple of the function and its first ``degree`` derivatives along the step.
-    """
+    """Differentiate along a step, again and again."""
     if degree == 0:
         return lambda point: (function(point),)
     lower = _derivatives(function, step, degree - 1, pushforward)
@@ -355,16 +284,7 @@ def _derivatives(
 def _forward_mode(
     function: Callable[..., Any], primals: tuple[Parameters], tangents: tuple[Parameters]
 ) -> tuple[Any, Any]:
-    """Differentiate along a direction in forward mode.
-
-    Args:
-        function: Takes parameters, returns a tensor or a tuple of tensors.
-        primals: The parameters.
-        tangents: The direction.
-
-    Returns:
-        The function's value and its derivative along the direction.
-    """
+    """Differentiate along a direction in forward mode."""
     values, slopes, *_ = jvp(function, primals, tangents)
     return values, slopes
 
@@ -407,21 +327,9 @@ def _weights(count: int, device: torch.device) -> Tensor:
 
 
 def _find_pushforward(request: Request, degree: int) -> Pushforward:
-    """Find a way to differentiate a model along a direction that gets it right.
-
-    Forward mode ignores ``torch.no_grad()``, and does not know all operations. Neither way reaches parameters that a
-    model uses past its modules.
-
-    Args:
-        request: The request.
-        degree: The degree of the expansion.
-
-    Returns:
-        The way.
-
-    Raises:
-        UnsupportedModelError: If there is none, or the model is no function.
-    """
+    """Find a way to differentiate a model along a direction that gets it right."""
+    # Forward mode ignores ``torch.no_grad()``, and does not know all operations. Neither way reaches parameters that a
+    # model uses past its modules.
     with without(_KIND):
         output = evaluate(request, None, request.x1, inspect=True)
     if not isinstance(output, Tensor):
@@ -439,20 +347,7 @@ def _find_pushforward(request: Request, degree: int) -> Pushforward:
 
 
 def _is_right(request: Request, inputs: Inputs, pushforward: Pushforward, degree: int) -> bool:
-    """Tell whether a way to differentiate is right at some samples.
-
-    Args:
-        request: The request.
-        inputs: The samples.
-        pushforward: The way.
-        degree: How often it will be used in a row.
-
-    Returns:
-        Whether it is; not where torch cannot do it.
-
-    Raises:
-        RuntimeError: If memory runs out.
-    """
+    """Tell whether a way to differentiate is right at some samples."""
     try:
         return _agrees_with_autograd(request, inputs, pushforward) and (
             degree < 2 or _derivatives_commute(request, inputs, pushforward)
@@ -464,16 +359,7 @@ def _is_right(request: Request, inputs: Inputs, pushforward: Pushforward, degree
 
 
 def _agrees_with_autograd(request: Request, inputs: Inputs, pushforward: Pushforward) -> bool:
-    """Tell whether a model's derivative along a direction is that of plain autograd, in the sum over samples.
-
-    Args:
-        request: The request.
-        inputs: The samples.
-        pushforward: The way to differentiate.
-
-    Returns:
-        Whether ``v^T (J d)`` is ``g^T d``, with the gradient g of ``sum v f``, for random v and d.
-    """
+    """Tell whether a model's derivative along a direction is that of plain autograd, in the sum over samples."""
     output = evaluate(request, None, inputs)
     v = cotangent(output, seed=0)
     direction = {name: cotangent(p, seed=1) for name, p in request.params.items()}
@@ -493,18 +379,8 @@ def _agrees_with_autograd(request: Request, inputs: Inputs, pushforward: Pushfor
 
 
 def _derivatives_commute(request: Request, inputs: Inputs, pushforward: Pushforward) -> bool:
-    """Tell whether second derivatives along two random directions are the same in both orders.
-
-    They are not where torch loses a term of a nested derivative.
-
-    Args:
-        request: The request.
-        inputs: The samples.
-        pushforward: The way to differentiate.
-
-    Returns:
-        Whether they are.
-    """
+    """Tell whether second derivatives along two random directions are the same in both orders."""
+    # They are not where torch loses a term of a nested derivative.
     u, v = ({name: cotangent(p, seed) for name, p in primals_of(request).items()} for seed in (0, 1))
 
     def second_derivative(inner: Parameters, outer: Parameters) -> Tensor:

@@ -22,37 +22,21 @@ WAITING = 2**24
 
 
 def split(n: int, block: int) -> list[slice]:
-    """Split samples evenly.
-
-    Args:
-        n: The number of samples.
-        block: How many samples a block may have; one is always taken.
-
-    Returns:
-        The blocks.
-    """
+    """Split samples evenly."""
     count = ceil(n / max(1, min(n, block)))
     edges = [i * n // count for i in range(count + 1)]
     return [slice(start, stop) for start, stop in pairwise(edges)]
 
 
 class Joined:
-    """A tensor over all samples, put together from blocks.
+    """A tensor over all samples, put together from blocks."""
 
-    Attributes:
-        letters: A letter for each axis, ``n`` for samples, which are outermost in memory so that each block is one run.
-        tensor: The tensor; there is none before the first block.
-    """
-
+    # A letter for each axis, ``n`` for samples, which are outermost in memory so that each block is one run
     letters: str
-    tensor: Tensor
+    tensor: Tensor  # the tensor; there is none before the first block
 
     def __init__(self, n: int) -> None:
-        """Set up.
-
-        Args:
-            n: The number of samples.
-        """
+        """Set up."""
         self._n = n
 
     @property
@@ -61,41 +45,18 @@ class Joined:
         return self.tensor.numel() if hasattr(self, "tensor") else 0
 
     def room(self, block: slice, letters: str, sizes: Mapping[str, int], like: Tensor) -> Tensor:
-        """Make room for a block.
-
-        Args:
-            block: Its samples.
-            letters: A letter for each of its axes; the first block decides on their order in memory.
-            sizes: The size of each letter.
-            like: Decides on dtype and device.
-
-        Returns:
-            A view with an axis for each letter, to be written to.
-        """
+        """Make room for a block."""
         if not hasattr(self, "tensor"):
             self.letters = "n" + letters.replace("n", "")
             self.tensor = like.new_empty([self._n, *(sizes[letter] for letter in self.letters[1:])])
         return self.tensor[block].permute([self.letters.index(letter) for letter in letters])
 
     def put(self, block: slice, letters: str, part: Tensor) -> None:
-        """Copy a block to its place.
-
-        Args:
-            block: Its samples.
-            letters: A letter for each of its axes.
-            part: Its tensor.
-        """
+        """Copy a block to its place."""
         axes = sorted(range(part.ndim), key=part.stride, reverse=True)
         sizes = dict(zip(letters, part.shape, strict=True))
         self.room(block, "".join(letters[axis] for axis in axes), sizes, part).copy_(part.permute(axes))
 
     def ordered(self, letters: str) -> Tensor:
-        """Order its axes.
-
-        Args:
-            letters: The letters of all axes.
-
-        Returns:
-            A view.
-        """
+        """Order its axes."""
         return self.tensor.permute([self.letters.index(letter) for letter in letters])

@@ -65,19 +65,8 @@ def _of_process() -> int | None:
 
 
 def resolve_axes(request: Request, out_shape: Size) -> OutputAxes:
-    """Find the role of each output axis, and refuse a kernel that cannot fit into memory.
-
-    Args:
-        request: The request.
-        out_shape: ``[*out]``, the shape of one sample's output.
-
-    Returns:
-        The roles.
-
-    Raises:
-        ValueError: If an axis that was asked for does not exist.
-        KernelMemoryError: If memory does not suffice for the result.
-    """
+    """Find the role of each output axis, and refuse a kernel that cannot fit into memory."""
+    # out_shape [*out]
     axes = request.axes.resolve(out_shape)
     samples = len(request.x1), len(request.second)
     check_result((*samples, *axes.roles.kernel), list(request.params.values()), request.per_parameter)
@@ -85,16 +74,7 @@ def resolve_axes(request: Request, out_shape: Size) -> OutputAxes:
 
 
 def check_result(shape: Sequence[int], params: Sequence[Tensor], per_parameter: bool) -> None:
-    """Refuse a kernel that cannot fit into memory, before any work.
-
-    Args:
-        shape: Its shape.
-        params: The parameters whose kernels are summed.
-        per_parameter: Whether there is a kernel for each of them.
-
-    Raises:
-        KernelMemoryError: If it cannot.
-    """
+    """Refuse a kernel that cannot fit into memory, before any work."""
     if not params:
         return
     size = prod(shape) * max(p.element_size() for p in params) * (len(params) if per_parameter else 1)
@@ -106,17 +86,7 @@ def check_result(shape: Sequence[int], params: Sequence[Tensor], per_parameter: 
 
 @contextmanager
 def explained(what: Callable[[], str]) -> Iterator[None]:
-    """Say what helps where memory runs out.
-
-    Args:
-        what: Says what was computed.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        KernelMemoryError: If memory runs out.
-    """
+    """Say what helps where memory runs out."""
     try:
         yield
     except KernelMemoryError:

@@ -14,42 +14,21 @@ from ggn_ntk.problem.output_axes import OutputAxes, Roles
 
 
 class Piece(NamedTuple):
-    """Some outputs, and their place in the kernel.
+    """Some outputs, and their place in the kernel."""
 
-    Attributes:
-        outputs: Where they are in ``[*out]``, flattened; diagonal ones outermost, then free and traced ones.
-        roles: The number of outputs in each role.
-        diagonal: The numbers of its diagonal outputs, ``[E]``.
-        free: The numbers of its free outputs, ``[F]``.
-        new: Which pairs of free outputs are in no piece before, ``[F, F]``.
-    """
-
-    outputs: Tensor
-    roles: Roles
-    diagonal: Tensor
-    free: Tensor
-    new: Tensor
+    outputs: Tensor  # where they are in ``[*out]``, flattened; diagonal ones outermost, then free and traced ones
+    roles: Roles  # the number of outputs in each role
+    diagonal: Tensor  # the numbers of its diagonal outputs, ``[E]``
+    free: Tensor  # the numbers of its free outputs, ``[F]``
+    new: Tensor  # which pairs of free outputs are in no piece before, ``[F, F]``
 
     def add(self, kernel: Tensor, block: Tensor) -> None:
-        """Add the piece's part to a kernel.
-
-        Args:
-            kernel: The kernel over all outputs; changed in place.
-            block: The kernel over those of the piece.
-        """
+        """Add the piece's part to a kernel."""
         kernel[..., self.diagonal[:, None, None], self.free[:, None], self.free] += block * self.new.to(block)
 
 
 def split_outputs(axes: OutputAxes, size: int) -> list[Piece]:
-    """Split outputs into pieces.
-
-    Args:
-        axes: The role of each output axis.
-        size: How many outputs a piece may have; one is always taken, and two where free ones have to meet.
-
-    Returns:
-        The pieces.
-    """
+    """Split outputs into pieces."""
     e, f, t = axes.roles
     traced = min(t, max(1, size // (e * f)))
     diagonal = min(e, max(1, size // (f * traced)))
@@ -63,15 +42,7 @@ def split_outputs(axes: OutputAxes, size: int) -> list[Piece]:
 
 
 def _pairs(total: int, size: int) -> list[tuple[Tensor, Tensor]]:
-    """Split free outputs so that each two of them meet.
-
-    Args:
-        total: Their number.
-        size: How many to take together; never less than two.
-
-    Returns:
-        Numbers of free outputs, and which pairs of them did not meet before.
-    """
+    """Split free outputs so that each two of them meet."""
     everything = torch.arange(total)
     parts = everything.split(max(1, size // 2))
     if size >= total or len(parts) < 3:

@@ -28,15 +28,7 @@ _INFINITE = Problem("", "its gradients are not finite", "Look for overflow in it
 
 
 def compute(request: Request, route: Callable[[Request], Computed]) -> Kernels:
-    """Compute kernels by one route.
-
-    Args:
-        request: The request.
-        route: Computes them.
-
-    Returns:
-        The kernel in the layout of the public API, or one for each parameter by name.
-    """
+    """Compute kernels by one route."""
 
     def assembled(request: Request) -> tuple[Kernels, Computed]:
         computed = route(request)
@@ -46,19 +38,7 @@ def compute(request: Request, route: Callable[[Request], Computed]) -> Kernels:
 
 
 def carry_out(request: Request, kernels: Callable[[Request], tuple[Kernels, Computed]]) -> tuple[Kernels, Computed]:
-    """Compute kernels, without those samples whose Jacobians are not finite.
-
-    Args:
-        request: The request.
-        kernels: Computes them for a request.
-
-    Returns:
-        The kernels, and what the route returned for the samples that took part.
-
-    Raises:
-        UnsupportedModelError: If the model has no exact kernel.
-        KernelMemoryError: If memory does not suffice.
-    """
+    """Compute kernels, without those samples whose Jacobians are not finite."""
     with outside_of_transforms(), isolated(request.model), explained(lambda: _described(request)):
         try:
             result, computed = kernels(request)

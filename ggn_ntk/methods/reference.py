@@ -131,16 +131,8 @@ def product_kernels(request: Request) -> Computed:
 
 
 def contract_jacobians(request: Request, axes: OutputAxes, checked: Checked) -> Iterator[tuple[str, Tensor]]:
-    """Contract Jacobians, parameter by parameter. Call it inside ``isolated(request.model)``.
-
-    Args:
-        request: The request.
-        axes: The role of each output axis.
-        checked: What is known of all samples.
-
-    Yields:
-        The name of a parameter and its kernel ``[N1, N2, E, F, F]``.
-    """
+    """Contract Jacobians, parameter by parameter. Call it inside ``isolated(request.model)``."""
+    # -> [N1, N2, E, F, F]
     first, second = _all_jacobians(request, checked)
     for name, jacobian in first.items():
         kernel = einsum("necfp,medfp->nmfecd", axes.arrange(jacobian), axes.arrange(second[name]))
@@ -149,51 +141,23 @@ def contract_jacobians(request: Request, axes: OutputAxes, checked: Checked) -> 
 
 
 def _sample_output(request: Request, primals: dict[str, Tensor], sample: Inputs) -> Tensor:
-    """Evaluate the model on one sample.
-
-    Args:
-        request: The request.
-        primals: Values of the wanted parameters.
-        sample: The sample, without a sample axis.
-
-    Returns:
-        The flattened output ``[C]``.
-    """
+    """Evaluate the model on one sample."""
+    # -> [C]
     output: Tensor = evaluate(request, primals, sample.map(lambda x: x.unsqueeze(0)))
     return output.flatten()
 
 
 def _over_samples(function: Callable[[Inputs], Any], inputs: Inputs, chunk_size: int | None = None) -> Any:
-    """Map a function over samples with ``vmap``.
-
-    Args:
-        function: Takes one sample, without a sample axis.
-        inputs: N samples.
-        chunk_size: How many samples to map over at once.
-
-    Returns:
-        The function's results, stacked along a new leading axis.
-    """
+    """Map a function over samples with ``vmap``."""
     mapped = vmap(lambda args, kwargs: function(Inputs(args, kwargs)), chunk_size=chunk_size)
     return mapped(inputs.args, inputs.kwargs)
 
 
 def _all_jacobians(request: Request, checked: Checked) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Compute the Jacobians of x1 and x2, by ``vmap`` where it gets all samples right.
-
-    It does not where the model keeps references to parameters elsewhere than in its modules, nor for some
-    layers in some releases (PReLU in torch 2.6).
-
-    Args:
-        request: The request.
-        checked: What is known of all samples.
-
-    Returns:
-        The Jacobian ``[N, C, P]`` of each parameter, by name, for x1 and for x2; the same one where they are the same.
-
-    Raises:
-        UnsupportedModelError: If samples influence one another.
-    """
+    """Compute the Jacobians of x1 and x2, by ``vmap`` where it gets all samples right."""
+    # It does not where the model keeps references to parameters elsewhere than in its modules, nor for some layers in
+    # some releases (PReLU in torch 2.6).
+    # -> [N, C, P]
     sets = [x for x in (request.x1, request.x2) if x is not None]
     try:
         found = [_jacobians(request, x) for x in sets]
@@ -226,22 +190,10 @@ def _jacobians(request: Request, inputs: Inputs) -> dict[str, Tensor]:
 
 
 def _hold_for_all(request: Request, found: list[dict[str, Tensor]], checked: Checked) -> bool:
-    """Tell whether Jacobians of all samples add up to the gradient by plain autograd.
-
-    Rounding may take a unit of a sample to the other side of a kink. So where they do not, each sample is looked at by
-    itself, at which an error of a few samples is far larger than what kinks do.
-
-    Args:
-        request: The request.
-        found: The Jacobian ``[N, C, P]`` of each parameter by name, of x1, and of x2 if it is another set.
-        checked: What is known of all samples.
-
-    Returns:
-        Whether they do.
-
-    Raises:
-        UnsupportedModelError: If they are right, and samples influence one another.
-    """
+    """Tell whether Jacobians of all samples add up to the gradient by plain autograd."""
+    # Rounding may take a unit of a sample to the other side of a kink. So where they do not, each sample is looked at
+    # by itself, at which an error of a few samples is far larger than what kinks do.
+    # found [N, C, P]
     inputs = request.x1.stack(request.x2)
     rounding, expected = rounding_of(request, inputs, checked.v), {name: checked.gradient[name] for name in found[0]}
     if not differing(_summed(request, found, checked), expected, checked.tolerance, rounding):
@@ -264,15 +216,7 @@ def _hold_for_all(request: Request, found: list[dict[str, Tensor]], checked: Che
 
 
 def _finest(request: Request) -> tuple[Request, float]:
-    """Choose in what to compare ``torch.func`` with plain autograd, sample by sample.
-
-    Args:
-        request: A request in float32.
-
-    Returns:
-        The request in float64, where kinks are out of the way, if the model computes in it; and the largest relative
-        error.
-    """
+    """Choose in what to compare ``torch.func`` with plain autograd, sample by sample."""
     wide = replace(request, widened=True)
     try:
         with torch.enable_grad():
@@ -312,29 +256,15 @@ def _compare_with_batch(request: Request, found: list[dict[str, Tensor]], checke
 
 
 def _loop_jacobians(request: Request, inputs: Inputs) -> dict[str, Tensor]:
-    """Compute the Jacobians of all samples with plain autograd, one after the other.
-
-    Args:
-        request: The request.
-        inputs: N samples.
-
-    Returns:
-        The Jacobian ``[N, C, P]`` of each parameter, by name.
-    """
+    """Compute the Jacobians of all samples with plain autograd, one after the other."""
+    # -> [N, C, P]
     rows = [_autograd_jacobian(request, inputs[i : i + 1]) for i in range(len(inputs))]
     return {name: torch.stack([row[name] for row in rows]) for name in request.params}
 
 
 def _autograd_jacobian(request: Request, sample: Inputs) -> dict[str, Tensor]:
-    """Compute one sample's Jacobian with plain autograd, output by output.
-
-    Args:
-        request: The request.
-        sample: The sample, with a sample axis of length one.
-
-    Returns:
-        The Jacobian ``[C, P]`` of each parameter, by name.
-    """
+    """Compute one sample's Jacobian with plain autograd, output by output."""
+    # -> [C, P]
     output = evaluate(request, None, sample).flatten()
     rows = [gradients_of(entry, torch.ones_like(entry), request.params, retain_graph=True) for entry in output]
     return {name: torch.stack([row[name].flatten() for row in rows]) for name in request.params}
@@ -343,16 +273,8 @@ def _autograd_jacobian(request: Request, sample: Inputs) -> dict[str, Tensor]:
 def multiply_vectors(
     request: Request, axes: OutputAxes, checked: Checked | None = None
 ) -> Iterator[tuple[str, Tensor]]:
-    """Compute kernels by NTK-vector products. Call it inside ``isolated(request.model)``.
-
-    Args:
-        request: The request.
-        axes: The role of each output axis.
-        checked: What is known of all samples; ``None`` to find it out if it matters.
-
-    Yields:
-        Names of parameters (any one for their sum) and kernels ``[N1, N2, E, F, F]``.
-    """
+    """Compute kernels by NTK-vector products. Call it inside ``isolated(request.model)``."""
+    # -> [N1, N2, E, F, F]
     if request.per_parameter:
         for name, param in request.params.items():
             part = replace(request, params={name: param}, per_parameter=False)
@@ -379,20 +301,10 @@ def multiply_vectors(
 
 
 def _products_agree(request: Request, tolerance: float, out_shape: Size, sample: Inputs) -> bool:
-    """Tell whether ``torch.func`` multiplies the Jacobian of one sample by vectors right, from both sides.
-
-    It does not where the model computes under ``torch.no_grad()``, which forward mode ignores, or keeps
-    references to parameters elsewhere than in its modules.
-
-    Args:
-        request: The request.
-        tolerance: The largest relative error.
-        out_shape: ``[*out]``, the shape of its output.
-        sample: The sample, with a sample axis of length one.
-
-    Returns:
-        Whether, for random v and t, ``J^T v`` and ``v^T (J t)`` are what plain autograd makes of them.
-    """
+    """Tell whether ``torch.func`` multiplies the Jacobian of one sample by vectors right, from both sides."""
+    # It does not where the model computes under ``torch.no_grad()``, which forward mode ignores, or keeps references to
+    # parameters elsewhere than in its modules.
+    # out_shape [*out]
     primals, alone = primals_of(request), sample.map(lambda x: x[0])
     sizes = [p.numel() for p in primals.values()]
     numbers = cotangent(next(iter(primals.values())), 0, Size([sum(sizes)])).split(sizes)  # one copy to the device
@@ -407,19 +319,10 @@ def _products_agree(request: Request, tolerance: float, out_shape: Size, sample:
 
 
 def _holds_for_all(request: Request, axes: OutputAxes, kernel: Tensor) -> bool:
-    """Tell whether a kernel is right at all samples: ``a^T Theta b`` is ``(J^T a)^T (J^T b)`` for random a and b.
-
-    Plain autograd gives the right side, for each diagonal and each traced output. Where they differ, kinks may be the
-    reason: then each sample is looked at by itself, as in :func:`_hold_for_all`.
-
-    Args:
-        request: The request.
-        axes: The role of each output axis.
-        kernel: The kernel ``[N1, N2, E, F, F]``.
-
-    Returns:
-        Whether it is.
-    """
+    """Tell whether a kernel is right at all samples: ``a^T Theta b`` is ``(J^T a)^T (J^T b)`` for random a and b."""
+    # Plain autograd gives the right side, for each diagonal and each traced output. Where they differ, kinks may be the
+    # reason: then each sample is looked at by itself, as in :func:`_hold_for_all`.
+    # kernel [N1, N2, E, F, F]
     first, second = request.x1, request.second
     a, b = (cotangent(kernel, seed, torch.Size([len(x), *axes.roles[:2]])) for seed, x in ((0, first), (1, second)))
     groups = [(e, t) for e in range(axes.roles.diagonal) for t in range(axes.roles.traced)]
@@ -468,15 +371,8 @@ def _products_with(
 
 
 def _kernel_from_products(request: Request, axes: OutputAxes) -> Tensor:
-    """Compute the kernel column by column: one sample of x2, then the next.
-
-    Args:
-        request: The request.
-        axes: The role of each output axis.
-
-    Returns:
-        ``[N1, N2, E, F, F]``.
-    """
+    """Compute the kernel column by column: one sample of x2, then the next."""
+    # -> [N1, N2, E, F, F]
     x2 = request.second
     if not request.symmetric:
         return torch.stack([_column(request, axes, request.x1, x2[m : m + 1]) for m in range(len(x2))], dim=1)
@@ -490,17 +386,8 @@ def _kernel_from_products(request: Request, axes: OutputAxes) -> Tensor:
 
 
 def _column(request: Request, axes: OutputAxes, x1: Inputs, y: Inputs) -> Tensor:
-    """Compute the kernel of x1 and one sample of x2.
-
-    Args:
-        request: The request.
-        axes: The role of each output axis.
-        x1: N samples of x1.
-        y: The sample, with a sample axis of length one.
-
-    Returns:
-        ``[N, E, F, F]``.
-    """
+    """Compute the kernel of x1 and one sample of x2."""
+    # -> [N, E, F, F]
     primals = primals_of(request)
     output, pullback, *_ = vjp(lambda p: evaluate(request, p, y).flatten(), primals)
 
@@ -515,15 +402,7 @@ def _column(request: Request, axes: OutputAxes, x1: Inputs, y: Inputs) -> Tensor
 
 
 def _pushforward(request: Request, sample: Inputs, tangent: dict[str, Tensor]) -> Tensor:
-    """Multiply one sample's Jacobian by a vector.
-
-    Args:
-        request: The request.
-        sample: The sample, without a sample axis.
-        tangent: The vector, shaped like the parameters.
-
-    Returns:
-        The product ``[C]``.
-    """
+    """Multiply one sample's Jacobian by a vector."""
+    # -> [C]
     product: Tensor = jvp(lambda p: _sample_output(request, p, sample), (primals_of(request),), (tangent,))[1]
     return product

@@ -54,30 +54,16 @@ _CHUNK = 16
 
 
 class Prepared(NamedTuple):
-    """A model that has been evaluated, and is to be differentiated.
+    """A model that has been evaluated, and is to be differentiated."""
 
-    Attributes:
-        capture: Yields the Jacobians that rules write.
-        axes: The role of each output axis.
-        probe: What they are compared with.
-        missed: Why rules do not give the Jacobian of a parameter, by name.
-    """
-
-    capture: Walk | Capture
-    axes: OutputAxes
-    probe: Probe
-    missed: dict[str, str]
+    capture: Walk | Capture  # yields the Jacobians that rules write
+    axes: OutputAxes  # the role of each output axis
+    probe: Probe  # what they are compared with
+    missed: dict[str, str]  # why rules do not give the Jacobian of a parameter, by name
 
 
 def structured_kernels(request: Request) -> Computed:
-    """Compute kernels. Call it inside ``isolated(request.model)``.
-
-    Args:
-        request: The request.
-
-    Returns:
-        The kernels, and the outputs of all samples.
-    """
+    """Compute kernels. Call it inside ``isolated(request.model)``."""
     prepared, kernels = _probed(request, lambda prepared: _contract(prepared, request))
     faults = {name: why for name, why in prepared.missed.items() if why.startswith((DIFFERS, FAILS))}
     for name, why in faults.items():
@@ -94,18 +80,7 @@ def structured_kernels(request: Request) -> Computed:
 
 @torch.no_grad()
 def _probed(request: Request, use: Callable[[Prepared], _T]) -> tuple[Prepared, _T]:
-    """Evaluate and differentiate a model, until all Jacobians that are not missed are right.
-
-    Args:
-        request: The request.
-        use: Shows the probe all Jacobians, and makes something of them.
-
-    Returns:
-        The evaluated model, and what was made of it.
-
-    Raises:
-        UnsupportedModelError: If the model has no exact kernel, or the capture that was asked for does not support it.
-    """
+    """Evaluate and differentiate a model, until all Jacobians that are not missed are right."""
     missed: dict[str, str] = {}
     everyone = False
     while True:
@@ -173,18 +148,7 @@ def _refuse_writes(request: Request) -> None:
 
 
 def _record_all(request: Request, probe: Probe) -> tuple[Recording, list[Layout]]:
-    """Evaluate the model on all samples, and find them in each call of a layer.
-
-    Args:
-        request: The request.
-        probe: Samples by themselves.
-
-    Returns:
-        The recording, and where the samples are.
-
-    Raises:
-        UnsupportedModelError: If the output cannot be differentiated.
-    """
+    """Evaluate the model on all samples, and find them in each call of a layer."""
     one, n = probe.recordings[0], len(probe.inputs)
     try:
         recording = record(request, probe.inputs, one)
@@ -212,17 +176,7 @@ def _layouts_of_one(request: Request, probe: Probe) -> list[Layout]:
 
 
 def _can_walk(request: Request) -> bool:
-    """Tell whether to walk through the model layer by layer.
-
-    Args:
-        request: The request.
-
-    Returns:
-        Whether it is a sequence of layers, and the other capture was not asked for.
-
-    Raises:
-        UnsupportedRouteError: If this capture was asked for, and does not support the model.
-    """
+    """Tell whether to walk through the model layer by layer."""
     problems = [] if request.capture == "autograd" else list(structure_problems(request))
     if problems and request.capture == "backpack":
         raise UnsupportedRouteError(problems, _ROUTE)
@@ -230,28 +184,12 @@ def _can_walk(request: Request) -> bool:
 
 
 def _without(request: Request, names: Iterable[str]) -> Request:
-    """Leave parameters out.
-
-    Args:
-        request: The request.
-        names: Their names.
-
-    Returns:
-        The request for the others.
-    """
+    """Leave parameters out."""
     return replace(request, params={name: p for name, p in request.params.items() if name not in names})
 
 
 def _contract(prepared: Prepared, request: Request) -> dict[str, Tensor]:
-    """Contract the Jacobians that rules write, and show them to the probe.
-
-    Args:
-        prepared: The evaluated model.
-        request: The request.
-
-    Returns:
-        Kernels by name (empty for their sum).
-    """
+    """Contract the Jacobians that rules write, and show them to the probe."""
     kernels: dict[str, Tensor] = {}
     for piece, accumulator in _passed(prepared, request, Accumulator):
         _place(kernels, accumulator.kernels, piece, prepared.axes.roles)
@@ -266,16 +204,7 @@ def _contract(prepared: Prepared, request: Request) -> dict[str, Tensor]:
 def _passed(
     prepared: Prepared, request: Request, make: Callable[..., "Accumulator"]
 ) -> Iterator[tuple[Piece, "Accumulator"]]:
-    """Pass ``s`` back, a piece of the outputs at a time, and show Jacobians to the probe and to an accumulator.
-
-    Args:
-        prepared: The evaluated model.
-        request: The request.
-        make: Makes an accumulator.
-
-    Yields:
-        The outputs, and the accumulator that has all their Jacobians.
-    """
+    """Pass ``s`` back, a piece of the outputs at a time, and show Jacobians to the probe and to an accumulator."""
     capture, probe = prepared.capture, prepared.probe
     formed = request.params if request.jacobians_first else probe.cancelling
     for piece in capture.pieces(prepared.axes):
@@ -289,14 +218,7 @@ def _passed(
 
 
 def _place(kernels: dict[str, Tensor], blocks: dict[str, Tensor], piece: Piece, roles: Roles) -> None:
-    """Add kernels over some outputs to kernels over all of them.
-
-    Args:
-        kernels: The kernels over all outputs, by name; changed in place.
-        blocks: The kernels over some.
-        piece: These.
-        roles: The number of all outputs in each role.
-    """
+    """Add kernels over some outputs to kernels over all of them."""
     for name, block in blocks.items():
         if piece.roles == roles:
             kernels[name] = block
@@ -307,16 +229,8 @@ def _place(kernels: dict[str, Tensor], blocks: dict[str, Tensor], piece: Piece, 
 
 
 def _remainder(request: Request, prepared: Prepared, checked: Checked) -> Iterator[tuple[str, Tensor]]:
-    """Compute kernels of parameters that rules do not cover, from their Jacobians.
-
-    Args:
-        request: The request.
-        prepared: The evaluated model.
-        checked: What is known of all samples.
-
-    Yields:
-        The name of a parameter and its kernel ``[N1, N2, E, F, F]``.
-    """
+    """Compute kernels of parameters that rules do not cover, from their Jacobians."""
+    # -> [N1, N2, E, F, F]
     largest = _BUDGET // sum(request.sizes)
     groups: list[dict[str, Tensor]] = []
     for name in prepared.missed:
@@ -329,14 +243,7 @@ def _remainder(request: Request, prepared: Prepared, checked: Checked) -> Iterat
 
 
 def recorded_products(request: Request) -> tuple[Prepared, list[tuple[str, Doubled]]]:
-    """List the products of Jacobians that :func:`structured_kernels` would contract.
-
-    Args:
-        request: The request.
-
-    Returns:
-        The evaluated model, and names of parameters with products, of which none is contracted.
-    """
+    """List the products of Jacobians that :func:`structured_kernels` would contract."""
     products: list[tuple[str, Doubled]] = []
 
     def record_all(prepared: Prepared) -> None:

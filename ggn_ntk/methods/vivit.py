@@ -77,17 +77,7 @@ def empirical_ntk_vivit(
 
 
 def vivit_kernels(request: Request) -> Computed:
-    """Compute kernels, if ViViT gets them right for the model. Call it inside ``isolated(request.model)``.
-
-    Args:
-        request: The request.
-
-    Returns:
-        The kernels, and the outputs of all samples.
-
-    Raises:
-        UnsupportedRouteError: If it does not.
-    """
+    """Compute kernels, if ViViT gets them right for the model. Call it inside ``isolated(request.model)``."""
     axes = resolve_axes(request, check_vivit(request))
     problems = list(_probe_kernels(request, axes.out_shape))
     if problems:
@@ -96,21 +86,10 @@ def vivit_kernels(request: Request) -> Computed:
 
 
 def _probe_kernels(request: Request, out_shape: Size) -> Iterator[Problem]:
-    """Compare the kernel of one random sample with autograd, since not every option can be read off a layer.
-
-    For a sample x and a vector v, each parameter's kernel must satisfy v^T Theta(x, x) v = |J(x)^T v|^2. Both
-    are drawn at random, so that nothing special about the user's samples hides a difference.
-
-    Args:
-        request: The request.
-        out_shape: The shape ``[*out]`` of one sample's output.
-
-    Yields:
-        A problem for each parameter whose kernel differs.
-
-    Raises:
-        NotFiniteError: If gradients are not finite.
-    """
+    """Compare the kernel of one random sample with autograd, since not every option can be read off a layer."""
+    # For a sample x and a vector v, each parameter's kernel must satisfy v^T Theta(x, x) v = |J(x)^T v|^2. Both are
+    # drawn at random, so that nothing special about the user's samples hides a difference.
+    # out_shape [*out]
     sample = request.x1[:1].map(lambda x: cotangent(x, seed=0))
     v = cotangent(sample.args[0], 1, Size([1, *out_shape]))
     expected = {name: gradient.square().sum() for name, gradient in gradients(request, sample, v)[1].items()}
@@ -125,17 +104,8 @@ def _probe_kernels(request: Request, out_shape: Size) -> Iterator[Problem]:
 
 
 def _gram_kernels(request: Request, axes: OutputAxes) -> Computed:
-    """Compute kernels from Gram matrices, on a twin of the model.
-
-    One backward pass for each group of free outputs, those that have to meet: for the full kernel, of all outputs.
-
-    Args:
-        request: A request for a model that ViViT supports.
-        axes: The role of each output axis.
-
-    Returns:
-        The kernels, and the outputs of all samples.
-    """
+    """Compute kernels from Gram matrices, on a twin of the model."""
+    # One backward pass for each group of free outputs, those that have to meet: for the full kernel, of all outputs.
     samples = request.x1.stack(request.x2).args[0]
     params: dict[str, Parameter] = {}
     twin = _twin(eager(request.model), {id(p): name for name, p in request.params.items()}, params)
@@ -165,19 +135,8 @@ def _backward(
     output: Tensor,
     retain_graph: bool,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Run one backward pass with ViViT.
-
-    Args:
-        extended: Extends a module.
-        params: Parameters of the extended model, by name.
-        extension: ViViT's extension.
-        per_parameter: Keep the Gram matrices of parameters apart.
-        output: The model's output ``[N, C]``, possibly through further extended modules.
-        retain_graph: Whether another backward pass through the same graph follows.
-
-    Yields:
-        Names of parameters (empty for their sum) and Gram matrices ``[C, N, C, N]``.
-    """
+    """Run one backward pass with ViViT."""
+    # output [N, C] -> [C, N, C, N]
     hook = _GramsByParameter() if per_parameter else GramSum()
     loss_func = extended(MSELoss(reduction="sum"))
     with backpack(extension, extension_hook=hook, retain_graph=retain_graph):
@@ -194,25 +153,12 @@ class _NamingViViT(ViViTGGNExact):
     """ViViT's extension, with errors that name the module they come from."""
 
     def __init__(self, model: Module) -> None:
-        """Set up the extension.
-
-        Args:
-            model: The model whose modules it names.
-        """
+        """Set up the extension."""
         super().__init__()
         self._names = {module: name for name, module in model.named_modules()}
 
     def __call__(self, module: Module, g_inp: tuple[Tensor, ...], g_out: tuple[Tensor, ...]) -> None:
-        """Backpropagate through a module.
-
-        Args:
-            module: The module.
-            g_inp: Gradients with respect to its inputs.
-            g_out: Gradients with respect to its output.
-
-        Raises:
-            UnsupportedRouteError: If BackPACK raises an error.
-        """
+        """Backpropagate through a module."""
         try:
             super().__call__(module, g_inp, g_out)
         except Exception as error:
@@ -235,29 +181,15 @@ class _GramsByParameter(GramSum):
         self.grams: dict[int, Tensor] = {}
 
     def _accumulate(self, param: Tensor, gram: Tensor) -> None:
-        """Keep one parameter's Gram matrix.
-
-        Args:
-            param: The parameter.
-            gram: Its Gram matrix ``[C, N, C, N]``.
-        """
+        """Keep one parameter's Gram matrix."""
+        # gram [C, N, C, N]
         self.grams[id(param)] = gram
 
 
 def _twin(module: Module, wanted: dict[int, str], params: dict[str, Parameter]) -> Module:
-    """Build a twin of a module: the same layers on the same data, without its hooks.
-
-    BackPACK's hooks and flags, the inputs and outputs it stores, gradients and Gram matrices all land on the
-    twin, so the model itself is never touched.
-
-    Args:
-        module: The module.
-        wanted: Names of the wanted parameters, by id; the twin's other parameters are frozen.
-        params: Takes the twin's wanted parameters, by name.
-
-    Returns:
-        The twin.
-    """
+    """Build a twin of a module: the same layers on the same data, without its hooks."""
+    # BackPACK's hooks and flags, the inputs and outputs it stores, gradients and Gram matrices all land on the twin, so
+    # the model itself is never touched.
     twin = type(module).__new__(type(module))
     Module.__init__(twin)
     own_state = {*vars(twin), "_backpack_extend", "_compiled_call_impl"}
@@ -277,17 +209,8 @@ def _twin(module: Module, wanted: dict[int, str], params: dict[str, Parameter]) 
 
 @contextmanager
 def _backpack_session(pooled: torch.dtype | None) -> Iterator[Callable[[Module], Module]]:
-    """Let BackPACK extend modules and store their inputs and outputs; undo what that does to the process.
-
-    BackPACK holds all of this for the process, so one thread at a time has a session.
-
-    Args:
-        pooled: The model's dtype if it has average pooling, for which BackPACK builds layers of the default dtype.
-
-    Yields:
-        A function that extends a module. What BackPACK stores on it is deleted at the end: it would keep the
-        graph alive, and the graph the module.
-    """
+    """Let BackPACK extend modules and store their inputs and outputs; undo what that does to the process."""
+    # BackPACK holds all of this for the process, so one thread at a time has a session.
     roots: list[Module] = []
 
     def extended(module: Module) -> Module:

@@ -9,15 +9,7 @@ from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 
 def graph_nodes(output: Tensor | GradientEdge, sources: Mapping[Any, Iterable[Node]] | None = None) -> Iterator[Node]:
-    """Walk through the graph of a tensor, from the tensor back.
-
-    Args:
-        output: The tensor, or its place in the graph.
-        sources: Where to go on behind some nodes, instead of at those they come from; such nodes are left out.
-
-    Yields:
-        Each node once.
-    """
+    """Walk through the graph of a tensor, from the tensor back."""
     if isinstance(output, Tensor):
         waiting = [get_gradient_edge(output).node] if output.requires_grad else []
     else:

@@ -75,17 +75,7 @@ def differing(
     tolerance: float,
     rounding: Callable[[], Mapping[str, float]] | None = None,
 ) -> dict[str, float]:
-    """Find gradients that differ by more than rounding.
-
-    Args:
-        actual: Gradients by name; those that are missing are zero.
-        expected: What they should be, by name.
-        tolerance: The largest relative error that rounding makes where nothing cancels.
-        rounding: Measures what rounding does to each gradient where something does; asked only if it matters.
-
-    Returns:
-        The relative errors that are too large, by name.
-    """
+    """Find gradients that differ by more than rounding."""
     given = {name: actual[name] if name in actual else torch.zeros_like(g) for name, g in expected.items()}
     misshapen = {name for name, g in expected.items() if given[name].shape != g.shape}
     compared = [name for name in expected if name not in misshapen]
@@ -104,19 +94,10 @@ def differing(
 
 
 def rows_differing(actual: Tensor, expected: Tensor, tolerance: float) -> Tensor:
-    """Find samples at which outputs differ by more than rounding.
-
-    Each sample's error counts relative to its own norm, or to the median of all where that is larger. Entries that are
-    infinite or NaN in both are equal.
-
-    Args:
-        actual: ``[N, ...]``.
-        expected: ``[N, ...]``.
-        tolerance: The largest relative error.
-
-    Returns:
-        ``[N]``, whether they differ.
-    """
+    """Find samples at which outputs differ by more than rounding."""
+    # Each sample's error counts relative to its own norm, or to the median of all where that is larger. Entries that
+    # are infinite or NaN in both are equal.
+    # actual [N, ...], expected [N, ...] -> [N]
     a, b = (x.reshape(len(x), -1).double() for x in (actual, expected))
     same = (a == b) | (a.isnan() & b.isnan())
     difference, b = (a - b).masked_fill(same, 0), b.masked_fill(~b.isfinite(), 0)

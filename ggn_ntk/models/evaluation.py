@@ -26,27 +26,10 @@ def evaluate(
     jitter: int | None = None,
     within: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Any:
-    """Evaluate the model as a pure function of the wanted parameters and the inputs.
-
-    It starts from the state in which the model was found. The other parameters are constants, and buffers and
-    inputs are passed as copies, so that code that writes to them leaves the user's alone.
-
-    Args:
-        request: The request.
-        primals: Values of the wanted parameters; ``None`` for the parameters themselves, which also
-            reaches a model that keeps references to them elsewhere than in its modules.
-        inputs: N samples.
-        inspect: Whether to look for code that draws random numbers or writes to parameters.
-        jitter: Change the other parameters and the inputs in the last digit, as this seed decides.
-        within: Makes a context to call the model in.
-
-    Returns:
-        Outputs ``[N, *out]``, if it is such a model.
-
-    Raises:
-        UnsupportedModelError: If it draws random numbers, computes in a low precision inside, or goes on with a
-            graph from an earlier call.
-    """
+    """Evaluate the model as a pure function of the wanted parameters and the inputs."""
+    # It starts from the state in which the model was found. The other parameters are constants, and buffers and inputs
+    # are passed as copies, so that code that writes to them leaves the user's alone.
+    # -> [N, *out]
     with isolated(request.model) as session:
         values: dict[int, Tensor] = {}
         if request.widened:

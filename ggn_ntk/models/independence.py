@@ -66,64 +66,30 @@ def _whole(gradient: Tensor, param: Tensor) -> Tensor:
 
 
 class Parts(NamedTuple):
-    """Samples in parts, of which there are two mostly: their outputs and gradients.
+    """Samples in parts, of which there are two mostly: their outputs and gradients."""
 
-    Attributes:
-        samples: Which samples are in each part.
-        outputs: The outputs of all samples ``[N, *out]``, in their order.
-        gradient: What is made of the gradient of ``sum v f`` for each wanted parameter, by name.
-    """
-
-    samples: list[list[int]]
-    outputs: Tensor
-    gradient: dict[str, Tensor]
+    samples: list[list[int]]  # which samples are in each part
+    outputs: Tensor  # the outputs of all samples ``[N, *out]``, in their order
+    gradient: dict[str, Tensor]  # what is made of the gradient of ``sum v f`` for each wanted parameter, by name
 
 
 def partitions(n: int, count: int) -> list[list[list[int]]]:
-    """Divide samples in two halves, several times.
-
-    Args:
-        n: The number of samples.
-        count: How often at most: as often as separates every pair of samples is always enough.
-
-    Returns:
-        Two lists of samples for each time, each ascending.
-    """
+    """Divide samples in two halves, several times."""
     numbers = torch.randperm(n, generator=torch.Generator("cpu").manual_seed(n), device="cpu").tolist()
     bits = range(min(count, (n - 1).bit_length()))
     return [[[i for i in range(n) if numbers[i] >> bit & 1 == side] for side in (0, 1)] for bit in bits]
 
 
 def how_often(request: Request, n: int, outputs: int) -> int:
-    """Choose how many times samples are divided.
-
-    A kernel takes a way back for each output at least, and a pass in halves as long as three passes forward, so its
-    share in the time is known from the number of outputs.
-
-    Args:
-        request: The request.
-        n: The number of samples.
-        outputs: The number of outputs C of one sample.
-
-    Returns:
-        The number.
-    """
+    """Choose how many times samples are divided."""
+    # A kernel takes a way back for each output at least, and a pass in halves as long as three passes forward, so its
+    # share in the time is known from the number of outputs.
     return n if request.thorough or n <= _FEW else max(1, int(_SHARE * outputs / 3))
 
 
 def check_output(output: object, n: int) -> Tensor:
-    """Make sure that a model returns something to differentiate, for each sample.
-
-    Args:
-        output: What it returned.
-        n: The number of samples it was given.
-
-    Returns:
-        The output ``[N, *out]``.
-
-    Raises:
-        UnsupportedModelError: If it is anything else.
-    """
+    """Make sure that a model returns something to differentiate, for each sample."""
+    # -> [N, *out]
     problem = None
     if not isinstance(output, Tensor):
         remedy = "Pass output=, a function that picks the tensor [N, ...] to differentiate"
@@ -155,21 +121,8 @@ def gradients(
     *,
     jitter: int | None = None,
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Compute a gradient with plain autograd.
-
-    Args:
-        request: The request.
-        inputs: N samples.
-        v: Numbers like the output, ``[N, *out]``.
-        primals: Parameters that require a gradient; ``None`` for the model's own.
-        jitter: See :meth:`ggn_ntk.problem.request.Request.evaluate`.
-
-    Returns:
-        The output, and the gradient of ``sum v f`` with respect to each wanted parameter, by name.
-
-    Raises:
-        UnsupportedModelError: If the output has another shape.
-    """
+    """Compute a gradient with plain autograd."""
+    # v [N, *out]
     if request.widened and primals is None:
         primals = leaves_of(request)
     with torch.enable_grad():
@@ -194,18 +147,8 @@ def gradients_of(
 
 
 def in_parts(request: Request, inputs: Inputs, samples: list[list[int]], v: Tensor, form: Form = _whole) -> Parts:
-    """Evaluate and differentiate a model on samples in parts.
-
-    Args:
-        request: The request.
-        inputs: N samples.
-        samples: Which are in each part.
-        v: Numbers like the outputs, ``[N, *out]``.
-        form: What is made of the gradient with respect to each parameter.
-
-    Returns:
-        The outputs and gradients.
-    """
+    """Evaluate and differentiate a model on samples in parts."""
+    # v [N, *out]
     outputs, gradient = torch.empty_like(v), dict[str, Tensor]()
     for of_part in samples:
         chosen = torch.tensor(of_part, device=v.device)
@@ -216,16 +159,8 @@ def in_parts(request: Request, inputs: Inputs, samples: list[list[int]], v: Tens
 
 
 def compare_alone(request: Request, inputs: Inputs, output: Tensor) -> None:
-    """Compare the output of each sample in the batch of all with that by itself.
-
-    Args:
-        request: The request.
-        inputs: All samples.
-        output: Their outputs in one batch, ``[N, *out]``.
-
-    Raises:
-        UnsupportedModelError: If they differ by more than rounding explains.
-    """
+    """Compare the output of each sample in the batch of all with that by itself."""
+    # output [N, *out]
     n, mapped = len(inputs), _mapped(request, inputs, output.shape)
     if mapped is None:
         drawn = torch.randperm(n, generator=torch.Generator("cpu").manual_seed(n), device="cpu").tolist()
@@ -257,18 +192,8 @@ def _mapped(request: Request, inputs: Inputs, shape: Size) -> Tensor | None:
 
 
 def compare_outputs(request: Request, inputs: Inputs, output: Tensor, chosen: Sequence[int], others: Tensor) -> None:
-    """Compare outputs of samples in the batch of all with those in other batches.
-
-    Args:
-        request: The request.
-        inputs: All samples.
-        output: Their outputs in one batch, ``[N, *out]``.
-        chosen: Some samples.
-        others: Their outputs in other batches, ``[len(chosen), *out]``.
-
-    Raises:
-        UnsupportedModelError: If they differ by more than rounding explains.
-    """
+    """Compare outputs of samples in the batch of all with those in other batches."""
+    # output [N, *out], others [len(chosen), *out]
     tolerance, output = probe_tolerance(output), output.detach()
     differ = rows_differing(others, output[chosen], tolerance)
     if not differ.any():
@@ -304,19 +229,8 @@ def _rounding_of_outputs(request: Request, inputs: Inputs) -> Tensor:
 
 
 def _errors_in_double(request: Request, inputs: Inputs, output: Tensor, samples: list[int]) -> Tensor | None:
-    """Measure in float64 how far outputs of some samples by themselves are from those in the batch of all.
-
-    Rounding is then far smaller, and what samples do to one another is the same.
-
-    Args:
-        request: A request in float32.
-        inputs: All samples.
-        output: Their outputs.
-        samples: Those to look at; the first few are.
-
-    Returns:
-        The norms of the differences; ``None`` where the model does not compute in float64, or something else there.
-    """
+    """Measure in float64 how far outputs of some samples by themselves are from those in the batch of all."""
+    # Rounding is then far smaller, and what samples do to one another is the same.
     wide, samples = replace(request, widened=True), samples[:_LOOKED_AT]
     try:
         with torch.enable_grad():
@@ -335,18 +249,7 @@ def _errors_in_double(request: Request, inputs: Inputs, output: Tensor, samples:
 def _gradients_in_double(
     request: Request, inputs: Inputs, v: Tensor, parts: list[list[int]]
 ) -> dict[str, float] | None:
-    """Measure in float64 how far a gradient of samples in parts is from that in one batch.
-
-    Args:
-        request: A request in float32.
-        inputs: All samples.
-        v: Numbers like their outputs.
-        parts: Which samples are in each part.
-
-    Returns:
-        The relative errors by the name of the parameter, of those that are more than rounding; ``None`` where the
-        model does not compute in float64, or something else there.
-    """
+    """Measure in float64 how far a gradient of samples in parts is from that in one batch."""
     _, narrow = gradients(request, inputs, v)
     wide, v = replace(request, widened=True), v.double()
     try:
@@ -394,20 +297,7 @@ def compare_gradients(
     tolerance: float,
     form: Form = _whole,
 ) -> None:
-    """Compare the gradient of samples in the batch of all with that in parts.
-
-    Args:
-        request: The request.
-        inputs: All samples.
-        v: Numbers like their outputs.
-        expected: What is made of the gradient of ``sum v f`` in one batch, by name.
-        parts: The same in parts.
-        tolerance: The largest relative error that rounding makes.
-        form: What is made of the gradient with respect to each parameter.
-
-    Raises:
-        UnsupportedModelError: If they differ by more than rounding explains.
-    """
+    """Compare the gradient of samples in the batch of all with that in parts."""
     differ = differing(parts.gradient, expected, tolerance, rounding_of(request, inputs, v, form))
     if not differ:
         return
@@ -434,18 +324,7 @@ def rounding_of(
     v: Tensor,
     form: Form = _whole,
 ) -> Callable[[], dict[str, float]]:
-    """Measure what rounding does to a gradient: by how much it moves with the last digit of inputs and parameters.
-
-    Args:
-        request: The request.
-        inputs: N samples.
-        v: Numbers like their outputs.
-        form: What is made of the gradient of ``sum v f`` with respect to each parameter.
-
-    Returns:
-        A function that measures the norms of the differences, by name. It raises ``UnsupportedModelError`` if the
-        gradient is another one at each evaluation.
-    """
+    """Measure what rounding does to a gradient: by how much it moves with the last digit of inputs and parameters."""
 
     def measure() -> dict[str, float]:
         # All with exchanged parameters, which do not reach a model that keeps references to its own elsewhere.
@@ -473,36 +352,17 @@ def interaction(request: Request, samples: Sequence[int], error: float, *, gradi
 
 @dataclass(frozen=True, eq=False)
 class Checked:
-    """What was found of a model whose samples leave one another alone.
+    """What was found of a model whose samples leave one another alone."""
 
-    Attributes:
-        axes: The role of each output axis.
-        outputs: The outputs of all samples ``[N1 + N2, *out]``, x2's behind x1's, without a graph.
-        v: A number for each of them.
-        gradient: The gradient of ``sum v f`` by plain autograd, by the name of the parameter.
-        tolerance: The largest relative error of gradients that rounding makes.
-    """
-
-    axes: OutputAxes
-    outputs: Tensor
-    v: Tensor
-    gradient: dict[str, Tensor]
-    tolerance: float
+    axes: OutputAxes  # the role of each output axis
+    outputs: Tensor  # the outputs of all samples ``[N1 + N2, *out]``, x2's behind x1's, without a graph
+    v: Tensor  # A number for each of them
+    gradient: dict[str, Tensor]  # the gradient of ``sum v f`` by plain autograd, by the name of the parameter
+    tolerance: float  # the largest relative error of gradients that rounding makes
 
 
 def check_samples(request: Request) -> Checked:
-    """Raise unless samples leave one another alone. Call it inside ``isolated(request.model)``.
-
-    Args:
-        request: The request.
-
-    Returns:
-        What was found on the way.
-
-    Raises:
-        UnsupportedModelError: If they do not, or the model returns nothing to differentiate.
-        NotFiniteError: If Jacobians of some samples are not finite.
-    """
+    """Raise unless samples leave one another alone. Call it inside ``isolated(request.model)``."""
     shape = look(request)
     axes, inputs = resolve_axes(request, shape), request.x1.stack(request.x2)
     with torch.enable_grad():
@@ -520,17 +380,8 @@ def check_samples(request: Request) -> Checked:
 
 
 def look(request: Request) -> Size:
-    """Evaluate a few samples together, and one of them by itself.
-
-    Args:
-        request: The request.
-
-    Returns:
-        The shape ``[*out]`` of one sample's output.
-
-    Raises:
-        UnsupportedModelError: If the model returns nothing to differentiate, or not the same for each sample.
-    """
+    """Evaluate a few samples together, and one of them by itself."""
+    # -> [*out]
     stacked = request.x1.stack(request.x2)
     few = stacked[[*range(min(2, len(request.x1))), len(stacked) - 1]] if len(stacked) > 1 else stacked
     with torch.enable_grad():
@@ -547,19 +398,8 @@ def look(request: Request) -> Size:
 
 
 def check_shape(output: object, n: int, shape: Size) -> Tensor:
-    """Make sure that a model returns for some samples what it returns for others.
-
-    Args:
-        output: What it returned for N samples.
-        n: The number of samples.
-        shape: The shape ``[*out]`` of one sample's output.
-
-    Returns:
-        The output.
-
-    Raises:
-        UnsupportedModelError: If it has another shape.
-    """
+    """Make sure that a model returns for some samples what it returns for others."""
+    # shape [*out]
     output = check_output(output, n)
     if output.shape[1:] != shape:
         what = f"its output for {n} of the samples has shape {list(output.shape)}, not {[n, *shape]}"

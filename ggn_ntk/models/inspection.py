@@ -44,12 +44,7 @@ class Inspection(TorchDispatchMode):
     """
 
     def __init__(self, params: Mapping[Tensor, Tensor | None], written: dict[Tensor, Tensor]) -> None:
-        """Set up.
-
-        Args:
-            params: Parameters that operations may write to, with the values that they had, if these are known.
-            written: Takes down those that they do write to, with the values that they had.
-        """
+        """Set up."""
         super().__init__()
         self._params, self._written = {storage_of(p): (p, values) for p, values in params.items()}, written
         self.low = set[torch.dtype]()
@@ -126,20 +121,8 @@ def _draws(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 
 
 def without_draws(call: Callable[..., _T], *args: Any) -> _T:
-    """Evaluate a model, unless it draws random numbers from the generators of NumPy or Python, or seeds torch's.
-
-    Where these have moved, another thread may have moved them: then the call is made once more, under watch.
-
-    Args:
-        call: Evaluates the model.
-        *args: Its arguments, but for the call under watch.
-
-    Returns:
-        What the call returns.
-
-    Raises:
-        UnsupportedModelError: If it draws. The generators are as before, unless other threads may have used them.
-    """
+    """Evaluate a model, unless it draws random numbers from the generators of NumPy or Python, or seeds torch's."""
+    # Where these have moved, another thread may have moved them: then the call is made once more, under watch.
     generators = global_generators()
     try:
         result = call(*args)
@@ -180,11 +163,7 @@ def _calls_a_generator(call: Callable[[], Any]) -> bool:
 
 @contextmanager
 def _numpy_moved_on() -> Iterator[Callable[[], bool]]:
-    """Have NumPy's generator in a state of its own, and for this thread alone; then it is put back.
-
-    Yields:
-        A function that tells whether the generator has moved.
-    """
+    """Have NumPy's generator in a state of its own, and for this thread alone; then it is put back."""
     lock = np.random.mtrand._rand._bit_generator.lock
     alone = isinstance(lock, type(threading.RLock()))  # since NumPy 2
     with lock if alone else nullcontext():

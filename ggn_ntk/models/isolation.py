@@ -39,25 +39,12 @@ _ENTERED = _Entered()
 
 @contextmanager
 def isolated(model: Module) -> Iterator["Session"]:
-    """Run kernel computations on ``model`` in a clean room, and leave no trace.
-
-    Inside, gradients are recorded whatever the caller's grad or inference mode, compiled models run eagerly, autocast
-    and TF32 are off, attention uses the backend that batched gradients support, and the model's gradients and backward
-    hooks are set aside (``torch.func`` fails on BackPACK's). On exit, all of it is set back, with the values of
-    parameters and buffers, the attributes of all modules, and what these hold.
-
-    Inside of itself, in the same thread, it goes on with the same session.
-
-    Args:
-        model: The model that is evaluated inside.
-
-    Yields:
-        The session.
-
-    Raises:
-        UnsupportedModelError: On exit, if evaluations did what makes kernels wrong: accumulate gradients in parameters,
-            or write to parameters unnoticed.
-    """
+    """Run kernel computations on ``model`` in a clean room, and leave no trace."""
+    # Inside, gradients are recorded whatever the caller's grad or inference mode, compiled models run eagerly, autocast
+    # and TF32 are off, attention uses the backend that batched gradients support, and the model's gradients and
+    # backward hooks are set aside (``torch.func`` fails on BackPACK's). On exit, all of it is set back, with the values
+    # of parameters and buffers, the attributes of all modules, and what these hold.
+    # Inside of itself, in the same thread, it goes on with the same session.
     session, depth = _ENTERED.sessions.get(id(model), (None, 0))
     if session is not None:
         _ENTERED.sessions[id(model)] = session, depth + 1
@@ -125,12 +112,7 @@ class Session:
     """
 
     def __init__(self, model: Module, device: torch.device) -> None:
-        """Take down the state of the model, and set aside what would take part in backward passes.
-
-        Args:
-            model: The model.
-            device: Where it makes tensors unless told otherwise.
-        """
+        """Take down the state of the model, and set aside what would take part in backward passes."""
         modules = list(model.modules())
         params = {name: p for name, p in model.named_parameters() if not is_lazy(p)}
         self._default_device = device
@@ -208,14 +190,7 @@ class Session:
         return self._changed
 
     def verify(self, cause: Exception | None = None) -> None:
-        """Make sure that no evaluation did what would make kernels wrong.
-
-        Args:
-            cause: What it may have led to.
-
-        Raises:
-            UnsupportedModelError: If one did.
-        """
+        """Make sure that no evaluation did what would make kernels wrong."""
         problems = []
         for param in self._params:
             if param.accumulated:
@@ -237,19 +212,7 @@ class Session:
 
     @contextmanager
     def evaluation(self, values: dict[int, Tensor], *, inspect: bool = False) -> Iterator[None]:
-        """Let the model be called once, from the state in which it was found.
-
-        Args:
-            values: Tensors to put in place of parameters and buffers, by the id of these.
-            inspect: Whether to look at what code does that is not torch's own: whether it draws random numbers,
-                writes to parameters, or computes in a low precision.
-
-        Yields:
-            Nothing.
-
-        Raises:
-            UnsupportedModelError: If it draws random numbers from torch's generators or from one of its own.
-        """
+        """Let the model be called once, from the state in which it was found."""
         # A hook of the model's may ask for a kernel of the model: then the evaluation around it goes on as it was.
         around = State(self._modules, thorough=self.foreign) if self._evaluating else None
         if around is not None:
@@ -351,11 +314,9 @@ class _Parameter:
 
 @contextmanager
 def _exchanged(model: Module, values: dict[int, Tensor]) -> Iterator[None]:
-    """Exchange parameters and buffers of a model, by their id, wherever its modules hold them.
-
-    ``torch.func.functional_call`` does the same, but leaves a plain tensor where the parameter was if a module is held
-    in two places.
-    """
+    """Exchange parameters and buffers of a model, by their id, wherever its modules hold them."""
+    # ``torch.func.functional_call`` does the same, but leaves a plain tensor where the parameter was if a module is
+    # held in two places.
     stores: list[dict[str, Any]] = [
         store for module in model.modules() for store in (module._parameters, module._buffers)
     ]

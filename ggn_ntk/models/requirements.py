@@ -18,19 +18,9 @@ from ggn_ntk.problem.request import Request
 
 
 def check_model(request: Request) -> Checked:
-    """Raise unless the model has an exact empirical NTK. Call it inside ``isolated(request.model)``.
-
-    The configuration of all modules is read first; only if nothing is wrong there, samples are sent through the model.
-
-    Args:
-        request: The request.
-
-    Returns:
-        What was found of it.
-
-    Raises:
-        UnsupportedModelError: If there is any problem; it lists all of them.
-    """
+    """Raise unless the model has an exact empirical NTK. Call it inside ``isolated(request.model)``."""
+    # The configuration of all modules is read first; only if nothing is wrong there, samples are sent through the
+    # model.
     problems = configuration_problems(request)
     if problems:
         raise UnsupportedModelError(problems)
@@ -38,57 +28,28 @@ def check_model(request: Request) -> Checked:
 
 
 def configuration_problems(request: Request) -> list[Problem]:
-    """Find what can be read off modules and parameters.
-
-    Args:
-        request: The request.
-
-    Returns:
-        The problems.
-    """
+    """Find what can be read off modules and parameters."""
     modules = request.model.named_modules()
     return [p for name, m in modules for p in find(MODULE_CHECKS, m, name)] + list(_parameter_problems(request))
 
 
 class ModuleCheck(NamedTuple):
-    """Something to look for in a module's configuration.
+    """Something to look for in a module's configuration."""
 
-    Attributes:
-        applies: Tells whether a module, of any type, has the problem.
-        what: What is wrong, behind the name of the module's type.
-        remedy: What to do about it.
-    """
-
-    applies: Callable[[Any], bool]
-    what: str
-    remedy: str
+    applies: Callable[[Any], bool]  # tells whether a module, of any type, has the problem
+    what: str  # what is wrong, behind the name of the module's type
+    remedy: str  # what to do about it
 
 
 def find(checks: Iterable[ModuleCheck], module: Module, name: str) -> Iterator[Problem]:
-    """Look for problems in one module's configuration.
-
-    Args:
-        checks: What to look for.
-        module: The module.
-        name: Its dotted name.
-
-    Yields:
-        The problems.
-    """
+    """Look for problems in one module's configuration."""
     for check in checks:
         if check.applies(module):
             yield Problem(name, f"{type(module).__name__} {check.what}", check.remedy)
 
 
 def _is_active_dropout(module: Any) -> bool:
-    """Tell whether a module drops activations at random.
-
-    Args:
-        module: Any module.
-
-    Returns:
-        Whether it is in train mode with a non-zero dropout probability.
-    """
+    """Tell whether a module drops activations at random."""
     if isinstance(module, _DropoutNd):
         return module.training and module.p > 0
     if isinstance(module, nn.RNNBase):
@@ -133,14 +94,7 @@ MODULE_CHECKS = [
 
 
 def _parameter_problems(request: Request) -> Iterator[Problem]:
-    """Find problems of the model's parameters and buffers.
-
-    Args:
-        request: The request.
-
-    Yields:
-        The problems.
-    """
+    """Find problems of the model's parameters and buffers."""
     names: dict[tuple[str, str], list[str]] = defaultdict(list)
     wanted = {id(p) for p in request.params.values()}
     for name, p in [*request.model.named_parameters(), *request.model.named_buffers()]:
@@ -167,27 +121,12 @@ def _parameter_problems(request: Request) -> Iterator[Problem]:
 
 
 def hidden_computation(module: Module, name: str) -> Iterator[Problem]:
-    """Find computation that does not show in a module's type.
-
-    Args:
-        module: The module.
-        name: Its dotted name.
-
-    Yields:
-        The problems.
-    """
+    """Find computation that does not show in a module's type."""
     if runs_hooks(module) or "forward" in vars(module) or has_global_hooks():
         what = f"{type(module).__name__} has forward hooks or a forward of its own, which its type does not tell"
         yield Problem(name, what, f"Remove them, or: {OTHER_METHOD}")
 
 
 def eager(model: Module) -> Module:
-    """Unwrap a compiled model.
-
-    Args:
-        model: A model, possibly returned by ``torch.compile``.
-
-    Returns:
-        The model behind it.
-    """
+    """Unwrap a compiled model."""
     return getattr(model, "_orig_mod", model)

@@ -50,12 +50,7 @@ class State:
     """
 
     def __init__(self, modules: Iterable[Module], *, thorough: bool) -> None:
-        """Take it down.
-
-        Args:
-            modules: The modules.
-            thorough: Whether to follow other objects that they hold: torch's own modules hold none.
-        """
+        """Take it down."""
         modules = list(modules)
         self._entries: list[_Entry] = []
         self._generators: list[_Entry] = []

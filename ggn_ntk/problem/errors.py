@@ -90,17 +90,7 @@ class NotFiniteWarning(RuntimeWarning):
 
 @contextmanager
 def without(route: str) -> Iterator[None]:
-    """Say of problems found inside that what they keep from being computed is this.
-
-    Args:
-        route: What cannot be computed.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        UnsupportedModelError: If problems are found.
-    """
+    """Say of problems found inside that what they keep from being computed is this."""
     try:
         yield
     except UnsupportedModelError as error:

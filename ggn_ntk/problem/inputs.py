@@ -24,15 +24,10 @@ Values that all samples share, and inputs in other structures, go into a wrapper
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """N samples, as the arguments of a model: it is called as ``model(*args, **kwargs)``.
+    """N samples, as the arguments of a model: it is called as ``model(*args, **kwargs)``."""
 
-    Attributes:
-        args: Positional arguments, each ``[N, ...]``.
-        kwargs: Keyword arguments, each ``[N, ...]``.
-    """
-
-    args: tuple[Tensor, ...]
-    kwargs: dict[str, Tensor]
+    args: tuple[Tensor, ...]  # positional arguments, each ``[N, ...]``
+    kwargs: dict[str, Tensor]  # keyword arguments, each ``[N, ...]``
 
     def __len__(self) -> int:
         """Return the number of samples N."""
@@ -69,19 +64,7 @@ def kind_of(value: Any) -> str:
 
 
 def parse_inputs(x: Any, argument: str, model: Module) -> Inputs:
-    """Bring one set of inputs to one form and check it against the model.
-
-    Args:
-        x: A tensor, tuple or mapping of tensors.
-        argument: The argument's name.
-        model: The model it is for.
-
-    Returns:
-        The inputs, detached, and cloned where they were made in inference mode.
-
-    Raises:
-        TypeError: If ``x`` is not of an accepted type.
-    """
+    """Bring one set of inputs to one form and check it against the model."""
     if isinstance(x, Tensor):
         inputs = Inputs((x,), {})
     elif isinstance(x, tuple):
@@ -104,18 +87,7 @@ def _wrapper(call: str) -> str:
 
 
 def _check_tensors(inputs: Inputs, argument: str, model: Module) -> None:
-    """Check that inputs are tensors with one common leading axis, of the model's dtype and device.
-
-    Args:
-        inputs: The inputs.
-        argument: Their argument's name.
-        model: The model they are for.
-
-    Raises:
-        TypeError: If one is not a tensor, or a key not a string.
-        ValueError: If there is none, one is sparse, has no sample axis, the leading axes differ or are empty, or
-            a dtype or device is not the model's.
-    """
+    """Check that inputs are tensors with one common leading axis, of the model's dtype and device."""
     if not all(isinstance(key, str) for key in inputs.kwargs):
         raise TypeError(f"The keys of {argument} must be strings, the names of the model's arguments.")
     if not inputs.args and not inputs.kwargs:
@@ -156,16 +128,7 @@ def _call_with(label: str, value: Any) -> str:
 
 
 def _check_like_model(inputs: Inputs, argument: str, model: Module) -> None:
-    """Check that inputs are on the model's device and, where real, of its dtype.
-
-    Args:
-        inputs: The inputs.
-        argument: Their argument's name.
-        model: The model they are for.
-
-    Raises:
-        ValueError: If they are not.
-    """
+    """Check that inputs are on the model's device and, where real, of its dtype."""
     params = list(model.parameters())
     devices, dtypes = {p.device for p in params}, {p.dtype for p in params if not p.is_complex()}
     for label, tensor in inputs.tensors.items():
@@ -187,15 +150,7 @@ def _sorted(values: Iterable[Any]) -> str:
 
 
 def check_alike(x1: Inputs, x2: Inputs) -> None:
-    """Check that two sets of inputs differ in nothing but the number of samples.
-
-    Args:
-        x1: The first set.
-        x2: The second set.
-
-    Raises:
-        ValueError: If their structure, or a tensor's shape behind the sample axis, dtype or device differs.
-    """
+    """Check that two sets of inputs differ in nothing but the number of samples."""
     if len(x1.args) != len(x2.args) or x1.kwargs.keys() != x2.kwargs.keys():
         raise ValueError(
             f"x2 must hold the same tensors as x1, got {len(x2.args)} positional and keys {sorted(x2.kwargs)} "

@@ -21,17 +21,11 @@ COMPUTES = ("full", "diagonal", "trace")
 
 
 class Roles(NamedTuple):
-    """The number of outputs in each role, outermost first.
+    """The number of outputs in each role, outermost first."""
 
-    Attributes:
-        diagonal: E, along the axes that are taken at equal indices.
-        free: F, along the axes that are kept for both inputs.
-        traced: T, along the axes that are summed at equal indices.
-    """
-
-    diagonal: int = 1
-    free: int = 1
-    traced: int = 1
+    diagonal: int = 1  # E, along the axes that are taken at equal indices
+    free: int = 1  # F, along the axes that are kept for both inputs
+    traced: int = 1  # T, along the axes that are summed at equal indices
 
     @property
     def kernel(self) -> tuple[int, int, int]:
@@ -41,17 +35,11 @@ class Roles(NamedTuple):
 
 @dataclass(frozen=True)
 class OutputAxes:
-    """The role of each output axis in a kernel.
+    """The role of each output axis in a kernel."""
 
-    Attributes:
-        out_shape: ``[*out]``, the shape of one sample's output.
-        traced: The axes that are summed at equal indices, ascending.
-        diagonal: The axes that are taken at equal indices, ascending.
-    """
-
-    out_shape: Size
-    traced: tuple[int, ...] = ()
-    diagonal: tuple[int, ...] = ()
+    out_shape: Size  # ``[*out]``, the shape of one sample's output
+    traced: tuple[int, ...] = ()  # the axes that are summed at equal indices, ascending
+    diagonal: tuple[int, ...] = ()  # the axes that are taken at equal indices, ascending
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -74,27 +62,15 @@ class OutputAxes:
         return self.arrange(torch.arange(self.out_shape.numel()).unsqueeze(0)).squeeze(0)
 
     def arrange(self, x: Tensor) -> Tensor:
-        """Order outputs by their roles.
-
-        Args:
-            x: ``[N, C, ...]``, with outputs as they come.
-
-        Returns:
-            ``[N, E, F, T, ...]``, a view where the order is that already.
-        """
+        """Order outputs by their roles."""
+        # x [N, C, ...] -> [N, E, F, T, ...]
         axes = x.reshape(len(x), *self.out_shape, *x.shape[2:])
         order = [0, *(1 + axis for axis in (*self.diagonal, *self.free, *self.traced))]
         return axes.permute(*order, *range(len(order), axes.ndim)).reshape(len(x), *self.roles, *x.shape[2:])
 
     def separate(self, kernel: Tensor) -> Tensor:
-        """Give each output axis an axis of its own.
-
-        Args:
-            kernel: ``[N1, N2, E, F, F]``.
-
-        Returns:
-            ``[N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]``, a view.
-        """
+        """Give each output axis an axis of its own."""
+        # kernel [N1, N2, E, F, F] -> [N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]
         merged = [*self.diagonal, *self.free]
         sizes = [self.out_shape[axis] for axis in (*merged, *self.free)]
         order = [*(merged.index(axis) for axis in self.kept), *range(len(merged), len(sizes))]
@@ -103,17 +79,11 @@ class OutputAxes:
 
 @dataclass(frozen=True)
 class AxesRequest:
-    """What a call asks for about output axes, before their number is known.
+    """What a call asks for about output axes, before their number is known."""
 
-    Attributes:
-        compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
-        trace_axes: The axes to sum, as given.
-        diagonal_axes: The axes to take at equal indices, as given.
-    """
-
-    compute: str
-    trace_axes: tuple[int, ...]
-    diagonal_axes: tuple[int, ...]
+    compute: str  # ``"full"``, ``"diagonal"`` or ``"trace"``
+    trace_axes: tuple[int, ...]  # the axes to sum, as given
+    diagonal_axes: tuple[int, ...]  # the axes to take at equal indices, as given
 
     @classmethod
     def parse(
@@ -122,20 +92,7 @@ class AxesRequest:
         trace_axes: int | Iterable[int] | None = None,
         diagonal_axes: int | Iterable[int] | None = None,
     ) -> "AxesRequest":
-        """Check the arguments of a call as far as that is possible before the model runs.
-
-        Args:
-            compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
-            trace_axes: An axis or several; ``None`` for none. Negative ones count from the last output axis.
-            diagonal_axes: The same.
-
-        Returns:
-            The checked request.
-
-        Raises:
-            ValueError: If ``compute`` is none of the accepted values, or axes are given beside ``"diagonal"`` or
-                ``"trace"``.
-        """
+        """Check the arguments of a call as far as that is possible before the model runs."""
         if compute not in COMPUTES:
             raise ValueError(f"compute must be one of {', '.join(map(repr, COMPUTES))}, got {compute!r}.")
         given = {"trace_axes": trace_axes, "diagonal_axes": diagonal_axes}
@@ -146,17 +103,8 @@ class AxesRequest:
         return cls(compute, **parsed)
 
     def resolve(self, out_shape: Size) -> OutputAxes:
-        """Find the role of each output axis.
-
-        Args:
-            out_shape: ``[*out]``, the shape of one sample's output.
-
-        Returns:
-            The roles.
-
-        Raises:
-            ValueError: If an axis does not exist, comes twice, or is in both arguments.
-        """
+        """Find the role of each output axis."""
+        # out_shape [*out]
         ndim = len(out_shape)
         if self.compute == "diagonal":
             return OutputAxes(out_shape, diagonal=tuple(range(ndim)))
@@ -170,18 +118,7 @@ class AxesRequest:
 
 
 def _parse_axes(argument: str, axes: Any) -> tuple[int, ...]:
-    """Bring axes to one form.
-
-    Args:
-        argument: The argument's name.
-        axes: An integer, an iterable of integers, or ``None``.
-
-    Returns:
-        The axes.
-
-    Raises:
-        TypeError: If they are anything else.
-    """
+    """Bring axes to one form."""
     listed = () if axes is None else (axes,) if isinstance(axes, int) else axes
     if isinstance(listed, Iterable) and not isinstance(listed, str):
         listed = tuple(listed)
@@ -191,19 +128,7 @@ def _parse_axes(argument: str, axes: Any) -> tuple[int, ...]:
 
 
 def _resolve(argument: str, axes: tuple[int, ...], ndim: int) -> tuple[int, ...]:
-    """Count axes from the first output axis.
-
-    Args:
-        argument: The argument's name.
-        axes: The axes, where negative ones count from the last.
-        ndim: The number of output axes.
-
-    Returns:
-        The axes, ascending.
-
-    Raises:
-        ValueError: If one does not exist or comes twice.
-    """
+    """Count axes from the first output axis."""
     for axis in axes:
         if not -ndim <= axis < ndim:
             accepted = f"from {-ndim} to {ndim - 1}" if ndim else "none, since there is no axis but that of samples"

@@ -27,34 +27,23 @@ CAPTURES = ("auto", "backpack", "autograd")
 
 @dataclass(frozen=True, eq=False)
 class Request:
-    """A kernel to compute.
+    """A kernel to compute."""
 
-    Attributes:
-        model: The model f.
-        x1: N1 samples.
-        x2: N2 samples, or ``None`` for x1 itself.
-        axes: What is asked for about output axes.
-        params: The parameters the kernel sums over, by the name the user knows them by.
-        per_parameter: Whether one kernel per parameter is wanted instead of their sum.
-        output: Turns what the model returns into the tensor ``[N, *out]``; ``None`` where it is that tensor.
-        chunk_size: How many samples or vectors ``vmap`` takes at once; ``None`` for all.
-        capture: How the structured route takes the model apart: ``"auto"``, ``"backpack"`` or ``"autograd"``.
-        jacobians_first: Whether the structured route forms Jacobians before x1 meets x2, whatever is cheapest.
-        thorough: Whether samples are compared in as many halves as separate every pair of them.
-        widened: Whether the model is evaluated in float64, whatever its dtype: to tell rounding from other errors.
-    """
-
-    model: Module
-    x1: Inputs
-    x2: Inputs | None
-    axes: AxesRequest
-    params: dict[str, Tensor]
-    per_parameter: bool
+    model: Module  # the model f
+    x1: Inputs  # N1 samples
+    x2: Inputs | None  # N2 samples, or ``None`` for x1 itself
+    axes: AxesRequest  # what is asked for about output axes
+    params: dict[str, Tensor]  # the parameters the kernel sums over, by the name the user knows them by
+    per_parameter: bool  # whether one kernel per parameter is wanted instead of their sum
+    # Turns what the model returns into the tensor ``[N, *out]``; ``None`` where it is that tensor
     output: Callable[[Any], Tensor] | None = None
-    chunk_size: int | None = None
+    chunk_size: int | None = None  # how many samples or vectors ``vmap`` takes at once; ``None`` for all
+    # How the structured route takes the model apart: ``"auto"``, ``"backpack"`` or ``"autograd"``
     capture: str = "auto"
+    # Whether the structured route forms Jacobians before x1 meets x2, whatever is cheapest
     jacobians_first: bool = False
-    thorough: bool = False
+    thorough: bool = False  # whether samples are compared in as many halves as separate every pair of them
+    # Whether the model is evaluated in float64, whatever its dtype: to tell rounding from other errors
     widened: bool = False
 
     @classmethod
@@ -72,27 +61,7 @@ class Request:
         capture: str = "auto",
         transforms: bool = False,
     ) -> "Request":
-        """Check the arguments of a call and bring them to one form.
-
-        Args:
-            model: See :func:`ggn_ntk.empirical_ntk`, as for all arguments here.
-            x1: A tensor, tuple or mapping.
-            x2: The same, or ``None``.
-            axes: What is asked for about output axes.
-            params: Parameter names, or ``None``.
-            per_parameter: One kernel per parameter.
-            output: Turns what the model returns into a tensor.
-            chunk_size: How much to do at once.
-            capture: How the structured route takes the model apart.
-            transforms: Whether ``torch.func`` may transform what is computed.
-
-        Returns:
-            The checked request.
-
-        Raises:
-            TypeError: If an argument is of the wrong type.
-            ValueError: If an argument has a value that is not accepted.
-        """
+        """Check the arguments of a call and bring them to one form."""
         if not isinstance(model, Module):
             raise TypeError(f"model must be a torch.nn.Module, got {kind_of(model)}.")
         if capture not in CAPTURES:
@@ -149,15 +118,8 @@ class Request:
         return replace(self, params=self.params | others)
 
     def assemble(self, kernels: Iterable[tuple[str, Tensor]], axes: OutputAxes) -> Tensor | dict[str, Tensor]:
-        """Bring what a route computed to the layout of the public API.
-
-        Args:
-            kernels: Names of parameters and kernels ``[N1, N2, E, F, F]``.
-            axes: The role of each output axis.
-
-        Returns:
-            The kernel in the widest dtype of its parameters, or one for each parameter in its own by name.
-        """
+        """Bring what a route computed to the layout of the public API."""
+        # kernels [N1, N2, E, F, F]
         sums = sum_kernels(kernels, self.per_parameter)
         dtypes = {name: p.dtype for name, p in self.params.items()}
         if not self.per_parameter:
@@ -167,14 +129,7 @@ class Request:
 
 
 def check_wrappers(model: Module) -> None:
-    """Refuse modules whose parameters cannot be exchanged, or do not hold their numbers.
-
-    Args:
-        model: The model.
-
-    Raises:
-        TypeError: If there is one.
-    """
+    """Refuse modules whose parameters cannot be exchanged, or do not hold their numbers."""
     for name, module in model.named_modules():
         where = f" holds a {kind_of(module)} at {name!r}" if name else f" is a {kind_of(module)}"
         if isinstance(module, ScriptModule | DataParallel) or (name and isinstance(module, DistributedDataParallel)):
@@ -188,20 +143,7 @@ def check_wrappers(model: Module) -> None:
 
 
 def _parse_params(model: Module, names: Iterable[str] | None) -> dict[str, Tensor]:
-    """Look up the parameters a kernel sums over.
-
-    Args:
-        model: The model.
-        names: Names from ``named_parameters(remove_duplicate=False)``, or ``None`` for all that require
-            a gradient.
-
-    Returns:
-        Each parameter once, by the first of its names.
-
-    Raises:
-        TypeError: If ``names`` is not an iterable of strings.
-        ValueError: If it is empty, or a name is unknown or that of a frozen parameter.
-    """
+    """Look up the parameters a kernel sums over."""
     if names is None:
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
     if isinstance(names, str) or not isinstance(names, Iterable):
@@ -237,16 +179,7 @@ def check_integer(n1: Any) -> None:
 
 
 def check_split(n1: int, n: int) -> None:
-    """Check where a batch is to be split.
-
-    Args:
-        n1: Size of the first part.
-        n: Size of the batch.
-
-    Raises:
-        TypeError: If ``n1`` is not an integer.
-        ValueError: If a part would be empty.
-    """
+    """Check where a batch is to be split."""
     try:
         operator.index(n1)
     except TypeError:

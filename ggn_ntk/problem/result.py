@@ -14,42 +14,24 @@ from ggn_ntk.problem.output_axes import OutputAxes
 
 
 class Computed(NamedTuple):
-    """What a route makes of a request.
+    """What a route makes of a request."""
 
-    Attributes:
-        axes: The role of each output axis.
-        kernels: Names of parameters (empty for their sum, or for a part of it) and kernels ``[N1, N2, E, F, F]``.
-        outputs: The model's output for all samples, x2's behind x1's, ``[N1 + N2, ...]``; ``None`` where the route
-            has not evaluated them together.
-    """
-
-    axes: OutputAxes
+    axes: OutputAxes  # the role of each output axis
+    # Names of parameters (empty for their sum, or for a part of it) and kernels ``[N1, N2, E, F, F]``
     kernels: Iterable[tuple[str, Tensor]]
+    # The model's output for all samples, x2's behind x1's, ``[N1 + N2, ...]``; ``None`` where the route has not
+    # evaluated them together
     outputs: Tensor | None = None
 
 
 def transpose(kernel: Tensor) -> Tensor:
-    """Exchange the two sets of inputs: ``(n, c) <-> (m, d)``.
-
-    Args:
-        kernel: ``[N1, N2, E, F, F]``.
-
-    Returns:
-        The kernel of (x2, x1), a view.
-    """
+    """Exchange the two sets of inputs: ``(n, c) <-> (m, d)``."""
+    # kernel [N1, N2, E, F, F]
     return kernel.transpose(0, 1).transpose(3, 4)
 
 
 def sum_kernels(kernels: Iterable[tuple[str, Tensor]], per_parameter: bool) -> dict[str, Tensor]:
-    """Sum kernels in place, by name or all of them, in the widest of their dtypes.
-
-    Args:
-        kernels: Names of parameters and kernels of one shape. A name may come several times.
-        per_parameter: Whether to keep names apart.
-
-    Returns:
-        The sums by name; under the empty name where names are not kept apart.
-    """
+    """Sum kernels in place, by name or all of them, in the widest of their dtypes."""
     sums: dict[str, Tensor] = {}
     for name, kernel in kernels:
         key = name if per_parameter else ""
@@ -61,16 +43,8 @@ def sum_kernels(kernels: Iterable[tuple[str, Tensor]], per_parameter: bool) -> d
 
 
 def finish(kernel: Tensor, axes: OutputAxes, symmetric: bool) -> Tensor:
-    """Give a kernel exact symmetry, where it has it up to rounding, and the model's output axes.
-
-    Args:
-        kernel: ``[N1, N2, E, F, F]``.
-        axes: The role of each output axis.
-        symmetric: Whether x1 and x2 are the same samples.
-
-    Returns:
-        ``[N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]``.
-    """
+    """Give a kernel exact symmetry, where it has it up to rounding, and the model's output axes."""
+    # kernel [N1, N2, E, F, F] -> [N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]
     if symmetric:
         kernel = (kernel + transpose(kernel)) / 2
     return axes.separate(kernel)

@@ -70,14 +70,7 @@ here = _Here()
 
 @contextmanager
 def process_switches(*, recurrent: bool) -> Iterator[None]:
-    """Compute in full precision and eagerly, with the backends that can be differentiated.
-
-    Args:
-        recurrent: Whether recurrent layers take part: cuDNN passes no gradients back through them in eval mode.
-
-    Yields:
-        Nothing.
-    """
+    """Compute in full precision and eagerly, with the backends that can be differentiated."""
     with ExitStack() as stack:
         stack.enter_context(_SWITCHES)
         if recurrent:
@@ -136,14 +129,9 @@ _WITHOUT_CUDNN = Switch(_cudnn_off)
 
 @contextmanager
 def full_precision() -> Iterator[None]:
-    """Turn off TF32 and reduced-precision float32 products in matmuls, convolutions and RNNs.
-
-    ``set_float32_matmul_precision("medium")`` costs 2e-3 relative error even on some CPUs, and GPU
-    convolutions use TF32 by default.
-
-    Yields:
-        Nothing.
-    """
+    """Turn off TF32 and reduced-precision float32 products in matmuls, convolutions and RNNs."""
+    # ``set_float32_matmul_precision("medium")`` costs 2e-3 relative error even on some CPUs, and GPU convolutions use
+    # TF32 by default.
     scope = _fp32_precision_ieee if hasattr(torch.backends, "fp32_precision") else _legacy_precision_highest
     with scope():
         yield
@@ -193,11 +181,9 @@ def _attention_fast_path_off() -> Iterator[None]:
 
 @contextmanager
 def _checkpoints_that_can_be_kept() -> Iterator[None]:
-    """Let checkpoints evaluate their function directly, in the threads that ask for it.
-
-    Reentrant ones support neither ``torch.func`` nor ``autograd.grad``. Torch's module looks both names up when a
-    checkpoint is called; its classes stay as they are.
-    """
+    """Let checkpoints evaluate their function directly, in the threads that ask for it."""
+    # Reentrant ones support neither ``torch.func`` nor ``autograd.grad``. Torch's module looks both names up when a
+    # checkpoint is called; its classes stay as they are.
     module: Any = checkpoint
     reentrant = module.CheckpointFunction
     generators = {name: vars(module)[name] for name in _GENERATORS if name in vars(module)}
@@ -237,10 +223,8 @@ def _forward_mode_in_turns() -> Iterator[None]:
 
 @contextmanager
 def _warnings_off() -> Iterator[None]:
-    """Silence warnings that say nothing about the user's call, by their exact text.
-
-    ``warnings.catch_warnings`` would set back what other threads have filtered in the meantime.
-    """
+    """Silence warnings that say nothing about the user's call, by their exact text."""
+    # ``warnings.catch_warnings`` would set back what other threads have filtered in the meantime.
     entries = [("ignore", re.compile(message), Warning, None, 0) for message in _WARNINGS]
     filters: Any = warnings.filters
     filters[:0] = entries

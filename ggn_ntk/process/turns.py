@@ -15,17 +15,7 @@ _FORWARD_MODE = {-1}
 
 @contextmanager
 def alone_with(model: Module) -> Iterator[None]:
-    """Have a model for this thread alone, as it is between the evaluations of others, which exchange its parameters.
-
-    Args:
-        model: The model.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        RuntimeError: If another thread waits for a model that this one evaluates.
-    """
+    """Have a model for this thread alone, as it is between the evaluations of others, which exchange its parameters."""
     modules = {id(module) for module in model.modules()}
 
     def wanted() -> set[int]:
@@ -37,25 +27,14 @@ def alone_with(model: Module) -> Iterator[None]:
 
 @contextmanager
 def forward_mode() -> Iterator[None]:
-    """Have forward mode for this thread alone: torch keeps its level for the process.
-
-    Yields:
-        Nothing.
-    """
+    """Have forward mode for this thread alone: torch keeps its level for the process."""
     with _claimed(lambda: _FORWARD_MODE):
         yield
 
 
 @contextmanager
 def if_free(model: Module) -> Iterator[bool]:
-    """Keep others from having a model meanwhile, unless one has it already.
-
-    Args:
-        model: The model.
-
-    Yields:
-        Whether no other thread has it.
-    """
+    """Keep others from having a model meanwhile, unless one has it already."""
     with _RELEASED:
         yield _is_free(map(id, model.modules()))
 
@@ -82,17 +61,7 @@ def _is_circular(thread: int) -> bool:
 
 @contextmanager
 def _claimed(wanted: Callable[[], set[int]]) -> Iterator[None]:
-    """Wait until something is free, and have it for this thread alone.
-
-    Args:
-        wanted: Says what; asked again whenever something is released.
-
-    Yields:
-        Nothing.
-
-    Raises:
-        RuntimeError: If another thread waits for what this one has.
-    """
+    """Wait until something is free, and have it for this thread alone."""
     thread = threading.get_ident()
     with _RELEASED:
         keys = wanted()

@@ -34,16 +34,8 @@ from ggn_ntk.rules.registry import register_backpropagation, register_rule
     nn.Threshold,
 )
 def elementwise_transposed(module: Any, x: Tensor, s: Tensor) -> Tensor:
-    """Multiply by the derivative of each entry, which one backward pass yields for all of them.
-
-    Args:
-        module: The layer.
-        x: Its input ``[N, ...]``.
-        s: ``[C, N, ...]``.
-
-    Returns:
-        ``[C, N, ...]``, in place of ``s`` where ``s`` differs between samples.
-    """
+    """Multiply by the derivative of each entry, which one backward pass yields for all of them."""
+    # x [N, ...], s [C, N, ...] -> [C, N, ...]
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         entries = torch.func.functional_call(module, {}, (x.clone(),))  # a clone, for layers that work in place
@@ -53,32 +45,14 @@ def elementwise_transposed(module: Any, x: Tensor, s: Tensor) -> Tensor:
 
 @register_backpropagation(nn.ReLU)
 def relu_transposed(module: nn.ReLU, x: Tensor, s: Tensor) -> Tensor:
-    """Keep entries where the input is positive, as :func:`elementwise_transposed` does in more passes.
-
-    Args:
-        module: The layer.
-        x: Its input ``[N, ...]``.
-        s: ``[C, N, ...]``.
-
-    Returns:
-        ``[C, N, ...]``, in place of ``s`` where ``s`` differs between samples.
-    """
+    """Keep entries where the input is positive, as :func:`elementwise_transposed` does in more passes."""
+    # x [N, ...], s [C, N, ...] -> [C, N, ...]
     return multiply_entries(s, (x > 0).to(s.dtype))
 
 
 def active_rrelu(module: nn.RReLU, x: Tensor, y: Tensor, g_inp: Tensor, g_out: Tensor) -> tuple[Tensor, Tensor]:
-    """Recover the slope that was drawn for each entry from what it made of a batch and of its gradient.
-
-    Args:
-        module: The layer, in train mode.
-        x: Its input ``[N, ...]``.
-        y: Its output ``[N, ...]``.
-        g_inp: The gradient with respect to its input ``[N, ...]``.
-        g_out: The gradient with respect to its output ``[N, ...]``.
-
-    Returns:
-        The derivative ``[N, ...]``, and where neither gradients nor entries tell it.
-    """
+    """Recover the slope that was drawn for each entry from what it made of a batch and of its gradient."""
+    # x [N, ...], y [N, ...], g_inp [N, ...], g_out [N, ...] -> [N, ...]
     told = g_out.isfinite() & (g_out != 0)
     unknown = ~told & (x == 0)
     derivative = torch.where(told, g_inp, y) / torch.where(told, g_out, x)
@@ -86,15 +60,8 @@ def active_rrelu(module: nn.RReLU, x: Tensor, y: Tensor, g_inp: Tensor, g_out: T
 
 
 def multiply_entries(s: Tensor, derivative: Tensor) -> Tensor:
-    """Multiply each entry by the derivative of its nonlinearity.
-
-    Args:
-        s: ``[C, N, ...]``.
-        derivative: ``[N, ...]``.
-
-    Returns:
-        ``[C, N, ...]``, in place of ``s`` where ``s`` differs between samples.
-    """
+    """Multiply each entry by the derivative of its nonlinearity."""
+    # s [C, N, ...], derivative [N, ...] -> [C, N, ...]
     if s.stride(1) == 0:
         return (s.transpose(0, 1) * derivative.unsqueeze(1)).transpose(0, 1)
     return s.mul_(derivative)
@@ -102,16 +69,8 @@ def multiply_entries(s: Tensor, derivative: Tensor) -> Tensor:
 
 @register_rule(nn.PReLU)
 def prelu(module: nn.PReLU, x: Tensor, s: Tensor) -> dict[str, Factored]:
-    """Write the Jacobian of ``y = x where x > 0 else weight * x``.
-
-    Args:
-        module: The layer.
-        x: ``[N, K, *positions]``, or anything for a single weight.
-        s: ``[C, N, K, *positions]``.
-
-    Returns:
-        The Jacobian of weight ``[K]``.
-    """
+    """Write the Jacobian of ``y = x where x > 0 else weight * x``."""
+    # x [N, K, *positions], s [C, N, K, *positions] -> [K]
     negative = x.clamp(max=0)
     channels = module.num_parameters
     negative = negative.reshape(len(x), channels, -1)

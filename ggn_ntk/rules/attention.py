@@ -19,16 +19,8 @@ from ggn_ntk.rules.registry import Inner, register_inner, register_rule
 
 @register_rule(nn.MultiheadAttention)
 def multihead_attention(module: nn.MultiheadAttention, x: tuple[Any, ...], s: Tensor) -> dict[str, Factored]:
-    """Write the Jacobians of the projections.
-
-    Args:
-        module: The layer.
-        x: Its arguments: query ``[N, T, I]``, key and value ``[N, S, I]``, with the samples in front, and options.
-        s: ``[C, N, T, O]``, for its first result.
-
-    Returns:
-        The Jacobians of weights and biases of the projections in and out; of none for options that add keys.
-    """
+    """Write the Jacobians of the projections."""
+    # x [N, T, I], s [C, N, T, O]
     if _adds_keys(module):
         return {}
     inputs = x[:3]
@@ -49,15 +41,8 @@ def multihead_attention(module: nn.MultiheadAttention, x: tuple[Any, ...], s: Te
 
 @register_inner(multihead_attention)
 def self_attention(module: nn.MultiheadAttention, x: tuple[Any, ...]) -> Inner | None:
-    """State where the queries, keys and values of self-attention come from: a single product.
-
-    Args:
-        module: The layer.
-        x: Its arguments, as above.
-
-    Returns:
-        The product, ``[T, N, 3 O]`` in :func:`torch.nn.functional.multi_head_attention_forward`.
-    """
+    """State where the queries, keys and values of self-attention come from: a single product."""
+    # -> [T, N, 3 O]
     same = all(t.data_ptr() == x[0].data_ptr() and t.shape == x[0].shape for t in x[:3])
     if _adds_keys(module) or module.in_proj_weight is None or not same:
         return None
@@ -67,69 +52,32 @@ def self_attention(module: nn.MultiheadAttention, x: tuple[Any, ...]) -> Inner |
 
 
 def packed_projection(module: nn.MultiheadAttention, x: tuple[Any, ...], s: Tensor) -> dict[str, Factored]:
-    """Write the Jacobians of the projection to queries, keys and values.
-
-    Args:
-        module: The layer.
-        x: Its arguments.
-        s: ``[C, N, T, 3 O]``, for queries, keys and values.
-
-    Returns:
-        The Jacobians.
-    """
+    """Write the Jacobians of the projection to queries, keys and values."""
+    # s [C, N, T, 3 O]
     return {"in_proj_weight": Factored("cnpo,npi->cnoi", (s, x[0])), "in_proj_bias": Factored("cnpo->cno", (s,))}
 
 
 def projection_out(module: nn.MultiheadAttention, x: tuple[Any, ...], s: Tensor) -> dict[str, Factored]:
-    """Write the Jacobians of the projection of what the heads return.
-
-    Args:
-        module: The layer.
-        x: Its arguments.
-        s: ``[C, N, T, O]``.
-
-    Returns:
-        The Jacobians.
-    """
+    """Write the Jacobians of the projection of what the heads return."""
+    # s [C, N, T, O]
     return _out_projection(_attend(module, _project(module, x[:3]), *x[3:]), s)
 
 
 def _out_projection(attended: Tensor, s: Tensor) -> dict[str, Factored]:
-    """Write the Jacobians of the projection of what the heads return.
-
-    Args:
-        attended: What they return, ``[N, T, O]``.
-        s: ``[C, N, T, O]``.
-
-    Returns:
-        The Jacobians.
-    """
+    """Write the Jacobians of the projection of what the heads return."""
+    # attended [N, T, O], s [C, N, T, O]
     weight = Factored("cnpo,npi->cnoi", (s, attended))
     return {"out_proj.weight": weight, "out_proj.bias": Factored("cnpo->cno", (s,))}
 
 
 def _adds_keys(module: nn.MultiheadAttention) -> bool:
-    """Tell whether a layer attends to keys and values of its own.
-
-    Args:
-        module: The layer.
-
-    Returns:
-        Whether it does.
-    """
+    """Tell whether a layer attends to keys and values of its own."""
     return module.bias_k is not None or module.add_zero_attn
 
 
 def _project(module: nn.MultiheadAttention, inputs: Sequence[Tensor]) -> list[Tensor]:
-    """Compute queries, keys and values.
-
-    Args:
-        module: The layer.
-        inputs: ``[N, T, I]``, ``[N, S, I]``, ``[N, S, I]``.
-
-    Returns:
-        ``[N, T, O]``, ``[N, S, O]``, ``[N, S, O]``.
-    """
+    """Compute queries, keys and values."""
+    # inputs [N, T, I] -> [N, T, O]
     weights: Sequence[Any] = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
     if module.in_proj_weight is not None:
         weights = module.in_proj_weight.chunk(3)
@@ -145,19 +93,8 @@ def _attend(
     mask: Tensor | None = None,
     *options: bool,
 ) -> Tensor:
-    """Compute what the heads return.
-
-    Args:
-        module: The layer.
-        projected: Queries ``[N, T, O]``, keys and values ``[N, S, O]``.
-        padding: ``[N, S]``, which keys to leave out: true, or minus infinity.
-        need_weights: Decides on another result.
-        mask: ``[T, S]`` or ``[N * heads, T, S]``, the same for each query.
-        *options: Decide on another result, or how a mask may be used.
-
-    Returns:
-        ``[N, T, O]``.
-    """
+    """Compute what the heads return."""
+    # projected [N, T, O], padding [N, S], mask [T, S] -> [N, T, O]
     heads = [t.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for t in projected]
     total = projected[0].new_zeros(())
     if mask is not None:
@@ -171,27 +108,12 @@ def _attend(
 
 
 def _additive(mask: Tensor, like: Tensor) -> Tensor:
-    """Write a mask as what is added to the scores.
-
-    Args:
-        mask: True where a score is left out, or what to add.
-        like: A tensor of the scores' dtype.
-
-    Returns:
-        What to add.
-    """
+    """Write a mask as what is added to the scores."""
     return like.new_zeros(mask.shape).masked_fill(mask, -torch.inf) if mask.dtype == torch.bool else mask
 
 
 def _stack(tensors: Sequence[Tensor], axis: int) -> Tensor:
-    """Stack tensors of queries, keys and values, with zeros for positions that one lacks.
-
-    Args:
-        tensors: ``[..., positions, features]``.
-        axis: Where to stack them.
-
-    Returns:
-        The stack; features padded too where they differ.
-    """
+    """Stack tensors of queries, keys and values, with zeros for positions that one lacks."""
+    # tensors [..., positions, features]
     length = max(t.shape[-2] for t in tensors)
     return torch.stack([F.pad(t, (0, 0, 0, length - t.shape[-2])) for t in tensors], axis)

@@ -32,16 +32,8 @@ _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_trans
 
 @register_rule(*_CONVOLUTIONS)
 def convolution(module: Any, x: Tensor, s: Tensor) -> dict[str, Factored]:
-    """Write the Jacobians of a convolution.
-
-    Args:
-        module: The layer.
-        x: ``[N, I, *spatial]``, with all groups in I.
-        s: ``[C, N, O, *positions]``.
-
-    Returns:
-        The Jacobians of weight ``[O, I / groups, *kernel]`` and bias ``[O]``.
-    """
+    """Write the Jacobians of a convolution."""
+    # x [N, I, *spatial], s [C, N, O, *positions] -> [O, I / groups, *kernel]
     windows = _windows(_pad(module, x), module, s.shape[3:])
     p, k = _POSITIONS[: s.ndim - 3], _KERNEL[: s.ndim - 3]
     s = s.unflatten(2, (module.groups, -1))
@@ -53,16 +45,8 @@ def convolution(module: Any, x: Tensor, s: Tensor) -> dict[str, Factored]:
 
 @register_rule(*_TRANSPOSED)
 def transposed_convolution(module: Any, x: Tensor, s: Tensor) -> dict[str, Factored]:
-    """Write the Jacobians of a transposed convolution: input and output change places.
-
-    Args:
-        module: The layer.
-        x: ``[N, I, *positions]``, with all groups in I.
-        s: ``[C, N, O, *spatial]``.
-
-    Returns:
-        The Jacobians of weight ``[I, O / groups, *kernel]`` and bias ``[O]``.
-    """
+    """Write the Jacobians of a transposed convolution: input and output change places."""
+    # x [N, I, *positions], s [C, N, O, *spatial] -> [I, O / groups, *kernel]
     p, k = _POSITIONS[: x.ndim - 2], _KERNEL[: x.ndim - 2]
     padding = [pad for amount in reversed(module.padding) for pad in (amount, amount)]
     windows = _windows(F.pad(stack_outputs(s), padding), module, x.shape[2:])
@@ -75,33 +59,16 @@ def transposed_convolution(module: Any, x: Tensor, s: Tensor) -> dict[str, Facto
 
 
 def _pad(module: Any, x: Tensor) -> Tensor:
-    """Pad an input as a convolution does.
-
-    Args:
-        module: The convolution.
-        x: Its input.
-
-    Returns:
-        The padded input.
-    """
+    """Pad an input as a convolution does."""
     padding = module._reversed_padding_repeated_twice  # also for padding="same"
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     return F.pad(x, padding, mode=mode) if any(padding) else x
 
 
 def _windows(x: Tensor, module: Any, positions: Any) -> Tensor:
-    """View an input as the windows a kernel slides over.
-
-    Channels come last in memory, so that what a contraction copies out of it are long runs.
-
-    Args:
-        x: Padded input ``[N, I, *spatial]``.
-        module: The layer, for its groups, stride and dilation.
-        positions: How often the window moves along each axis.
-
-    Returns:
-        A view ``[N, G, I / G, *kernel, *positions]``.
-    """
+    """View an input as the windows a kernel slides over."""
+    # Channels come last in memory, so that what a contraction copies out of it are long runs.
+    # x [N, I, *spatial] -> [N, G, I / G, *kernel, *positions]
     x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     x = x.unflatten(1, (module.groups, -1))
     spatial = x.stride()[3:]
@@ -113,16 +80,8 @@ def _windows(x: Tensor, module: Any, positions: Any) -> Tensor:
 
 @register_backpropagation(*_CONVOLUTIONS, linear=True)
 def convolution_transposed(module: Any, x: Tensor, s: Tensor) -> Tensor:
-    """Multiply by a convolution's transposed Jacobian: a transposed convolution, and the padding undone.
-
-    Args:
-        module: The layer.
-        x: Its input ``[N, I, *spatial]``.
-        s: ``[C, N, O, *positions]``.
-
-    Returns:
-        ``[C, N, I, *spatial]``.
-    """
+    """Multiply by a convolution's transposed Jacobian: a transposed convolution, and the padding undone."""
+    # x [N, I, *spatial], s [C, N, O, *positions] -> [C, N, I, *spatial]
     dim = s.ndim - 3
     if module.padding_mode == "zeros" and not isinstance(module.padding, str):
         padding, padded = module.padding, x.shape[2:]
@@ -150,16 +109,8 @@ def convolution_transposed(module: Any, x: Tensor, s: Tensor) -> Tensor:
 
 
 def _unpad(module: Any, x: Tensor, product: Tensor) -> Tensor:
-    """Multiply by the transposed Jacobian of a padding.
-
-    Args:
-        module: The convolution that pads.
-        x: Its input ``[N, I, *spatial]``.
-        product: ``[M, I, *padded]``.
-
-    Returns:
-        ``[M, I, *spatial]``.
-    """
+    """Multiply by the transposed Jacobian of a padding."""
+    # x [N, I, *spatial], product [M, I, *padded] -> [M, I, *spatial]
     with torch.enable_grad():
         inputs = x.new_zeros(len(product), *x.shape[1:]).requires_grad_()
         (unpadded,) = torch.autograd.grad(_pad(module, inputs), inputs, product)
@@ -168,16 +119,8 @@ def _unpad(module: Any, x: Tensor, product: Tensor) -> Tensor:
 
 @register_backpropagation(*_TRANSPOSED, linear=True)
 def transposed_convolution_transposed(module: Any, x: Tensor, s: Tensor) -> Tensor:
-    """Multiply by a transposed convolution's transposed Jacobian: a convolution.
-
-    Args:
-        module: The layer.
-        x: Its input ``[N, I, *positions]``.
-        s: ``[C, N, O, *spatial]``.
-
-    Returns:
-        ``[C, N, I, *positions]``.
-    """
+    """Multiply by a transposed convolution's transposed Jacobian: a convolution."""
+    # x [N, I, *positions], s [C, N, O, *spatial] -> [C, N, I, *positions]
     options = {name: getattr(module, name) for name in ("stride", "padding", "dilation", "groups")}
     product: Tensor = _CONV[s.ndim - 3](channels_last(stack_outputs(s)), module.weight, **options)
     for axis, size in enumerate(x.shape[2:], start=2):

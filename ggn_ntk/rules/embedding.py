@@ -9,32 +9,16 @@ from ggn_ntk.rules.registry import register_rule
 
 @register_rule(nn.Embedding)
 def embedding(module: nn.Embedding, x: Tensor, s: Tensor) -> dict[str, Factored]:
-    """Write the Jacobian of a table look-up: the product with a one-hot vector of each token.
-
-    Args:
-        module: The layer.
-        x: Tokens ``[N, ...]``.
-        s: ``[C, N, ..., K]``.
-
-    Returns:
-        The Jacobian of weight ``[V, K]``.
-    """
+    """Write the Jacobian of a table look-up: the product with a one-hot vector of each token."""
+    # x [N, ...], s [C, N, ..., K] -> [V, K]
     s = s.reshape(*s.shape[:2], -1, s.shape[-1])
     return {"weight": Factored("cnpk,npv->cnvk", (s, _one_hot(module, x.reshape(len(x), -1))))}
 
 
 @register_rule(nn.EmbeddingBag)
 def embedding_bag(module: nn.EmbeddingBag, x: Tensor, s: Tensor) -> dict[str, Factored]:
-    """Write the Jacobian of sums, means or maxima over the rows of a bag of tokens.
-
-    Args:
-        module: The layer.
-        x: Bags ``[N, P]``.
-        s: ``[C, N, K]``.
-
-    Returns:
-        The Jacobian of weight ``[V, K]``.
-    """
+    """Write the Jacobian of sums, means or maxima over the rows of a bag of tokens."""
+    # x [N, P], s [C, N, K] -> [V, K]
     tokens = _one_hot(module, x)
     if module.mode == "max":
         return {"weight": Factored("cnk,nkv->cnvk", (s, tokens._replace(places=_maxima(module, tokens.places))))}
@@ -44,29 +28,15 @@ def embedding_bag(module: nn.EmbeddingBag, x: Tensor, s: Tensor) -> dict[str, Fa
 
 
 def _one_hot(module: nn.Embedding | nn.EmbeddingBag, tokens: Tensor) -> OneHot:
-    """Turn tokens into one-hot vectors; padding, which has no gradient, into zeros.
-
-    Args:
-        module: The layer.
-        tokens: ``[N, P]``.
-
-    Returns:
-        The vectors ``[N, P, V]``.
-    """
+    """Turn tokens into one-hot vectors; padding, which has no gradient, into zeros."""
+    # tokens [N, P] -> [N, P, V]
     if module.padding_idx is not None:
         tokens = tokens.masked_fill(tokens == module.padding_idx, -1)
     return OneHot(tokens, module.num_embeddings)
 
 
 def _maxima(module: nn.EmbeddingBag, tokens: Tensor) -> Tensor:
-    """Find the token that each feature of a bag comes from, the first of several.
-
-    Args:
-        module: The layer.
-        tokens: ``[N, P]``; negative for padding.
-
-    Returns:
-        ``[N, K]``; negative for bags of nothing but padding.
-    """
+    """Find the token that each feature of a bag comes from, the first of several."""
+    # tokens [N, P] -> [N, K]
     rows = module.weight[tokens.clamp(min=0)].masked_fill((tokens < 0).unsqueeze(2), -torch.inf)
     return tokens.gather(1, rows.argmax(1))

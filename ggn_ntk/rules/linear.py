@@ -8,16 +8,8 @@ from ggn_ntk.rules.registry import register_backpropagation, register_rule
 
 @register_rule(nn.Linear)
 def linear(module: nn.Linear, x: Tensor, s: Tensor) -> dict[str, Factored]:
-    """Write the Jacobians of ``y = x W^T + b``, at one or many positions.
-
-    Args:
-        module: The layer.
-        x: ``[N, ..., I]``.
-        s: ``[C, N, ..., O]``.
-
-    Returns:
-        The Jacobians of weight ``[O, I]`` and bias ``[O]``.
-    """
+    """Write the Jacobians of ``y = x W^T + b``, at one or many positions."""
+    # x [N, ..., I], s [C, N, ..., O] -> [O, I]
     if x.ndim == 2:
         return {"weight": Factored("cno,ni->cnoi", (s, x)), "bias": Factored("cno->cno", (s,))}
     x, s = x.flatten(1, -2), s.flatten(2, -2)
@@ -26,31 +18,15 @@ def linear(module: nn.Linear, x: Tensor, s: Tensor) -> dict[str, Factored]:
 
 @register_backpropagation(nn.Linear, linear=True)
 def linear_transposed(module: nn.Linear, x: Tensor, s: Tensor) -> Tensor:
-    """Multiply by W^T.
-
-    Args:
-        module: The layer.
-        x: Its input.
-        s: ``[C, N, ..., O]``.
-
-    Returns:
-        ``[C, N, ..., I]``.
-    """
+    """Multiply by W^T."""
+    # s [C, N, ..., O] -> [C, N, ..., I]
     return (s.transpose(0, 1) @ module.weight).transpose(0, 1)
 
 
 @register_rule(nn.Bilinear)
 def bilinear(module: nn.Bilinear, x: tuple[Tensor, Tensor], s: Tensor) -> dict[str, Factored]:
-    """Write the Jacobians of ``y_o = x1^T W_o x2 + b_o``.
-
-    Args:
-        module: The layer.
-        x: ``[N, ..., I]`` and ``[N, ..., J]``.
-        s: ``[C, N, ..., O]``.
-
-    Returns:
-        The Jacobians of weight ``[O, I, J]`` and bias ``[O]``.
-    """
+    """Write the Jacobians of ``y_o = x1^T W_o x2 + b_o``."""
+    # x [N, ..., I], s [C, N, ..., O] -> [O, I, J]
     n = len(x[0])
     first, second = (t.reshape(n, -1, t.shape[-1]) for t in x)
     s = s.reshape(s.shape[0], n, -1, s.shape[-1])

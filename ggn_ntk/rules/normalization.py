@@ -10,28 +10,13 @@ from ggn_ntk.rules.registry import register_backpropagation, register_rule
 
 
 def _scale_and_shift(normalized: Tensor, s: Tensor) -> dict[str, Factored]:
-    """Write the Jacobians of ``y = weight * normalized + bias``.
-
-    Args:
-        normalized: ``[N, P, K]``.
-        s: ``[C, N, P, K]``.
-
-    Returns:
-        The Jacobians of weight ``[K]`` and bias ``[K]``.
-    """
+    """Write the Jacobians of ``y = weight * normalized + bias``."""
+    # normalized [N, P, K], s [C, N, P, K] -> [K]
     return {"weight": Factored("cnpk,npk->cnk", (s, normalized)), "bias": Factored("cnpk->cnk", (s,))}
 
 
 def _bare(module: Any, x: Tensor) -> Tensor:
-    """Normalise without scaling and shifting.
-
-    Args:
-        module: A normalisation layer.
-        x: Its input.
-
-    Returns:
-        The layer's output with a weight of one and no bias.
-    """
+    """Normalise without scaling and shifting."""
     neutral = {"weight": torch.ones_like(module.weight)}
     if getattr(module, "bias", None) is not None:
         neutral["bias"] = torch.zeros_like(module.bias)
@@ -41,16 +26,8 @@ def _bare(module: Any, x: Tensor) -> Tensor:
 
 @register_rule(nn.LayerNorm, nn.RMSNorm)
 def layer_norm(module: Any, x: Tensor, s: Tensor) -> dict[str, Factored]:
-    """Write the Jacobians of a layer that scales trailing axes.
-
-    Args:
-        module: The layer.
-        x: ``[N, ..., *features]``.
-        s: ``[C, N, ..., *features]``.
-
-    Returns:
-        The Jacobians of weight and bias ``[*features]``.
-    """
+    """Write the Jacobians of a layer that scales trailing axes."""
+    # x [N, ..., *features], s [C, N, ..., *features] -> [*features]
     if module.weight is None:
         return {}
     c, n, features = *s.shape[:2], module.weight.numel()
@@ -67,16 +44,8 @@ def layer_norm(module: Any, x: Tensor, s: Tensor) -> dict[str, Factored]:
     nn.InstanceNorm3d,
 )
 def channel_norm(module: Any, x: Tensor, s: Tensor) -> dict[str, Factored]:
-    """Write the Jacobians of a layer that scales channels.
-
-    Args:
-        module: The layer; BatchNorm in eval mode.
-        x: ``[N, K, *positions]``.
-        s: ``[C, N, K, *positions]``.
-
-    Returns:
-        The Jacobians of weight and bias ``[K]``.
-    """
+    """Write the Jacobians of a layer that scales channels."""
+    # x [N, K, *positions], s [C, N, K, *positions] -> [K]
     if module.weight is None:
         return {}
     normalized = _bare(module, x).reshape(*x.shape[:2], -1)
@@ -86,16 +55,8 @@ def channel_norm(module: Any, x: Tensor, s: Tensor) -> dict[str, Factored]:
 
 @register_backpropagation(nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, linear=True)
 def batch_norm_transposed(module: Any, x: Tensor, s: Tensor) -> Tensor:
-    """Multiply by the scale of each channel.
-
-    Args:
-        module: The layer, in eval mode.
-        x: Its input.
-        s: ``[C, N, K, *positions]``.
-
-    Returns:
-        ``[C, N, K, *positions]``.
-    """
+    """Multiply by the scale of each channel."""
+    # s [C, N, K, *positions] -> [C, N, K, *positions]
     scale = torch.rsqrt(module.running_var + module.eps)
     scale = scale if module.weight is None else scale * module.weight
     return s * scale.reshape(-1, *[1] * (s.ndim - 3))

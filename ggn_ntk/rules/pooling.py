@@ -14,16 +14,8 @@ _MAX_POOL = {3: F.max_pool1d, 4: F.max_pool2d, 5: F.max_pool3d}
 
 @register_backpropagation(nn.MaxPool1d, nn.MaxPool2d, nn.MaxPool3d)
 def max_pool_transposed(module: Any, x: Tensor, s: Tensor) -> Tensor:
-    """Send each entry back to where the maximum was.
-
-    Args:
-        module: The layer.
-        x: Its input ``[N, K, *spatial]``.
-        s: ``[C, N, K, *positions]``.
-
-    Returns:
-        ``[C, N, K, *spatial]``.
-    """
+    """Send each entry back to where the maximum was."""
+    # x [N, K, *spatial], s [C, N, K, *positions] -> [C, N, K, *spatial]
     names = ("kernel_size", "stride", "padding", "dilation", "ceil_mode")
     _, places = _MAX_POOL[x.ndim](x, **{name: getattr(module, name) for name in names}, return_indices=True)
     c, (n, k, *spatial) = s.shape[0], x.shape
@@ -36,15 +28,7 @@ def max_pool_transposed(module: Any, x: Tensor, s: Tensor) -> Tensor:
 
 
 def _tiles(module: Any, spatial: list[int]) -> bool:
-    """Tell whether each entry of the input lies in exactly one window.
-
-    Args:
-        module: The pooling layer.
-        spatial: Spatial shape of its input.
-
-    Returns:
-        Whether windows tile the input.
-    """
+    """Tell whether each entry of the input lies in exactly one window."""
 
     def each(value: int | tuple[int, ...]) -> tuple[int, ...]:
         return value if isinstance(value, tuple) else (value,) * len(spatial)
@@ -55,15 +39,8 @@ def _tiles(module: Any, spatial: list[int]) -> bool:
 
 
 def _spread(is_maximum: Tensor, s: Tensor) -> Tensor:
-    """Copy each entry of ``s`` to its window, and keep it where the maximum was: one pass over the result.
-
-    Args:
-        is_maximum: ``[N, K, *spatial]``, one where a window has its maximum and zero elsewhere.
-        s: ``[C, N, K, *positions]``.
-
-    Returns:
-        ``[C, N, K, *spatial]``.
-    """
+    """Copy each entry of ``s`` to its window, and keep it where the maximum was: one pass over the result."""
+    # is_maximum [N, K, *spatial], s [C, N, K, *positions] -> [C, N, K, *spatial]
     few = s[:, :1] if s.stride(1) == 0 else s
     entries = unstack_outputs(channels_last(stack_outputs(few)), like=few).expand_as(s).transpose(0, 1)
     windows = is_maximum.unsqueeze(1)

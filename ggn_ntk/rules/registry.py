@@ -72,61 +72,32 @@ def register_rule_by_name(*patterns: str) -> Callable[[_F], _F]:
 
 
 def rule_for(module: Module) -> Rule | None:
-    """Look up a layer's rule by its exact type.
-
-    Args:
-        module: The layer.
-
-    Returns:
-        Its rule, or ``None``.
-    """
+    """Look up a layer's rule by its exact type."""
     kind = type(module)
     return _RULES.get(kind) or _rule_by_name(f"{kind.__module__}.{kind.__qualname__}")
 
 
 @cache
 def _rule_by_name(name: str) -> Rule | None:
-    """Look up the rule of a layer whose package may not be imported.
-
-    Args:
-        name: The qualified name of its type.
-
-    Returns:
-        Its rule, or ``None``.
-    """
+    """Look up the rule of a layer whose package may not be imported."""
     return next((rule for pattern, rule in _RULES_BY_NAME.items() if fnmatchcase(name, pattern)), None)
 
 
 class Inner(NamedTuple):
-    """A product with a parameter inside of a layer, to which autograd passes ``s`` on its way through the layer.
+    """A product with a parameter inside of a layer, to which autograd passes ``s`` on its way through the layer."""
 
-    Attributes:
-        params: The names of its parameters on the layer.
-        shape: Shape of the product, of all samples.
-        axis: The axis of the samples.
-        rule: Writes Jacobians from the layer, its input and ``s`` at the product, samples in front.
-        outer_rule: Writes the Jacobians of the layer's other parameters as :func:`register_rule` has it.
-    """
-
-    params: tuple[str, ...]
-    shape: Size
-    axis: int
-    rule: Rule
-    outer_rule: Rule
+    params: tuple[str, ...]  # the names of its parameters on the layer
+    shape: Size  # shape of the product, of all samples
+    axis: int  # the axis of the samples
+    rule: Rule  # writes Jacobians from the layer, its input and ``s`` at the product, samples in front
+    outer_rule: Rule  # writes the Jacobians of the layer's other parameters as :func:`register_rule` has it
 
 
 _INNER: dict[Rule, Callable[[Any, Any], Inner | None]] = {}
 
 
 def register_inner(rule: Rule) -> Callable[[_F], _F]:
-    """Register where autograd meets parameters inside of layers, which saves their rule a way back of its own.
-
-    Args:
-        rule: The layers' rule.
-
-    Returns:
-        The decorator of a function that takes the layer and its input, and returns an :class:`Inner` or ``None``.
-    """
+    """Register where autograd meets parameters inside of layers, which saves their rule a way back of its own."""
 
     def register(function: _F) -> _F:
         _INNER[rule] = function
@@ -136,16 +107,7 @@ def register_inner(rule: Rule) -> Callable[[_F], _F]:
 
 
 def inner_of(rule: Rule, module: Module, x: Any) -> Inner | None:
-    """Look up where autograd meets parameters inside of a layer.
-
-    Args:
-        rule: The layer's rule.
-        module: The layer.
-        x: Its input.
-
-    Returns:
-        What is registered for its rule.
-    """
+    """Look up where autograd meets parameters inside of a layer."""
     return None if rule not in _INNER else _INNER[rule](module, x)
 
 
@@ -185,14 +147,7 @@ def register_backpropagation(*layer_types: type[Module], linear: bool = False) -
 
 
 def backpropagation_for(module: Module) -> Backpropagation:
-    """Look up how a Jacobian passes back through a layer.
-
-    Args:
-        module: The layer.
-
-    Returns:
-        What is registered for its exact type, else :func:`batched_vjp`.
-    """
+    """Look up how a Jacobian passes back through a layer."""
     return _BACKPROPAGATIONS.get(type(module), Backpropagation(batched_vjp, False))
 
 
@@ -238,37 +193,18 @@ def batched_vjp(module: Module, x: Tensor, s: Tensor) -> Tensor:
 
 
 def channels_last(x: Tensor) -> Tensor:
-    """Put channels last in memory, where convolutions are fastest and their windows long runs.
-
-    Args:
-        x: Any input ``[N, ...]``.
-
-    Returns:
-        The input; images with their channels last in memory.
-    """
+    """Put channels last in memory, where convolutions are fastest and their windows long runs."""
+    # x [N, ...]
     return x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
 
 
 def stack_outputs(s: Tensor) -> Tensor:
-    """Treat the outputs of a sample as so many samples, for layers that are the same for all samples.
-
-    Args:
-        s: ``[C, N, ...]``; in the memory order ``[N, C, ...]`` there is no copy.
-
-    Returns:
-        ``[N * C, ...]``.
-    """
+    """Treat the outputs of a sample as so many samples, for layers that are the same for all samples."""
+    # s [C, N, ...] -> [N * C, ...]
     return s.transpose(0, 1).flatten(0, 1)
 
 
 def unstack_outputs(stacked: Tensor, like: Tensor) -> Tensor:
-    """Undo :func:`stack_outputs`.
-
-    Args:
-        stacked: ``[N * C, ...]``.
-        like: ``[C, N, ...]``.
-
-    Returns:
-        ``[C, N, ...]``, in the memory order ``[N, C, ...]``, in which the outputs of a sample make up a matrix.
-    """
+    """Undo :func:`stack_outputs`."""
+    # stacked [N * C, ...], like [C, N, ...] -> [C, N, ...]
     return stacked.reshape(like.shape[1], like.shape[0], *stacked.shape[1:]).transpose(0, 1)

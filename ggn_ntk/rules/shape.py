@@ -14,35 +14,16 @@ from ggn_ntk.rules.registry import batched_vjp, register_backpropagation, stack_
     nn.FeatureAlphaDropout, linear=True,
 )  # fmt: skip
 def reshape_transposed(module: Any, x: Tensor, s: Tensor) -> Tensor:
-    """Give ``s`` the shape of the layer's input.
-
-    Args:
-        module: The layer; dropout inactive.
-        x: Its input ``[N, ...]``.
-        s: ``[C, N, ...]``.
-
-    Returns:
-        ``[C, N, *layer input]``.
-    """
+    """Give ``s`` the shape of the layer's input."""
+    # x [N, ...], s [C, N, ...] -> [C, N, *layer input]
     return s.reshape(*s.shape[:2], *x.shape[1:])
 
 
 def active_dropout(module: Any, x: Tensor, y: Tensor, g_inp: Tensor, g_out: Tensor) -> tuple[Tensor, Tensor]:
-    """Recover the derivative of each entry of active dropout from what it made of a batch and of its gradient.
-
-    Kept entries are multiplied by a factor, and shifted by alpha dropout ("Self-Normalizing Neural Networks",
-    NeurIPS 2017, appendix); all dropped ones become the same number. Gradients tell them apart unless they are zero.
-
-    Args:
-        module: The layer, in train mode.
-        x: Its input ``[N, ...]``.
-        y: Its output ``[N, ...]``.
-        g_inp: The gradient with respect to its input ``[N, ...]``.
-        g_out: The gradient with respect to its output ``[N, ...]``.
-
-    Returns:
-        The derivative ``[N, ...]``, zero or the factor, and where neither gradients nor entries tell which.
-    """
+    """Recover the derivative of each entry of active dropout from what it made of a batch and of its gradient."""
+    # Kept entries are multiplied by a factor, and shifted by alpha dropout ("Self-Normalizing Neural Networks", NeurIPS
+    # 2017, appendix); all dropped ones become the same number. Gradients tell them apart unless they are zero.
+    # x [N, ...], y [N, ...], g_inp [N, ...], g_out [N, ...] -> [N, ...]
     p, alpha = module.p, 0.0
     if p == 1:
         return torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool)
@@ -66,16 +47,8 @@ def active_dropout(module: Any, x: Tensor, y: Tensor, g_inp: Tensor, g_out: Tens
     linear=True,
 )  # fmt: skip
 def linear_map_transposed(module: Any, x: Tensor, s: Tensor) -> Tensor:
-    """Multiply by the transposed Jacobian of a linear layer without parameters, for outputs and samples at once.
-
-    Args:
-        module: The layer.
-        x: Its input ``[N, ...]``.
-        s: ``[C, N, ...]``.
-
-    Returns:
-        ``[C, N, *layer input]``.
-    """
+    """Multiply by the transposed Jacobian of a linear layer without parameters, for outputs and samples at once."""
+    # x [N, ...], s [C, N, ...] -> [C, N, *layer input]
     stacked = stack_outputs(s)
     anywhere = x.new_zeros(()).expand(len(stacked), *x.shape[1:])
     return unstack_outputs(batched_vjp(module, anywhere, stacked.unsqueeze(0))[0], like=s)

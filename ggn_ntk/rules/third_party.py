@@ -16,32 +16,16 @@ from ggn_ntk.rules.registry import register_rule_by_name
 
 @register_rule_by_name("transformers.pytorch_utils.Conv1D")
 def transposed_linear(module: Any, x: Tensor, s: Tensor) -> dict[str, Factored]:
-    """Write the Jacobians of ``y = x W + b``.
-
-    Args:
-        module: The layer.
-        x: ``[N, ..., I]``.
-        s: ``[C, N, ..., O]``.
-
-    Returns:
-        The Jacobians of weight ``[I, O]`` and bias ``[O]``.
-    """
+    """Write the Jacobians of ``y = x W + b``."""
+    # x [N, ..., I], s [C, N, ..., O] -> [I, O]
     x, s = (x.unsqueeze(1), s.unsqueeze(2)) if x.ndim == 2 else (x.flatten(1, -2), s.flatten(2, -2))
     return {"weight": Factored("cnpo,npi->cnio", (s, x)), "bias": Factored("cnpo->cno", (s,))}
 
 
 @register_rule_by_name("transformers.models.*RMSNorm", "transformers.models.*.T5LayerNorm", "timm.layers.*.RmsNorm*")
 def scaled_features(module: Any, x: Any, s: Tensor) -> dict[str, Factored]:
-    """Write the Jacobian of a layer that multiplies features by its weight, or by one plus its weight.
-
-    Args:
-        module: The layer.
-        x: ``[N, ..., K]``; a tuple where it takes several arguments.
-        s: ``[C, N, ..., K]``.
-
-    Returns:
-        The Jacobian of weight ``[K]``.
-    """
+    """Write the Jacobian of a layer that multiplies features by its weight, or by one plus its weight."""
+    # x [N, ..., K], s [C, N, ..., K] -> [K]
     args = x if isinstance(x, tuple) else (x,)
     one, zero = (
         torch.func.functional_call(module, {"weight": torch.full_like(module.weight, value)}, args)
@@ -53,46 +37,22 @@ def scaled_features(module: Any, x: Any, s: Tensor) -> dict[str, Factored]:
 
 @register_rule_by_name("transformers.models.*ScaledWordEmbedding")
 def scaled_embedding(module: Any, x: Tensor, s: Tensor) -> dict[str, Factored]:
-    """Write the Jacobian of a table look-up, multiplied by a number.
-
-    Args:
-        module: The layer.
-        x: Tokens ``[N, ...]``.
-        s: ``[C, N, ..., K]``.
-
-    Returns:
-        The Jacobian of weight ``[V, K]``.
-    """
+    """Write the Jacobian of a table look-up, multiplied by a number."""
+    # x [N, ...], s [C, N, ..., K] -> [V, K]
     return embedding(module, x, s * module.embed_scale)
 
 
 @register_rule_by_name("timm.layers.*.LayerNorm2d", "torchvision.models.convnext.LayerNorm2d")
 def layer_norm_of_channels(module: Any, x: Tensor, s: Tensor) -> dict[str, Factored]:
-    """Write the Jacobians of a normalisation over the channels of an image.
-
-    Args:
-        module: The layer.
-        x: ``[N, K, H, W]``.
-        s: ``[C, N, K, H, W]``.
-
-    Returns:
-        The Jacobians of weight and bias ``[K]``.
-    """
+    """Write the Jacobians of a normalisation over the channels of an image."""
+    # x [N, K, H, W], s [C, N, K, H, W] -> [K]
     return channel_norm(module, x, s)
 
 
 @register_rule_by_name("timm.layers.*.BatchNormAct2d")
 def batch_norm_with_activation(module: Any, x: Tensor, s: Tensor) -> dict[str, Factored]:
-    """Write the Jacobians of a BatchNorm with a nonlinearity behind it, which acts on each entry by itself.
-
-    Args:
-        module: The layer, in eval mode.
-        x: ``[N, K, H, W]``.
-        s: ``[C, N, K, H, W]``.
-
-    Returns:
-        The Jacobians of weight and bias ``[K]``.
-    """
+    """Write the Jacobians of a BatchNorm with a nonlinearity behind it, which acts on each entry by itself."""
+    # x [N, K, H, W], s [C, N, K, H, W] -> [K]
     shape = (1, -1, 1, 1)
     normalized = (x - module.running_mean.reshape(shape)) * torch.rsqrt(module.running_var + module.eps).reshape(shape)
     with torch.enable_grad():

@@ -21,19 +21,7 @@ class IllConditionedWarning(UserWarning):
 
 
 def check_kernel(kernel: Any, argument: str) -> Tensor:
-    """Check that a value can be a kernel.
-
-    Args:
-        kernel: The value.
-        argument: The argument's name.
-
-    Returns:
-        The kernel, without a graph.
-
-    Raises:
-        TypeError: If it is not a real tensor.
-        ValueError: If it has not the axes of a full or trace kernel, or is not finite.
-    """
+    """Check that a value can be a kernel."""
     if not isinstance(kernel, Tensor) or not kernel.is_floating_point():
         kind = kernel.dtype if isinstance(kernel, Tensor) else type(kernel).__name__
         raise TypeError(f"{argument} must be a tensor of real numbers, got {kind}.")
@@ -49,47 +37,24 @@ def check_kernel(kernel: Any, argument: str) -> Tensor:
 
 
 def flatten(kernel: Tensor) -> Tensor:
-    """Bring a kernel to the form of a matrix.
-
-    Args:
-        kernel: ``[N1, N2, *out, *out]`` or ``[N1, N2]``.
-
-    Returns:
-        ``[N1 C, N2 C]``, with rows ``(n, c)`` and columns ``(m, d)``, in float64.
-    """
+    """Bring a kernel to the form of a matrix."""
+    # kernel [N1, N2, *out, *out] -> [N1 C, N2 C]
     n1, n2, *out = kernel.shape
     c = math.prod(out[: len(out) // 2])
     return kernel.double().reshape(n1, n2, c, c).transpose(1, 2).reshape(n1 * c, n2 * c)
 
 
 def unflatten(matrix: Tensor, shape: torch.Size) -> Tensor:
-    """Undo :func:`flatten`.
-
-    Args:
-        matrix: ``[N1 C, N2 C]``.
-        shape: ``[N1, N2, *out, *out]`` or ``[N1, N2]``.
-
-    Returns:
-        A tensor of that shape.
-    """
+    """Undo :func:`flatten`."""
+    # matrix [N1 C, N2 C], shape [N1, N2, *out, *out]
     n1, n2, *out = shape
     c = math.prod(out[: len(out) // 2])
     return matrix.reshape(n1, c, n2, c).transpose(1, 2).reshape(shape)
 
 
 def symmetric_matrix(kernel: Any, argument: str) -> Tensor:
-    """Check and flatten the kernel of a set with itself.
-
-    Args:
-        kernel: ``[N, N, *out, *out]`` or ``[N, N]``.
-        argument: The argument's name.
-
-    Returns:
-        ``[N C, N C]`` in float64, exactly symmetric.
-
-    Raises:
-        ValueError: If the kernel is not symmetric under ``(n, c) <-> (m, d)``.
-    """
+    """Check and flatten the kernel of a set with itself."""
+    # kernel [N, N, *out, *out] -> [N C, N C]
     kernel = check_kernel(kernel, argument)
     if kernel.shape[0] != kernel.shape[1]:
         raise ValueError(f"{argument} must be the kernel of a set with itself, [N, N, ...], got {list(kernel.shape)}.")
@@ -105,11 +70,7 @@ def symmetric_matrix(kernel: Any, argument: str) -> Tensor:
 
 
 def level_of_caller() -> int:
-    """Count the calls inside of this package, for a warning that names the line outside.
-
-    Returns:
-        The ``stacklevel`` for a call of ``warnings.warn`` by this function's caller.
-    """
+    """Count the calls inside of this package, for a warning that names the line outside."""
     frame, level = inspect.currentframe(), 0
     while frame is not None and frame.f_globals["__name__"].startswith(f"{__package__}."):
         frame, level = frame.f_back, level + 1
@@ -117,36 +78,21 @@ def level_of_caller() -> int:
 
 
 def rounding(eigenvalues: Tensor, dtype: torch.dtype) -> float:
-    """Give the size below which eigenvalues cannot be told from zero.
-
-    Args:
-        eigenvalues: All ``n`` eigenvalues.
-        dtype: The dtype that the kernel was computed in.
-
-    Returns:
-        ``10 eps |K|``; see the module's docstring.
-    """
+    """Give the size below which eigenvalues cannot be told from zero."""
     norm: float = torch.linalg.vector_norm(eigenvalues).item()
     return 10 * torch.finfo(dtype).eps * norm
 
 
 @dataclass(frozen=True, eq=False)
 class Decomposition:
-    """A kernel in the basis of its eigenvectors.
+    """A kernel in the basis of its eigenvectors."""
 
-    Attributes:
-        argument: The name of the argument it came from.
-        values: Eigenvalues ``[n]``, ascending, in float64; negative ones, which are rounding, are zero.
-        vectors: Eigenvectors ``[n, n]``, in columns.
-        rounding: The size below which eigenvalues cannot be told from zero.
-        jitter: What to add to the eigenvalues of a kernel that is singular up to rounding: sqrt(eps) of the mean
-            diagonal, so that larger eigenvalues hardly move, and rounding grows to about sqrt(eps).
-    """
-
-    argument: str
-    values: Tensor
-    vectors: Tensor
-    rounding: float
+    argument: str  # the name of the argument it came from
+    values: Tensor  # eigenvalues ``[n]``, ascending, in float64; negative ones, which are rounding, are zero
+    vectors: Tensor  # eigenvectors ``[n, n]``, in columns
+    rounding: float  # the size below which eigenvalues cannot be told from zero
+    # What to add to the eigenvalues of a kernel that is singular up to rounding: sqrt(eps) of the mean diagonal, so
+    # that larger eigenvalues hardly move, and rounding grows to about sqrt(eps)
     jitter: float
 
     @property
@@ -160,11 +106,7 @@ class Decomposition:
         return torch.where(self.values > self.rounding, self.values, 0.0)
 
     def warn(self, consequence: str) -> None:
-        """Warn that the kernel is singular up to rounding.
-
-        Args:
-            consequence: What is done about it.
-        """
+        """Warn that the kernel is singular up to rounding."""
         condition = self.values[-1].item() / self.rounding if self.rounding else math.inf
         warnings.warn(
             f"{self.argument} is singular up to rounding, with a condition number above {condition:.1e}: "
@@ -174,11 +116,8 @@ class Decomposition:
         )
 
     def inverse(self) -> Tensor:
-        """Invert the kernel, with a jitter and a warning if it is singular up to rounding.
-
-        Returns:
-            ``[n, n]``.
-        """
+        """Invert the kernel, with a jitter and a warning if it is singular up to rounding."""
+        # -> [n, n]
         values = self.values
         if self.singular:
             self.warn(f"a jitter of {self.jitter:.1e} is added to its diagonal")
@@ -188,19 +127,8 @@ class Decomposition:
 
 
 def decompose(kernel: Any, argument: str, diag_reg: float = 0.0) -> Decomposition:
-    """Decompose the kernel of a set with itself.
-
-    Args:
-        kernel: ``[N, N, *out, *out]`` or ``[N, N]``.
-        argument: The argument's name.
-        diag_reg: What to add to the diagonal, as a multiple of its mean.
-
-    Returns:
-        The decomposition.
-
-    Raises:
-        ValueError: If the kernel has negative eigenvalues well above rounding, or ``diag_reg`` is negative.
-    """
+    """Decompose the kernel of a set with itself."""
+    # kernel [N, N, *out, *out]
     check_number("diag_reg", diag_reg, 0.0)
     matrix = symmetric_matrix(kernel, argument)
     mean_diagonal = matrix.diagonal().mean().item()
@@ -220,19 +148,7 @@ def decompose(kernel: Any, argument: str, diag_reg: float = 0.0) -> Decompositio
 
 
 def check_number(argument: str, value: Any, low: float, high: float = math.inf, *, above: bool = False) -> None:
-    """Check a number.
-
-    Args:
-        argument: The argument's name.
-        value: Its value.
-        low: The smallest accepted value.
-        high: What it must be below.
-        above: Whether it must be above ``low``.
-
-    Raises:
-        TypeError: If it is not a number.
-        ValueError: If it is out of range.
-    """
+    """Check a number."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{argument} must be a number, got {type(value).__name__}.")
     if not (low < value if above else low <= value) or not value < high:

@@ -38,15 +38,7 @@ def eigenvalues(kernel: Tensor) -> Tensor:
 
 
 def _report_negative(values: Tensor, dtype: torch.dtype) -> str:
-    """Describe negative eigenvalues.
-
-    Args:
-        values: Eigenvalues, ascending, the first of them negative.
-        dtype: The kernel's dtype.
-
-    Returns:
-        How many there are, and their size relative to rounding.
-    """
+    """Describe negative eigenvalues."""
     smallest, small, count = values[0].item(), rounding(values, dtype), (values < 0).sum().item()
     verdict = "zero up to rounding" if -smallest <= small else "so the kernel is not positive semi-definite"
     return (
@@ -216,51 +208,22 @@ def ggn_eigenvalues(kernel: Tensor, *, reduction: str = "mean") -> Tensor:
 
 
 def _check_same_shape(argument1: str, kernel1: Tensor, argument2: str, kernel2: Tensor) -> None:
-    """Check that two kernels have one shape.
-
-    Args:
-        argument1: The name of the first.
-        kernel1: The first.
-        argument2: The name of the second.
-        kernel2: The second.
-
-    Raises:
-        ValueError: If they have not.
-    """
+    """Check that two kernels have one shape."""
     if kernel1.shape != kernel2.shape:
         shapes = f"{list(kernel1.shape)} and {list(kernel2.shape)}"
         raise ValueError(f"{argument1} and {argument2} must have the same shape, got {shapes}.")
 
 
 def _centred(matrix: Tensor, n: int) -> Tensor:
-    """Subtract the mean over samples from rows and columns.
-
-    Args:
-        matrix: ``[N C, N C]``.
-        n: The number of samples N.
-
-    Returns:
-        ``[N C, N C]``.
-    """
+    """Subtract the mean over samples from rows and columns."""
+    # matrix [N C, N C] -> [N C, N C]
     blocks = matrix.reshape(n, -1, n, matrix.shape[1] // n)
     blocks = blocks - blocks.mean(0, keepdim=True)
     return (blocks - blocks.mean(2, keepdim=True)).reshape(matrix.shape)
 
 
 def _cosine(first: Tensor, second: Tensor, what: str) -> float:
-    """Compute the cosine of the angle between two matrices.
-
-    Args:
-        first: A matrix.
-        second: A matrix of the same shape.
-        what: What they are, for a message.
-
-    Returns:
-        The cosine.
-
-    Raises:
-        ValueError: If one is zero.
-    """
+    """Compute the cosine of the angle between two matrices."""
     norms = torch.linalg.matrix_norm(first) * torch.linalg.matrix_norm(second)
     if norms == 0:
         raise ValueError(f"{what} must not be zero: there is no angle to measure.")

@@ -25,39 +25,17 @@ class Gaussian(NamedTuple):
 
 @dataclass(frozen=True)
 class Layout:
-    """How outputs and kernels of one problem become matrices.
+    """How outputs and kernels of one problem become matrices."""
 
-    Attributes:
-        out: ``[*out]``, the shape of one sample's output.
-        n: The number of training samples N.
-        full: Whether kernels are full. If so, outputs are one column of N C numbers, else C columns of N.
-        dtype: The dtype of results.
-        device: Where everything is.
-    """
-
-    out: Size
-    n: int
-    full: bool
-    dtype: torch.dtype
-    device: torch.device
+    out: Size  # ``[*out]``, the shape of one sample's output
+    n: int  # the number of training samples N
+    full: bool  # whether kernels are full. If so, outputs are one column of N C numbers, else C columns of N.
+    dtype: torch.dtype  # the dtype of results
+    device: torch.device  # where everything is
 
     @classmethod
     def parse(cls, k_train_train: Any, argument: str, f: Any, kernel: str = "k_train_train") -> "Layout":
-        """Find the layout that a kernel and outputs at the training samples have.
-
-        Args:
-            k_train_train: The kernel.
-            argument: The name of the outputs' argument.
-            f: The outputs, or targets of their shape.
-            kernel: The name of the kernel's argument.
-
-        Returns:
-            The layout.
-
-        Raises:
-            TypeError: If the outputs are not a real tensor.
-            ValueError: If shapes or devices do not fit.
-        """
+        """Find the layout that a kernel and outputs at the training samples have."""
         check_kernel(k_train_train, kernel)
         if not isinstance(f, Tensor) or not f.is_floating_point():
             kind = f.dtype if isinstance(f, Tensor) else type(f).__name__
@@ -74,19 +52,8 @@ class Layout:
         return cls(f.shape[1:], len(f), k_train_train.shape == full, dtype, f.device)
 
     def columns(self, argument: str, f: Any, samples: int | None = None) -> Tensor:
-        """Bring outputs to the form of columns that kernels multiply.
-
-        Args:
-            argument: The argument's name.
-            f: Outputs ``[samples, *out]``.
-            samples: How many there must be; ``None`` for N.
-
-        Returns:
-            ``[samples C, 1]`` for full kernels, else ``[samples, C]``, in float64.
-
-        Raises:
-            TypeError: If the outputs are not a real tensor.
-        """
+        """Bring outputs to the form of columns that kernels multiply."""
+        # f [samples, *out] -> [samples C, 1]
         samples = self.n if samples is None else samples
         if not isinstance(f, Tensor) or not f.is_floating_point():
             kind = f.dtype if isinstance(f, Tensor) else type(f).__name__
@@ -96,60 +63,30 @@ class Layout:
         return f.detach().double().reshape((-1, 1) if self.full else (samples, -1))
 
     def outputs(self, columns: Tensor) -> Tensor:
-        """Undo :meth:`columns`.
-
-        Args:
-            columns: ``[..., samples C, 1]`` or ``[..., samples, C]``.
-
-        Returns:
-            ``[..., samples, *out]``, in the dtype of results.
-        """
+        """Undo :meth:`columns`."""
+        # columns [..., samples C, 1] -> [..., samples, *out]
         samples = columns.shape[-2] // (math.prod(self.out) if self.full else 1)
         return columns.reshape(*columns.shape[:-2], samples, *self.out).to(self.dtype)
 
     def cross(self, argument: str, kernel: Any) -> Tensor:
-        """Check and flatten a kernel of test and training samples.
-
-        Args:
-            argument: The argument's name.
-            kernel: ``[M, N, *out, *out]`` or ``[M, N]``.
-
-        Returns:
-            ``[M C, N C]`` or ``[M, N]``, in float64.
-        """
+        """Check and flatten a kernel of test and training samples."""
+        # kernel [M, N, *out, *out] -> [M C, N C]
         kernel = check_kernel(kernel, argument)
         check_shape(argument, kernel, Size([len(kernel), self.n, *self._kernel_axes]))
         self._check_device(argument, kernel)
         return flatten(kernel)
 
     def prior(self, argument: str, kernel: Any, other: str, k_test_train: Tensor) -> Tensor:
-        """Check and flatten a kernel of the test samples.
-
-        Args:
-            argument: The argument's name.
-            kernel: ``[M, M, *out, *out]`` or ``[M, M]``.
-            other: The name of the argument that gives M.
-            k_test_train: What it gives it by.
-
-        Returns:
-            ``[M C, M C]`` or ``[M, M]``, in float64.
-        """
+        """Check and flatten a kernel of the test samples."""
+        # kernel [M, M, *out, *out] -> [M C, M C]
         matrix = symmetric_matrix(kernel, argument)
         check_shape(argument, kernel, Size([len(k_test_train)] * 2 + [*self._kernel_axes]), f" to fit {other}")
         self._check_device(argument, kernel)
         return matrix
 
     def gaussian(self, mean: Tensor, covariance: Tensor, shape: Size) -> Gaussian:
-        """Bring a distribution to the layout that users get.
-
-        Args:
-            mean: Columns.
-            covariance: ``[M C, M C]`` or ``[M, M]``.
-            shape: ``[M, M, *out, *out]`` or ``[M, M]``.
-
-        Returns:
-            The distribution, with exactly symmetric covariance.
-        """
+        """Bring a distribution to the layout that users get."""
+        # covariance [M C, M C], shape [M, M, *out, *out]
         covariance = unflatten((covariance + covariance.T) / 2, shape)
         return Gaussian(self.outputs(mean), covariance.to(self.dtype))
 
@@ -159,63 +96,25 @@ class Layout:
         return self.out + self.out if self.full else Size()
 
     def _check_device(self, argument: str, tensor: Tensor) -> None:
-        """Check where a tensor is.
-
-        Args:
-            argument: The argument's name.
-            tensor: The tensor.
-
-        Raises:
-            ValueError: If it is elsewhere.
-        """
+        """Check where a tensor is."""
         if tensor.device != self.device:
             raise ValueError(f"{argument} is on {tensor.device}, the training set's kernel on {self.device}: move one.")
 
 
 def check_shape(argument: str, tensor: Tensor, shape: Size, why: str = "") -> None:
-    """Check the shape of a tensor.
-
-    Args:
-        argument: The argument's name.
-        tensor: The tensor.
-        shape: The shape it must have.
-        why: What asks for it.
-
-    Raises:
-        ValueError: If it has another.
-    """
+    """Check the shape of a tensor."""
     if tensor.shape != shape:
         raise ValueError(f"{argument} must have shape {list(shape)}{why}, got {list(tensor.shape)}.")
 
 
 def check_kernels(argument: str, kernels: Any) -> None:
-    """Check that a value holds both kernels.
-
-    Args:
-        argument: The argument's name.
-        kernels: The value.
-
-    Raises:
-        TypeError: If it does not.
-    """
+    """Check that a value holds both kernels."""
     if not isinstance(kernels, EmpiricalKernels):
         raise TypeError(f"{argument} must be EmpiricalKernels(ntk=..., nngp=...), got {type(kernels).__name__}.")
 
 
 def parse_test(layout: Layout, f_test_0: Any, k_test_train: Any) -> tuple[Tensor, Tensor] | None:
-    """Check what is given of the test samples.
-
-    Args:
-        layout: The shapes.
-        f_test_0: Outputs at the test samples, or ``None``.
-        k_test_train: The kernel of test and training samples, or ``None``.
-
-    Returns:
-        Columns of outputs and the flattened kernel, or ``None`` if neither is given.
-
-    Raises:
-        ValueError: If only one is given.
-    """
+    """Check what is given of the test samples."""
     if f_test_0 is None and k_test_train is None:
         return None
     if f_test_0 is None or k_test_train is None:

@@ -18,74 +18,40 @@ class Schedule(Protocol):
         """How far a direction with eigenvalue zero pushes test outputs, per unit of kernel: ``[T]``."""
 
     def change(self, values: Tensor) -> Tensor:
-        """Compute what happens to training outputs.
-
-        Args:
-            values: Eigenvalues ``[n]``.
-
-        Returns:
-            ``[T, n]``, between 0 at first and -1 at the end.
-        """
+        """Compute what happens to training outputs."""
+        # values [n] -> [T, n]
 
     def response(self, values: Tensor) -> Tensor:
-        """Compute what happens to test outputs, per unit of kernel: the change over the eigenvalue.
-
-        Args:
-            values: Eigenvalues ``[n]``.
-
-        Returns:
-            ``[T, n]``.
-        """
+        """Compute what happens to test outputs, per unit of kernel: the change over the eigenvalue."""
+        # values [n] -> [T, n]
 
 
 @dataclass(frozen=True, eq=False)
 class Flow:
-    """Gradient flow.
+    """Gradient flow."""
 
-    Attributes:
-        reach: The times τ ``[T]``, scaled by the rate.
-    """
-
-    reach: Tensor
+    reach: Tensor  # the times τ ``[T]``, scaled by the rate
 
     def change(self, values: Tensor) -> Tensor:
-        """Solve du/dτ = -w u.
-
-        Args:
-            values: Eigenvalues ``[n]``.
-
-        Returns:
-            exp(-w τ) - 1, ``[T, n]``.
-        """
+        """Solve du/dτ = -w u."""
+        # values [n] -> [T, n]
         return torch.where(
             values > 0, torch.expm1(-values * self.reach[:, None]), 0.0
         )  # w τ may be zero times infinity
 
     def response(self, values: Tensor) -> Tensor:
-        """Integrate -u.
-
-        Args:
-            values: Eigenvalues ``[n]``.
-
-        Returns:
-            (exp(-w τ) - 1) / w, ``[T, n]``; -τ for w = 0.
-        """
+        """Integrate -u."""
+        # values [n] -> [T, n]
         return torch.where(values > 0, self.change(values) / values, -self.reach[:, None])
 
 
 @dataclass(frozen=True, eq=False)
 class Descent:
-    """Gradient descent with momentum.
+    """Gradient descent with momentum."""
 
-    Attributes:
-        steps: Numbers of steps ``[T]``.
-        rate: The rate of the outputs, η / (N C).
-        momentum: The momentum μ.
-    """
-
-    steps: Tensor
-    rate: float
-    momentum: float
+    steps: Tensor  # numbers of steps ``[T]``
+    rate: float  # the rate of the outputs, η / (N C)
+    momentum: float  # the momentum μ
 
     @property
     def reach(self) -> Tensor:
@@ -93,27 +59,14 @@ class Descent:
         return self.steps.double() * self.rate / (1 - self.momentum)
 
     def change(self, values: Tensor) -> Tensor:
-        """Multiply the response by the kernel.
-
-        Args:
-            values: Eigenvalues ``[n]``.
-
-        Returns:
-            ``[T, n]``.
-        """
+        """Multiply the response by the kernel."""
+        # values [n] -> [T, n]
         return values * self.response(values)
 
     def response(self, values: Tensor) -> Tensor:
-        """Take the power of the map of one step.
-
-        With a the response over the rate and w the eigenvalue times it, v ← μ v + (1 + w a) and a ← a - v.
-
-        Args:
-            values: Eigenvalues ``[n]``.
-
-        Returns:
-            ``[T, n]``.
-        """
+        """Take the power of the map of one step."""
+        # With a the response over the rate and w the eigenvalue times it, v ← μ v + (1 + w a) and a ← a - v.
+        # values [n] -> [T, n]
         w = values * self.rate
         zero, one, mu = torch.zeros_like(w), torch.ones_like(w), torch.full_like(w, self.momentum)
         rows = [[1 - w, -mu, -one], [w, mu, one], [zero, zero, one]]  # of (a, v, 1)

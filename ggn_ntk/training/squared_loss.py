@@ -321,33 +321,13 @@ def ntk_ensemble(k_train_train: EmpiricalKernels, y_train: Tensor, *, diag_reg: 
 
 
 def _rate(learning_rate: Any, y_train: Tensor) -> float:
-    """Turn a learning rate into the rate of the outputs.
-
-    Args:
-        learning_rate: The learning rate η.
-        y_train: Targets of N C numbers.
-
-    Returns:
-        η / (N C).
-    """
+    """Turn a learning rate into the rate of the outputs."""
     check_number("learning_rate", learning_rate, 0.0, above=True)
     return float(learning_rate / y_train.numel())
 
 
 def _parse_times(t: Any, like: Tensor) -> Tensor:
-    """Bring times to one form.
-
-    Args:
-        t: A number, or an array of numbers as a tensor, NumPy array, list or tuple.
-        like: A tensor on the device where they are wanted.
-
-    Returns:
-        The times, of any shape, in float64.
-
-    Raises:
-        TypeError: If ``t`` is none of these.
-        ValueError: If a time is negative or not a number.
-    """
+    """Bring times to one form."""
     try:
         times = torch.as_tensor(t, dtype=torch.float64, device=like.device).detach()
     except (TypeError, ValueError, RuntimeError):
@@ -358,19 +338,7 @@ def _parse_times(t: Any, like: Tensor) -> Tensor:
 
 
 def _parse_steps(steps: Any, like: Tensor) -> Tensor:
-    """Bring numbers of steps to one form.
-
-    Args:
-        steps: An integer, or an array of integers as a tensor, NumPy array, list or tuple.
-        like: A tensor on the device where they are wanted.
-
-    Returns:
-        The numbers, of any shape.
-
-    Raises:
-        TypeError: If ``steps`` is none of these.
-        ValueError: If one is negative.
-    """
+    """Bring numbers of steps to one form."""
     try:
         counts = torch.as_tensor(steps, device=like.device)
     except (TypeError, ValueError, RuntimeError):
@@ -387,49 +355,23 @@ def _parse_steps(steps: Any, like: Tensor) -> Tensor:
 
 @dataclass(frozen=True, eq=False)
 class _Training:
-    """A training set under the squared loss.
+    """A training set under the squared loss."""
 
-    Attributes:
-        layout: The shapes.
-        kernel: The kernel, decomposed.
-        targets: The targets, in columns.
-    """
-
-    layout: Layout
-    kernel: Decomposition
-    targets: Tensor
+    layout: Layout  # the shapes
+    kernel: Decomposition  # the kernel, decomposed
+    targets: Tensor  # the targets, in columns
 
     @classmethod
     def parse(cls, kernel: Any, y_train: Any, diag_reg: Any, argument: str = "k_train_train") -> "_Training":
-        """Check the arguments and decompose the kernel.
-
-        Args:
-            kernel: The kernel of the training set.
-            y_train: The targets.
-            diag_reg: What to add to the kernel's diagonal.
-            argument: The name of the kernel's argument.
-
-        Returns:
-            The training set.
-        """
+        """Check the arguments and decompose the kernel."""
         layout = Layout.parse(kernel, "y_train", y_train, argument)
         return cls(layout, decompose(kernel, argument, diag_reg), layout.columns("y_train", y_train))
 
     def predict(
         self, schedule: Schedule, shape: Size, f_train_0: Any, f_test_0: Any, k_test_train: Any
     ) -> Tensor | tuple[Tensor, Tensor]:
-        """Predict outputs.
-
-        Args:
-            schedule: The training, T times over.
-            shape: The shape of the array of times.
-            f_train_0: Outputs at the training samples before it.
-            f_test_0: Outputs at test samples, or ``None``.
-            k_test_train: The kernel of test and training samples, or ``None``.
-
-        Returns:
-            The outputs at the training samples, ``[*shape, N, *out]``, and those at the test samples, if there are any.
-        """
+        """Predict outputs."""
+        # -> [*shape, N, *out]
         start = self.layout.columns("f_train_0", f_train_0)
         test = parse_test(self.layout, f_test_0, k_test_train)
         residual = self.kernel.vectors.T @ (start - self.targets)
@@ -446,14 +388,8 @@ class _Training:
         return train, self._finish(shape, test_start + (cross @ self.kernel.vectors) @ (response[..., None] * residual))
 
     def _undetermined(self, schedule: Schedule) -> Tensor:
-        """Find the trainings so long that the eigenvalues that are rounding matter, and warn of them.
-
-        Args:
-            schedule: The training, T times over.
-
-        Returns:
-            A mask ``[T]``.
-        """
+        """Find the trainings so long that the eigenvalues that are rounding matter, and warn of them."""
+        # -> [T]
         rounding = self.kernel.rounding
         long = schedule.reach > (1 / rounding if rounding else torch.finfo(torch.float64).max)
         if not self.kernel.singular or not long.any():
@@ -465,14 +401,8 @@ class _Training:
         return long
 
     def _change(self, schedule: Schedule) -> Tensor:
-        """Compute what happens to training outputs; after infinite time, by certain eigenvalues alone.
-
-        Args:
-            schedule: The training, T times over.
-
-        Returns:
-            ``[T, n]``.
-        """
+        """Compute what happens to training outputs; after infinite time, by certain eigenvalues alone."""
+        # -> [T, n]
         change, infinite = schedule.change(self.kernel.values), schedule.reach.isinf()
         if infinite.any():
             certain = schedule.change(self.kernel.certain_values)
@@ -480,15 +410,8 @@ class _Training:
         return change
 
     def _finish(self, shape: Size, columns: Tensor) -> Tensor:
-        """Bring predictions to the layout that users get.
-
-        Args:
-            shape: The shape of the array of times.
-            columns: ``[T, ...]``.
-
-        Returns:
-            ``[*shape, samples, *out]``.
-        """
+        """Bring predictions to the layout that users get."""
+        # columns [T, ...] -> [*shape, samples, *out]
         outputs = self.layout.outputs(columns)
         return outputs.reshape(*shape, *outputs.shape[1:])
 
@@ -508,16 +431,7 @@ class _AnyFlow:
         f_test_0: Tensor | None,
         k_test_train: Tensor | None,
     ) -> None:
-        """Check the arguments.
-
-        Args:
-            layout: The shapes.
-            slope: Takes outputs at the training samples, returns -η times the gradient of the loss.
-            k_train_train: The kernel of the training set.
-            f_train_0: Outputs at the training samples.
-            f_test_0: Outputs at the test samples, or ``None``.
-            k_test_train: The kernel of test and training samples, or ``None``.
-        """
+        """Check the arguments."""
         self._layout, self._slope = layout, slope
         train = layout.columns("f_train_0", f_train_0)
         test = parse_test(layout, f_test_0, k_test_train)
@@ -527,15 +441,8 @@ class _AnyFlow:
         self._rows = [len(start) for start in starts]
 
     def solve(self, times: Tensor, tolerance: float) -> Tensor | tuple[Tensor, Tensor]:
-        """Integrate.
-
-        Args:
-            times: Times, of any shape.
-            tolerance: The solver's tolerance.
-
-        Returns:
-            Outputs ``[*times, N, *out]`` at the training samples, and those at the test samples, if there are any.
-        """
+        """Integrate."""
+        # -> [*times, N, *out]
         wanted, places = times.flatten().unique(return_inverse=True)
         states = self._integrate(wanted, tolerance) if (wanted > 0).any() else self._start[None]
         parts = [self._layout.outputs(part) for part in states[places].split(self._rows, dim=1)]
@@ -543,19 +450,8 @@ class _AnyFlow:
         return results[0] if len(results) == 1 else (results[0], results[1])
 
     def _integrate(self, times: Tensor, tolerance: float) -> Tensor:
-        """Call the solver.
-
-        Args:
-            times: Times ``[T]``, ascending, the last above zero.
-            tolerance: The solver's tolerance.
-
-        Returns:
-            Columns of all outputs ``[T, ...]``.
-
-        Raises:
-            ImportError: If SciPy is not installed.
-            RuntimeError: If the solver finds no finite solution.
-        """
+        """Call the solver."""
+        # times [T] -> [T, ...]
         try:
             from scipy.integrate import solve_ivp
         except ImportError:
@@ -568,14 +464,7 @@ class _AnyFlow:
         return torch.from_numpy(solution.y.T.copy()).to(self._start.device).reshape(-1, *self._start.shape)
 
     def _derivative(self, _: float, state: Any) -> Any:
-        """Compute df/dt.
-
-        Args:
-            state: All outputs, in a NumPy array.
-
-        Returns:
-            Their derivatives, in a NumPy array.
-        """
+        """Compute df/dt."""
         columns = torch.from_numpy(state).to(self._start.device).reshape(self._start.shape)[: self._rows[0]]
         f = columns.reshape(self._layout.n, *self._layout.out)
         return (self._kernel @ self._slope(f).reshape(columns.shape)).flatten().cpu().numpy()
