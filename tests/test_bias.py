@@ -8,9 +8,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ggn_ntk import Factored, empirical_ntk
-from ggn_ntk.contraction import bias
+from ggn_ntk.contraction import accumulator, bias
 from ggn_ntk.contraction.products import expand
-from ggn_ntk.methods import structured
 from ggn_ntk.reference import jacobian_contraction
 
 
@@ -72,13 +71,13 @@ def test_what_is_no_weight_and_bias_of_one_layer_stays_apart():
 def test_sequences_are_contracted_with_joined_biases(capture, compute, monkeypatch):
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.Flatten(), nn.Linear(24, 3)).double()
     x1, x2 = torch.randn(4, 6, 3).double(), torch.randn(2, 6, 3).double()
-    doubled, double = [], structured.double
+    doubled, double = [], accumulator.double
 
     def count(first, *args):
         doubled.append(first.equation)
         return double(first, *args)
 
-    monkeypatch.setattr(structured, "double", count)
+    monkeypatch.setattr(accumulator, "double", count)
     found = empirical_ntk(model, x1, x2, compute=compute, capture=capture, method="structured")
     assert_close(found, jacobian_contraction(model, x1, x2, compute=compute))
     assert sorted(doubled) == ["cno,ni->cnoi", "cno->cno", "cnpo,npi->cnoi", "cnpo,npi->cnoi"]

@@ -402,7 +402,7 @@ def test_explanations_hold_no_tensors(build, monkeypatch):
         recorded.extend(products)
         return prepared, products
 
-    monkeypatch.setattr(sys.modules["ggn_ntk.explain"], "recorded_products", recording)
+    monkeypatch.setattr(sys.modules["ggn_ntk.kernels.explain"], "recorded_products", recording)
     x = torch.randn(4, 3) if build is network else torch.randint(5, (4, 3))
     explanation = explain(build(), x)
     operands = [o for _, product in recorded for o in (*product.first, *product.second)]

@@ -7,7 +7,8 @@ from cases import BY_NAME, mlp
 from conftest import COMPUTES, assert_close, loop_jacobians, oracle_sum
 from torch import nn
 
-from ggn_ntk import RouteWarning, reference
+from ggn_ntk import RouteWarning
+from ggn_ntk.methods import reference
 from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
 
 each_function = pytest.mark.parametrize("function", [jacobian_contraction, ntk_vector_products])

@@ -9,11 +9,10 @@ from hypothesis import strategies as st
 from torch import nn
 
 from ggn_ntk import Factored, UnsupportedModelError, empirical_ntk, explain, register_rule
-from ggn_ntk.contraction import accumulate, einsum
+from ggn_ntk.contraction import accumulate, accumulator, einsum
 from ggn_ntk.contraction.products import double
 from ggn_ntk.jacobians import sequential
 from ggn_ntk.jacobians.sequential import Use, backpropagate, identity
-from ggn_ntk.methods import structured
 from ggn_ntk.problem.output_axes import Roles
 from ggn_ntk.reference import jacobian_contraction, relative_error
 from ggn_ntk.rules import register_backpropagation, registry
@@ -394,7 +393,7 @@ def test_an_error_in_a_route_is_no_reason_to_take_another(monkeypatch):
     def broken(*args):
         raise ArithmeticError
 
-    monkeypatch.setattr(structured, "add_products", broken)
+    monkeypatch.setattr(accumulator, "add_products", broken)
     model, x = nn.Linear(5, 2).double(), torch.randn(3, 5).double()
     for method in ("structured", "auto"):
         with pytest.raises(ArithmeticError):

@@ -160,7 +160,7 @@ def test_other_errors_come_through(monkeypatch, error, where):
     if where == "route":
         monkeypatch.setitem(ntk._ROUTES, ntk.Method.STRUCTURED, failing)
     else:
-        monkeypatch.setattr("ggn_ntk.methods.structured.add_products", failing)
+        monkeypatch.setattr("ggn_ntk.contraction.accumulator.add_products", failing)
     with pytest.raises(type(error), match="a bug") as info:
         empirical_ntk(model, x)
     assert info.value is error or isinstance(error, UnsupportedModelError)

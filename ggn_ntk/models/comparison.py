@@ -28,15 +28,20 @@ SEEN = 30.0
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Measure the relative Frobenius error.
+    """Measure the relative Frobenius error (Higham: "Accuracy and Stability of Numerical Algorithms", 2002, section 6.2).
 
     Args:
-        actual: A tensor.
-        expected: What it should be, of the same shape. It may have a wider dtype.
+        actual: A tensor ``[...]``.
+        expected: What it should be, ``[...]`` of the same shape. It may have a wider dtype.
 
     Returns:
         ``|actual - expected| / |expected|`` in float64; zero where both are zero.
+
+    Raises:
+        ValueError: If the shapes differ.
     """
+    if actual.shape != expected.shape:
+        raise ValueError(f"actual has shape {list(actual.shape)}, and expected {list(expected.shape)}.")
     actual, expected = actual.double(), expected.double()
     error, scale = read([torch.linalg.vector_norm(actual - expected), torch.linalg.vector_norm(expected)])
     return 0.0 if error == 0 else error / scale if scale else math.inf
