@@ -28,7 +28,9 @@ SEEN = 30.0
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
-    """Measure the relative Frobenius error (Higham: "Accuracy and Stability of Numerical Algorithms", 2002, section 6.2).
+    """Measure the relative error in the Frobenius norm.
+
+    As in Higham: "Accuracy and Stability of Numerical Algorithms", SIAM, 2002, chapter 6.
 
     Args:
         actual: A tensor ``[...]``.
