@@ -2,6 +2,7 @@
 
 import importlib
 from collections.abc import Iterator
+from dataclasses import replace
 from functools import cache
 from itertools import product
 from typing import Any
@@ -14,6 +15,7 @@ from models import LARGE, MODELS
 from torch import Tensor, nn
 from torch.utils import backend_registration as backends
 
+from ggn_ntk.memory import budget
 from ggn_ntk.models.comparison import TOLERANCES
 from ggn_ntk.rules import registry
 
@@ -229,3 +231,9 @@ def assert_close(actual: Tensor, expected: Tensor, scale: Tensor | None = None) 
     scale = norm(expected if scale is None else scale).item()
     tolerance = TOLERANCES[actual.dtype]
     assert error <= tolerance * scale, f"relative error {error / scale if scale else error:.1e} > {tolerance:.0e}"
+
+
+def limit_memory(monkeypatch, **limits):
+    """Budgets in bytes, on every device; what is not named is as it is."""
+    monkeypatch.setattr(budget, "LIMITS", {kind: replace(found, **limits) for kind, found in budget.LIMITS.items()})
+    monkeypatch.setattr(budget, "ELSEWHERE", replace(budget.ELSEWHERE, **limits))

@@ -13,6 +13,7 @@ from conftest import (
     batch_sizes,
     exchanged,
     fully_convolutional,
+    limit_memory,
     loop_jacobians,
     reduce_axes,
 )
@@ -21,8 +22,7 @@ from hypothesis import strategies as st
 from torch import Size, nn
 
 from ggn_ntk import empirical_ntk
-from ggn_ntk.contraction import accumulate, einsum
-from ggn_ntk.jacobians import autograd, sequential
+from ggn_ntk.contraction import contract
 from ggn_ntk.kernels.explain import _contractions
 from ggn_ntk.memory.chunks import split_outputs
 from ggn_ntk.methods.structured import recorded_products
@@ -176,11 +176,13 @@ def test_negative_axes_count_from_the_last_output_axis():
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("roles", ROLES, ids="-".join)
+@pytest.mark.parametrize("capture", ["autograd", "auto"])
 @pytest.mark.parametrize("budget", [1, 300, 600])
-def test_outputs_in_pieces(budget, roles, symmetric, monkeypatch):
-    monkeypatch.setattr(autograd, "BUDGET", budget)
+def test_outputs_in_chunks(budget, roles, symmetric, capture, monkeypatch):
+    limit_memory(monkeypatch, backpropagated=8 * budget)
+    monkeypatch.setattr(contract, "available", lambda device: None)
     for name in ("convolutional", "tied", "remainder"):
-        check(name, roles, symmetric, capture="autograd")
+        check(name, roles, symmetric, capture=capture)
 
 
 @settings(deadline=None)
@@ -189,18 +191,18 @@ def test_outputs_in_pieces(budget, roles, symmetric, monkeypatch):
     size=st.integers(0, 60),
     data=st.data(),
 )
-def test_pieces_hold_each_pair_once(roles, size, data):
+def test_chunks_hold_each_pair_once(roles, size, data):
     out = Size(data.draw(st.integers(1, 4)) for _ in roles)
     axes = axes_of(roles)
     axes = OutputAxes(out, tuple(axes["trace_axes"]), tuple(axes["diagonal_axes"]))
     e, f, _ = axes.roles
     outputs = torch.randn(out.numel()).double()
     kernel = torch.zeros(1, 1, e, f, f).double()
-    for piece in split_outputs(axes, size):
-        assert piece.outputs.numel() == piece.roles.diagonal * piece.roles.free * piece.roles.traced
-        assert piece.outputs.numel() <= max(2, size)
-        y = outputs[piece.outputs].reshape(piece.roles)
-        piece.add(kernel, torch.einsum("ecf,edf->ecd", y, y)[None, None])
+    for chunk in split_outputs(axes, size):
+        assert chunk.outputs.numel() == chunk.roles.diagonal * chunk.roles.free * chunk.roles.traced
+        assert chunk.outputs.numel() <= max(2, size)
+        y = outputs[chunk.outputs].reshape(chunk.roles)
+        chunk.add(kernel, torch.einsum("ecf,edf->ecd", y, y)[None, None])
     y = outputs[axes.numbers]
     torch.testing.assert_close(kernel[0, 0], torch.einsum("ecf,edf->ecd", y, y))
 
@@ -208,14 +210,9 @@ def test_pieces_hold_each_pair_once(roles, size, data):
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("roles", ROLES, ids="-".join)
 def test_blocks_of_samples(roles, symmetric, monkeypatch):
-    monkeypatch.setattr(sequential, "SIZES", {"cpu": 1})
-    monkeypatch.setattr(accumulate, "SIZES", {})
-    for budget, kept, cached in [(1, 1, 1), (200, 1, 10**6), (1, 200, 10**6), (10**6, 10**6, 1)]:
-        monkeypatch.setattr(accumulate, "BUDGET", budget)
-        monkeypatch.setattr(accumulate, "SIZE_ELSEWHERE", cached)
-        monkeypatch.setattr(accumulate, "KEPT", kept)
-        monkeypatch.setattr(einsum, "KEPT", kept)
-        check("convolutional", roles, symmetric, capture="backpack")
+    for rows, columns, passing in [(1, 1, 1), (200, 1, 10**6), (1, 200, 10**6), (10**6, 10**6, 1)]:
+        limit_memory(monkeypatch, rows=8 * rows, columns=8 * columns, passing=8 * passing)
+        check("convolutional", roles, symmetric, capture="sequential")
 
 
 # ---------------------------------------------------------------- what it costs

@@ -5,16 +5,19 @@ import importlib.util
 import pytest
 import torch
 from cases import BY_NAME
-from conftest import NAMED, assert_close, first_samples, oracle, oracle_sum
+from conftest import NAMED, assert_close, first_samples, limit_memory, oracle, oracle_sum
 from models import LARGE, MODELS, Scaled
 from test_isolation import unchanged
 from torch import nn
 
 from ggn_ntk import Factored, UnsupportedModelError, empirical_ntk, explain, register_rule
-from ggn_ntk.contraction import vector_products
+from ggn_ntk.contraction import contract, vector_products
 from ggn_ntk.jacobians import autograd
-from ggn_ntk.jacobians.recording import locate, record
-from ggn_ntk.jacobians.sequential import identity
+from ggn_ntk.jacobians.backward import identity
+from ggn_ntk.jacobians.recording import record
+from ggn_ntk.jacobians.sample_axes import locate
+from ggn_ntk.jacobians.stages import stages
+from ggn_ntk.memory.buffers import Buffer
 from ggn_ntk.models.comparison import differing
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request
@@ -88,8 +91,9 @@ def test_per_parameter(name, compute):
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("budget", [1, 1000, 10**4])
-def test_outputs_in_pieces(symmetric, budget, compute, monkeypatch):
-    monkeypatch.setattr(autograd, "BUDGET", budget)
+def test_outputs_in_chunks(symmetric, budget, compute, monkeypatch):
+    limit_memory(monkeypatch, backpropagated=8 * budget)
+    monkeypatch.setattr(contract, "available", lambda device: None)
     for name in ("output_sequence", "tied_embedding", "output_scalar", "mlp_one_output"):
         model, x1, x2 = BY_NAME[name].build()
         kernel = empirical_ntk(model, x1, None if symmetric else x2, compute=compute, capture="autograd")
@@ -106,9 +110,7 @@ def test_rules_cover_no_less_of_one_sample_than_of_several(case):
 @pytest.fixture(params=["one by one", "at once"])
 def stage_by_stage(request, monkeypatch):
     """Divides the way back wherever it can be, and passes outputs one by one, or where they can be at once."""
-    monkeypatch.setattr(autograd, "SIZES", {})
-    monkeypatch.setattr(autograd, "SIZE_ELSEWHERE", 0)
-    monkeypatch.setattr(autograd, "ONE_BY_ONE", {"cpu": 0 if request.param == "one by one" else 2**30})
+    limit_memory(monkeypatch, passing=1, one_by_one=0 if request.param == "one by one" else 2**33)
 
 
 @pytest.mark.usefixtures("stage_by_stage")
@@ -372,7 +374,7 @@ def test_vmap_fails_in_the_backward_pass():
 
 def test_captures_and_methods():
     model, x = nn.Linear(5, 3), torch.randn(2, 5)
-    with pytest.raises(ValueError, match="capture must be one of 'auto', 'backpack', 'autograd', got 'hooks'"):
+    with pytest.raises(ValueError, match="capture must be one of 'auto', 'sequential', 'autograd', got 'hooks'"):
         empirical_ntk(model, x, capture="hooks")
     with pytest.raises(ValueError, match="capture is for method='structured' alone, got method='vivit'"):
         empirical_ntk(model, x, method="vivit", capture="autograd")
@@ -472,14 +474,14 @@ def test_a_call_without_s_is_an_error_and_shifts_no_other(largest, monkeypatch):
             self[1](x)
             return self[0](x)
 
-    monkeypatch.setattr(autograd, "ONE_BY_ONE", {"cpu": largest})
+    limit_memory(monkeypatch, one_by_one=4 * largest)
     model, x = Aside(nn.Linear(3, 2), nn.Linear(3, 2)), torch.randn(4, 3)
     request = Request.parse(model, x, None, AxesRequest("full", (), ()), params=None, per_parameter=False)
     recording = locate(record(request, request.x1), None)
     assert len(recording.calls) == 2
-    *_, stage = autograd.stages(recording.output, recording.calls)
+    *_, stage = stages(recording.output, recording.calls)
     with pytest.raises(RuntimeError, match="not have been used"):
-        autograd.pull_back(stage, identity(recording.output), autograd.Rooms(0))
+        autograd.pull_back(stage, identity(recording.output), Buffer(0))
     assert_close(empirical_ntk(model, x, capture="autograd"), jacobian_contraction(model, x))
 
 

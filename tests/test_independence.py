@@ -12,8 +12,8 @@ from conftest import assert_close, kernel_of
 from torch import nn
 
 from ggn_ntk import UnsupportedModelError, empirical_ntk
+from ggn_ntk.jacobians.plan import make_plan
 from ggn_ntk.methods import structured
-from ggn_ntk.methods.structured import prepare
 from ggn_ntk.models.independence import partitions
 
 
@@ -458,9 +458,9 @@ def bounded(monkeypatch):
     def counted(request, *args, **options):
         evaluated[id(request.params)] += 1
         assert evaluated[id(request.params)] < 20
-        return prepare(request, *args, **options)
+        return make_plan(request, *args, **options)
 
-    monkeypatch.setattr(structured, "prepare", counted)
+    monkeypatch.setattr(structured, "make_plan", counted)
     return evaluated
 
 

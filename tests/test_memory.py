@@ -136,7 +136,7 @@ def test_other_errors_come_through(method, error):
 
 
 @pytest.mark.parametrize(
-    "seam", ["contraction.accumulator.add_products", "methods.structured.Capture", "methods.structured.record"]
+    "seam", ["contraction.accumulator.add_products", "jacobians.plan.AutogradPass", "jacobians.plan.record"]
 )
 @each_error
 def test_the_structured_route_gives_way_to_none(seam, error, size, monkeypatch):

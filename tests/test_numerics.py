@@ -22,14 +22,14 @@ each_route = pytest.mark.parametrize("method", ROUTES)
 @pytest.fixture(autouse=True)
 def _few_attempts(monkeypatch):
     """Fail where the structured route evaluates a model again and again, instead of hanging."""
-    attempts, prepare = [], structured.prepare
+    attempts, make_plan = [], structured.make_plan
 
     def counted(request, *args, **kwargs):
         attempts[:] = [*attempts, request] if not attempts or attempts[-1] is request else [request]
         assert len(attempts) <= 8, "no end to it"
-        return prepare(request, *args, **kwargs)
+        return make_plan(request, *args, **kwargs)
 
-    monkeypatch.setattr(structured, "prepare", counted)
+    monkeypatch.setattr(structured, "make_plan", counted)
 
 
 def cast(x, dtype):

@@ -7,8 +7,8 @@ from conftest import assert_close, call
 from torch import Tensor, nn
 
 from ggn_ntk import Factored, RouteWarning, empirical_ntk, register_rule
-from ggn_ntk.jacobians import verification
-from ggn_ntk.methods.structured import prepare
+from ggn_ntk.jacobians import trial
+from ggn_ntk.jacobians.plan import make_plan
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request
@@ -80,7 +80,7 @@ def test_layers_that_may_move_samples_are_not_known(layer, known):
 def looks_at_everyone(model, x, **options):
     request = Request.parse(model, x, None, AxesRequest.parse("full"), params=None, per_parameter=False, **options)
     with isolated(model), torch.no_grad():
-        return prepare(request).probe.everyone
+        return make_plan(request, {}, everyone=False)[1].verification.everyone
 
 
 class Own(nn.Linear):
@@ -138,7 +138,7 @@ class Difference(nn.Module):
 def cancelling(model, *sets):
     request = Request.parse(model, *sets, AxesRequest.parse("full"), params=None, per_parameter=False)
     with isolated(model), torch.no_grad():
-        return prepare(request).probe.cancelling
+        return make_plan(request, {}, everyone=False)[0].cancelling
 
 
 def test_jacobians_that_cancel_are_no_chance_of_the_vectors_they_are_compared_with(monkeypatch):
@@ -146,5 +146,5 @@ def test_jacobians_that_cancel_are_no_chance_of_the_vectors_they_are_compared_wi
     net = nn.Sequential(nn.Conv2d(1, 40, 3), nn.Tanh(), nn.Flatten(), nn.Linear(40 * 36, 50))
     x = torch.randn(3, 1, 8, 8)
     assert cancelling(Difference(net), x, None) == {name for name, _ in Difference(net).named_parameters()}
-    monkeypatch.setattr(verification, "norm_of_sketch", lambda sketch, param: sketch.new_zeros(()))
+    monkeypatch.setattr(trial, "norm_of_sketch", lambda sketch, param: sketch.new_zeros(()))
     assert not cancelling(net, x, None)

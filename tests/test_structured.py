@@ -3,7 +3,7 @@
 import pytest
 import torch
 from cases import BY_NAME, CASES
-from conftest import COMPUTES, assert_close, oracle_sum
+from conftest import COMPUTES, assert_close, limit_memory, oracle_sum
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -12,7 +12,8 @@ from ggn_ntk import Factored, UnsupportedModelError, empirical_ntk, explain, reg
 from ggn_ntk.contraction import accumulate, accumulator, einsum
 from ggn_ntk.contraction.products import double
 from ggn_ntk.jacobians import sequential
-from ggn_ntk.jacobians.sequential import Use, backpropagate, identity
+from ggn_ntk.jacobians.backward import identity
+from ggn_ntk.jacobians.layers import Use, backpropagate
 from ggn_ntk.problem.output_axes import Roles
 from ggn_ntk.reference import jacobian_contraction, relative_error
 from ggn_ntk.rules import register_backpropagation, registry
@@ -130,12 +131,9 @@ def test_outer_rows_become_a_batch_instead_of_a_copy():
 def test_blocks_of_samples(name, symmetric, compute, monkeypatch):
     case = BY_NAME[name]
     model, x1, x2 = case.build()
-    monkeypatch.setattr(accumulate, "SIZES", {})
-    for budget, kept, cached in [(1, 1, 1), (500, 1, 10**6), (1, 500, 10**6), (10**6, 10**6, 1), (10**6, 10**6, 500)]:
-        monkeypatch.setattr(accumulate, "BUDGET", budget)
-        monkeypatch.setattr(accumulate, "SIZE_ELSEWHERE", cached)
-        monkeypatch.setattr(accumulate, "KEPT", kept)
-        monkeypatch.setattr(einsum, "KEPT", kept)
+    large = 10**6
+    for rows, columns, pairs in [(1, 1, 1), (500, 1, large), (1, 500, large), (large, large, 1), (large, large, 500)]:
+        limit_memory(monkeypatch, rows=8 * rows, columns=8 * columns, passing=8 * pairs)
         kernel = empirical_ntk(model, x1, None if symmetric else x2, compute=compute, method="structured")
         assert_close(kernel, oracle_sum(case, symmetric, compute))
 
@@ -144,9 +142,7 @@ def test_blocks_of_samples(name, symmetric, compute, monkeypatch):
 @pytest.mark.parametrize("waiting", [0, 2**26])
 @pytest.mark.parametrize("case", [case for case in CASES if case.sequential], ids=str)
 def test_layers_on_a_few_samples_at_a_time(case, waiting, symmetric, compute, monkeypatch):
-    monkeypatch.setattr(sequential, "SIZES", {})
-    monkeypatch.setattr(sequential, "SIZE_ELSEWHERE", 1)
-    monkeypatch.setattr(sequential, "WAITING", waiting)
+    limit_memory(monkeypatch, passing=8, waiting=8 * waiting)
     model, x1, x2 = case.build()
     kernel = empirical_ntk(model, x1, None if symmetric else x2, compute=compute, method="structured")
     assert_close(kernel, oracle_sum(case, symmetric, compute))
@@ -155,7 +151,7 @@ def test_layers_on_a_few_samples_at_a_time(case, waiting, symmetric, compute, mo
 def test_blocks_of_samples_wait_as_jacobians_or_as_s(monkeypatch):
     kept = []
     put = sequential._Link._keep
-    monkeypatch.setattr(sequential, "SIZES", {"cpu": 1})
+    limit_memory(monkeypatch, passing=4)
     monkeypatch.setattr(sequential._Link, "_keep", lambda link, *args: put(link, *args) or kept.append(link))
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2), nn.ReLU(), nn.Linear(2, 2))
     empirical_ntk(model, torch.randn(2, 1, 8, 8), torch.randn(3, 1, 8, 8), method="structured")
@@ -180,7 +176,7 @@ def test_weight_and_bias_share_the_gram_matrix_of_s(monkeypatch):
     jacobians = {"weight": Factored("cno,ni->cnoi", (s, x)), "bias": Factored("cno->cno", (s,))}
     kernels = {"": torch.zeros(4, 4, 1, c, c)}
     accumulate.add_products(
-        kernels, [("", double(j, j, Roles(free=c))) for j in jacobians.values()], (4, 4, 1, c, c), n1=4
+        kernels, [("", double(j, j, Roles(free=c))) for j in jacobians.values()], (4, 4, 1, c, c), offset=4
     )
     assert len(products) == 2  # x with x and s with s, of which the kernel is the product
     expected = torch.einsum("cno,ni,dmo,mi->nmcd", s[:, :4], x[:4], s[:, 4:], x[4:])
@@ -188,14 +184,16 @@ def test_weight_and_bias_share_the_gram_matrix_of_s(monkeypatch):
 
 
 def test_the_jacobian_of_one_set_is_formed_once(monkeypatch):
-    products = count_products(monkeypatch)
+    multiplied = count_products(monkeypatch)
     s, x = torch.randn(2, 4, 3, 50), torch.randn(4, 5, 50)
     jacobian = Factored("cnop,nip->cnoi", (s, x))
     for n1, count in [(None, 2), (2, 3)]:
-        products.clear()
+        multiplied.clear()
         kernel = torch.zeros((4, 4, 1, 2, 2) if n1 is None else (2, 2, 1, 2, 2))
-        accumulate.add_products({"": kernel}, [("", double(jacobian, jacobian, Roles(free=2)))], kernel.shape, n1)
-        assert len(products) == count
+        samples = {"symmetric": True} if n1 is None else {"offset": n1}
+        products = [("", double(jacobian, jacobian, Roles(free=2)))]
+        accumulate.add_products({"": kernel}, products, kernel.shape, **samples)
+        assert len(multiplied) == count
 
 
 def test_different_factorisations_are_matched_by_position():
@@ -207,7 +205,7 @@ def test_different_factorisations_are_matched_by_position():
     for a, i in zip((embedding, linear, grouped), dense, strict=True):
         for b, j in zip((embedding, linear, grouped), dense, strict=True):
             kernel = torch.zeros(1, 2, 1, 2, 2).double()
-            accumulate.add_products({"": kernel}, [("", double(a, b, Roles(free=2)))], kernel.shape, n1=1)
+            accumulate.add_products({"": kernel}, [("", double(a, b, Roles(free=2)))], kernel.shape, offset=1)
             assert relative_error(kernel[:, :, 0], torch.einsum("cnz,dmz->nmcd", i[:, :1], j[:, 1:])) < 1e-14
 
 
@@ -390,7 +388,7 @@ def test_layers_that_take_a_tuple():
 
 
 def test_an_error_in_a_route_is_no_reason_to_take_another(monkeypatch):
-    def broken(*args):
+    def broken(*args, **options):
         raise ArithmeticError
 
     monkeypatch.setattr(accumulator, "add_products", broken)

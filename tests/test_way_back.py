@@ -1,14 +1,18 @@
 """The way back of capture by autograd: where it is divided, and that nothing is lost there."""
 
 import torch
-from conftest import assert_close
+from conftest import assert_close, limit_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
 from ggn_ntk import empirical_ntk
 from ggn_ntk.jacobians import autograd
-from ggn_ntk.jacobians.recording import locate, record
+from ggn_ntk.jacobians.recording import record
+from ggn_ntk.jacobians.sample_axes import locate
+from ggn_ntk.jacobians.stages import merged
+from ggn_ntk.jacobians.stages import stages as divide
+from ggn_ntk.memory.buffers import Buffer
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request
 from ggn_ntk.reference import jacobian_contraction
@@ -37,7 +41,7 @@ def stages_of(model, x):
     request = Request.parse(model, x, None, AxesRequest("full", (), ()), params=None, per_parameter=False)
     recording = locate(record(request, request.x1), None)
     used = [c for c, s in zip(recording.calls, passed(recording, x), strict=True) if s is not None]
-    return recording, autograd.stages(recording.output, used)
+    return recording, divide(recording.output, used)
 
 
 def passed(recording, x):
@@ -60,7 +64,7 @@ def test_stages_are_joined_up_to_a_size():
     _, stages = stages_of(Branches([{0}, {1}, {2}, {1, 3}, {4}]), torch.randn(2, 3))
     assert [stage.numel for stage in stages] == [6, 6, 12, 6]
     for size, expected in [(0, [6, 6, 12, 6]), (12, [12, 12, 6]), (18, [12, 18]), (100, [30])]:
-        joined = autograd.merged(stages, size)
+        joined = merged(stages, size)
         assert [stage.numel for stage in joined] == expected
         assert [stage.start for stage in joined[1:]] == [end for stage in joined for end in stage.end]
 
@@ -76,10 +80,10 @@ def test_cotangents_pass_stages_of_any_graph(inputs):
     model, x = Branches(inputs).double(), torch.randn(2, 3).double()
     recording, stages = stages_of(model, x)
     several = torch.randn(4, *recording.output.shape).double()
-    cotangents, rooms = several, autograd.Rooms(20)
+    cotangents, buffer = several, Buffer(20)
     for stage in stages:
-        rooms.clear()
-        found, cotangents = autograd.pull_back(stage, cotangents, rooms)
+        buffer.clear()
+        found, cotangents = autograd.pull_back(stage, cotangents, buffer)
         for call, s in zip(stage.calls, found, strict=True):
             whole = [autograd.pass_back(recording.output, [call], v)[0][0] for v in several]
             torch.testing.assert_close(s, torch.stack(whole))
@@ -100,27 +104,26 @@ def test_a_hook_that_changes_gradients_at_the_end_of_a_stage(monkeypatch):
                 y.register_hook(lambda g: 2 * g)
             return self.last(y.sin() + y)
 
-    monkeypatch.setattr(autograd, "SIZES", {"cpu": 0})
+    limit_memory(monkeypatch, passing=0)
     model, x = Hooked().double(), torch.randn(4, 3).double()
     assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
 
 
-def test_rooms_hold_what_fits_until_they_are_cleared():
-    rooms, like = autograd.Rooms(200), torch.empty(0)
-    first, second = rooms.take([4, 5], like), rooms.take([10], like)
+def test_buffer_hold_what_fits_until_they_are_cleared():
+    buffer, like = Buffer(200), torch.empty(0)
+    first, second = buffer.take([4, 5], like), buffer.take([10], like)
     assert first.is_contiguous()
     assert second.data_ptr() - first.data_ptr() == 64 * first.element_size()
     kept = {first.untyped_storage().data_ptr(), second.untyped_storage().data_ptr()}
     assert len(kept) == 1
-    for apart in (rooms.take([80], like), rooms.take([1], like.double())):
+    for apart in (buffer.take([80], like), buffer.take([1], like.double())):
         assert apart.untyped_storage().data_ptr() not in kept
-    rooms.clear()
-    assert rooms.take([200], like).data_ptr() == first.data_ptr()
+    buffer.clear()
+    assert buffer.take([200], like).data_ptr() == first.data_ptr()
 
 
 def test_jacobians_that_wait_for_others_are_not_overwritten(monkeypatch):
-    monkeypatch.setattr(autograd, "SIZES", {"cpu": 0})
-    monkeypatch.setattr(autograd, "ONE_BY_ONE", {"cpu": 0})
+    limit_memory(monkeypatch, passing=0, one_by_one=0)
     model, x = Branches([{0}, {1}, {2}, {3}]).double(), torch.randn(4, 3).double()
     model.layers[3] = model.layers[1]
     assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))

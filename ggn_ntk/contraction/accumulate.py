@@ -13,35 +13,39 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ggn_ntk.contraction.einsum import KEPT, Memo, Operand, aligned, contract_to_last, path_of, step
+from ggn_ntk.contraction.einsum import Memo, Operand, aligned, contract_to_last, path_of, step
 from ggn_ntk.contraction.one_hot import looked_up, without_data
 from ggn_ntk.contraction.products import Doubled
-from ggn_ntk.memory.blocks import SIZE_ELSEWHERE, SIZES, split
+from ggn_ntk.memory.blocks import split
+from ggn_ntk.memory.budget import MemoryBudget
 from ggn_ntk.problem.result import transpose
-
-#: Numbers that an intermediate result of x1 may hold before x1 is taken in blocks.
-BUDGET = 2**24
 
 
 def add_products(
-    kernels: dict[str, Tensor], products: Sequence[tuple[str, Doubled]], shape: Sequence[int], n1: int | None
+    kernels: dict[str, Tensor],
+    products: Sequence[tuple[str, Doubled]],
+    shape: Sequence[int],
+    *,
+    offset: int = 0,
+    symmetric: bool = False,
 ) -> None:
-    """Add products of Jacobians to kernels, in blocks of samples that keep intermediate results small."""
+    """Add products of Jacobians to kernels by name, in blocks of samples that keep intermediate results small."""
     # Products are taken together, so that they share intermediate results: the weight and bias of a layer the Gram
-    # matrix of ``s``, and x1 and x2 the Jacobian where they are the same samples.
+    # matrix of ``s``, and x1 and x2 the Jacobian where they are the same samples. Of the second Jacobian, x2 starts at
+    # the offset. A symmetric kernel is computed on and above the diagonal of blocks, and mirrored.
     # shape [N1, N2, E, F, F]
     n, m = shape[:2]
     some = next(o.tensor for _, product in products for o in product.first if not o.hot)
     new = {name: some.new_empty(*shape) for name, _ in products if name not in kernels}
     kernels.update(new)
-    symmetric, offset = n1 is None, n1 or 0
+    budget = MemoryBudget.of(some.device)
     sizes = {"n": n, "m": m}
-    size = _block_size(products, sizes, SIZES.get(some.device.type, SIZE_ELSEWHERE))
+    size = _block_size(products, sizes, budget)
     rows, columns = split(n, size.rows), split(m, size.columns)
     if symmetric:  # the more blocks, the fewer pairs are computed twice; but small products are slow
         most = max(ceil(n / 4), ceil(64 / shape[-1]))
         rows = columns = split(n, min(most, size.rows, size.columns))
-    memo = Memo(symmetric, keep_copies=size.pairs < size.columns)
+    memo = Memo(symmetric, keep_copies=size.pairs < size.columns, most=budget.columns)
     for column in columns:
         for row in rows:
             if symmetric and row.start > column.start:
@@ -109,18 +113,23 @@ class _BlockSize(NamedTuple):
     pairs: int  # of x2, for what depends on both
 
 
-def _block_size(products: Sequence[tuple[str, Doubled]], sizes: Mapping[str, int], cached: int) -> _BlockSize:
+def _block_size(products: Sequence[tuple[str, Doubled]], sizes: Mapping[str, int], budget: MemoryBudget) -> _BlockSize:
     """Choose blocks of samples for which intermediate results keep to their budgets."""
     # What depends on both x1 and x2 stays in a processor's cache. Of x2 as few samples as possible take part in it:
     # with one alone, its letter is no obstacle where others have to be put together.
-    largest = {"n": 1, "m": 1, "nm": 1}
+    largest = {"n": 1, "m": 1, "nm": 1}  # bytes for each sample, or pair of samples
     for _, product in products:
         for letters, size in _intermediates(product, sizes):
             samples = "".join(letter for letter in "nm" if letter in letters)
-            largest[samples] = max(largest.get(samples, 1), size)
-    rows = max(1, min(sizes["n"], BUDGET // largest["n"], cached // largest["nm"]))
-    columns = max(1, min(sizes["m"], KEPT // largest["m"]))
-    return _BlockSize(rows, columns, max(1, min(columns, cached // (rows * largest["nm"]))))
+            largest[samples] = max(largest.get(samples, 1), size * _itemsize(product))
+    rows = max(1, min(sizes["n"], budget.rows // largest["n"], budget.passing // largest["nm"]))
+    columns = max(1, min(sizes["m"], budget.columns // largest["m"]))
+    return _BlockSize(rows, columns, max(1, min(columns, budget.passing // (rows * largest["nm"]))))
+
+
+def _itemsize(product: Doubled) -> int:
+    """Count the bytes of a number."""
+    return next(o.tensor.element_size() for o in product.first if not o.hot)
 
 
 def _intermediates(product: Doubled, samples: Mapping[str, int]) -> Iterator[tuple[str, int]]:

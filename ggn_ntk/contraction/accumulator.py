@@ -1,8 +1,9 @@
 """Kernels, added up from the Jacobians of one use of a layer after the other."""
 
 from collections import Counter, defaultdict
-from collections.abc import Container
+from collections.abc import Callable, Container, Iterable, Sequence
 from dataclasses import replace
+from typing import Any
 
 from torch import Tensor
 
@@ -33,67 +34,71 @@ class Accumulator:
         counts: Counter[str] | None = None,
         formed: Container[str] = (),
     ) -> None:
-        """Set up."""
+        """Set up for Jacobians of N1 samples and those behind them; of one set, with itself, if N1 is ``None``."""
         self.roles, self.n1, self.per_parameter = roles, n1, per_parameter
         self._counts = Counter() if counts is None else counts
         self._formed = formed
         self.kernels: dict[str, Tensor] = {}
-        self._waiting: dict[str, list[Factored]] = defaultdict(list)
-
-    def is_reused(self, name: str) -> bool:
-        """Tell whether Jacobians of a parameter wait for others."""
-        return self._counts[name] > 1
+        self._waiting: dict[str, list[tuple[Factored, Factored]]] = defaultdict(list)
 
     def parts(self, name: str, jacobian: Factored, n: int) -> list[Part] | None:
-        """Group the operands of a Jacobian by what can be contracted for some samples by themselves."""
-        if self.is_reused(name):
+        """Group the operands of a Jacobian by what can be contracted for some of N samples by themselves."""
+        if self._counts[name] > 1:
             return None
         n1 = n if self.n1 is None else self.n1
         return parts(jacobian, n1, n1 if self.n1 is None else n - n1, self.roles, formed=name in self._formed)
 
-    def add(self, jacobians: dict[str, Factored]) -> None:
-        """Add one use of a layer."""
-        once, products = list[Factored](), list[tuple[str, Doubled]]()
-        for name, jacobian in jacobians.items():
-            self._waiting[name].append(jacobian)
+    def add(self, first: dict[str, Factored], second: dict[str, Factored] | None = None) -> None:
+        """Add one use of a layer: its Jacobians by name, and those of x2 if it was evaluated by itself."""
+        once, products = list[tuple[Factored, Factored]](), list[tuple[str, Doubled]]()
+        for name, a in first.items():
+            self._waiting[name].append((a, a if second is None else second[name]))
             if len(self._waiting[name]) < self._counts[name]:
                 continue
             key, uses, formed = name if self.per_parameter else "", self._waiting.pop(name), name in self._formed
             if len(uses) == 1 and not (formed or self.per_parameter):
                 once += uses
                 continue
-            uses = put_together(uses) if len(uses) > 1 else uses
-            products += [(key, double(a, b, self.roles, formed=formed)) for a in uses for b in uses]
-        products += [("", double(jacobian, jacobian, self.roles)) for jacobian in join_biases(once)]
+            ours, theirs = _on_both_sides(put_together, uses) if len(uses) > 1 else zip(*uses, strict=True)
+            products += [(key, double(a, b, self.roles, formed=formed)) for a in ours for b in theirs]
+        ours, theirs = _on_both_sides(join_biases, once)
+        if [a.equation for a in ours] != [b.equation for b in theirs]:  # it pays for one of the two sets alone
+            ours, theirs = ([use[side] for use in once] for side in (0, 1))
+        products += [("", double(a, b, self.roles)) for a, b in zip(ours, theirs, strict=True)]
         if products:
-            self._contract(products, jacobian.sizes["n"])
+            sets = [next(iter(jacobians.values())).sizes["n"] for jacobians in (first, second) if jacobians is not None]
+            self._contract(products, *sets)
 
-    def _contract(self, products: list[tuple[str, Doubled]], n: int) -> None:
-        """Contract products of Jacobians."""
-        samples = (n, n) if self.n1 is None else (self.n1, n - self.n1)
-        add_products(self.kernels, products, (*samples, *self.roles.kernel), self.n1)
+    def _contract(self, products: list[tuple[str, Doubled]], n: int, m: int | None = None) -> None:
+        """Contract products of Jacobians of N samples with themselves, or with those of M others."""
+        if m is not None:
+            add_products(self.kernels, products, (n, m, *self.roles.kernel))
+        elif self.n1 is None:
+            add_products(self.kernels, products, (n, n, *self.roles.kernel), symmetric=True)
+        else:
+            add_products(self.kernels, products, (self.n1, n - self.n1, *self.roles.kernel), offset=self.n1)
+
+
+def _on_both_sides(
+    rewrite: Callable[[Iterable[Factored]], list[Factored]], uses: Sequence[tuple[Factored, Factored]]
+) -> tuple[list[Factored], list[Factored]]:
+    """Rewrite Jacobians of x1, and those of x2, which may be the same."""
+    ours = rewrite(a for a, _ in uses)
+    return ours, ours if all(a is b for a, b in uses) else rewrite(b for _, b in uses)
 
 
 class Recorder(Accumulator):
     """Takes products of Jacobians down, with the shapes of their operands alone, instead of contracting them."""
 
-    def __init__(
-        self,
-        products: list[tuple[str, Doubled]],
-        roles: Roles,
-        n1: int | None,
-        per_parameter: bool,
-        counts: Counter[str],
-        formed: Container[str],
-    ) -> None:
-        """Set up."""
-        super().__init__(roles, n1, per_parameter, counts, formed)
+    def __init__(self, products: list[tuple[str, Doubled]], *args: Any) -> None:
+        """Set up, to append to a list."""
+        super().__init__(*args)
         self._products = products
 
     def parts(self, name: str, jacobian: Factored, n: int) -> None:
         """Keep operands apart: products of whole Jacobians are to be taken down."""
 
-    def _contract(self, products: list[tuple[str, Doubled]], n: int) -> None:
+    def _contract(self, products: list[tuple[str, Doubled]], n: int, m: int | None = None) -> None:
         """Take products down."""
         self._products += [
             (name, replace(p, first=tuple(without_data(p.first)), second=tuple(without_data(p.second))))

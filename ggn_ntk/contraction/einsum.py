@@ -6,7 +6,7 @@ views: letters are merged and ordered so that nothing is copied that does not ha
 
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
-from math import ceil, prod
+from math import ceil, inf, prod
 from types import MappingProxyType
 from typing import NamedTuple
 
@@ -14,9 +14,6 @@ import opt_einsum
 import torch
 from opt_einsum.contract import PathInfo
 from torch import Tensor
-
-#: Numbers that the intermediate results of x2 may hold, which are kept while blocks of x1 pass.
-KEPT = 2**26
 
 # Up to how many operands all orders are compared; the search among more takes seconds.
 _EXHAUSTIVE = 6
@@ -61,9 +58,9 @@ class Memo:
         keep_copies: Whether to keep operands that were copied to put letters together.
     """
 
-    def __init__(self, symmetric: bool = False, keep_copies: bool = False) -> None:
-        """Set up."""
-        self.symmetric, self.keep_copies = symmetric, keep_copies
+    def __init__(self, symmetric: bool = False, keep_copies: bool = False, most: float = inf) -> None:
+        """Keep at most so many bytes from one block of x1 to the next."""
+        self.symmetric, self.keep_copies, self._most = symmetric, keep_copies, most
         self._of_pair: dict[Hashable, Tensor] = {}
         self._of_rows: dict[Hashable, Tensor] = {}
         self._of_samples: dict[Hashable, Tensor] = {}
@@ -83,7 +80,7 @@ class Memo:
     def end_rows(self) -> None:
         """Forget what depends on a block of x1, and the rest if it has grown too large."""
         self._of_rows.clear()
-        if sum(tensor.numel() for tensor in self._of_samples.values()) > KEPT:
+        if sum(tensor.numel() * tensor.element_size() for tensor in self._of_samples.values()) > self._most:
             self._of_samples.clear()
 
 

@@ -29,7 +29,7 @@ from ggn_ntk.contraction.einsum import (
 )
 from ggn_ntk.contraction.factored import Factored, OneHot
 from ggn_ntk.contraction.one_hot import cost, dense, without_data
-from ggn_ntk.memory.blocks import Joined
+from ggn_ntk.memory.buffers import Joined
 from ggn_ntk.problem.output_axes import Roles
 
 #: Letters of a kernel; operands lack those of size one.

@@ -29,7 +29,8 @@ from ggn_ntk.extensions.pass_check import (
     is_output,
     is_wanted,
 )
-from ggn_ntk.jacobians.sequential import Use, backpropagate, identity
+from ggn_ntk.jacobians.backward import identity
+from ggn_ntk.jacobians.layers import Use, backpropagate
 from ggn_ntk.models.inspection import OwnGenerator
 from ggn_ntk.models.requirements import BATCH_STATISTICS, find, hidden_computation
 from ggn_ntk.models.state import State, global_generators

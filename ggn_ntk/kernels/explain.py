@@ -50,7 +50,7 @@ class Explanation:
         contractions: For the structured route, one for each parameter, from the output back; for one whose uses
             differ in form, one for each pair of these.
         problems: Why the structured route is not taken.
-        capture: How the structured route takes the model apart, ``"backpack"`` or ``"autograd"``.
+        capture: How the structured route takes the model apart, ``"sequential"`` or ``"autograd"``.
         remainder: Why parameters are contracted from Jacobians of each sample, by name, where rules do not give them.
         entries: The number of entries of all parameters.
         covered: The number of entries of those that rules cover.
@@ -132,7 +132,7 @@ def explain(
     )
     with outside_of_transforms(), isolated(request.model):
         try:
-            prepared, products = recorded_products(request)
+            plan, products = recorded_products(request)
         except UnsupportedRouteError as error:
             if method == "structured":
                 raise
@@ -142,10 +142,10 @@ def explain(
     return Explanation(
         "structured",
         contractions,
-        capture=prepared.capture.kind,
-        remainder=prepared.missed,
+        capture=plan.capture,
+        remainder=plan.fallback,
         entries=sum(entries.values()),
-        covered=sum(size for name, size in entries.items() if name not in prepared.missed),
+        covered=sum(size for name, size in entries.items() if name not in plan.fallback),
     )
 
 

@@ -92,7 +92,7 @@ def empirical_ntk(
         per_parameter: Return one kernel for each parameter, by name, instead of their sum.
         check: Compare a small random block with an independent ``torch.func`` computation, and look for samples that
             influence one another in as many ways as tell every pair of them apart.
-        capture: How the structured route takes the model apart: ``"backpack"`` walks through a Sequential model layer
+        capture: How the structured route takes the model apart: ``"sequential"`` walks through a Sequential model layer
             by layer, as the BackPACK extension does; ``"autograd"`` records the layers of any model. ``"auto"`` takes
             the first where it can. Another value forces the structured route.
         output: Turns what the model returns into the tensor ``[N, *out]`` to differentiate, say

@@ -1,8 +1,9 @@
-"""How much memory there is, and what to say where it does not suffice."""
+"""How much memory there is, how much a computation holds at once, and what to say where it does not suffice."""
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from math import prod
+from dataclasses import dataclass
+from math import inf, prod
 from pathlib import Path
 
 import torch
@@ -16,6 +17,38 @@ _HELP = (
     "What helps: compute='trace' or 'diagonal' (or trace_axes=) instead of the full kernel, fewer parameters at a time "
     "(params=), and blocks of samples: the kernel of x1[a:b] and x2[c:d] is that block of the whole."
 )
+
+
+@dataclass(frozen=True)
+class MemoryBudget:
+    """Bytes that a computation holds at once on a device: they decide on chunks of outputs and blocks of samples."""
+
+    # ``s`` of all outputs that pass back together, where it is largest.
+    backpropagated: int = 2**29
+    # What x1 alone makes on the way to a kernel, before x1 is taken in blocks.
+    rows: int = 2**26
+    # What x2 alone makes, and all that is kept of it for the next block of x1.
+    columns: int = 2**28
+    # ``s`` of a block of samples, and what x1 and x2 make together: layer after layer reads and writes them, which is
+    # fast as long as they stay in a processor's cache.
+    passing: int = 2**30
+    # What waits for other blocks of samples, before these are put together.
+    waiting: int = 2**26
+    # Jacobians of parameters without a rule.
+    jacobians: int = 2**26
+    # The output of a layer, on average, from which on the model's outputs pass back one by one: several at once save
+    # calls of functions, but read and write more than a processor's cache holds.
+    one_by_one: float = inf
+
+    @staticmethod
+    def of(device: torch.device) -> "MemoryBudget":
+        """Look up the budget of a device."""
+        return LIMITS.get(device.type, ELSEWHERE)
+
+
+#: Budgets by type of device: of a CPU, 8 MiB fit its last-level cache. On other devices launches cost more than memory.
+LIMITS = {"cpu": MemoryBudget(passing=2**23, one_by_one=2**18)}
+ELSEWHERE = MemoryBudget()
 
 
 def available(device: torch.device) -> int | None:

@@ -22,7 +22,7 @@ from ggn_ntk.problem.result import finish, sum_kernels
 from ggn_ntk.process.transforms import is_wrapped, outside_of_transforms
 from ggn_ntk.process.turns import alone_with
 
-CAPTURES = ("auto", "backpack", "autograd")
+CAPTURES = ("auto", "sequential", "autograd")
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +38,7 @@ class Request:
     # Turns what the model returns into the tensor ``[N, *out]``; ``None`` where it is that tensor
     output: Callable[[Any], Tensor] | None = None
     chunk_size: int | None = None  # how many samples or vectors ``vmap`` takes at once; ``None`` for all
-    # How the structured route takes the model apart: ``"auto"``, ``"backpack"`` or ``"autograd"``
+    # How the structured route takes the model apart: ``"auto"``, ``"sequential"`` or ``"autograd"``
     capture: str = "auto"
     # Whether the structured route forms Jacobians before x1 meets x2, whatever is cheapest
     jacobians_first: bool = False
@@ -64,6 +64,7 @@ class Request:
         """Check the arguments of a call and bring them to one form."""
         if not isinstance(model, Module):
             raise TypeError(f"model must be a torch.nn.Module, got {kind_of(model)}.")
+        capture = "sequential" if capture == "backpack" else capture  # another name, though it uses no BackPACK
         if capture not in CAPTURES:
             raise ValueError(f"capture must be one of {', '.join(map(repr, CAPTURES))}, got {capture!r}.")
         if output is not None and not callable(output):

@@ -1,0 +1,89 @@
+"""The way back through a model: what all backward passes have in common."""
+
+from collections import Counter
+from collections.abc import Callable, Iterator
+from typing import Protocol
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.contraction.products import Part
+from ggn_ntk.problem.errors import NotCapturedError, is_out_of_memory
+
+#: What is said of a parameter whose rule raises an error.
+FAILS = "the rule of its layer fails"
+
+#: Takes a parameter's name, its Jacobian of some samples and the number of all; groups the operands by what can
+#: be contracted for these samples by themselves (``None`` where nothing can).
+Parts = Callable[[str, Factored, int], list[Part] | None]
+
+
+class BackwardPass(Protocol):
+    """An evaluation of a model, and its way back: once for every chunk of the outputs."""
+
+    output: Tensor  # the model's output ``[N, *out]``
+    counts: Counter[str]  # how often each wanted parameter is used, by name
+    failures: dict[str, str]  # why the rule of a parameter's layer failed on the way, by name
+
+    @property
+    def numel(self) -> int:
+        """Numbers that ``s`` of one output holds where it is largest."""
+
+    def steps(self, outputs: Tensor, parts: Parts, *, again: bool) -> Iterator["Step"]:
+        """Pass ``s`` of some outputs back, a layer at a time; what is not needed ``again`` is freed on the way."""
+
+
+class Step:
+    """A layer on the way back.
+
+    The pass owns ``s`` and goes on in the same memory: Jacobians can be written until then.
+    """
+
+    def __init__(self, write: Callable[[], dict[str, Factored]]) -> None:
+        """Set up."""
+        self._write: Callable[[], dict[str, Factored]] | None = write
+
+    def jacobians(self) -> dict[str, Factored]:
+        """Write the Jacobians of the layer's wanted parameters, by the names users know these by."""
+        if self._write is None:
+            raise RuntimeError("The backward pass has left this layer.")
+        return self._write()
+
+    @classmethod
+    def standing(cls, write: Callable[[], dict[str, Factored]]) -> Iterator["Step"]:
+        """Stand at a layer until the pass goes on."""
+        step = cls(write)
+        yield step
+        step._write = None
+
+
+def identity(output: Tensor, outputs: Tensor | None = None) -> Tensor:
+    """Start ``s`` at the output."""
+    # output [N, *out], outputs [*out] -> [C, N, *out]
+    n, *out = output.shape
+    if outputs is None:
+        rows = torch.eye(output[0].numel(), dtype=output.dtype, device=output.device)
+    else:
+        rows = torch.zeros(len(outputs), output[0].numel(), dtype=output.dtype, device=output.device)
+        rows.scatter_(1, outputs.to(output.device).unsqueeze(1), 1)
+    return rows.reshape(-1, 1, *out).expand(-1, n, *out)
+
+
+def written(
+    write: Callable[[], dict[str, Factored]], module: Module, params: dict[str, str], failures: dict[str, str]
+) -> dict[str, Factored]:
+    """Write the Jacobians of a layer, or take down that its rule fails."""
+    try:
+        return write()
+    except Exception as error:
+        failures.update(dict.fromkeys(params.values(), why_not(error, module)))
+        return {}
+
+
+def why_not(error: Exception, module: Module) -> str:
+    """Say why the rule of a layer gives no Jacobians; where memory ran out, that is no reason to go on."""
+    if is_out_of_memory(error):
+        raise error
+    return str(error) if isinstance(error, NotCapturedError) else f"{FAILS} ({type(module).__name__}: {error})"

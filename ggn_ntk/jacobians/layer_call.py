@@ -1,0 +1,109 @@
+"""One call of a layer: what its rule writes Jacobians from."""
+
+import string
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Any
+
+from torch import Size, Tensor
+from torch.autograd.graph import GradientEdge, Node
+from torch.nn import Module
+
+from ggn_ntk.contraction.factored import Factored, OneHot
+from ggn_ntk.problem.errors import NotCapturedError
+from ggn_ntk.problem.inputs import Inputs
+from ggn_ntk.rules import Rule
+
+
+@dataclass(frozen=True, eq=False)
+class LayerCall:
+    """One call of a layer that has a rule."""
+
+    module: Module  # the layer
+    rule: Rule  # its rule
+    args: tuple[Any, ...]  # its arguments; once the samples are found, they are in front
+    edge: GradientEdge  # where its output is in the graph of the model's output
+    shape: Size  # shape of its output
+    strides: tuple[int, ...]  # how its output lies in memory
+    params: dict[str, str]  # its wanted parameters: their names on the layer, and those users know them by
+    sources: tuple[Node, ...]  # nodes of the graph that its inputs come from
+    # The arguments that were not copied, and how often each had been written to
+    versions: tuple[tuple[Tensor, int], ...] = ()
+    repeated: bool = False  # whether its output was the same for all samples, and repeated for each
+    axis: int | None = None  # the axis of the samples in the output; ``None`` where it is not known
+    rows: int = 1  # how many entries of that axis, one behind the other, belong to a sample
+
+    def at(self, edge: GradientEdge, shape: Size, strides: tuple[int, ...]) -> "LayerCall":
+        """Move its output to another place in the graph."""
+        return replace(self, edge=edge, shape=shape, strides=strides)
+
+    @property
+    def x(self) -> Any:
+        """Its input; a tuple where it took several arguments."""
+        return self.args[0] if len(self.args) == 1 else self.args
+
+    def jacobians(self, s: Tensor) -> dict[str, Factored]:
+        """Write the Jacobians of the layer's wanted parameters."""
+        # s [C, *output]
+        if any(tensor._version != version for tensor, version in self.versions):
+            raise NotCapturedError("an argument of a call of its layer was changed in place later")
+        if self.axis is None:
+            raise NotCapturedError(f"samples are not told apart in an output {list(self.shape)} of its layer")
+        factored = self.rule(self.module, self.x, s.movedim(1 + self.axis, 1))
+        return {name: _split_rows(factored[key], self.rows) for key, name in self.params.items() if key in factored}
+
+
+@dataclass(frozen=True, eq=False)
+class Recording:
+    """A forward pass."""
+
+    calls: list[LayerCall]  # the calls of layers that have rules and wanted parameters, in their order
+    output: Any  # the model's output, in a graph
+    inputs: Inputs  # the N samples
+
+    @property
+    def n(self) -> int:
+        """The number of samples N."""
+        return len(self.inputs)
+
+
+def kept(argument: Tensor) -> Tensor:
+    """Keep an argument as it was: a copy of tokens and masks, which autograd does not guard against being changed."""
+    return argument.detach() if argument.is_floating_point() else argument.clone()
+
+
+def map_tensors(function: Callable[[Tensor], Tensor], x: Any) -> Any:
+    """Apply a function to the tensors among a layer's arguments."""
+    if isinstance(x, tuple):
+        return tuple(map_tensors(function, entry) for entry in x)
+    return function(x) if isinstance(x, Tensor) and x.ndim else x
+
+
+def tensors_among(x: Any) -> Iterator[Tensor]:
+    """List the tensors among a layer's arguments."""
+    for entry in x if isinstance(x, tuple) else ():
+        yield from tensors_among(entry)
+    if isinstance(x, Tensor):
+        yield x
+
+
+def shape_of(x: Any) -> Size:
+    """Look up the shape of an argument."""
+    return x.shape if isinstance(x, Tensor) else Size()
+
+
+def _split_rows(factored: Factored, rows: int) -> Factored:
+    """Sum a Jacobian over the rows that belong to a sample."""
+    if rows == 1:
+        return factored
+    letter = next(a for a in string.ascii_uppercase if a not in factored.equation)
+
+    def split(term: str, tensor: Tensor) -> Tensor:
+        return tensor.unflatten(term.index("n"), (-1, rows)) if "n" in term else tensor
+
+    operands = (
+        operand._replace(places=split(term, operand.places)) if isinstance(operand, OneHot) else split(term, operand)
+        for term, operand in zip(factored.terms, factored.operands, strict=True)
+    )
+    terms = ",".join(term.replace("n", "n" + letter) for term in factored.terms)
+    return Factored(f"{terms}->{factored.result}", tuple(operands))
