@@ -24,6 +24,7 @@ from ggn_ntk.models.autograd_graph import graph_nodes
 from ggn_ntk.problem.errors import is_out_of_memory
 from ggn_ntk.problem.output_axes import OutputAxes
 from ggn_ntk.problem.request import Request
+from ggn_ntk.process.torch_internals import output_metadata
 
 #: Numbers that ``s`` of a stage may hold before the outputs are taken in pieces.
 BUDGET = 2**27
@@ -63,7 +64,7 @@ def stages(output: Tensor, calls: Sequence[Call]) -> list[Stage]:
         while waiting and waiting[-1].edge.node is node:
             passed.append(waiting.pop())
         around = reached > place  # an edge leads past this node
-        if passed and waiting and not around and len(node._input_metadata) == 1:
+        if passed and waiting and not around and len(output_metadata(node)) == 1:
             end = GradientEdge(node, 0)
             found.append(Stage(start, tuple(reversed(passed)), (end,)))
             start, passed = end, []

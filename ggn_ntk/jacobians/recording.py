@@ -28,10 +28,10 @@ from torch.nn import Module
 from ggn_ntk.contraction.factored import Factored, OneHot
 from ggn_ntk.models.autograd_graph import graph_nodes
 from ggn_ntk.models.evaluation import evaluate, runs_foreign_code
-from ggn_ntk.models.isolation import has_global_hooks
 from ggn_ntk.problem.errors import NotCapturedError, is_out_of_memory
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
+from ggn_ntk.process.torch_internals import has_global_hooks, output_metadata, parameters_of, version_of
 from ggn_ntk.process.transforms import is_transformed
 from ggn_ntk.rules import Rule, inner_of, rule_for
 
@@ -69,7 +69,7 @@ class Call:
     def jacobians(self, s: Tensor) -> dict[str, Factored]:
         """Write the Jacobians of the layer's wanted parameters."""
         # s [C, *output]
-        if any(tensor._version != version for tensor, version in self.versions):
+        if any(version_of(tensor) != version for tensor, version in self.versions):
             raise NotCapturedError("an argument of a call of its layer was changed in place later")
         if self.axis is None:
             raise NotCapturedError(f"samples are not told apart in an output {list(self.shape)} of its layer")
@@ -110,7 +110,7 @@ def record(request: Request, inputs: Inputs, one: Recording | None = None) -> Re
         sources = tuple(get_gradient_edge(t).node for t in _tensors(args) if t.requires_grad)
         args = _map_tensors(_kept, args)
         output = torch.ops.aten.alias(output)  # a node of the graph of its own, with the same strides
-        versions = tuple((t, t._version) for t in _tensors(args) if t.is_floating_point())
+        versions = tuple((t, version_of(t)) for t in _tensors(args) if t.is_floating_point())
         shape, alone = output.shape, None if one is None else _of_same_layer(module, one.calls, len(calls))
         repeated = n > 1 and alone is not None and alone.shape == shape
         if repeated:
@@ -209,7 +209,7 @@ def _split_call(call: Call) -> list[Call]:
     inside = graph_nodes(call.edge, dict.fromkeys(call.sources, ()))
     nodes = (n for n in inside if n.name() != _TRANSPOSED and any(id(_leaf(m)) in own for m, _ in n.next_functions))
     node = next(nodes, None)  # the nearest to the output: a bias may be added by a node of its own
-    if node is None or math.prod(node._input_metadata[0].shape) != inner.shape.numel():
+    if node is None or math.prod(output_metadata(node)[0].shape) != inner.shape.numel():
         return [call]
     names = [{k: v for k, v in call.params.items() if (k in inner.params) == enters} for enters in (True, False)]
     strides = torch.empty(inner.shape, device="meta").stride()
@@ -250,7 +250,7 @@ def hooked(
 
 def _own_parameters(module: Module) -> list[tuple[dict[str, Any], str, Any]]:
     """List the parameters of a layer, with what holds each and its name there."""
-    return [(m._parameters, key, p) for m in module.modules() for key, p in m._parameters.items()]
+    return [(parameters_of(m), key, p) for m in module.modules() for key, p in parameters_of(m).items()]
 
 
 def _hook(

@@ -25,6 +25,7 @@ from ggn_ntk.problem.errors import NotCapturedError, Problem, UnsupportedRouteEr
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.output_axes import OutputAxes
 from ggn_ntk.problem.request import Request
+from ggn_ntk.process.torch_internals import children_of
 from ggn_ntk.rules import acts_on_each_sample, backpropagation_for, rule_for
 
 _REMEDY = "Use capture='autograd' ('auto' does)"
@@ -230,7 +231,7 @@ def _named_layers(module: Module, name: str = "") -> Iterator[tuple[str, Module]
     """List a model's containers and layers, these in the order of their calls."""
     yield name, module
     if not _is_layer(module):
-        for key, child in module._modules.items():
+        for key, child in children_of(module).items():
             if child is not None:
                 yield from _named_layers(child, f"{name}.{key}".lstrip("."))
 
