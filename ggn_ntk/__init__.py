@@ -1,13 +1,13 @@
 """Empirical neural tangent kernels of PyTorch models, from the Gram matrix of the generalized Gauss-Newton."""
 
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
 from ggn_ntk import plots, reference
-from ggn_ntk.extensions.extension import EmpiricalNTK
-from ggn_ntk.extensions.gram_hook import AccumulateGramHook
 from ggn_ntk.kernels.explain import explain
 from ggn_ntk.kernels.ntk import empirical_ntk
 from ggn_ntk.kernels.outputs import empirical_kernels, nngp
 from ggn_ntk.linearization.taylor import TaylorExpansion, linearize, taylor_expand
-from ggn_ntk.methods.vivit import empirical_ntk_vivit
 from ggn_ntk.problem.errors import (
     KernelMemoryError,
     NotFiniteWarning,
@@ -38,6 +38,11 @@ from ggn_ntk.training.squared_loss import (
     nngp_posterior,
     ntk_ensemble,
 )
+
+if TYPE_CHECKING:
+    from ggn_ntk.extensions.extension import EmpiricalNTK
+    from ggn_ntk.extensions.gram_hook import AccumulateGramHook
+    from ggn_ntk.methods.vivit import empirical_ntk_vivit
 
 __version__ = "0.1.0"
 
@@ -80,3 +85,23 @@ __all__ = [
     "relative_kernel_change",
     "taylor_expand",
 ]
+
+# What imports BackPACK or ViViT is imported when it is first asked for.
+_WITH_BACKPACK = {
+    "AccumulateGramHook": "ggn_ntk.extensions.gram_hook",
+    "EmpiricalNTK": "ggn_ntk.extensions.extension",
+    "empirical_ntk_vivit": "ggn_ntk.methods.vivit",
+}
+
+
+def __getattr__(name: str) -> Any:
+    """Import what is exported from modules that need BackPACK or ViViT."""
+    if name not in _WITH_BACKPACK:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(import_module(_WITH_BACKPACK[name]), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    """List what is there, and what would be imported."""
+    return sorted({*globals(), *__all__})

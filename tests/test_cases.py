@@ -8,7 +8,7 @@ from backpack.custom_module.slicing import Slicing
 from cases import CASES
 from torch.nn.modules.loss import _Loss
 
-from ggn_ntk.extensions.limits import _VIVIT_LAYERS
+from ggn_ntk.extensions.limits import VIVIT_LAYERS
 
 
 def test_enough_cases_with_different_names():
@@ -17,7 +17,7 @@ def test_enough_cases_with_different_names():
 
 def test_every_layer_of_vivit_has_a_case():
     made_by_backpacks_converter = {SumModule, Pad, ScaleModule, Slicing}
-    layers = {layer for layer in _VIVIT_LAYERS if not issubclass(layer, _Loss)} - made_by_backpacks_converter
+    layers = {layer for layer in VIVIT_LAYERS if not issubclass(layer, _Loss)} - made_by_backpacks_converter
     covered = {type(module) for case in CASES if case.vivit for module in case.model().modules()}
     assert not layers - covered
 

@@ -2,6 +2,7 @@
 
 import copy
 import random
+import subprocess
 import sys
 from collections import Counter, deque
 from contextlib import contextmanager, suppress
@@ -339,11 +340,55 @@ def test_the_model_still_trains_afterwards():
     assert all(p.grad is not None for name, p in model.named_parameters() if name != "unused")
 
 
-def test_importing_takes_no_compiler():
-    import subprocess
+def run_in_a_new_process(code):
+    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
 
-    code = "import sys, ggn_ntk; assert 'torch._dynamo' not in sys.modules and 'matplotlib' not in sys.modules"
-    subprocess.run([sys.executable, "-W", "ignore", "-c", code], check=True)
+
+def test_importing_takes_no_compiler_and_no_route_that_is_not_taken():
+    run_in_a_new_process(
+        "import sys, torch, ggn_ntk\n"
+        "apart = {'torch._dynamo', 'matplotlib', 'scipy', 'backpack', 'vivit'}\n"
+        "assert not apart & sys.modules.keys(), apart & sys.modules.keys()\n"
+        "assert {'EmpiricalNTK', 'AccumulateGramHook'} <= set(dir(ggn_ntk))\n"
+        "ggn_ntk.empirical_ntk(torch.nn.Sequential(torch.nn.Linear(3, 2)), torch.randn(2, 3), check=True)\n"
+        "assert not {'backpack', 'vivit'} & sys.modules.keys()\n"
+        "ggn_ntk.EmpiricalNTK(), ggn_ntk.AccumulateGramHook(), ggn_ntk.empirical_ntk_vivit\n"
+        "assert {'backpack', 'vivit'} <= sys.modules.keys()"
+    )
+
+
+WITH_VIVIT = (
+    "ggn_ntk.empirical_ntk(model, x, method='vivit')",
+    "ggn_ntk.empirical_ntk_vivit",
+    "ggn_ntk.AccumulateGramHook",
+)
+
+
+@pytest.mark.parametrize(
+    ("renamed", "broken"),
+    [("vivit.extensions.secondorder.vivit", WITH_VIVIT), ("backpack", (*WITH_VIVIT, "ggn_ntk.EmpiricalNTK"))],
+    ids=["vivit", "backpack"],
+)
+def test_a_rename_in_backpack_or_vivit_breaks_what_needs_them_alone(renamed, broken):
+    """A module in which nothing has the name that it had."""
+    run_in_a_new_process(
+        "import sys, types, warnings\n"
+        f"sys.modules[{renamed!r}] = types.ModuleType({renamed!r})\n"
+        "import torch, ggn_ntk\n"
+        "warnings.simplefilter('error', ggn_ntk.RouteWarning)\n"
+        "model, x = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh()), torch.randn(2, 3)\n"
+        "for method in ('auto', 'jacobian_contraction', 'ntk_vector_products'):\n"
+        "    ggn_ntk.empirical_ntk(model, x, method=method, check=True)\n"
+        f"for use in {broken}:\n"
+        "    try:\n"
+        "        eval(use)\n"
+        "    except ImportError as error:\n"
+        f"        assert {renamed!r} in str(error), error\n"
+        "    else:\n"
+        "        raise AssertionError(use)\n"
+        f"ggn_ntk.EmpiricalNTK if 'ggn_ntk.EmpiricalNTK' not in {broken} else None"
+    )
 
 
 def test_nested_isolation():

@@ -15,9 +15,9 @@ from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.saved_quantities import SavedQuantities
 from torch import Size, Tensor, nn
 from torch.nn import Module
-from torch.nn.modules.loss import _Loss
 
 from ggn_ntk.contraction.accumulator import Accumulator
+from ggn_ntk.extensions.backpack_internals import module_extensions, quantities_of
 from ggn_ntk.extensions.pass_check import (
     REMEDY,
     ROUTE,
@@ -38,6 +38,13 @@ from ggn_ntk.problem.errors import Problem, UnsupportedModelError
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.request import check_integer, check_split
 from ggn_ntk.problem.result import finish
+from ggn_ntk.process.torch_internals import (
+    AnyLoss,
+    after_backward_pass,
+    buffers_of,
+    current_backward_pass,
+    parameters_of,
+)
 from ggn_ntk.rules import acts_on_each_sample, backpropagation_for, rule_for
 from ggn_ntk.rules.activation import multiply_entries
 from ggn_ntk.rules.registry import batched_vjp
@@ -145,7 +152,7 @@ class EmpiricalNTK(BackpropExtension):
             g_out: Gradients with respect to its output.
         """
         try:
-            if isinstance(module, _Loss):
+            if isinstance(module, AnyLoss):
                 self._start(module)
             else:
                 self._pass_back(ModuleCall(module, g_inp, g_out))
@@ -156,7 +163,7 @@ class EmpiricalNTK(BackpropExtension):
     def _start(self, loss: Any) -> None:
         """Begin a backward pass at its loss, with the identity."""
         self._ended = False
-        pass_id = torch._C._current_graph_task_id()
+        pass_id = current_backward_pass()
         if pass_id == self._pass_id:
             raise RuntimeError(
                 "More than one extended loss in a backward pass: their outputs would be added up. Extend one loss "
@@ -170,7 +177,7 @@ class EmpiricalNTK(BackpropExtension):
         self._axes = self._requested.resolve(loss.input0.shape[1:])
         self._accumulator = Accumulator(self._axes.roles, self.n1, self.per_parameter)
         self._save(loss.input0, identity(loss.input0))
-        torch.autograd.Variable._execution_engine.queue_callback(self._finish)
+        after_backward_pass(self._finish)
 
     def _forget(self) -> None:
         """Drop what is kept for the modules that a backward pass has not reached."""
@@ -189,7 +196,7 @@ class EmpiricalNTK(BackpropExtension):
 
     def _pass_back(self, call: ModuleCall) -> None:
         """Add a module's parameters and pass ``s`` on to its inputs."""
-        own = self._BackpropExtension__module_extensions.get(type(call.module))
+        own = module_extensions(self).get(type(call.module))
         problems = self._problems(call, own is not None)
         if problems:
             raise UnsupportedModelError(problems, ROUTE)
@@ -265,7 +272,7 @@ class EmpiricalNTK(BackpropExtension):
 
     def _keep_apart(self, call: ModuleCall) -> None:
         """Let what a module extension of the user has passed back be overwritten: it may be one for all inputs."""
-        saved = self.saved_quantities._saved_quantities
+        saved = quantities_of(self.saved_quantities)
         for key in {x.data_ptr() for x in call.inputs if is_wanted(x)}:
             saved[key] = None if saved.get(key) is None else saved[key].clone()
 
@@ -288,8 +295,9 @@ def _stand_in(module: Any) -> Any:
         if name not in left_out and not (name.startswith("input") and name[5:].isdigit()):
             vars(twin)[name] = value
     twin.training = module.training
-    twin._parameters.update(module._parameters)
-    twin._buffers.update((name, None if b is None else b.clone()) for name, b in module._buffers.items())
+    parameters_of(twin).update(parameters_of(module))
+    buffers = {name: None if b is None else b.clone() for name, b in buffers_of(module).items()}
+    buffers_of(twin).update(buffers)
     return twin
 
 

@@ -4,14 +4,13 @@ from math import sqrt
 from typing import Any
 
 import torch
-from backpack.context import CTX
 from backpack.extensions.backprop_extension import BackpropExtension
 from backpack.extensions.saved_quantities import SavedQuantities
 from torch import Size, Tensor
 from torch.nn import Module, MSELoss
-from torch.nn.modules.loss import _Loss
 from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
+from ggn_ntk.extensions.backpack_internals import active_extensions, quantities_of, set_active_extensions
 from ggn_ntk.extensions.limits import VIVIT_CHECKS
 from ggn_ntk.extensions.pass_check import ROUTE, Gradients, ModuleCall, PassCheck, call_problems, is_wanted
 from ggn_ntk.models.requirements import BATCH_STATISTICS, find
@@ -19,6 +18,7 @@ from ggn_ntk.problem.errors import UnsupportedModelError
 from ggn_ntk.problem.output_axes import OutputAxes
 from ggn_ntk.problem.request import check_integer, check_split
 from ggn_ntk.problem.result import finish
+from ggn_ntk.process.torch_internals import AnyLoss, after_backward_pass, current_backward_pass
 
 _SAVEFIELD = "vivit_ggn_exact"
 
@@ -76,7 +76,7 @@ class AccumulateGramHook:
             UnsupportedModelError: If samples interact in the module, or it has options that BackPACK ignores. What
                 does not fit the gradients raises it, too, at the end of the backward pass.
         """
-        if isinstance(module, _Loss):
+        if isinstance(module, AnyLoss):
             self._start(module)
         else:
             self._add(module)
@@ -84,18 +84,18 @@ class AccumulateGramHook:
     def _start(self, loss: Any) -> None:
         """Begin a backward pass at its loss."""
         self.gram = None
-        pass_id = torch._C._current_graph_task_id()
+        pass_id = current_backward_pass()
         if pass_id == self._pass_id:
             raise RuntimeError(
                 "More than one extended loss in a backward pass: BackPACK adds up what they backpropagate, so the "
                 "Gram matrix is that of none of them. Extend one loss only, or run one backward pass for each."
             )
-        extensions = [e for e in CTX.get_active_exts() if isinstance(e, ViViTGGNExact)]
+        extensions = [e for e in active_extensions() if isinstance(e, ViViTGGNExact)]
         if not extensions:
             raise RuntimeError(
                 "ViViT is not active. Activate it beside this hook: backpack(ViViTGGNExact(), extension_hook=hook)."
             )
-        if any(len(extension.saved_quantities._saved_quantities) != 1 for extension in extensions):
+        if any(len(quantities_of(extension.saved_quantities)) != 1 for extension in extensions):
             raise RuntimeError(
                 "The ViViTGGNExact object holds quantities of another pass, which BackPACK would add to this one's. "
                 "Create a new one for each pass."
@@ -104,12 +104,12 @@ class AccumulateGramHook:
         self._loss, self._hessian = (type(loss), loss.reduction), _hessian(loss)
         self._dismiss()
         self._watch = _Watch(extensions[-1], loss, self._hessian)
-        CTX.set_active_exts((self._watch, *CTX.get_active_exts()))
-        torch.autograd.Variable._execution_engine.queue_callback(lambda: self._finish(extensions))
+        set_active_extensions((self._watch, *active_extensions()))
+        after_backward_pass(lambda: self._finish(extensions))
 
     def _dismiss(self) -> None:
         """Take the watch out of BackPACK's active extensions, where a pass that failed has left it."""
-        CTX.set_active_exts(extension for extension in CTX.get_active_exts() if extension is not self._watch)
+        set_active_extensions(extension for extension in active_extensions() if extension is not self._watch)
 
     def _finish(self, extensions: list[ViViTGGNExact]) -> None:
         """Publish the sum at the end of a backward pass, if it was right; one that fails half-way never gets here."""
@@ -168,7 +168,7 @@ class AccumulateGramHook:
         check_integer(n1)
         if n1 is not None:
             check_split(n1, n)
-        kernel = _kernel_block(self.gram, n1, self._hessian)
+        kernel = kernel_block(self.gram, n1, self._hessian)
         return finish(kernel, OutputAxes(Size([num_outputs])), symmetric=n1 is None)
 
 
@@ -226,7 +226,7 @@ class _Watch(BackpropExtension):
     @torch.no_grad()
     def __call__(self, module: Any, g_inp: Gradients, g_out: Gradients) -> None:
         """Look at a module. BackPACK calls this in the backward pass, before ViViT."""
-        if isinstance(module, _Loss):
+        if isinstance(module, AnyLoss):
             return
         call = ModuleCall(module, g_inp, g_out)
         problems = list(call_problems(self.check, call, self._vivit.saved_quantities))
@@ -261,7 +261,7 @@ def _hessian(loss: Any) -> float | None:
     return numbers.get(loss.reduction) if type(loss) is MSELoss else None
 
 
-def _kernel_block(gram: Tensor, n1: int | None, hessian: float) -> Tensor:
+def kernel_block(gram: Tensor, n1: int | None, hessian: float) -> Tensor:
     """Reorder, slice and rescale a Gram matrix ``[C, N, C, N]`` to ``[N1, N2, 1, C, C]``."""
     kernel = gram.permute(1, 3, 0, 2).unsqueeze(2)  # cndm -> nmecd
     return (kernel if n1 is None else kernel[:n1, n1:]) / hessian

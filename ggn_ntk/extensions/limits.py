@@ -5,15 +5,14 @@ from collections.abc import Iterator
 
 from torch import Size, nn
 from torch.nn import Module
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
-from torch.nn.modules.loss import _Loss
 from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
+from ggn_ntk.extensions.backpack_internals import module_extensions, params_of
 from ggn_ntk.models.independence import check_samples, look
 from ggn_ntk.models.requirements import ModuleCheck, configuration_problems, eager, find, hidden_computation
 from ggn_ntk.problem.errors import OTHER_METHOD, Problem, UnsupportedModelError, UnsupportedRouteError
 from ggn_ntk.problem.request import Request
+from ggn_ntk.process.torch_internals import AnyBatchNorm, AnyConv, AnyLoss, AnyTransposedConv
 from ggn_ntk.rules import acts_on_each_sample
 
 
@@ -66,11 +65,11 @@ def vivit_module_problems(module: Module, name: str) -> Iterator[Problem]:
         what = f"{kind} may compute between its modules what BackPACK cannot see"
         yield Problem(name, what, "Build the model from nn.Sequential alone, or use another method")
         return
-    elif isinstance(module, _Loss) or type(module) not in _VIVIT_LAYERS:
+    elif isinstance(module, AnyLoss) or type(module) not in VIVIT_LAYERS:
         yield Problem(name, f"ViViT has no extension for {kind}", OTHER_METHOD)
         return
     else:
-        known = _VIVIT_LAYERS[type(module)]
+        known = VIVIT_LAYERS[type(module)]
     for p_name, _ in module.named_parameters(recurse=False):
         if p_name not in known:
             yield Problem(name, f"ViViT has no Gram matrix for its parameter {p_name!r}", OTHER_METHOD)
@@ -80,19 +79,18 @@ def vivit_module_problems(module: Module, name: str) -> Iterator[Problem]:
 AVG_POOLS = (nn.AvgPool1d, nn.AvgPool2d, nn.AvgPool3d)
 
 # Layer type -> the parameters ViViT has Gram matrices for, read from the extension itself.
-_VIVIT_LAYERS: dict[type[Module], list[str]] = {
-    layer: extension._ModuleExtension__params
-    for layer, extension in ViViTGGNExact()._BackpropExtension__module_extensions.items()
+VIVIT_LAYERS: dict[type[Module], list[str]] = {
+    layer: params_of(extension) for layer, extension in module_extensions(ViViTGGNExact()).items()
 }
 
 # What BackPACK ignores or refuses, found by comparing ViViT 1.0.0 on BackPACK 1.7.1 with torch.func.
 VIVIT_CHECKS = [
     ModuleCheck(applies, f"has {option}, which BackPACK gets wrong or refuses", OTHER_METHOD)
     for option, applies in {
-        "a padding_mode other than 'zeros'": lambda m: isinstance(m, _ConvNd) and m.padding_mode != "zeros",
-        "its padding given as a string": lambda m: isinstance(m, _ConvNd) and isinstance(m.padding, str),
-        "output_padding": lambda m: isinstance(m, _ConvTransposeNd) and any(m.output_padding),
-        "affine=False": lambda m: isinstance(m, _BatchNorm) and not m.affine,
+        "a padding_mode other than 'zeros'": lambda m: isinstance(m, AnyConv) and m.padding_mode != "zeros",
+        "its padding given as a string": lambda m: isinstance(m, AnyConv) and isinstance(m.padding, str),
+        "output_padding": lambda m: isinstance(m, AnyTransposedConv) and any(m.output_padding),
+        "affine=False": lambda m: isinstance(m, AnyBatchNorm) and not m.affine,
         "inplace=True": lambda m: getattr(m, "inplace", False),
         "ceil_mode=True": lambda m: isinstance(m, AVG_POOLS) and m.ceil_mode,
         "count_include_pad=False": lambda m: isinstance(m, AVG_POOLS) and not m.count_include_pad,

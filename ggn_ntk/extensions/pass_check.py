@@ -19,15 +19,13 @@ from torch.nn import Module
 from ggn_ntk.models.autograd_graph import graph_nodes, precisions
 from ggn_ntk.models.comparison import PROBE_TOLERANCES, SEEN, cotangent
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError
+from ggn_ntk.process.torch_internals import BACKWARD_HOOK, current_node
 from ggn_ntk.rules.activation import active_rrelu
 from ggn_ntk.rules.shape import active_dropout
 
 ROUTE = "NTK from this backward pass"
 
 REMEDY = "Use ggn_ntk.empirical_ntk"
-
-# The node that torch puts around modules with full backward hooks, such as BackPACK's. It changes nothing.
-_HOOK = "BackwardHookFunctionBackward"
 
 # Layers that draw a number for each entry in train mode, and how to recover the derivative that they had.
 _DERIVATIVES: dict[type[Module], Callable[..., tuple[Tensor, Tensor]]] = {
@@ -80,7 +78,7 @@ class ModuleCall:
         names = ["output", *(f"input{i}" for i in range(len(self.g_inp)))]
         if not all(hasattr(self.module, name) for name in names):
             return False
-        node, place = torch._C._current_autograd_node(), get_gradient_edge(self.output)
+        node, place = current_node(), get_gradient_edge(self.output)
         before = [x.grad_fn for x in self.inputs if is_wanted(x)]
         return node in before if before else (place.node, place.output_nr) in node.next_functions
 
@@ -113,7 +111,7 @@ class PassCheck:
 
     def __init__(self, loss: Any, scale: float = 1.0) -> None:
         """Begin at an extended loss, at whose input ``s`` is the identity, times ``scale``."""
-        if getattr(getattr(loss, "input0", None), "grad_fn", None) is not torch._C._current_autograd_node():
+        if getattr(getattr(loss, "input0", None), "grad_fn", None) is not current_node():
             raise RuntimeError(
                 f"BackPACK has not kept the inputs of this call of {type(loss).__name__}. Call it as loss(output, "
                 "target), and once before a backward pass. For several passes over a graph use "
@@ -141,7 +139,7 @@ class PassCheck:
         while waiting:
             place = waiting.pop()
             for node in [node for number, node in self._readers.get(place[0], ()) if number == place[1]]:
-                if node.name() == _HOOK and node not in self._modules:
+                if node.name() == BACKWARD_HOOK and node not in self._modules:
                     waiting += [(node, i) for i, before in enumerate(node.next_functions) if before == place]
                 else:
                     found.append(node)
@@ -308,13 +306,13 @@ def is_output(x: Tensor) -> bool:
     """Tell whether a module's input is the output of another, or at least of one with hooks."""
     assert x.grad_fn is not None
     before, _ = x.grad_fn.next_functions[x.output_nr]
-    return before is not None and x.grad_fn.name() == before.name() == _HOOK
+    return before is not None and x.grad_fn.name() == before.name() == BACKWARD_HOOK
 
 
 def _maker(x: Tensor) -> str:
     """Name the operation that made a module's input."""
     node, number = x.grad_fn, x.output_nr
-    while node is not None and node.name() == _HOOK:
+    while node is not None and node.name() == BACKWARD_HOOK:
         node, number = node.next_functions[number]
     return "" if node is None else node.name()
 

@@ -12,6 +12,7 @@ from torch.nn import Module
 from ggn_ntk.contraction.factored import Factored, OneHot
 from ggn_ntk.problem.errors import NotCapturedError
 from ggn_ntk.problem.inputs import Inputs
+from ggn_ntk.process.torch_internals import version_of
 from ggn_ntk.rules import Rule
 
 
@@ -45,7 +46,7 @@ class LayerCall:
     def jacobians(self, s: Tensor) -> dict[str, Factored]:
         """Write the Jacobians of the layer's wanted parameters."""
         # s [C, *output]
-        if any(tensor._version != version for tensor, version in self.versions):
+        if any(version_of(tensor) != version for tensor, version in self.versions):
             raise NotCapturedError("an argument of a call of its layer was changed in place later")
         if self.axis is None:
             raise NotCapturedError(f"samples are not told apart in an output {list(self.shape)} of its layer")

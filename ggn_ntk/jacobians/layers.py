@@ -10,6 +10,7 @@ from ggn_ntk.contraction.factored import Factored
 from ggn_ntk.models.requirements import eager, hidden_computation
 from ggn_ntk.problem.errors import Problem
 from ggn_ntk.problem.request import Request
+from ggn_ntk.process.torch_internals import children_of
 from ggn_ntk.rules import acts_on_each_sample, backpropagation_for, rule_for
 
 REMEDY = "Use capture='autograd' ('auto' does)"
@@ -48,7 +49,7 @@ def named_layers(module: Module, name: str = "") -> Iterator[tuple[str, Module]]
     """List a model's containers and layers, these in the order of their calls."""
     yield name, module
     if not is_layer(module):
-        for key, child in module._modules.items():
+        for key, child in children_of(module).items():
             if child is not None:
                 yield from named_layers(child, f"{name}.{key}".lstrip("."))
 

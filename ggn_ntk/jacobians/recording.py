@@ -21,10 +21,10 @@ from ggn_ntk.jacobians.layer_call import LayerCall, Recording, kept, map_tensors
 from ggn_ntk.jacobians.sample_axes import SampleAxes, axes_of_all, of_same_layer
 from ggn_ntk.models.autograd_graph import graph_nodes
 from ggn_ntk.models.evaluation import evaluate, runs_foreign_code
-from ggn_ntk.models.isolation import has_global_hooks
 from ggn_ntk.problem.errors import NotCapturedError, is_out_of_memory
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
+from ggn_ntk.process.torch_internals import has_global_hooks, parameters_of, version_of
 from ggn_ntk.process.transforms import is_transformed
 from ggn_ntk.rules import Rule, rule_for
 
@@ -39,7 +39,7 @@ def record(request: Request, inputs: Inputs, one: Sequence[LayerCall] | Sequence
         sources = tuple(get_gradient_edge(t).node for t in tensors_among(args) if t.requires_grad)
         args = map_tensors(kept, args)
         output = torch.ops.aten.alias(output)  # a node of the graph of its own, with the same strides
-        versions = tuple((t, t._version) for t in tensors_among(args) if t.is_floating_point())
+        versions = tuple((t, version_of(t)) for t in tensors_among(args) if t.is_floating_point())
         shape, alone = output.shape, of_same_layer(module, one, len(calls))
         repeated = n > 1 and alone is not None and alone.shape == shape
         if repeated:
@@ -89,7 +89,7 @@ def hooked(
 
 def _own_parameters(module: Module) -> list[tuple[dict[str, Any], str, Any]]:
     """List the parameters of a layer, with what holds each and its name there."""
-    return [(m._parameters, key, p) for m in module.modules() for key, p in m._parameters.items()]
+    return [(parameters_of(m), key, p) for m in module.modules() for key, p in parameters_of(m).items()]
 
 
 def _hook(

@@ -18,6 +18,7 @@ from torch.nn import Module
 
 from ggn_ntk.jacobians.layer_call import LayerCall, Recording, map_tensors, shape_of
 from ggn_ntk.models.autograd_graph import graph_nodes
+from ggn_ntk.process.torch_internals import output_metadata
 from ggn_ntk.rules import inner_of
 
 # The node of a graph that transposes a weight.
@@ -102,7 +103,7 @@ def _split_call(call: LayerCall) -> list[LayerCall]:
     inside = graph_nodes(call.edge, dict.fromkeys(call.sources, ()))
     nodes = (n for n in inside if n.name() != _TRANSPOSED and any(id(_leaf(m)) in own for m, _ in n.next_functions))
     node = next(nodes, None)  # the nearest to the output: a bias may be added by a node of its own
-    if node is None or math.prod(node._input_metadata[0].shape) != inner.shape.numel():
+    if node is None or math.prod(output_metadata(node)[0].shape) != inner.shape.numel():
         return [call]
     names = [{k: v for k, v in call.params.items() if (k in inner.params) == enters} for enters in (True, False)]
     strides = torch.empty(inner.shape, device="meta").stride()

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from ggn_ntk.jacobians.layer_call import LayerCall
+from ggn_ntk.process.torch_internals import output_metadata
 
 
 @dataclass(frozen=True, eq=False)
@@ -41,7 +42,7 @@ def stages(output: Tensor, calls: Sequence[LayerCall]) -> list[Stage]:
         while waiting and waiting[-1].edge.node is node:
             passed.append(waiting.pop())
         around = reached > place  # an edge leads past this node
-        if passed and waiting and not around and len(node._input_metadata) == 1:
+        if passed and waiting and not around and len(output_metadata(node)) == 1:
             end = GradientEdge(node, 0)
             found.append(Stage(start, tuple(reversed(passed)), (end,)))
             start, passed = end, []

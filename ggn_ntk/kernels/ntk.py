@@ -13,7 +13,6 @@ from torch.nn import Module
 from ggn_ntk.methods.computation import Kernels, carry_out, is_finite
 from ggn_ntk.methods.reference import contract_jacobians, jacobian_kernels, multiply_vectors, product_kernels
 from ggn_ntk.methods.structured import structured_kernels
-from ggn_ntk.methods.vivit import vivit_kernels
 from ggn_ntk.models.comparison import SEEN, TOLERANCES, cotangent, norms
 from ggn_ntk.models.independence import rounding_of
 from ggn_ntk.models.requirements import check_model
@@ -45,10 +44,17 @@ class Method(str, Enum):
     NTK_VECTOR_PRODUCTS = "ntk_vector_products"
 
 
+def _vivit_kernels(request: Request) -> Computed:
+    """Import ViViT's route, and ViViT and BackPACK with it, when it is taken."""
+    from ggn_ntk.methods.vivit import vivit_kernels
+
+    return vivit_kernels(request)
+
+
 # How each method is carried out: it raises unless it gets the kernel right.
 _ROUTES: dict[Method, Callable[[Request], Computed]] = {
     Method.STRUCTURED: structured_kernels,
-    Method.VIVIT: vivit_kernels,
+    Method.VIVIT: _vivit_kernels,
     Method.JACOBIAN_CONTRACTION: jacobian_kernels,
     Method.NTK_VECTOR_PRODUCTS: product_kernels,
 }

@@ -16,6 +16,8 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
 
+from ggn_ntk.process.torch_internals import weight_norm
+
 
 @contextmanager
 def differentiable(degree: int) -> Iterator[None]:
@@ -164,7 +166,7 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
 _ALWAYS: dict[Callable[..., Any], Callable[..., Any]] = {
     F.embedding: _embedding,
     F.embedding_bag: _embedding_bag,
-    torch._weight_norm: _weight_norm,
+    weight_norm: _weight_norm,
 }
 _NESTED: dict[Callable[..., Any], Callable[..., Any]] = {
     F.layer_norm: _layer_norm,

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp
 from torch.nn import Module
-from torch.utils._pytree import tree_map
 
 from ggn_ntk.linearization.elementary_ops import differentiable
 from ggn_ntk.models.autograd_graph import precisions
@@ -30,13 +29,11 @@ from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request, check_wrappers
 from ggn_ntk.process.switches import without_checkpoints
+from ggn_ntk.process.torch_internals import COMPILED_PREFIX, backward_hooks, tree_map
 from ggn_ntk.process.transforms import is_transformed
 from ggn_ntk.process.turns import alone_with
 
 _KIND = "Taylor expansion"
-
-# What torch.compile puts before the names of parameters.
-_COMPILED = "_orig_mod."
 
 Parameters = dict[str, Tensor]
 
@@ -227,7 +224,7 @@ class TaylorExpansion:
 
     def _first_name(self, argument: str, name: Any) -> str:
         """Look up a parameter."""
-        plain = name.removeprefix(_COMPILED) if isinstance(name, str) else name
+        plain = name.removeprefix(COMPILED_PREFIX) if isinstance(name, str) else name
         if plain not in self._names:
             raise ValueError(
                 f"{argument} names {name!r}, which the model does not have. It has: {', '.join(self._names)}."
@@ -243,8 +240,8 @@ def _snapshot(model: Module) -> Module:
         memo: dict[int, Any] = {id(value): value.detach().clone() for value in kept if value.grad_fn is not None}
         snapshot = copy.deepcopy(model, memo)
     for module in snapshot.modules():
-        module._backward_hooks.clear()
-        module._backward_pre_hooks.clear()
+        for hooks in backward_hooks(module):
+            hooks.clear()
     return snapshot
 
 

@@ -17,13 +17,13 @@ from typing import Any
 
 import torch
 from backpack import backpack, disable, extend, memory_cleanup
-from backpack.context import CTX
 from backpack.custom_module.slicing import Slicing
 from torch import Size, Tensor
 from torch.nn import Flatten, Module, MSELoss, Parameter
 from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
-from ggn_ntk.extensions.gram_hook import GramSum, _kernel_block
+from ggn_ntk.extensions.backpack_internals import EXTENDED, hook_handles
+from ggn_ntk.extensions.gram_hook import GramSum, kernel_block
 from ggn_ntk.extensions.limits import AVG_POOLS, check_vivit
 from ggn_ntk.memory.budget import resolve_axes
 from ggn_ntk.methods.computation import compute as _compute
@@ -35,6 +35,7 @@ from ggn_ntk.problem.errors import OTHER_METHOD, NotFiniteError, Problem, Unsupp
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.request import Request
 from ggn_ntk.problem.result import Computed
+from ggn_ntk.process.torch_internals import COMPILED_CALL, buffers_of, children_of, parameters_of
 
 _ROUTE = "empirical NTK through ViViT"
 _ONE_AT_A_TIME = threading.RLock()
@@ -120,7 +121,7 @@ def _gram_kernels(request: Request, axes: OutputAxes) -> Computed:
         for number, group in enumerate(groups):
             chosen = extended(Slicing((slice(None), group)))(flat) if several else flat
             for name, gram in _backward(extended, params, extension, request.per_parameter, chosen, several):
-                block = _kernel_block(gram, request.n1, 2)
+                block = kernel_block(gram, request.n1, 2)
                 if name not in kernels:
                     kernels[name] = block.new_zeros(*block.shape[:2], *axes.roles.kernel)
                 kernels[name][:, :, number // axes.roles.traced] += block[:, :, 0]
@@ -192,18 +193,18 @@ def _twin(module: Module, wanted: dict[int, str], params: dict[str, Parameter]) 
     # the model itself is never touched.
     twin = type(module).__new__(type(module))
     Module.__init__(twin)
-    own_state = {*vars(twin), "_backpack_extend", "_compiled_call_impl"}
+    own_state = {*vars(twin), EXTENDED, COMPILED_CALL}
     vars(twin).update((name, value) for name, value in vars(module).items() if name not in own_state)
     memory_cleanup(twin)
     twin.training = module.training
-    twin._buffers.update(module._buffers)
-    for key, param in module._parameters.items():
+    buffers_of(twin).update(buffers_of(module))
+    for key, param in parameters_of(module).items():
         name = wanted.get(id(param))
-        twin._parameters[key] = own = None if param is None else Parameter(param.detach(), name is not None)
+        parameters_of(twin)[key] = own = None if param is None else Parameter(param.detach(), name is not None)
         if name is not None and own is not None:
             params[name] = own
-    for key, child in module._modules.items():
-        twin._modules[key] = None if child is None else _twin(child, wanted, params)
+    for key, child in children_of(module).items():
+        children_of(twin)[key] = None if child is None else _twin(child, wanted, params)
     return twin
 
 
@@ -219,7 +220,7 @@ def _backpack_session(pooled: torch.dtype | None) -> Iterator[Callable[[Module],
         return module
 
     with _ONE_AT_A_TIME, ExitStack() as stack:
-        store_io, default_dtype, handles = disable.store_io, torch.get_default_dtype(), len(CTX.hook_handles)
+        store_io, default_dtype, handles = disable.store_io, torch.get_default_dtype(), len(hook_handles())
         disable.store_io = True
         if pooled is not None:
             torch.set_default_dtype(pooled)
@@ -229,7 +230,7 @@ def _backpack_session(pooled: torch.dtype | None) -> Iterator[Callable[[Module],
         finally:
             disable.store_io = store_io
             torch.set_default_dtype(default_dtype)
-            del CTX.hook_handles[handles:]
+            del hook_handles()[handles:]
             for root in roots:
                 for module in root.modules():
                     memory_cleanup(module)

@@ -7,6 +7,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from ggn_ntk.process.torch_internals import output_metadata
+
 
 def graph_nodes(output: Tensor | GradientEdge, sources: Mapping[Any, Iterable[Node]] | None = None) -> Iterator[Node]:
     """Walk through the graph of a tensor, from the tensor back."""
@@ -31,8 +33,7 @@ def precisions(output: Tensor) -> set[torch.dtype]:
     """List the dtypes of real numbers that take part in a tensor's graph, and in the tensor itself."""
     found = {output.dtype}
     for node in graph_nodes(output):
-        metadata: Any = node._input_metadata  # of the node's outputs in the forward pass
-        found.update(entry.dtype for entry in metadata)
+        found.update(entry.dtype for entry in output_metadata(node))
     return {dtype for dtype in found if dtype.is_floating_point}
 
 

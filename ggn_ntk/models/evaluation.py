@@ -6,7 +6,6 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map
 
 from ggn_ntk.models.autograd_graph import graph_nodes
 from ggn_ntk.models.comparison import TOLERANCES
@@ -15,6 +14,7 @@ from ggn_ntk.models.isolation import isolated
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
+from ggn_ntk.process.torch_internals import tree_map
 
 
 def evaluate(

@@ -12,12 +12,11 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ggn_ntk.models.comparison import TOLERANCES
 from ggn_ntk.models.state import generator_of_numpy, generators_of_torch, global_generators, storage_of
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError, listed
+from ggn_ntk.process.torch_internals import TorchDispatchMode, schema_of, tree_leaves
 
 _T = TypeVar("_T")
 
@@ -62,7 +61,7 @@ class Inspection(TorchDispatchMode):
         result = func(*args, **kwargs)
         low = _dtypes(result) - TOLERANCES.keys()
         # What is computed from constants of a low precision alone is a constant.
-        if low and not _MAKES.match(func._schema.name) and _dtypes((args, kwargs)) & TOLERANCES.keys():
+        if low and not _MAKES.match(schema_of(func).name) and _dtypes((args, kwargs)) & TOLERANCES.keys():
             self.low |= low
         return result
 
@@ -99,22 +98,22 @@ class OwnGenerator(TorchDispatchMode):
 @cache
 def _with_generator(func: Any) -> Any:
     """Look up the form of an operation that takes a generator; ``None`` where there is none."""
-    names = {a.name for a in func._schema.arguments} | {"generator"}
+    names = {a.name for a in schema_of(func).arguments} | {"generator"}
     forms = [func, *(getattr(func.overloadpacket, name) for name in func.overloadpacket.overloads())]
-    return next((form for form in forms if {a.name for a in form._schema.arguments} == names), None)
+    return next((form for form in forms if {a.name for a in schema_of(form).arguments} == names), None)
 
 
 @cache
 def _effects(func: Any) -> tuple[bool, tuple[tuple[int, str], ...]]:
     """Tell whether an operation may draw random numbers, and which of its arguments it writes to."""
-    infos = [(i, a.name, a.alias_info) for i, a in enumerate(func._schema.arguments)]
+    infos = [(i, a.name, a.alias_info) for i, a in enumerate(schema_of(func).arguments)]
     writes = ((i, name) for i, name, alias in infos if alias is not None and alias.is_write)
     return torch.Tag.nondeterministic_seeded in func.tags, tuple(writes)
 
 
 def _draws(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
     """Tell whether a call of an operation that may draw does so, from a generator that is not the caller's own."""
-    given = {a.name: a.default_value for a in func._schema.arguments}
+    given = {a.name: a.default_value for a in schema_of(func).arguments}
     given |= dict(zip(given, args, strict=False)) | kwargs
     off = any(given.get(name) is False for name in ("train", "training")) or given.get("dropout_p") == 0
     return not off and given.get("generator") is None
@@ -164,7 +163,7 @@ def _calls_a_generator(call: Callable[[], Any]) -> bool:
 @contextmanager
 def _numpy_moved_on() -> Iterator[Callable[[], bool]]:
     """Have NumPy's generator in a state of its own, and for this thread alone; then it is put back."""
-    lock = np.random.mtrand._rand._bit_generator.lock
+    lock = np.random.mtrand._rand._bit_generator.lock  # noqa: SLF001 - NumPy 1.24 has get_bit_generator, others not
     alone = isinstance(lock, type(threading.RLock()))  # since NumPy 2
     with lock if alone else nullcontext():
         found = generator_of_numpy()

@@ -6,6 +6,7 @@ session lasts (:mod:`ggn_ntk.process.switches`). Every evaluation starts from th
 and on exit that state is put back (:mod:`ggn_ntk.models.state`).
 """
 
+import sys
 import threading
 from collections import Counter
 from collections.abc import Iterator
@@ -13,10 +14,8 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager, nullco
 from typing import Any
 
 import torch
-from backpack import hook_store_io
 from torch import Tensor
 from torch.nn import Module, RNNBase
-from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
 
 from ggn_ntk.models.comparison import read
@@ -24,6 +23,16 @@ from ggn_ntk.models.inspection import DRAWS, Inspection
 from ggn_ntk.models.state import State, Values, address_of, storage_of
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError, is_out_of_memory
 from ggn_ntk.process.switches import process_switches
+from ggn_ntk.process.torch_internals import (
+    backward_hooks,
+    buffers_of,
+    forward_hooks,
+    has_global_hooks,
+    parameters_of,
+    put_back_hooks,
+    tensor_hooks,
+    version_of,
+)
 from ggn_ntk.process.turns import alone_with
 
 
@@ -91,13 +100,12 @@ def runs_other_code(module: Module) -> bool:
 
 def runs_hooks(module: Module) -> bool:
     """Tell whether a module has forward hooks other than BackPACK's."""
-    hooks = (*module._forward_hooks.values(), *module._forward_pre_hooks.values())
-    return any(hook is not hook_store_io for hook in hooks)
+    return any(not _is_of_backpack(hook) for hooks in forward_hooks(module) for hook in hooks.values())
 
 
-def has_global_hooks() -> bool:
-    """Tell whether hooks run at the calls of all modules."""
-    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+def _is_of_backpack(hook: Any) -> bool:
+    """Tell whether a hook is the one by which BackPACK stores inputs and outputs; it is not imported for that."""
+    return hook is getattr(sys.modules.get("backpack"), "hook_store_io", None)
 
 
 class Session:
@@ -124,9 +132,9 @@ class Session:
         self._changed: list[_Parameter] | None = None
         # Code that is not torch's may write to parameters in some evaluations, and past torch's counters.
         self._params = [_Parameter(name, p, keep=self.foreign) for name, p in params.items()]
-        hooks: list[Any] = [h for m in modules for h in (m._backward_hooks, m._backward_pre_hooks)]
-        hooks += [p._backward_hooks for p in params.values() if p._backward_hooks]
-        of_backpack = [m._forward_hooks for m in modules if hook_store_io in m._forward_hooks.values()]
+        hooks: list[Any] = [h for m in modules for h in backward_hooks(m)]
+        hooks += [h for h, _ in map(tensor_hooks, params.values()) if h]
+        of_backpack = [h for h, _ in map(forward_hooks, modules) if any(map(_is_of_backpack, h.values()))]
         self._hooks = [(h, dict(h)) for h in (*hooks, *of_backpack) if h]
         buffers = {id(b): b for b in model.buffers() if not is_lazy(b)}
         self._buffers: list[Values] = []
@@ -138,7 +146,7 @@ class Session:
             for h in hooks:
                 h.clear()
             for h in of_backpack:
-                for key in [key for key, hook in h.items() if hook is hook_store_io]:
+                for key in [key for key, hook in h.items() if _is_of_backpack(hook)]:
                     del h[key]
             for param in self._params:
                 param.set_aside()
@@ -150,7 +158,7 @@ class Session:
             # Others may be written to under a name that does not show, but by code alone that is not torch's.
             watched = [b for b in buffers.values() if self.foreign or id(b) not in copies]
             self._buffers = [Values(b) for b in watched if b.layout is torch.strided and not b.is_meta]
-            for store in (m._buffers for m in modules):
+            for store in map(buffers_of, modules):
                 places: list[Any] = [(store, key, b, copies[id(b)]) for key, b in store.items() if id(b) in copies]
                 store.update({key: copy for _, key, _, copy in places})
                 self._aside += places
@@ -265,9 +273,9 @@ class _Parameter:
     def __init__(self, name: str, param: Tensor, *, keep: bool) -> None:
         self.name, self.param, self._memory = name, param, param.data
         self._requires_grad, self._address = param.requires_grad, address_of(param)
-        self._version = None if param.is_inference() else param._version
+        self._version = None if param.is_inference() else version_of(param)
         self._grad = param.grad if param.is_leaf else None
-        self._hooks = [(key, getattr(param, key)) for key in ("_backward_hooks", "_post_accumulate_grad_hooks")]
+        self._hooks = tensor_hooks(param)
         self.copy = param.detach().clone() if keep and not param.is_meta else None
 
     @property
@@ -278,7 +286,7 @@ class _Parameter:
     @property
     def counted(self) -> bool:
         """Whether torch counted that it was written to."""
-        return self._version is not None and self.param._version != self._version
+        return self._version is not None and version_of(self.param) != self._version
 
     def differs(self) -> Tensor:
         """Compute whether it has other values than it had."""
@@ -296,9 +304,7 @@ class _Parameter:
             self.param.data = self._memory
         if self.param.requires_grad != self._requires_grad:
             self.param.requires_grad_(self._requires_grad)
-        for key, hooks in self._hooks:
-            if getattr(self.param, key) is not hooks:
-                setattr(self.param, key, hooks)
+        put_back_hooks(self.param, self._hooks)
 
     def restore(self) -> None:
         """Give it the values that it had."""
@@ -318,7 +324,7 @@ def _exchanged(model: Module, values: dict[int, Tensor]) -> Iterator[None]:
     # ``torch.func.functional_call`` does the same, but leaves a plain tensor where the parameter was if a module is
     # held in two places.
     stores: list[dict[str, Any]] = [
-        store for module in model.modules() for store in (module._parameters, module._buffers)
+        store for module in model.modules() for store in (parameters_of(module), buffers_of(module))
     ]
     places = [(store, key, t) for store in stores for key, t in store.items() if id(t) in values]
     try:

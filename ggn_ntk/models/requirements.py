@@ -6,15 +6,14 @@ from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn import Module
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.modules.dropout import _DropoutNd
 from torch.nn.parameter import UninitializedParameter
 
 from ggn_ntk.models.comparison import TOLERANCES
 from ggn_ntk.models.independence import Checked, check_samples
-from ggn_ntk.models.isolation import has_global_hooks, runs_hooks
+from ggn_ntk.models.isolation import runs_hooks
 from ggn_ntk.problem.errors import OTHER_METHOD, Problem, UnsupportedModelError
 from ggn_ntk.problem.request import Request
+from ggn_ntk.process.torch_internals import AnyBatchNorm, AnyDropout, has_global_hooks, uncompiled
 
 
 def check_model(request: Request) -> Checked:
@@ -50,7 +49,7 @@ def find(checks: Iterable[ModuleCheck], module: Module, name: str) -> Iterator[P
 
 def _is_active_dropout(module: Any) -> bool:
     """Tell whether a module drops activations at random."""
-    if isinstance(module, _DropoutNd):
+    if isinstance(module, AnyDropout):
         return module.training and module.p > 0
     if isinstance(module, nn.RNNBase):
         return module.training and module.dropout > 0 and module.num_layers > 1
@@ -58,7 +57,7 @@ def _is_active_dropout(module: Any) -> bool:
 
 
 BATCH_STATISTICS = ModuleCheck(
-    lambda m: isinstance(m, _BatchNorm) and (m.training or m.running_mean is None),
+    lambda m: isinstance(m, AnyBatchNorm) and (m.training or m.running_mean is None),
     "normalises by batch statistics, so samples influence one another",
     "Call eval() on it, and give it running statistics (track_running_stats=True)",
 )
@@ -129,4 +128,4 @@ def hidden_computation(module: Module, name: str) -> Iterator[Problem]:
 
 def eager(model: Module) -> Module:
     """Unwrap a compiled model."""
-    return getattr(model, "_orig_mod", model)
+    return uncompiled(model)

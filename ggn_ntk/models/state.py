@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from ggn_ntk.process.torch_internals import buffers_of, parameters_of, storage_id, version_of
 from ggn_ntk.process.turns import if_free
 
 # How far to follow objects that modules hold, and up to how many entries to look into a container: a model may hold the
@@ -59,13 +60,15 @@ class State:
         self._thorough = thorough
         self.tensors: list[Tensor] = []
         # The values of parameters and buffers are for the session to look after.
-        own = {id(t): t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
+        own = {
+            id(t): t for m in modules for t in (*parameters_of(m).values(), *buffers_of(m).values()) if t is not None
+        }
         self._seen = set(own)
         if thorough:
             self._entries += map(_Attributes, own.values())
         self._own = set(own)
         # What else holds them, is another name of theirs.
-        self._members = [store for module in modules for store in (module._parameters, module._buffers)]
+        self._members = [store for module in modules for store in (parameters_of(module), buffers_of(module))]
         self._seen |= set(map(id, self._members))
         self._modules = set(map(id, modules))
         for module in modules:
@@ -279,7 +282,7 @@ class Values(_Entry):
 
 def _version(tensor: Tensor) -> int:
     """Count how often a tensor was written to; inference mode does not count."""
-    return 0 if tensor.is_inference() else tensor._version
+    return 0 if tensor.is_inference() else version_of(tensor)
 
 
 def address_of(tensor: Tensor) -> int:
@@ -403,7 +406,7 @@ def _identities(attributes: dict[str, Any]) -> list[Any]:
 
 def storage_of(tensor: Tensor) -> int:
     """Identify the memory that a tensor shares with its views; 0 where it has none of its own."""
-    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else 0
+    return storage_id(tensor) if tensor.layout is torch.strided else 0
 
 
 def _comparable(state: Any) -> Any:

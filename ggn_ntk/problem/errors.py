@@ -137,7 +137,7 @@ def warn(message: str, category: type[Warning]) -> None:
     """Warn where the user's code called this package."""
     if _HERE.silent:
         return
-    frame, level = sys._getframe(1), 1
+    frame, level = sys._getframe(1), 1  # noqa: SLF001 - Python documents it
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _PASSED_BY:
         frame, level = frame.f_back, level + 1
     warnings.warn(message, category, stacklevel=level + 1)

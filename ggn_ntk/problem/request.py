@@ -13,12 +13,12 @@ from torch import Tensor
 from torch.jit import ScriptModule
 from torch.nn import DataParallel, Module
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._pytree import tree_leaves
 
 from ggn_ntk.problem.errors import listed
 from ggn_ntk.problem.inputs import Inputs, check_alike, kind_of, parse_inputs
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.result import finish, sum_kernels
+from ggn_ntk.process.torch_internals import tree_leaves
 from ggn_ntk.process.transforms import is_wrapped, outside_of_transforms
 from ggn_ntk.process.turns import alone_with
 

@@ -6,7 +6,6 @@ them back to what the first one found.
 """
 
 import re
-import sys
 import threading
 import warnings
 from collections.abc import Callable, Iterator
@@ -14,10 +13,10 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from typing import Any
 
 import torch
-from torch._functorch import eager_transforms
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils import checkpoint
 
+from ggn_ntk.process.torch_internals import checkpoint_generators, jvp_nesting, may_compile, set_jvp_nesting
 from ggn_ntk.process.turns import forward_mode
 
 # Warnings that say nothing about the user's call, by the start of their text.
@@ -26,9 +25,6 @@ _WARNINGS = [
     "There is a performance drop because we have not yet implemented",
     "Full backward hook is firing when gradients are computed",
 ]
-
-# What a checkpoint that is not reentrant calls around its function, in torch 2.6 and 2.14.
-_GENERATORS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
 
 
 class Switch:
@@ -75,7 +71,7 @@ def process_switches(*, recurrent: bool) -> Iterator[None]:
         stack.enter_context(_SWITCHES)
         if recurrent:
             stack.enter_context(_WITHOUT_CUDNN)
-        if "torch._dynamo" in sys.modules:  # importing it takes seconds, and without it nothing is compiled
+        if may_compile():
             stack.enter_context(_EAGER)
         here.sessions += 1
         try:
@@ -186,7 +182,7 @@ def _checkpoints_that_can_be_kept() -> Iterator[None]:
     # checkpoint is called; its classes stay as they are.
     module: Any = checkpoint
     reentrant = module.CheckpointFunction
-    generators = {name: vars(module)[name] for name in _GENERATORS if name in vars(module)}
+    generators = checkpoint_generators()
 
     def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
         if here.sessions or here.plain:
@@ -207,18 +203,18 @@ def _checkpoints_that_can_be_kept() -> Iterator[None]:
 @contextmanager
 def _forward_mode_in_turns() -> Iterator[None]:
     """Let threads enter forward mode one at a time: torch keeps its level, and the count of jvps, for the process."""
-    original = eager_transforms.jvp_increment_nesting
+    original = jvp_nesting()
 
     @contextmanager
     def in_turns() -> Iterator[Any]:
         with forward_mode(), original() as nesting:
             yield nesting
 
-    eager_transforms.jvp_increment_nesting = in_turns
+    set_jvp_nesting(in_turns)
     try:
         yield
     finally:
-        eager_transforms.jvp_increment_nesting = original
+        set_jvp_nesting(original)
 
 
 @contextmanager

@@ -4,23 +4,23 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from typing import Any
 
-import torch
 from torch import Tensor
-from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
+
+from ggn_ntk.process.torch_internals import is_wrapped_tensor, transform_level, without_transforms
 
 
 def is_transformed() -> bool:
     """Tell whether a transform is under way, in which tensors stand for others."""
-    return torch._C._functorch.maybe_current_level() is not None
+    return transform_level() is not None
 
 
 def is_wrapped(x: Any) -> bool:
     """Tell whether a value stands for another inside of a transform."""
-    return isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x)
+    return isinstance(x, Tensor) and is_wrapped_tensor(x)
 
 
 @contextmanager
 def outside_of_transforms() -> Iterator[None]:
     """Leave transforms of ``torch.func`` that are under way, in whose course a model may ask for another's kernel."""
-    with temporarily_clear_interpreter_stack() if is_transformed() else nullcontext():
+    with without_transforms() if is_transformed() else nullcontext():
         yield

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.process.torch_internals import padding_of
 from ggn_ntk.rules.registry import (
     channels_last,
     register_backpropagation,
@@ -60,7 +61,7 @@ def transposed_convolution(module: Any, x: Tensor, s: Tensor) -> dict[str, Facto
 
 def _pad(module: Any, x: Tensor) -> Tensor:
     """Pad an input as a convolution does."""
-    padding = module._reversed_padding_repeated_twice  # also for padding="same"
+    padding = padding_of(module)
     mode = "constant" if module.padding_mode == "zeros" else module.padding_mode
     return F.pad(x, padding, mode=mode) if any(padding) else x
 

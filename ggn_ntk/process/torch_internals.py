@@ -1,0 +1,168 @@
+"""The only reader of torch's private parts: whatever begins with an underscore there, or lives in a module that does.
+
+Each is named here by what it is for, so that a release of torch that drops one shows in this file, and first in
+``tests/test_internals.py``. Attributes that are read in loops over nodes or tensors are ``attrgetter``s, which cost no
+call of a Python function.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from operator import attrgetter
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._functorch import eager_transforms, pyfunctorch
+from torch.autograd.graph import Node
+from torch.nn import Module
+from torch.nn.modules import batchnorm, conv, dropout, loss
+from torch.nn.modules import module as torch_module
+from torch.utils import _python_dispatch, _pytree, checkpoint
+
+# Layers of torch's with any number of axes.
+AnyBatchNorm = batchnorm._BatchNorm
+AnyConv = conv._ConvNd
+AnyDropout = dropout._DropoutNd
+AnyLoss = loss._Loss
+AnyTransposedConv = conv._ConvTransposeNd
+
+# What modules hold.
+
+#: The parameters of a module itself, by name; ``None`` for those that are switched off.
+parameters_of: Callable[[Module], dict[str, Any]] = attrgetter("_parameters")
+
+#: The buffers of a module itself, by name.
+buffers_of: Callable[[Module], dict[str, Any]] = attrgetter("_buffers")
+
+#: The children of a module, also under further names.
+children_of: Callable[[Module], dict[str, Module | None]] = attrgetter("_modules")
+
+#: The dicts of a module's forward hooks and of those before them.
+forward_hooks: Callable[[Module], tuple[dict[int, Any], dict[int, Any]]] = attrgetter(
+    "_forward_hooks", "_forward_pre_hooks"
+)
+
+#: The dicts of a module's backward hooks and of those before them.
+backward_hooks: Callable[[Module], tuple[dict[int, Any], dict[int, Any]]] = attrgetter(
+    "_backward_hooks", "_backward_pre_hooks"
+)
+
+#: Where a compiled module keeps its call, which a twin that is not compiled must not have.
+COMPILED_CALL = "_compiled_call_impl"
+
+# Where torch.compile keeps the module it was given, and what that puts before the names of parameters.
+_COMPILED = "_orig_mod"
+COMPILED_PREFIX = f"{_COMPILED}."
+
+
+def has_global_hooks() -> bool:
+    """Tell whether forward hooks run at the calls of all modules."""
+    return bool(torch_module._global_forward_hooks or torch_module._global_forward_pre_hooks)
+
+
+def uncompiled(module: Module) -> Module:
+    """Unwrap a compiled module."""
+    return getattr(module, _COMPILED, module)
+
+
+def padding_of(convolution: Any) -> list[int]:
+    """Look up the padding of a convolution as ``F.pad`` takes it, also for ``padding="same"``."""
+    padding: list[int] = convolution._reversed_padding_repeated_twice
+    return padding
+
+
+# What tensors hold.
+
+#: How often a tensor was written to; not to be read in inference mode.
+version_of: Callable[[Tensor], int] = attrgetter("_version")
+
+_TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
+
+#: The hooks of a leaf on its gradient, before and after it is accumulated; ``None`` where there are none.
+tensor_hooks: Callable[[Tensor], tuple[Any, Any]] = attrgetter(*_TENSOR_HOOKS)
+
+
+def put_back_hooks(tensor: Tensor, found: tuple[Any, Any]) -> None:
+    """Give a leaf the hooks it had."""
+    for key, hooks in zip(_TENSOR_HOOKS, found, strict=True):
+        if getattr(tensor, key) is not hooks:
+            setattr(tensor, key, hooks)
+
+
+def storage_id(tensor: Tensor) -> int:
+    """Identify the memory that a dense tensor shares with its views."""
+    identity: int = tensor.untyped_storage()._cdata
+    return identity
+
+
+# The graph of autograd, and backward passes.
+
+#: The shapes, dtypes and devices of what a node computed in the forward pass.
+output_metadata: Callable[[Node], tuple[Any, ...]] = attrgetter("_input_metadata")
+
+#: What the node is called that torch puts around modules with full backward hooks, such as BackPACK's.
+BACKWARD_HOOK = "BackwardHookFunctionBackward"
+
+#: The number of the backward pass under way in this thread; -1 outside of one.
+current_backward_pass: Callable[[], int] = torch._C._current_graph_task_id
+
+#: The node at which the backward pass under way in this thread is.
+current_node: Callable[[], Node] = torch._C._current_autograd_node
+
+
+def after_backward_pass(callback: Callable[[], None]) -> None:
+    """Call a function at the end of the backward pass under way, if that does not fail."""
+    torch.autograd.Variable._execution_engine.queue_callback(callback)
+
+
+# Operations, and what changes them for a thread or the process.
+
+#: The function behind ``weight_norm``, as modes of torch functions see it.
+weight_norm: Callable[..., Tensor] = torch._weight_norm
+
+#: The name, arguments and results of an operation of ``torch.ops``.
+schema_of: Callable[[Any], Any] = attrgetter("_schema")
+
+#: A mode that sees each operation before it is carried out.
+TorchDispatchMode = _python_dispatch.TorchDispatchMode
+
+# Nested lists, tuples and dicts: their entries, and a function applied to each.
+tree_leaves = _pytree.tree_leaves
+tree_map = _pytree.tree_map
+
+#: The level of the transforms of ``torch.func`` under way; ``None`` outside of them.
+transform_level: Callable[[], int | None] = torch._C._functorch.maybe_current_level
+
+#: Whether a tensor stands for another inside of a transform.
+is_wrapped_tensor: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
+
+#: A context outside of the transforms of ``torch.func`` that are under way; there have to be some.
+without_transforms = pyfunctorch.temporarily_clear_interpreter_stack
+
+# What a checkpoint that is not reentrant calls around its function, in torch 2.6 and 2.14.
+_CHECKPOINT_GENERATORS = (
+    "_checkpoint_without_reentrant_generator",
+    "_checkpoint_without_reentrant_generator_impl",
+)
+
+
+def may_compile() -> bool:
+    """Tell whether torch's compiler is loaded: importing it takes seconds, and without it nothing is compiled."""
+    return "torch._dynamo" in sys.modules
+
+
+def checkpoint_generators() -> dict[str, Callable[..., Iterator[None]]]:
+    """Look up what checkpoints call around their functions, by name in ``torch.utils.checkpoint``."""
+    return {name: vars(checkpoint)[name] for name in _CHECKPOINT_GENERATORS if name in vars(checkpoint)}
+
+
+def jvp_nesting() -> Callable[[], AbstractContextManager[Any]]:
+    """Look up the context in which ``torch.func.jvp`` computes."""
+    return eager_transforms.jvp_increment_nesting
+
+
+def set_jvp_nesting(context: Callable[[], AbstractContextManager[Any]]) -> None:
+    """Set the context in which ``torch.func.jvp`` computes, in all threads."""
+    module: Any = eager_transforms
+    module.jvp_increment_nesting = context
