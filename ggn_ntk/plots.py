@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ggn_ntk.spectrum.matrix import check_kernel, symmetric_matrix
 
-__all__ = ["plot_alignment", "plot_kernel", "plot_spectrum", "plot_training"]
+__all__ = ["COLORS", "plot_alignment", "plot_kernel", "plot_spectrum", "plot_training"]
 
 #: Blue, vermilion, bluish green, reddish purple, orange and sky blue.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")

@@ -14,7 +14,7 @@ from ggn_ntk.models.independence import check_samples, look
 from ggn_ntk.models.requirements import ModuleCheck, configuration_problems, eager, find, hidden_computation
 from ggn_ntk.problem.errors import OTHER_METHOD, Problem, UnsupportedModelError, UnsupportedRouteError
 from ggn_ntk.problem.request import Request
-from ggn_ntk.rules import acts_on_each_sample
+from ggn_ntk.rules.registry import acts_on_each_sample
 
 
 def check_vivit(request: Request) -> Size:

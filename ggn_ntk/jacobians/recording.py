@@ -33,7 +33,7 @@ from ggn_ntk.problem.errors import NotCapturedError, is_out_of_memory
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
 from ggn_ntk.process.transforms import is_transformed
-from ggn_ntk.rules import Rule, inner_of, rule_for
+from ggn_ntk.rules.registry import Rule, inner_of, rule_for
 
 # The node of a graph that transposes a weight.
 _TRANSPOSED = "TBackward0"

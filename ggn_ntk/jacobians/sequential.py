@@ -25,7 +25,7 @@ from ggn_ntk.problem.errors import NotCapturedError, Problem, UnsupportedRouteEr
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.output_axes import OutputAxes
 from ggn_ntk.problem.request import Request
-from ggn_ntk.rules import acts_on_each_sample, backpropagation_for, rule_for
+from ggn_ntk.rules.registry import acts_on_each_sample, backpropagation_for, rule_for
 
 _REMEDY = "Use capture='autograd' ('auto' does)"
 
