@@ -27,8 +27,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from ggn_ntk import empirical_ntk, gradient_descent_mse, linearize, max_learning_rate
+from ggn_ntk import empirical_ntk, linearize
 from ggn_ntk.plots import plot_training
+from ggn_ntk.training import gradient_descent_mse, max_learning_rate
 
 REDUCED = os.environ.get("GGN_NTK_GALLERY") == "reduced"  # a smaller run, for tests
 SAMPLES, STEPS, SEEDS = (30, 60, 2) if REDUCED else (80, 200, 3)

@@ -21,16 +21,9 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from ggn_ntk import (
-    EmpiricalKernels,
-    empirical_kernels,
-    empirical_ntk,
-    gradient_flow_mse,
-    kernel_ridge_regression,
-    nngp,
-    ntk_ensemble,
-)
+from ggn_ntk import EmpiricalKernels, empirical_kernels, empirical_ntk, nngp
 from ggn_ntk.plots import COLORS
+from ggn_ntk.training import gradient_flow_mse, kernel_ridge_regression, ntk_ensemble
 
 REDUCED = os.environ.get("GGN_NTK_GALLERY") == "reduced"  # a smaller run, for tests
 SIZES, TESTS, STEPS, NETWORKS = ([20, 60], 100, 100, 5) if REDUCED else ([25, 50, 100, 200, 400], 500, 500, 10)

@@ -15,15 +15,15 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from ggn_ntk import (
+from ggn_ntk import empirical_ntk
+from ggn_ntk.plots import plot_alignment, plot_kernel, plot_spectrum
+from ggn_ntk.spectrum import (
     centered_kernel_alignment,
     effective_rank,
     eigenvalues,
-    empirical_ntk,
     kernel_target_alignment,
     relative_kernel_change,
 )
-from ggn_ntk.plots import plot_alignment, plot_kernel, plot_spectrum
 
 REDUCED = os.environ.get("GGN_NTK_GALLERY") == "reduced"  # a smaller run, for tests
 SAMPLES, STEPS = (40, 60) if REDUCED else (150, 300)

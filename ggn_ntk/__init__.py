@@ -1,9 +1,10 @@
 """Empirical neural tangent kernels of PyTorch models, from the Gram matrix of the generalized Gauss-Newton."""
 
+import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ggn_ntk import plots, reference
+from ggn_ntk import kernels, plots, reference, rules, spectrum, training
 from ggn_ntk.kernels.explain import explain
 from ggn_ntk.kernels.ntk import empirical_ntk
 from ggn_ntk.kernels.outputs import empirical_kernels, nngp
@@ -18,26 +19,6 @@ from ggn_ntk.problem.errors import (
 )
 from ggn_ntk.problem.result import EmpiricalKernels
 from ggn_ntk.rules import Factored, register_rule
-from ggn_ntk.spectrum.matrix import IllConditionedWarning
-from ggn_ntk.spectrum.spectra import (
-    centered_kernel_alignment,
-    condition_number,
-    effective_rank,
-    eigenvalues,
-    ggn_eigenvalues,
-    kernel_target_alignment,
-    relative_kernel_change,
-)
-from ggn_ntk.training.arguments import Gaussian
-from ggn_ntk.training.squared_loss import (
-    gradient_descent_mse,
-    gradient_flow,
-    gradient_flow_mse,
-    kernel_ridge_regression,
-    max_learning_rate,
-    nngp_posterior,
-    ntk_ensemble,
-)
 
 if TYPE_CHECKING:
     from ggn_ntk.extensions.extension import EmpiricalNTK
@@ -51,8 +32,6 @@ __all__ = [
     "EmpiricalKernels",
     "EmpiricalNTK",
     "Factored",
-    "Gaussian",
-    "IllConditionedWarning",
     "KernelMemoryError",
     "NTKMismatchError",
     "NotFiniteWarning",
@@ -60,48 +39,44 @@ __all__ = [
     "TaylorExpansion",
     "UnsupportedModelError",
     "UnsupportedRouteError",
-    "centered_kernel_alignment",
-    "condition_number",
-    "effective_rank",
-    "eigenvalues",
     "empirical_kernels",
     "empirical_ntk",
     "empirical_ntk_vivit",
     "explain",
-    "ggn_eigenvalues",
-    "gradient_descent_mse",
-    "gradient_flow",
-    "gradient_flow_mse",
-    "kernel_ridge_regression",
-    "kernel_target_alignment",
+    "kernels",
     "linearize",
-    "max_learning_rate",
     "nngp",
-    "nngp_posterior",
-    "ntk_ensemble",
     "plots",
     "reference",
     "register_rule",
-    "relative_kernel_change",
+    "rules",
+    "spectrum",
     "taylor_expand",
+    "training",
 ]
 
-# What imports BackPACK or ViViT is imported when it is first asked for.
-_WITH_BACKPACK = {
+# Names whose modules are imported at their first use, since they need BackPACK and ViViT.
+_LAZY = {
     "AccumulateGramHook": "ggn_ntk.extensions.gram_hook",
     "EmpiricalNTK": "ggn_ntk.extensions.extension",
     "empirical_ntk_vivit": "ggn_ntk.methods.vivit",
 }
 
+# Names that stood here, and the public modules they have moved to.
+_MOVED = {name: module.__name__ for module in (spectrum, training) for name in module.__all__}
+
 
 def __getattr__(name: str) -> Any:
-    """Import what is exported from modules that need BackPACK or ViViT."""
-    if name not in _WITH_BACKPACK:
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-    value = globals()[name] = getattr(import_module(_WITH_BACKPACK[name]), name)
-    return value
+    """Look up a name that is imported at its first use, or has moved."""
+    if name in _MOVED:
+        what = f"ggn_ntk.{name} has moved: import it from {_MOVED[name]}."
+        warnings.warn(what, DeprecationWarning, stacklevel=2)
+        return getattr(import_module(_MOVED[name]), name)
+    if name in _LAZY:
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
 def __dir__() -> list[str]:
-    """List what is there, and what would be imported."""
-    return sorted({*globals(), *__all__})
+    """List the public names, without those that have moved."""
+    return sorted({*__all__, *(name for name in globals() if name.startswith("__"))})

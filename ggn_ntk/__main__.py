@@ -46,6 +46,7 @@ def main(arguments: list[str] | None = None) -> int:
     where = f"{_describe(device)}, {options.dtype}, torch {torch.__version__}"
     print(f"Kernel of {options.n1} x {options.n2} images on {where}")
 
+    # The oracle computes in float64, whatever the routes compute in.
     oracle = cast(Tensor, jacobian_contraction(model.double(), x_train.double(), x_test.double()))
     model.to(dtype)
     runs: dict[str, Callable[[], Any]] = {
@@ -95,7 +96,7 @@ def _positive(text: str) -> int:
 
 
 def _device(text: str) -> str:
-    """Read a device that can be used."""
+    """Read a device, and make sure that it can be used."""
     try:
         torch.empty(1, device=text)
     except (RuntimeError, AssertionError) as error:
@@ -104,7 +105,7 @@ def _device(text: str) -> str:
 
 
 def _file(text: str) -> Path:
-    """Read where to save something, and make sure that this can be done."""
+    """Read the path of a file, and make sure that it can be written."""
     path = Path(text)
     reason = None
     if path.is_dir():
@@ -126,7 +127,8 @@ def _describe(device: str) -> str:
 
 
 def _median_seconds(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Time computations that have run once before, one after the other in each round."""
+    """Time computations that have run once before."""
+    # In each round one after the other, so that a slow moment of the machine does not fall on one of them alone.
     times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(repeats):
         for name, run in runs.items():
@@ -139,13 +141,13 @@ def _median_seconds(runs: dict[str, Callable[[], Any]], repeats: int) -> dict[st
 
 
 def _synchronize() -> None:
-    """Wait for the GPU, if there is one."""
+    """Wait for what the GPU still has to do, if there is one."""
     if torch.cuda.is_available():
         torch.cuda.synchronize()
 
 
 def _table(errors: dict[str, float], seconds: dict[str, float], tolerance: float) -> str:
-    """Lay out the results."""
+    """Format errors and times as a table."""
     fastest = min(seconds.values())
     lines = [f"{'method':<22}{'relative error':>16}{'agrees':>8}{'seconds':>11}{'ratio':>8}"]
     for method, error in errors.items():

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ggn_ntk.spectrum.matrix import check_kernel, symmetric_matrix
 
-__all__ = ["plot_alignment", "plot_kernel", "plot_spectrum", "plot_training"]
+__all__ = ["COLORS", "plot_alignment", "plot_kernel", "plot_spectrum", "plot_training"]
 
 #: Blue, vermilion, bluish green, reddish purple, orange and sky blue.
 COLORS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
@@ -150,7 +150,7 @@ def plot_training(
 
 
 def _axes(ax: Any) -> Any:
-    """Find the axes to draw into."""
+    """Import matplotlib, and find the axes to draw into."""
     try:
         from matplotlib import pyplot as plt
     except ImportError:
@@ -164,13 +164,15 @@ def _trace(kernel: Tensor) -> Tensor:
     if kernel.ndim == 2:
         return kernel
     half = (kernel.ndim - 2) // 2
+    # [N1, N2, C, C], of which the diagonal is summed
     return kernel.flatten(2 + half).flatten(2, 1 + half).diagonal(dim1=2, dim2=3).sum(-1)
 
 
 def _divide_classes(ax: Any, classes: Tensor) -> None:
-    """Draw lines between classes and name them."""
+    """Draw lines between classes, and name classes on the axes."""
+    # sorted classes [N]
     names, counts = classes.unique_consecutive(return_counts=True)
-    ends = counts.cumsum(0)
+    ends = counts.cumsum(0)  # pixels lie at integers, so that the lines between them are half a pixel off
     for end in ends[:-1].tolist():
         ax.axhline(end - 0.5, color="white", linewidth=0.8)
         ax.axvline(end - 0.5, color="white", linewidth=0.8)
@@ -182,24 +184,24 @@ def _divide_classes(ax: Any, classes: Tensor) -> None:
 
 
 def _evenly_on_log_axis(n: int) -> list[int]:
-    """Choose points for markers."""
+    """Choose up to eight of n points for markers, evenly spaced on a logarithmic axis."""
     return sorted({round(n ** (i / 7)) - 1 for i in range(8)} if n else [])
 
 
 def _line(index: int, every: int | list[int]) -> dict[str, Any]:
-    """Choose the style of a curve."""
+    """Choose the style of a curve by its place among the curves."""
     style = {"color": COLORS[index % len(COLORS)], "marker": _MARKERS[index % len(_MARKERS)]}
     return style | {"markersize": 5, "markevery": every, "linewidth": 1.5}
 
 
 def _numbers(values: Any) -> Any:
-    """Bring numbers to a form that matplotlib takes."""
+    """Turn numbers into an array, which matplotlib takes."""
     tensor = values.detach().cpu() if isinstance(values, Tensor) else torch.tensor(values, dtype=torch.float64)
     return tensor.double().numpy()
 
 
 def _matching(argument: str, values: Any, x: Any) -> Any:
-    """Bring the numbers of a curve to a form that matplotlib takes."""
+    """Turn the numbers of a curve into an array, with one for each step."""
     y = _numbers(values)
     if y.shape != x.shape or y.ndim != 1:
         raise ValueError(f"{argument} must hold one number for each step, got shapes {y.shape} and {x.shape}.")

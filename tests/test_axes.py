@@ -21,14 +21,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Size, nn
 
-from ggn_ntk import empirical_ntk
+from ggn_ntk import empirical_ntk, empirical_ntk_vivit, explain
 from ggn_ntk.contraction import contract
-from ggn_ntk.kernels.explain import _contractions
 from ggn_ntk.memory.chunks import split_outputs
-from ggn_ntk.methods.structured import recorded_products
-from ggn_ntk.models.isolation import isolated
-from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
-from ggn_ntk.problem.request import Request
+from ggn_ntk.problem.output_axes import OutputAxes
+from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
 
 # Every way to compute a kernel.
 ROUTES = [
@@ -39,6 +36,9 @@ ROUTES = [
     {"method": "ntk_vector_products"},
     {},
 ]
+
+# The functions that are one route each.
+FUNCTIONS = [empirical_ntk_vivit, jacobian_contraction, ntk_vector_products]
 
 
 def tied():
@@ -135,6 +135,19 @@ def test_parameters_and_check(route):
     assert_close(kernel, reduce_axes(expected["2.weight"] + expected["0.bias"], roles))
 
 
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("roles", ROLES, ids="-".join)
+@pytest.mark.parametrize("function", FUNCTIONS)
+def test_functions_of_one_route(function, roles, symmetric):
+    model, x1, x2 = build("convolutional")
+    expected = full("convolutional", symmetric)
+    whole = reduce_axes(sum(expected.values()), roles)
+    assert_close(function(model, x1, None if symmetric else x2, **axes_of(roles)), whole)
+    kernels = function(model, x1, None if symmetric else x2, params=["0.bias"], per_parameter=True, **axes_of(roles))
+    assert list(kernels) == ["0.bias"]
+    assert_close(kernels["0.bias"], reduce_axes(expected["0.bias"], roles), scale=whole)
+
+
 @pytest.mark.parametrize("method", ["structured", "jacobian_contraction", "ntk_vector_products", "auto"])
 def test_what_output_picks_has_the_axes(method):
     model, x1, x2 = build("convolutional")
@@ -224,10 +237,7 @@ def test_axes_prune_the_contraction(route):
     x1, x2 = torch.randn(3, 2, 8, 8), torch.randn(2, 2, 8, 8)
 
     def costs(**axes):
-        wanted = AxesRequest.parse("full", **axes)
-        request = Request.parse(model, x1, x2, wanted, params=None, per_parameter=True, capture=route)
-        with isolated(model):
-            return {c.parameter: c for c in _contractions(request, recorded_products(request)[1])}
+        return {c.parameter: c for c in explain(model, x1, x2, capture=route, **axes).contractions}
 
     whole, traced, diagonal = costs(), costs(trace_axes=(1, 2)), costs(diagonal_axes=(1, 2))
     assert list(whole) == list(traced) == list(diagonal) == ["2.weight", "2.bias", "0.weight", "0.bias"]
@@ -245,6 +255,14 @@ def test_bad_arguments(route, arguments, error, message):
     model, x, _ = build("convolutional")
     with pytest.raises(error, match=message):
         empirical_ntk(model, x, **arguments, **route)
+
+
+@pytest.mark.parametrize(("arguments", "error", "message"), BAD_AXES)
+@pytest.mark.parametrize("function", [*FUNCTIONS, explain])
+def test_bad_arguments_of_other_functions(function, arguments, error, message):
+    model, x, _ = build("convolutional")
+    with pytest.raises(error, match=message):
+        function(model, x, **arguments)
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=str)

@@ -15,16 +15,14 @@ from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
 from torch import nn
 
-from ggn_ntk import (
-    EmpiricalKernels,
+from ggn_ntk import EmpiricalKernels, empirical_ntk, linearize
+from ggn_ntk.training import (
     Gaussian,
     IllConditionedWarning,
-    empirical_ntk,
     gradient_descent_mse,
     gradient_flow,
     gradient_flow_mse,
     kernel_ridge_regression,
-    linearize,
     max_learning_rate,
     nngp_posterior,
     ntk_ensemble,

@@ -81,6 +81,15 @@ def test_methods_without_a_choice():
         explain(mlp(nn.Tanh)(), torch.randn(3, 5), method="vivit")
 
 
+@pytest.mark.parametrize("capture", ["backpack", "autograd"])
+def test_compute_is_all_axes_in_one_role(capture):
+    model, x1, x2 = BY_NAME["output_image"].build()
+    for compute, axes in [("trace", {"trace_axes": (0, 1, 2)}), ("diagonal", {"diagonal_axes": [0, -1, 1]})]:
+        by_compute = explain(model, x1, x2, compute=compute, capture=capture)
+        assert explain(model, x1, x2, capture=capture, **axes) == by_compute
+        assert sum(c.flops for c in by_compute.contractions) < sum(c.flops for c in explain(model, x1, x2).contractions)
+
+
 def test_params_are_selected():
     explanation = explain(wide_mlp(), torch.randn(3, 300), params=["0.bias"])
     assert [c.parameter for c in explanation.contractions] == ["0.bias"]

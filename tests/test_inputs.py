@@ -34,9 +34,8 @@ from ggn_ntk.contraction.factored import OneHot
 from ggn_ntk.methods.structured import recorded_products
 from ggn_ntk.plots import plot_alignment
 from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
-from ggn_ntk.rules import registry
+from ggn_ntk.rules import register_rule_by_name, registry
 from ggn_ntk.rules.linear import linear
-from ggn_ntk.rules.registry import register_rule_by_name
 
 ROUTES = ["structured", "jacobian_contraction", "ntk_vector_products", "auto"]
 FUNCTIONS = [empirical_ntk, jacobian_contraction, ntk_vector_products, explain, nngp, empirical_kernels]

@@ -16,6 +16,8 @@ from conftest import (
     call,
     exchanged,
     fully_convolutional,
+    kernel_of,
+    loop_jacobians,
     oracle_sum,
     reduce_axes,
 )
@@ -176,6 +178,63 @@ class Squeezed(nn.Module):
 class Overflows(nn.Module):
     def forward(self, x):
         return x / 0
+
+
+# ---------------------------------------------------------------- what output picks
+
+
+class Named(nn.Module):
+    """Returns the output of a model among others."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return {"hidden": x, "logits": self.model(x)}
+
+
+def pick(found):
+    return found["logits"].movedim(2, 1)
+
+
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize("roles", ROLES, ids="-".join)
+def test_output_picks_a_tensor(roles, symmetric):
+    model, x1 = Named(fully_convolutional()), torch.randn(3, 1, 5, 4).double()
+    x2 = None if symmetric else torch.randn(2, 1, 5, 4).double()
+    with torch.no_grad():
+        f1, f2 = pick(model(x1)), pick(model(x1 if symmetric else x2))
+    outputs = reduce_axes(torch.einsum("nchw,mdij->nmchwdij", f1, f2), roles)
+    assert_close(nngp(model, x1, x2, output=pick, **axes_of(roles)), outputs)
+    kernels = empirical_kernels(model, x1, x2, output=pick, **axes_of(roles))
+    assert_close(kernels.nngp, outputs)
+    first, second = (loop_jacobians(model, x, pick) for x in (x1, x1 if symmetric else x2))
+    ntk = sum(torch.einsum("ncp,mdp->nmcd", first[name], second[name]) for name in first)
+    assert_close(kernels.ntk, reduce_axes(ntk.reshape(*ntk.shape[:2], *f1.shape[1:] * 2), roles))
+
+
+@pytest.mark.parametrize("method", ["structured", "jacobian_contraction", "ntk_vector_products"])
+def test_output_on_every_route(method):
+    model, x1, x2 = fully_convolutional(), torch.randn(3, 1, 5, 4).double(), torch.randn(2, 1, 5, 4).double()
+    expected = empirical_kernels(model, x1, x2)
+    picked = empirical_kernels(Named(model), x1, x2, method=method, check=True, output=lambda found: found["logits"])
+    for actual, kernel in zip(picked, expected, strict=True):
+        assert_close(actual, kernel)
+
+
+def test_a_model_that_returns_no_tensor():
+    for function in (nngp, empirical_kernels):
+        with pytest.raises(UnsupportedModelError, match=r"it returns dict, not a tensor. Pass output="):
+            function(Named(fully_convolutional()), torch.randn(3, 1, 5, 4).double())
+
+
+def test_both_kernels_by_a_capture():
+    model, x = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double(), torch.randn(3, 5).double()
+    for capture in ("backpack", "autograd"):
+        assert_close(empirical_kernels(model, x, capture=capture).ntk, kernel_of(model, x))
+    with pytest.raises(ValueError, match="capture is for method='structured' alone, got method='vivit'"):
+        empirical_kernels(model, x, method="vivit", capture="autograd")
 
 
 # ---------------------------------------------------------------- output axes

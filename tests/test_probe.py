@@ -13,7 +13,8 @@ from ggn_ntk.models.isolation import isolated
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request
 from ggn_ntk.reference import jacobian_contraction
-from ggn_ntk.rules import acts_on_each_sample, registry
+from ggn_ntk.rules import registry
+from ggn_ntk.rules.registry import acts_on_each_sample
 
 KNOWN = {kind for kind in (*registry._RULES, *registry._BACKPROPAGATIONS) if kind.__module__.startswith("torch.nn.")}
 

@@ -1,11 +1,21 @@
 """Bad arguments are refused by name, with what is accepted."""
 
+from inspect import signature
+
 import pytest
 import torch
 from cases import TiedTransformer, TwoInputs, mlp, tied_mlp
 from torch import nn
 
-from ggn_ntk import empirical_ntk, empirical_ntk_vivit
+from ggn_ntk import (
+    empirical_kernels,
+    empirical_ntk,
+    empirical_ntk_vivit,
+    explain,
+    linearize,
+    nngp,
+    taylor_expand,
+)
 from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
 
 X = torch.zeros(3, 5)
@@ -74,6 +84,29 @@ def test_arguments_of_the_oracle(function, model):
         function(model, X, chunk_size=0)
     with pytest.raises(TypeError, match="output must be a callable or None, got str"):
         function(model, X, output="logits")
+
+
+FRONT_DOORS = [
+    empirical_ntk_vivit,
+    jacobian_contraction,
+    ntk_vector_products,
+    explain,
+    nngp,
+    empirical_kernels,
+    linearize,
+    taylor_expand,
+]
+
+
+@pytest.mark.parametrize("function", FRONT_DOORS)
+def test_keywords_are_the_same_everywhere(function, model):
+    known, own = signature(empirical_ntk).parameters, signature(function).parameters
+    expansion = function in (linearize, taylor_expand)
+    assert {"output"} | ({"params"} if expansion else {"compute", "trace_axes", "diagonal_axes"}) <= own.keys()
+    for name in own.keys() & known.keys() - {"params" if expansion else ""}:
+        assert own[name] == known[name].replace(annotation=own[name].annotation)
+    with pytest.raises(TypeError, match="output must be a callable or None, got str"):
+        function(model, *([1] if function is taylor_expand else [] if expansion else [X]), output="logits")
 
 
 def test_frozen_parameters_cannot_be_named(model):

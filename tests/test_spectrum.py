@@ -11,12 +11,12 @@ from torch import nn
 from torch.nn import functional as F
 from vivit.linalg.eigh import EighComputation
 
-from ggn_ntk import (
+from ggn_ntk import empirical_ntk
+from ggn_ntk.spectrum import (
     centered_kernel_alignment,
     condition_number,
     effective_rank,
     eigenvalues,
-    empirical_ntk,
     ggn_eigenvalues,
     kernel_target_alignment,
     relative_kernel_change,

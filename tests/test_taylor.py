@@ -33,9 +33,9 @@ def moved(point, step, h=1.0):
     return {name: p + h * step[name] for name, p in point.items()}
 
 
-def autograd_linearization(model, x, step):
+def autograd_linearization(model, x, step, pick=lambda found: found):
     """f(θ0, x) + J(x) step by plain autograd, one output at a time."""
-    output = call(model.requires_grad_(), x)
+    output = pick(call(model.requires_grad_(), x))
     params = dict(model.named_parameters())
     rows = []
     for entry in output.flatten():
@@ -375,6 +375,43 @@ class Returns(nn.Linear):
         return {"logits": super().forward(x)}
 
 
+class Named(nn.Module):
+    """Returns the output of a model among others."""
+
+    def __init__(self, model):
+        super().__init__()
+        self.model = model
+
+    def forward(self, x):
+        return {"hidden": x, "logits": self.model(x)}
+
+
+def pick(found):
+    return found["logits"].flatten(1).tanh()
+
+
+@pytest.mark.parametrize("name", ["mlp_Tanh", "conv2d", "tied_transformer", "recurrent"])
+def test_output_picks_a_tensor(name, dtype):
+    inner, x, _ = BY_NAME[name].build(dtype)
+    model = Named(inner)
+    step = direction(model)
+    expected = autograd_linearization(*double(model, x), {n: t.double() for n, t in step.items()}, pick)
+    new = moved(parameters(model), step)
+    assert_close(linearize(model, output=pick)(new, x).detach(), expected)
+    assert_close(taylor_expand(model, 1, output=pick)(new, x).detach(), expected)
+
+
+def test_output_of_a_polynomial():
+    """The square of a linear network is of degree two in its parameters."""
+    model = Named(nn.Linear(5, 3)).double()
+    x, new = torch.randn(3, 5).double(), moved(parameters(model), direction(model))
+    with torch.no_grad():
+        expected = torch.func.functional_call(model, new, x)["logits"].square()
+    for degree in (2, 3):
+        expansion = taylor_expand(model, degree, output=lambda found: found["logits"].square())
+        assert_close(expansion(new, x).detach(), expected)
+
+
 class FusedNorm(nn.Linear):
     """Its second derivatives by nested jvps are wrong: torch does not differentiate the mean it keeps."""
 
@@ -387,7 +424,7 @@ class FusedNorm(nn.Linear):
     [
         (KeepsReference, r"torch.func does not get its derivatives right. Look for parameters that its forward pass"),
         (lambda: nn.Sequential(nn.Linear(5, 3), nn.Dropout(0.5)), "its forward pass draws random numbers"),
-        (lambda: Returns(5, 3), "it returns dict, not a tensor"),
+        (lambda: Returns(5, 3), "it returns dict, not a tensor. Pass output=, a function that picks"),
         (lambda: FusedNorm(5, 3), "torch.func does not get its derivatives right"),
     ],
 )
@@ -404,6 +441,7 @@ def test_refused_models(model, message):
         ({"degree": 1.0}, TypeError, "degree must be an integer, got float"),
         ({"degree": True}, TypeError, "degree must be an integer, got bool"),
         ({"degree": -1}, ValueError, "degree must not be negative, got -1"),
+        ({"output": "logits"}, TypeError, "output must be a callable or None, got str"),
         ({"params": "0.weight"}, TypeError, "params must be an iterable of parameter names or a mapping .*, got str"),
         ({"params": []}, ValueError, "params is empty"),
         ({"params": ["7.weight"]}, ValueError, "params names '7.weight', which the model does not have. It has: 0.we"),

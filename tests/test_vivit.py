@@ -349,3 +349,8 @@ def test_no_memory_is_kept(model):
     for compute in ("full", "diagonal", "trace"):
         empirical_ntk(model, x, compute=compute, method="vivit")
     assert tensors() == before
+
+
+def test_output_is_refused(model):
+    with pytest.raises(UnsupportedModelError, match=r"what it returns is not its last layer's output \(output=\)"):
+        empirical_ntk_vivit(model, torch.randn(3, 5).double(), output=lambda y: y[:, :1])

@@ -45,9 +45,8 @@ from ggn_ntk.process.torch_internals import (
     current_backward_pass,
     parameters_of,
 )
-from ggn_ntk.rules import acts_on_each_sample, backpropagation_for, rule_for
 from ggn_ntk.rules.activation import multiply_entries
-from ggn_ntk.rules.registry import batched_vjp
+from ggn_ntk.rules.registry import acts_on_each_sample, backpropagation_for, batched_vjp, rule_for
 
 # Layers of torch that may draw other random numbers.
 _DRAWS = (nn.RNNBase, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)

@@ -13,7 +13,7 @@ from ggn_ntk.models.requirements import ModuleCheck, configuration_problems, eag
 from ggn_ntk.problem.errors import OTHER_METHOD, Problem, UnsupportedModelError, UnsupportedRouteError
 from ggn_ntk.problem.request import Request
 from ggn_ntk.process.torch_internals import AnyBatchNorm, AnyConv, AnyLoss, AnyTransposedConv
-from ggn_ntk.rules import acts_on_each_sample
+from ggn_ntk.rules.registry import acts_on_each_sample
 
 
 def check_vivit(request: Request) -> Size:

@@ -13,7 +13,7 @@ from ggn_ntk.contraction.factored import Factored, OneHot
 from ggn_ntk.problem.errors import NotCapturedError
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.process.torch_internals import version_of
-from ggn_ntk.rules import Rule
+from ggn_ntk.rules.registry import Rule
 
 
 @dataclass(frozen=True, eq=False)

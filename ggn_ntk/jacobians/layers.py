@@ -11,7 +11,7 @@ from ggn_ntk.models.requirements import eager, hidden_computation
 from ggn_ntk.problem.errors import Problem
 from ggn_ntk.problem.request import Request
 from ggn_ntk.process.torch_internals import children_of
-from ggn_ntk.rules import acts_on_each_sample, backpropagation_for, rule_for
+from ggn_ntk.rules.registry import acts_on_each_sample, backpropagation_for, rule_for
 
 REMEDY = "Use capture='autograd' ('auto' does)"
 

@@ -26,7 +26,7 @@ from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
 from ggn_ntk.process.torch_internals import has_global_hooks, parameters_of, version_of
 from ggn_ntk.process.transforms import is_transformed
-from ggn_ntk.rules import Rule, rule_for
+from ggn_ntk.rules.registry import Rule, rule_for
 
 
 def record(request: Request, inputs: Inputs, one: Sequence[LayerCall] | Sequence[SampleAxes] = ()) -> Recording:

@@ -19,7 +19,7 @@ from torch.nn import Module
 from ggn_ntk.jacobians.layer_call import LayerCall, Recording, map_tensors, shape_of
 from ggn_ntk.models.autograd_graph import graph_nodes
 from ggn_ntk.process.torch_internals import output_metadata
-from ggn_ntk.rules import inner_of
+from ggn_ntk.rules.registry import inner_of
 
 # The node of a graph that transposes a weight.
 _TRANSPOSED = "TBackward0"

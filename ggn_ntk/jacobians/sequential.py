@@ -28,7 +28,7 @@ from ggn_ntk.models.requirements import eager
 from ggn_ntk.problem.errors import Problem, UnsupportedRouteError
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
-from ggn_ntk.rules import backpropagation_for
+from ggn_ntk.rules.registry import backpropagation_for
 
 
 class SequentialPass:

@@ -21,7 +21,7 @@ from ggn_ntk.models.independence import gradients, rounding_of
 from ggn_ntk.problem.errors import NotFiniteError
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
-from ggn_ntk.rules import rule_for
+from ggn_ntk.rules.registry import rule_for
 
 #: What is said of a parameter whose rule is wrong.
 DIFFERS = "its Jacobian by the layer's rule differs from autograd's"

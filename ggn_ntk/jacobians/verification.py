@@ -48,7 +48,7 @@ from ggn_ntk.problem.errors import NotFiniteError, is_out_of_memory
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.output_axes import OutputAxes
 from ggn_ntk.problem.request import Request
-from ggn_ntk.rules import channels_last
+from ggn_ntk.rules.registry import channels_last
 
 # How many samples are evaluated by themselves: at most so many, and one of so many.
 _PROBED, _SHARE = 3, 16

@@ -98,14 +98,15 @@ def explain(
     params: Iterable[str] | None = None,
     capture: str = "auto",
     output: Callable[[Any], Tensor] | None = None,
+    trace_axes: int | Iterable[int] | None = None,
+    diagonal_axes: int | Iterable[int] | None = None,
 ) -> Explanation:
     """Tell how :func:`ggn_ntk.empirical_ntk` computes a kernel, without contracting it.
 
     The costs are those of the contractions alone, each by itself: what parameters share, say the Gram matrix of
     ``s`` for weight and bias, is counted for both, also where their sum is contracted as one, and passing ``s`` back is
-    not counted. opt_einsum counts them
-    (Smith, Gray: "opt_einsum - A Python package for optimizing contraction order for einsum-like expressions", Journal
-    of Open Source Software, 2018).
+    not counted. opt_einsum counts them (Smith, Gray: "opt_einsum - A Python package for optimizing contraction order
+    for einsum-like expressions", Journal of Open Source Software, 2018).
 
     Args:
         model: The model.
@@ -116,20 +117,23 @@ def explain(
         params: Names of the parameters to sum over; ``None`` for all that require a gradient.
         capture: How to take the model apart, as for :func:`ggn_ntk.empirical_ntk`.
         output: Turns what the model returns into a tensor, as for :func:`ggn_ntk.empirical_ntk`.
+        trace_axes: Output axes to sum at equal indices, counted without the sample axis; negative ones count from
+            the last.
+        diagonal_axes: Output axes to take at equal indices.
 
     Returns:
         The explanation.
 
     Raises:
-        ValueError: If ``method`` is another route, which has nothing to choose.
+        ValueError: If an argument has a value that is not accepted; of ``method``, a route that has no choice to make.
         UnsupportedModelError: If no route supports the model.
         UnsupportedRouteError: For ``method="structured"``, if this one does not.
+        TypeError: If an argument is of the wrong type.
     """
     if method not in ("auto", "structured"):
         raise ValueError(f"method must be 'auto' or 'structured', the routes with a choice to explain, got {method!r}.")
-    request = Request.parse(
-        model, x1, x2, AxesRequest.parse(compute), params=params, per_parameter=True, capture=capture, output=output
-    )
+    axes = AxesRequest.parse(compute, trace_axes, diagonal_axes)
+    request = Request.parse(model, x1, x2, axes, params=params, per_parameter=True, capture=capture, output=output)
     with outside_of_transforms(), isolated(request.model):
         try:
             plan, products = recorded_products(request)
@@ -150,10 +154,10 @@ def explain(
 
 
 def _contractions(request: Request, products: Iterable[tuple[str, Doubled]]) -> Iterable[Contraction]:
-    """Describe each product of Jacobians."""
+    """Describe how each product of Jacobians is contracted."""
     owners = {id(p): type(m).__name__ for m in eager(request.model).modules() for p in m.parameters(recurse=False)}
     total, n1 = sum(request.sizes), request.n1
-    rows, columns = slice(0, n1 or total), slice(n1 or 0, total)
+    rows, columns = slice(0, n1 or total), slice(n1 or 0, total)  # x1 and x2 among the stacked samples
     for name, product in products:
         operands = looked_up(restrict(product, rows, columns))
         info = path_of(operands, product.result, apart=product.apart)

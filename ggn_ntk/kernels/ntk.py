@@ -92,7 +92,7 @@ def empirical_ntk(
         x2: N2 samples like x1. ``None`` means x1: half the work, and a kernel that is exactly symmetric under
             ``(n, c) <-> (m, d)``.
         compute: ``"full"``, ``"diagonal"`` (entries with c = d) or ``"trace"`` (their sum over c).
-        method: ``"auto"`` or another value of :class:`ggn_ntk.kernels.ntk.Method`, which says when each wins.
+        method: ``"auto"`` or another value of :class:`ggn_ntk.kernels.Method`, which says when each wins.
         params: Names of the parameters to sum over, as in ``model.named_parameters()``; a tied parameter counts
             once. ``None`` for all that require a gradient.
         per_parameter: Return one kernel for each parameter, by name, instead of their sum.

@@ -5,7 +5,7 @@ Gaussian process that the network is (Lee, Bahri, Novak, Schoenholz, Pennington,
 as Gaussian Processes", ICLR 2018, section 2).
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any, cast
 
@@ -34,6 +34,7 @@ def nngp(
     x2: Any = None,
     *,
     compute: str = "full",
+    output: Callable[[Any], Tensor] | None = None,
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
 ) -> Tensor:
@@ -49,6 +50,7 @@ def nngp(
         x2: N2 samples like x1. ``None`` means x1, with a kernel that is exactly symmetric under
             ``(n, c) <-> (m, d)``.
         compute: ``"full"``, ``"diagonal"`` (entries with c = d) or ``"trace"`` (their sum over c).
+        output: Turns what the model returns into the tensor ``[N, *out]`` to multiply, say ``lambda out: out.logits``.
         trace_axes: Output axes to sum at equal indices, counted without the sample axis; negative ones count from
             the last.
         diagonal_axes: Output axes to take at equal indices.
@@ -64,7 +66,7 @@ def nngp(
         ValueError: If an argument has a value that is not accepted.
     """
     axes = AxesRequest.parse(compute, trace_axes, diagonal_axes)
-    request = Request.parse(model, x1, x2, axes, params=None, per_parameter=False)
+    request = Request.parse(model, x1, x2, axes, params=None, per_parameter=False, output=output)
     return _multiply_outputs(request)
 
 
@@ -77,6 +79,8 @@ def empirical_kernels(
     method: str = "auto",
     params: Iterable[str] | None = None,
     check: bool = False,
+    capture: str = "auto",
+    output: Callable[[Any], Tensor] | None = None,
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
 ) -> EmpiricalKernels:
@@ -93,6 +97,8 @@ def empirical_kernels(
         method: The route to the NTK.
         params: Names of the parameters that the NTK sums over.
         check: Compare a block of the NTK with an independent computation.
+        capture: How the structured route takes the model apart.
+        output: Turns what the model returns into the tensor ``[N, *out]`` of which both kernels are.
         trace_axes: Output axes to sum at equal indices, in both kernels.
         diagonal_axes: Output axes to take at equal indices, in both kernels.
 
@@ -106,8 +112,8 @@ def empirical_kernels(
         ValueError: If an argument has a value that is not accepted.
     """
     axes = AxesRequest.parse(compute, trace_axes, diagonal_axes)
-    request = Request.parse(model, x1, x2, axes, params=params, per_parameter=False)
-    wanted = parse_method(method, check)
+    request = Request.parse(model, x1, x2, axes, params=params, per_parameter=False, capture=capture, output=output)
+    wanted = parse_method(method, check, capture)
     with outside_of_transforms(), isolated(request.model):
         ntk, computed = compute_kernels(request, wanted, check)
         evaluated = computed.outputs is not None and len(computed.outputs) == sum(request.sizes)
@@ -115,7 +121,7 @@ def empirical_kernels(
 
 
 def _multiply_outputs(request: Request, outputs: Tensor | None = None) -> Tensor:
-    """Compute an NNGP kernel."""
+    """Compute an NNGP kernel, from outputs where they have been evaluated."""
     # outputs [N1 + N2, *out]
     described = f"the NNGP kernel of {sum(request.sizes)} samples"
     with (
@@ -128,7 +134,7 @@ def _multiply_outputs(request: Request, outputs: Tensor | None = None) -> Tensor
         outputs = _checked_outputs(request) if outputs is None else outputs
         axes = request.axes.resolve(outputs.shape[1:])
         found = outputs.split(request.sizes)
-        first, second = (axes.arrange(f.reshape(len(f), -1)) for f in (found[0], found[-1]))
+        first, second = (axes.arrange(f.reshape(len(f), -1)) for f in (found[0], found[-1]))  # [N, E, F, T]
         kernel = einsum("necf,medf->nmecd", first, second)
         infinite = (~outputs.isfinite().reshape(len(outputs), -1).all(1)).nonzero().flatten().tolist()
         if infinite:

@@ -1,10 +1,10 @@
-"""Operations written out in elementary ones, where torch's own cannot be differentiated, or are so wrongly.
+"""Operations written out in elementary ones, where torch gets derivatives of its own wrong, or has none.
 
 Torch's layer, batch and instance normalisation keep a mean and a standard deviation that it does not differentiate
-further. Nested forward-mode derivatives through them are wrong without a word (seen: off by more than half on torch
-2.15), and so are those by nested reverse mode. Embedding bags have no derivative in forward mode, nor a second one in
-reverse mode, and neither has the fused weight normalisation of GPUs. Sparse gradients cannot be differentiated.
-Transformer layers have a fused path without derivatives.
+further. Nested derivatives through them, in forward and in reverse mode, are wrong without an error (off by more than
+half on torch 2.15). Embedding bags have no derivative in forward mode, nor a second one in reverse mode, and neither
+has the fused weight normalisation of GPUs. Sparse gradients cannot be differentiated. Transformer layers have a fused
+path without derivatives.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -21,7 +21,7 @@ from ggn_ntk.process.torch_internals import weight_norm
 
 @contextmanager
 def differentiable(degree: int) -> Iterator[None]:
-    """Have models compute in operations that can be differentiated in forward mode."""
+    """Have models compute in operations that can be differentiated in forward mode, ``degree`` times."""
     before = torch.backends.mha.get_fastpath_enabled()
     try:
         torch.backends.mha.set_fastpath_enabled(False)
@@ -32,21 +32,17 @@ def differentiable(degree: int) -> Iterator[None]:
 
 
 class _Composite(TorchFunctionMode):
-    """Replaces functions of torch by others.
-
-    Attributes:
-        replacements: The other functions, by those they replace.
-    """
+    """Replaces functions of torch by others."""
 
     def __init__(self, replacements: dict[Callable[..., Any], Callable[..., Any]]) -> None:
-        """Store the functions."""
+        """Take the other functions, by those that they replace."""
         super().__init__()
         self.replacements = replacements
 
     def __torch_function__(
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        """Call a function of torch, or what replaces it."""
+        """Call what replaces a function of torch, or else itself."""
         return self.replacements.get(func, func)(*args, **(kwargs or {}))
 
 
@@ -134,6 +130,7 @@ def _embedding_bag(
     rows = F.embedding(input, weight)
     counts = torch.ones_like(input, dtype=torch.bool) if padding_idx is None else input != padding_idx % len(weight)
     if mode == "max":
+        # bags that hold nothing but padding are zero
         largest = rows.masked_fill(~counts[..., None], -torch.inf).max(dim=1).values
         return largest.masked_fill(~counts.any(1, keepdim=True), 0)
     factors = counts.to(rows.dtype) if per_sample_weights is None else counts * per_sample_weights

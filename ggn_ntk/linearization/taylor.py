@@ -9,39 +9,39 @@ import copy
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
-from functools import lru_cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jvp, vjp
 from torch.nn import Module
 
+from ggn_ntk.linearization.derivatives import (
+    Parameters,
+    Pushforward,
+    derivatives_along,
+    find_pushforward,
+    fingerprints,
+    forward_mode,
+    is_right,
+)
 from ggn_ntk.linearization.elementary_ops import differentiable
-from ggn_ntk.models.autograd_graph import precisions
-from ggn_ntk.models.comparison import KINKS, PROBE_TOLERANCES, SEEN, cotangent, norms, read, total_norm
-from ggn_ntk.models.evaluation import evaluate, leaves_of, primals_of
-from ggn_ntk.models.independence import gradients, gradients_of
+from ggn_ntk.models.evaluation import evaluate, primals_of
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.requirements import eager
-from ggn_ntk.problem.errors import Problem, UnsupportedModelError, is_out_of_memory, without
-from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.output_axes import AxesRequest
-from ggn_ntk.problem.request import Request, check_wrappers
+from ggn_ntk.problem.request import Request, check_picks, check_wrappers
 from ggn_ntk.process.switches import without_checkpoints
-from ggn_ntk.process.torch_internals import COMPILED_PREFIX, backward_hooks, tree_map
+from ggn_ntk.process.torch_internals import COMPILED_PREFIX, backward_hooks
 from ggn_ntk.process.transforms import is_transformed
 from ggn_ntk.process.turns import alone_with
 
-_KIND = "Taylor expansion"
 
-Parameters = dict[str, Tensor]
-
-# Takes a function, its arguments and their tangents; returns the function's value and its derivative along them.
-Pushforward = Callable[[Callable[..., Any], tuple[Parameters], tuple[Parameters]], tuple[Any, Any]]
-
-
-def linearize(model: Module, params: Iterable[str] | Mapping[str, Tensor] | None = None) -> "TaylorExpansion":
+def linearize(
+    model: Module,
+    params: Iterable[str] | Mapping[str, Tensor] | None = None,
+    *,
+    output: Callable[[Any], Tensor] | None = None,
+) -> "TaylorExpansion":
     """Linearize a model in its parameters.
 
     f_lin(θ, x) = f(θ0, x) + J(x) (θ - θ0), with θ0 the parameters now.
@@ -50,6 +50,7 @@ def linearize(model: Module, params: Iterable[str] | Mapping[str, Tensor] | None
         model: Any module whose forward pass draws no random numbers. It is copied: what happens to it later, training
             included, does not move the expansion point.
         params: See :func:`taylor_expand`.
+        output: Turns what the model returns into the tensor ``[N, *out]`` to linearize, say ``lambda out: out.logits``.
 
     Returns:
         ``f_lin(new_params, x)``, which returns ``[N, *out]``; see :class:`TaylorExpansion`.
@@ -58,11 +59,15 @@ def linearize(model: Module, params: Iterable[str] | Mapping[str, Tensor] | None
         TypeError: If an argument is of the wrong type.
         ValueError: If a parameter does not exist or a value is not accepted.
     """
-    return TaylorExpansion(model, 1, params)
+    return TaylorExpansion(model, 1, params, output=output)
 
 
 def taylor_expand(
-    model: Module, degree: int, params: Iterable[str] | Mapping[str, Tensor] | None = None
+    model: Module,
+    degree: int,
+    params: Iterable[str] | Mapping[str, Tensor] | None = None,
+    *,
+    output: Callable[[Any], Tensor] | None = None,
 ) -> "TaylorExpansion":
     """Expand a model in its parameters, up to a degree.
 
@@ -76,6 +81,7 @@ def taylor_expand(
         degree: The degree k; 0 for the model itself at θ0.
         params: Which parameters to expand in: their names, or a mapping from names to values, which are then the
             expansion point. The others are held constant. ``None`` for all, at the model's values.
+        output: Turns what the model returns into the tensor ``[N, *out]`` to expand, say ``lambda out: out.logits``.
 
     Returns:
         ``f_k(new_params, x)``, which returns ``[N, *out]``; see :class:`TaylorExpansion`.
@@ -84,7 +90,7 @@ def taylor_expand(
         TypeError: If an argument is of the wrong type.
         ValueError: If a parameter does not exist or a value is not accepted.
     """
-    return TaylorExpansion(model, degree, params)
+    return TaylorExpansion(model, degree, params, output=output)
 
 
 class TaylorExpansion:
@@ -95,13 +101,21 @@ class TaylorExpansion:
         point: The expansion point θ0: the parameters expanded in, by name.
     """
 
-    def __init__(self, model: Module, degree: int, params: Iterable[str] | Mapping[str, Tensor] | None = None) -> None:
+    def __init__(
+        self,
+        model: Module,
+        degree: int,
+        params: Iterable[str] | Mapping[str, Tensor] | None = None,
+        *,
+        output: Callable[[Any], Tensor] | None = None,
+    ) -> None:
         """Take a snapshot of the model.
 
         Args:
             model: The model.
             degree: The degree.
             params: The parameters to expand in.
+            output: Turns what the model returns into the tensor to expand.
 
         Raises:
             TypeError: If an argument is of the wrong type.
@@ -114,12 +128,14 @@ class TaylorExpansion:
         if degree < 0:
             raise ValueError(f"degree must not be negative, got {degree}.")
         self.degree = degree
+        check_picks(output)
         check_wrappers(model)
         self._model = _snapshot(eager(model))
         self._names = _first_names(self._model)
         self._params = self._choose(params)
-        self._pushforward: Pushforward | None = None
-        self._verified: set[tuple[int, ...]] = set()
+        self._output = output
+        self._pushforward: Pushforward | None = None  # the one that gets the samples right that were looked at
+        self._verified: set[tuple[int, ...]] = set()  # fingerprints of these samples
 
     @property
     def point(self) -> Parameters:
@@ -140,14 +156,16 @@ class TaylorExpansion:
             ``new_params``.
 
         Raises:
-            UnsupportedModelError: If the model returns no tensor or draws random numbers, or if ``torch.func`` does
-                not get its derivatives right. Calls inside of a ``torch.func`` transform do not look.
+            UnsupportedModelError: If neither the model nor ``output`` returns a tensor, if it draws random numbers, or
+                if ``torch.func`` does not get its derivatives right. Calls inside of a ``torch.func`` transform do not
+                look.
             TypeError: If an argument is of the wrong type.
             ValueError: If an argument has a value that is not accepted.
         """
         step = self._step(new_params)
+        axes, output = AxesRequest.parse("full"), self._output
         request = Request.parse(
-            self._model, x, None, AxesRequest.parse("full"), params=None, per_parameter=False, transforms=True
+            self._model, x, None, axes, params=None, per_parameter=False, output=output, transforms=True
         )
         request = replace(request, params={name: self._params[name] for name in step})
         records = torch.is_grad_enabled()
@@ -156,26 +174,26 @@ class TaylorExpansion:
             if not is_transformed():
                 self._verify(replace(request, params=self._params))
             with torch.set_grad_enabled(records):
-                function = _derivatives(
-                    lambda p: evaluate(request, p, request.x1), step, self.degree, self._pushforward or _forward_mode
+                function = derivatives_along(
+                    lambda p: evaluate(request, p, request.x1), step, self.degree, self._pushforward or forward_mode
                 )
                 terms = function(primals_of(request))
                 return torch.stack([term / math.factorial(j) for j, term in enumerate(terms)]).sum(0)
 
     def _verify(self, request: Request) -> None:
-        """Make sure that derivatives are right, at each sample that comes for the first time."""
-        fingerprints = _fingerprints(request.x1)
-        new = [i for i, fingerprint in enumerate(fingerprints) if fingerprint not in self._verified]
+        """Make sure that derivatives are right at each sample that comes for the first time."""
+        seen = fingerprints(request.x1)
+        new = [i for i, fingerprint in enumerate(seen) if fingerprint not in self._verified]
         if not new:
             return
-        inputs = request.x1 if len(new) == len(fingerprints) else request.x1[new]
-        if self._pushforward is None or not _is_right(request, inputs, self._pushforward, self.degree):
-            self._pushforward = _find_pushforward(request, self.degree)
-            self._verified.clear()
-        self._verified.update(fingerprints)
+        inputs = request.x1 if len(new) == len(seen) else request.x1[new]
+        if self._pushforward is None or not is_right(request, inputs, self._pushforward, self.degree):
+            self._pushforward = find_pushforward(request, self.degree)  # at all samples of this call
+            self._verified.clear()  # earlier samples were looked at with another pushforward
+        self._verified.update(seen)
 
     def _choose(self, params: Iterable[str] | Mapping[str, Tensor] | None) -> Parameters:
-        """Look up the parameters to expand in, and move the snapshot to where they are wanted."""
+        """Look up the parameters to expand in, and put the values that are given into the snapshot."""
         known = dict(self._model.named_parameters())
         if params is None:
             chosen = {name: p for name, p in known.items() if p.is_floating_point()}
@@ -199,7 +217,7 @@ class TaylorExpansion:
         return {name: p.requires_grad_() for name, p in chosen.items()}
 
     def _step(self, new_params: Mapping[str, Tensor] | Module) -> Parameters:
-        """Compute the step away from the expansion point."""
+        """Compute the step θ - θ0 of the parameters that are given, by their first names."""
         if isinstance(new_params, Module):
             with alone_with(new_params):
                 new_params = dict(new_params.named_parameters())
@@ -223,7 +241,7 @@ class TaylorExpansion:
         return {name: value - self._params[name].detach() for name, value in given.items()}
 
     def _first_name(self, argument: str, name: Any) -> str:
-        """Look up a parameter."""
+        """Look up the first name of a parameter."""
         plain = name.removeprefix(COMPILED_PREFIX) if isinstance(name, str) else name
         if plain not in self._names:
             raise ValueError(
@@ -233,7 +251,7 @@ class TaylorExpansion:
 
 
 def _snapshot(model: Module) -> Module:
-    """Copy a model as the function it is now."""
+    """Copy a model without its backward hooks."""
     kept = [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
     with torch.inference_mode(False), torch.no_grad(), alone_with(model):
         # deepcopy refuses results of an earlier forward pass that a module holds on to
@@ -252,7 +270,7 @@ def _first_names(model: Module) -> dict[str, str]:
 
 
 def _checked(argument: str, name: str, value: Any, parameter: Tensor) -> Tensor:
-    """Check a value of a parameter."""
+    """Refuse a value that is not like the parameter."""
     if not isinstance(value, Tensor):
         raise TypeError(f"{argument}[{name!r}] must be a tensor, got {type(value).__name__}.")
     for what in ("shape", "dtype", "device"):
@@ -261,137 +279,3 @@ def _checked(argument: str, name: str, value: Any, parameter: Tensor) -> Tensor:
             shown = (list(expected), list(actual)) if what == "shape" else (expected, actual)
             raise ValueError(f"{argument}[{name!r}] must have the {what} of the parameter: {shown[0]}, got {shown[1]}.")
     return value
-
-
-def _derivatives(
-    function: Callable[[Parameters], Tensor], step: Parameters, degree: int, pushforward: Pushforward
-) -> Callable[..., Any]:
-    """Differentiate along a step, again and again."""
-    if degree == 0:
-        return lambda point: (function(point),)
-    lower = _derivatives(function, step, degree - 1, pushforward)
-
-    def derivatives(point: Parameters) -> tuple[Tensor, ...]:
-        values, slopes = pushforward(lower, (point,), (step,))
-        return (*values, slopes[-1])
-
-    return derivatives
-
-
-def _forward_mode(
-    function: Callable[..., Any], primals: tuple[Parameters], tangents: tuple[Parameters]
-) -> tuple[Any, Any]:
-    """Differentiate along a direction in forward mode."""
-    values, slopes, *_ = jvp(function, primals, tangents)
-    return values, slopes
-
-
-def _double_vjp(
-    function: Callable[..., Any], primals: tuple[Parameters], tangents: tuple[Parameters]
-) -> tuple[Any, Any]:
-    """Differentiate along a direction in reverse mode, twice: the pullback is linear, and its own pullback is the jvp.
-
-    Args:
-        function: Takes parameters, returns a tensor or a tuple of tensors.
-        primals: The parameters.
-        tangents: The direction.
-
-    Returns:
-        The function's value and its derivative along the direction.
-    """
-    values, pullback, *_ = vjp(function, *primals)
-    _, pushforward, *_ = vjp(pullback, tree_map(torch.zeros_like, values))
-    return values, pushforward(tangents)[0]
-
-
-def _fingerprints(inputs: Inputs) -> list[tuple[int, ...]]:
-    """Sum the bits of each sample, in words, with random weights: a sample that differs has another sum."""
-    sums = []
-    for x in inputs.tensors.values():
-        rows = x.detach().reshape(len(x), -1).contiguous()
-        word = next(w for w in (torch.int64, torch.int32, torch.int16, torch.uint8) if not rows.itemsize % w.itemsize)
-        words = (torch.view_as_real(rows) if rows.is_complex() else rows).view(word).reshape(len(x), -1).long()
-        sums.append((words * _weights(words.shape[1], words.device)).sum(1))
-    return [tuple(row) for row in torch.stack(sums, dim=1).tolist()]
-
-
-@lru_cache(maxsize=8)
-def _weights(count: int, device: torch.device) -> Tensor:
-    """Draw odd numbers of 64 bits."""
-    generator = torch.Generator("cpu").manual_seed(0)
-    with torch.inference_mode(False):
-        return (torch.randint(-(2**62), 2**62, (count,), generator=generator, device="cpu") * 2 + 1).to(device)
-
-
-def _find_pushforward(request: Request, degree: int) -> Pushforward:
-    """Find a way to differentiate a model along a direction that gets it right."""
-    # Forward mode ignores ``torch.no_grad()``, and does not know all operations. Neither way reaches parameters that a
-    # model uses past its modules.
-    with without(_KIND):
-        output = evaluate(request, None, request.x1, inspect=True)
-    if not isinstance(output, Tensor):
-        what = f"it returns {type(output).__name__}, not a tensor"
-        raise UnsupportedModelError([Problem("", what, "Wrap it in a module that returns one")], _KIND)
-    for pushforward in (_forward_mode, _double_vjp):
-        if _is_right(request, request.x1, pushforward, degree):
-            return pushforward
-    what = "torch.func does not get its derivatives right"
-    remedy = (
-        "Look for parameters that its forward pass uses past the modules that hold them, custom autograd functions and "
-        "fused operations"
-    )
-    raise UnsupportedModelError([Problem("", what, remedy)], _KIND)
-
-
-def _is_right(request: Request, inputs: Inputs, pushforward: Pushforward, degree: int) -> bool:
-    """Tell whether a way to differentiate is right at some samples."""
-    try:
-        return _agrees_with_autograd(request, inputs, pushforward) and (
-            degree < 2 or _derivatives_commute(request, inputs, pushforward)
-        )
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        return False
-
-
-def _agrees_with_autograd(request: Request, inputs: Inputs, pushforward: Pushforward) -> bool:
-    """Tell whether a model's derivative along a direction is that of plain autograd, in the sum over samples."""
-    output = evaluate(request, None, inputs)
-    v = cotangent(output, seed=0)
-    direction = {name: cotangent(p, seed=1) for name, p in request.params.items()}
-    gradient = gradients_of(output, v, request.params)
-    slope = pushforward(lambda p: evaluate(request, p, inputs), (primals_of(request),), (direction,))[1]
-
-    def along(gradient: Parameters) -> float:
-        return math.fsum(read([(g * direction[name]).sum(dtype=torch.float64) for name, g in gradient.items()]))
-
-    error: float = abs((v * slope).sum(dtype=torch.float64).item() - along(gradient))
-    size = total_norm(gradient.values())
-    if error <= _tolerance(output) * size:
-        return True
-    moved = [gradients(request, inputs, v, leaves_of(request, jitter), jitter=jitter)[1] for jitter in (None, 0)]
-    seen = abs(along(moved[0]) - along(moved[1]))  # what rounding does, to deep networks
-    return error <= min(SEEN * seen, KINKS * size)
-
-
-def _derivatives_commute(request: Request, inputs: Inputs, pushforward: Pushforward) -> bool:
-    """Tell whether second derivatives along two random directions are the same in both orders."""
-    # They are not where torch loses a term of a nested derivative.
-    u, v = ({name: cotangent(p, seed) for name, p in primals_of(request).items()} for seed in (0, 1))
-
-    def second_derivative(inner: Parameters, outer: Parameters) -> Tensor:
-        def slope(point: Parameters) -> Any:
-            return pushforward(lambda p: evaluate(request, p, inputs), (point,), (inner,))[1]
-
-        result: Tensor = pushforward(slope, (primals_of(request),), (outer,))[1]
-        return result
-
-    one, other = second_derivative(u, v), second_derivative(v, u)
-    difference, size = norms([one - other, one])
-    return difference <= math.sqrt(torch.finfo(one.dtype).eps) * size
-
-
-def _tolerance(output: Tensor) -> float:
-    """Give the largest relative difference that rounding usually makes, in the lowest precision inside of a model."""
-    return max(PROBE_TOLERANCES.get(dtype, math.sqrt(torch.finfo(dtype).eps)) for dtype in precisions(output))

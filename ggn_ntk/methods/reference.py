@@ -37,6 +37,8 @@ def jacobian_contraction(
     params: Iterable[str] | None = None,
     per_parameter: bool = False,
     output: Callable[[Any], Tensor] | None = None,
+    trace_axes: int | Iterable[int] | None = None,
+    diagonal_axes: int | Iterable[int] | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | dict[str, Tensor]:
     """Compute the empirical NTK by contracting per-sample Jacobians.
@@ -54,18 +56,21 @@ def jacobian_contraction(
         params: Names of the parameters to sum over; ``None`` for all that require a gradient.
         per_parameter: Return one kernel for each parameter, by name.
         output: Turns what the model returns into a tensor ``[N, *out]``.
+        trace_axes: Output axes to sum at equal indices, counted without the sample axis; negative ones count from
+            the last.
+        diagonal_axes: Output axes to take at equal indices.
         chunk_size: How many samples to differentiate at once; ``None`` for all.
 
     Returns:
-        ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``, or a dict of such kernels, in the model's
-        dtype on its device.
+        ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``; with axes, ``[N1, N2, *(x1's axes not traced),
+        *(x2's axes neither traced nor diagonal)]``; or a dict of such kernels. In the model's dtype on its device.
 
     Raises:
         UnsupportedModelError: If the model has no exact kernel.
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has a value that is not accepted.
     """
-    wanted = AxesRequest.parse(compute)
+    wanted = AxesRequest.parse(compute, trace_axes, diagonal_axes)
     request = Request.parse(
         model, x1, x2, wanted, params=params, per_parameter=per_parameter, output=output, chunk_size=chunk_size
     )
@@ -81,6 +86,8 @@ def ntk_vector_products(
     params: Iterable[str] | None = None,
     per_parameter: bool = False,
     output: Callable[[Any], Tensor] | None = None,
+    trace_axes: int | Iterable[int] | None = None,
+    diagonal_axes: int | Iterable[int] | None = None,
     chunk_size: int | None = None,
 ) -> Tensor | dict[str, Tensor]:
     """Compute the empirical NTK from its products with the basis vectors of the outputs.
@@ -100,18 +107,21 @@ def ntk_vector_products(
         params: Names of the parameters to sum over; ``None`` for all that require a gradient.
         per_parameter: Return one kernel for each parameter, by name, each by products of its own.
         output: Turns what the model returns into a tensor ``[N, *out]``.
+        trace_axes: Output axes to sum at equal indices, counted without the sample axis; negative ones count from
+            the last.
+        diagonal_axes: Output axes to take at equal indices.
         chunk_size: How many basis vectors to multiply at once; ``None`` for all C.
 
     Returns:
-        ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``, or a dict of such kernels, in the model's
-        dtype on its device.
+        ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``; with axes, ``[N1, N2, *(x1's axes not traced),
+        *(x2's axes neither traced nor diagonal)]``; or a dict of such kernels. In the model's dtype on its device.
 
     Raises:
         UnsupportedModelError: If the model has no exact kernel.
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has a value that is not accepted.
     """
-    wanted = AxesRequest.parse(compute)
+    wanted = AxesRequest.parse(compute, trace_axes, diagonal_axes)
     request = Request.parse(
         model, x1, x2, wanted, params=params, per_parameter=per_parameter, output=output, chunk_size=chunk_size
     )

@@ -49,13 +49,16 @@ def empirical_ntk_vivit(
     compute: str = "full",
     params: Iterable[str] | None = None,
     per_parameter: bool = False,
+    output: Callable[[Any], Tensor] | None = None,
+    trace_axes: int | Iterable[int] | None = None,
+    diagonal_axes: int | Iterable[int] | None = None,
 ) -> Tensor | dict[str, Tensor]:
     """Compute the empirical NTK of a Sequential model from ViViT's GGN Gram matrices.
 
     One backward pass yields the Gram matrix of all (N1 + N2)^2 pairs, of which the N1 N2 wanted ones are kept:
     ViViT has no way to leave out the others. With ``x2=None``, x1 is not stacked on itself. For ``"diagonal"``
     and ``"trace"``, one backward pass for each output yields a Gram matrix ``[1, N, 1, N]``, so pairs of
-    different outputs are never formed.
+    different outputs are never formed; with axes, one backward pass for each group of outputs that meet.
 
     Args:
         model: Built from ``nn.Sequential`` and the layers of ``ViViTGGNExact``.
@@ -64,16 +67,23 @@ def empirical_ntk_vivit(
         compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
         params: Names of the parameters to sum over; ``None`` for all that require a gradient.
         per_parameter: Return one kernel for each parameter, by name.
+        output: As for :func:`ggn_ntk.empirical_ntk`. ViViT takes the last layer's output alone, so that anything but
+            ``None`` is refused, by an error that lists it among the problems of the model.
+        trace_axes: Output axes to sum at equal indices, counted without the sample axis; negative ones count from
+            the last.
+        diagonal_axes: Output axes to take at equal indices.
 
     Returns:
-        ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``, or a dict of such kernels.
+        ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``; with axes, ``[N1, N2, *(x1's axes not traced),
+        *(x2's axes neither traced nor diagonal)]``; or a dict of such kernels.
 
     Raises:
         UnsupportedModelError: If the model has no exact kernel, or ViViT does not get it right; lists every problem.
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has a value that is not accepted.
     """
-    request = Request.parse(model, x1, x2, AxesRequest.parse(compute), params=params, per_parameter=per_parameter)
+    axes = AxesRequest.parse(compute, trace_axes, diagonal_axes)
+    request = Request.parse(model, x1, x2, axes, params=params, per_parameter=per_parameter, output=output)
     return _compute(request, vivit_kernels)
 
 

@@ -67,8 +67,7 @@ class Request:
         capture = "sequential" if capture == "backpack" else capture  # another name, though it uses no BackPACK
         if capture not in CAPTURES:
             raise ValueError(f"capture must be one of {', '.join(map(repr, CAPTURES))}, got {capture!r}.")
-        if output is not None and not callable(output):
-            raise TypeError(f"output must be a callable or None, got {kind_of(output)}.")
+        check_picks(output)
         if not isinstance(per_parameter, bool):
             raise TypeError(f"per_parameter must be True or False, got {kind_of(per_parameter)}.")
         if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
@@ -127,6 +126,12 @@ class Request:
             dtype = reduce(torch.promote_types, dtypes.values())
             return finish(sums[""], axes, self.symmetric).to(dtype)
         return {name: finish(sums[name], axes, self.symmetric).to(dtype) for name, dtype in dtypes.items()}
+
+
+def check_picks(output: Any) -> None:
+    """Refuse what cannot pick a tensor from what a model returns."""
+    if output is not None and not callable(output):
+        raise TypeError(f"output must be a callable or None, got {kind_of(output)}.")
 
 
 def check_wrappers(model: Module) -> None:

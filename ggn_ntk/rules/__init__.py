@@ -15,17 +15,14 @@ axes (adjacent axes may be merged or split), and all remaining letters are summe
 from ggn_ntk.contraction.factored import Factored, OneHot
 from ggn_ntk.rules.registry import (
     Backpropagation,
-    Inner,
-    Rule,
-    acts_on_each_sample,
-    backpropagation_for,
-    channels_last,
-    inner_of,
+    batched_vjp,
     register_backpropagation,
     register_rule,
+    register_rule_by_name,
     rule_for,
 )
 
+# Importing these registers their rules.
 from ggn_ntk.rules import (  # isort: skip
     activation,
     attention,
@@ -41,23 +38,10 @@ from ggn_ntk.rules import (  # isort: skip
 __all__ = [
     "Backpropagation",
     "Factored",
-    "Inner",
     "OneHot",
-    "Rule",
-    "activation",
-    "acts_on_each_sample",
-    "attention",
-    "backpropagation_for",
-    "channels_last",
-    "convolution",
-    "embedding",
-    "inner_of",
-    "linear",
-    "normalization",
-    "pooling",
+    "batched_vjp",
     "register_backpropagation",
     "register_rule",
+    "register_rule_by_name",
     "rule_for",
-    "shape",
-    "third_party",
 ]

@@ -54,7 +54,10 @@ def register_rule(*layer_types: type[Module]) -> Callable[[_F], _F]:
 
 
 def register_rule_by_name(*patterns: str) -> Callable[[_F], _F]:
-    """Register rules of layers whose package is not imported; a rule that is registered for the type comes first.
+    """Register rules of layers whose package is not imported.
+
+    The decorated function is as for :func:`ggn_ntk.register_rule`. A rule that is registered for the type itself comes
+    first.
 
     Args:
         *patterns: Qualified names of the layers' exact types, in which ``*`` stands for anything.
@@ -72,7 +75,14 @@ def register_rule_by_name(*patterns: str) -> Callable[[_F], _F]:
 
 
 def rule_for(module: Module) -> Rule | None:
-    """Look up a layer's rule by its exact type."""
+    """Look up a layer's rule by its exact type.
+
+    Args:
+        module: The layer.
+
+    Returns:
+        The function that was registered for it; ``None`` if there is none.
+    """
     kind = type(module)
     return _RULES.get(kind) or _rule_by_name(f"{kind.__module__}.{kind.__qualname__}")
 

@@ -1,19 +1,13 @@
-"""Kernels as symmetric matrices: flattened, checked, and decomposed in float64.
+"""Kernels as symmetric matrices: flattened, checked, and decomposed in float64."""
 
-The entries of a kernel are off by rounding in the dtype that it was computed in, by a few eps of their size: ten, to
-be safe. That moves eigenvalues by no more than ``10 eps |K|`` in the Frobenius norm (Weyl's inequality; Golub, Van
-Loan: "Matrix Computations", section 8.1). What is smaller cannot be told from zero. Solving for such directions
-amplifies rounding without bound: where that would happen, a jitter is added to all eigenvalues, and a warning says so.
-"""
-
-import inspect
 import math
-import warnings
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from ggn_ntk.problem.errors import warn
 
 
 class IllConditionedWarning(UserWarning):
@@ -21,7 +15,7 @@ class IllConditionedWarning(UserWarning):
 
 
 def check_kernel(kernel: Any, argument: str) -> Tensor:
-    """Check that a value can be a kernel."""
+    """Refuse what cannot be a kernel; detach it from its graph."""
     if not isinstance(kernel, Tensor) or not kernel.is_floating_point():
         kind = kernel.dtype if isinstance(kernel, Tensor) else type(kernel).__name__
         raise TypeError(f"{argument} must be a tensor of real numbers, got {kind}.")
@@ -37,8 +31,8 @@ def check_kernel(kernel: Any, argument: str) -> Tensor:
 
 
 def flatten(kernel: Tensor) -> Tensor:
-    """Bring a kernel to the form of a matrix."""
-    # kernel [N1, N2, *out, *out] -> [N1 C, N2 C]
+    """Turn a kernel into a matrix in float64."""
+    # kernel [N1, N2, *out, *out] -> [N1 C, N2 C], rows (n, c) and columns (m, d)
     n1, n2, *out = kernel.shape
     c = math.prod(out[: len(out) // 2])
     return kernel.double().reshape(n1, n2, c, c).transpose(1, 2).reshape(n1 * c, n2 * c)
@@ -53,7 +47,7 @@ def unflatten(matrix: Tensor, shape: torch.Size) -> Tensor:
 
 
 def symmetric_matrix(kernel: Any, argument: str) -> Tensor:
-    """Check and flatten the kernel of a set with itself."""
+    """Turn the kernel of a set with itself into a symmetric matrix, which it has to be up to rounding."""
     # kernel [N, N, *out, *out] -> [N C, N C]
     kernel = check_kernel(kernel, argument)
     if kernel.shape[0] != kernel.shape[1]:
@@ -69,16 +63,8 @@ def symmetric_matrix(kernel: Any, argument: str) -> Tensor:
     return (matrix + matrix.T) / 2
 
 
-def level_of_caller() -> int:
-    """Count the calls inside of this package, for a warning that names the line outside."""
-    frame, level = inspect.currentframe(), 0
-    while frame is not None and frame.f_globals["__name__"].startswith(f"{__package__}."):
-        frame, level = frame.f_back, level + 1
-    return level
-
-
 def rounding(eigenvalues: Tensor, dtype: torch.dtype) -> float:
-    """Give the size below which eigenvalues cannot be told from zero."""
+    """Compute the size below which eigenvalues cannot be told from zero: 10 eps |K|, the bound of Weyl's inequality."""
     norm: float = torch.linalg.vector_norm(eigenvalues).item()
     return 10 * torch.finfo(dtype).eps * norm
 
@@ -87,9 +73,9 @@ def rounding(eigenvalues: Tensor, dtype: torch.dtype) -> float:
 class Decomposition:
     """A kernel in the basis of its eigenvectors."""
 
-    argument: str  # the name of the argument it came from
-    values: Tensor  # eigenvalues ``[n]``, ascending, in float64; negative ones, which are rounding, are zero
-    vectors: Tensor  # eigenvectors ``[n, n]``, in columns
+    argument: str  # the name of the argument that held the kernel
+    values: Tensor  # eigenvalues [n], ascending, in float64; negative ones, which are rounding, are zero
+    vectors: Tensor  # eigenvectors [n, n], in columns
     rounding: float  # the size below which eigenvalues cannot be told from zero
     # What to add to the eigenvalues of a kernel that is singular up to rounding: sqrt(eps) of the mean diagonal, so
     # that larger eigenvalues hardly move, and rounding grows to about sqrt(eps)
@@ -102,18 +88,16 @@ class Decomposition:
 
     @property
     def certain_values(self) -> Tensor:
-        """The eigenvalues ``[n]``, with zeros where they cannot be told from it."""
+        """The eigenvalues ``[n]``, zero where they cannot be told from it."""
         return torch.where(self.values > self.rounding, self.values, 0.0)
 
     def warn(self, consequence: str) -> None:
         """Warn that the kernel is singular up to rounding."""
         condition = self.values[-1].item() / self.rounding if self.rounding else math.inf
-        warnings.warn(
-            f"{self.argument} is singular up to rounding, with a condition number above {condition:.1e}: "
-            f"{consequence}. Pass a larger diag_reg to regularise it as you see fit.",
-            IllConditionedWarning,
-            stacklevel=level_of_caller(),
+        what = (
+            f"{self.argument} is singular up to rounding, with a condition number above {condition:.1e}: {consequence}"
         )
+        warn(f"{what}. Pass a larger diag_reg to regularise it as you see fit.", IllConditionedWarning)
 
     def inverse(self) -> Tensor:
         """Invert the kernel, with a jitter and a warning if it is singular up to rounding."""
@@ -127,13 +111,13 @@ class Decomposition:
 
 
 def decompose(kernel: Any, argument: str, diag_reg: float = 0.0) -> Decomposition:
-    """Decompose the kernel of a set with itself."""
-    # kernel [N, N, *out, *out]
+    """Decompose the kernel of a set with itself, with ``diag_reg`` times its mean diagonal added to the diagonal."""
+    # kernel [N, N, *out, *out] -> eigenvalues [N C], eigenvectors [N C, N C]
     check_number("diag_reg", diag_reg, 0.0)
     matrix = symmetric_matrix(kernel, argument)
     mean_diagonal = matrix.diagonal().mean().item()
     values, vectors = torch.linalg.eigh(matrix)
-    small = rounding(values, kernel.dtype)
+    small = rounding(values, kernel.dtype)  # of the kernel that was given: what is added has no rounding
     values = values + diag_reg * mean_diagonal
     smallest, largest = values[0].item(), values[-1].item()
     if smallest < -math.sqrt(torch.finfo(kernel.dtype).eps) * abs(largest):
@@ -142,13 +126,12 @@ def decompose(kernel: Any, argument: str, diag_reg: float = 0.0) -> Decompositio
             f"{smallest:.3g} to {largest:.3g}. If its entries have errors, a larger diag_reg makes up for them."
         )
     jitter = math.sqrt(torch.finfo(kernel.dtype).eps) * mean_diagonal
-    return Decomposition(
-        argument, values.clamp(min=0), vectors, small, jitter or 1.0
-    )  # of the zero kernel, any jitter will do
+    # for the zero kernel, any jitter will do
+    return Decomposition(argument, values.clamp(min=0), vectors, small, jitter or 1.0)
 
 
 def check_number(argument: str, value: Any, low: float, high: float = math.inf, *, above: bool = False) -> None:
-    """Check a number."""
+    """Refuse what is not a number in a range, which includes ``low`` unless it has to be ``above``."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         raise TypeError(f"{argument} must be a number, got {type(value).__name__}.")
     if not (low < value if above else low <= value) or not value < high:
