@@ -67,7 +67,7 @@ print(f"ResNet, [N1, N2, C, C]: {list(ntk.shape)}")
 explanation = explain(resnet, x1, x2)
 print(f"capture: {explanation.capture}")
 print(f"covered by rules: {explanation.covered} of {explanation.entries} parameter entries")
-for name, reason in explanation.remainder.items():
+for name, reason in explanation.fallback.items():
     print(f"  {name}: {reason}")
 
 error = relative_error(ntk, jacobian_contraction(resnet.double(), x1.double(), x2.double()))

@@ -111,7 +111,7 @@ def wrong(module: LowRank, x: Tensor, s: Tensor) -> dict[str, Factored]:
 
 
 explanation = explain(net, x1, x2)
-for name, reason in explanation.remainder.items():
+for name, reason in explanation.fallback.items():
     print(f"{name}: {reason}")
 print(f"relative error: {relative_error(empirical_ntk(net, x1, x2), oracle):.1e}")
 register_rule(LowRank)(low_rank)

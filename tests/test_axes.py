@@ -29,7 +29,7 @@ from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
 
 # Every way to compute a kernel.
 ROUTES = [
-    {"capture": "backpack"},
+    {"capture": "sequential"},
     {"capture": "autograd"},
     {"method": "vivit"},
     {"method": "jacobian_contraction"},
@@ -64,7 +64,7 @@ NETWORKS = {
     "one_channel": (lambda: fully_convolutional(channels=1), (1, 4, 3)),
     "one_output": (lambda: fully_convolutional(channels=1), (1, 3, 3)),
     "tied": (tied, (1, 4, 3)),
-    "remainder": (Shifted, (1, 3, 3)),
+    "fallback": (Shifted, (1, 3, 3)),
 }
 
 
@@ -107,14 +107,14 @@ def test_every_combination_of_axes(route, roles, symmetric, dtype):
 
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize("roles", ROLES, ids="-".join)
-@pytest.mark.parametrize("name", ["one_channel", "one_output", "tied", "remainder"])
+@pytest.mark.parametrize("name", ["one_channel", "one_output", "tied", "fallback"])
 def test_other_networks(name, roles, symmetric):
     check(name, roles, symmetric, capture="autograd")
     check(name, roles, symmetric, check=True)
 
 
 @pytest.mark.parametrize("roles", ROLES, ids="-".join)
-@pytest.mark.parametrize("name", ["convolutional", "tied", "remainder"])
+@pytest.mark.parametrize("name", ["convolutional", "tied", "fallback"])
 def test_per_parameter(name, roles):
     model, x1, x2 = build(name)
     expected = full(name, False)
@@ -194,7 +194,7 @@ def test_negative_axes_count_from_the_last_output_axis():
 def test_outputs_in_chunks(budget, roles, symmetric, capture, monkeypatch):
     limit_memory(monkeypatch, backpropagated=8 * budget)
     monkeypatch.setattr(contract, "available", lambda device: None)
-    for name in ("convolutional", "tied", "remainder"):
+    for name in ("convolutional", "tied", "fallback"):
         check(name, roles, symmetric, capture=capture)
 
 
@@ -231,7 +231,7 @@ def test_blocks_of_samples(roles, symmetric, monkeypatch):
 # ---------------------------------------------------------------- what it costs
 
 
-@pytest.mark.parametrize("route", ["backpack", "autograd"])
+@pytest.mark.parametrize("route", ["sequential", "autograd"])
 def test_axes_prune_the_contraction(route):
     model = nn.Sequential(nn.Conv2d(2, 4, 3), nn.Tanh(), nn.Conv2d(4, 3, 3))
     x1, x2 = torch.randn(3, 2, 8, 8), torch.randn(2, 2, 8, 8)
@@ -281,7 +281,7 @@ def test_outputs_without_axes():
         empirical_ntk(model, x, trace_axes=0)
 
 
-def test_one_output_axis_beside_a_remainder():
+def test_one_output_axis_beside_a_fallback():
     model, x = CustomParameter().double(), torch.randn(3, 5).double()
     for compute, axes in [("trace", {"trace_axes": 0}), ("diagonal", {"diagonal_axes": 0})]:
         assert torch.equal(empirical_ntk(model, x, **axes), empirical_ntk(model, x, compute=compute))

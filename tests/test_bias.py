@@ -67,7 +67,7 @@ def test_what_is_no_weight_and_bias_of_one_layer_stays_apart():
         torch.testing.assert_close(kernel(*joined), kernel(*apart))
 
 
-@pytest.mark.parametrize("capture", ["backpack", "autograd"])
+@pytest.mark.parametrize("capture", ["sequential", "autograd"])
 def test_sequences_are_contracted_with_joined_biases(capture, compute, monkeypatch):
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.Flatten(), nn.Linear(24, 3)).double()
     x1, x2 = torch.randn(4, 6, 3).double(), torch.randn(2, 6, 3).double()

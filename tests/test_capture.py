@@ -1,4 +1,4 @@
-"""The capture by autograd, for models that are no sequence of layers: exact, or by the remainder, or refused."""
+"""The capture by autograd, for models that are no sequence of layers: exact, or by the fallback, or refused."""
 
 import importlib.util
 
@@ -45,17 +45,17 @@ def test_exact(case, compute, dtype, device):
 
 
 @pytest.mark.parametrize("case", each(MODELS))
-def test_explain_names_the_remainder(case):
+def test_explain_names_the_fallback(case):
     model, x1, x2 = case.build()
     with unchanged(model):
         explanation = explain(model, x1, x2, output=case.output)
     assert explanation.method == "structured"
-    assert set(explanation.remainder) == set(case.missed)
+    assert set(explanation.fallback) == set(case.missed)
     if case.needs == "transformers" or case.name == "transformer_encoder":
         assert explanation.covered >= 0.9 * explanation.entries
     for name in case.missed:
         assert name in str(explanation)
-    assert set(explain(model, x1, output=case.output).remainder) == set(case.missed)
+    assert set(explain(model, x1, output=case.output).fallback) == set(case.missed)
 
 
 @pytest.mark.parametrize("case", each(LARGE))
@@ -104,7 +104,7 @@ def test_outputs_in_chunks(symmetric, budget, compute, monkeypatch):
 def test_rules_cover_no_less_of_one_sample_than_of_several(case):
     model, x1, x2 = case.build(torch.float32)
     one, several = (explain(model, *x, output=case.output) for x in ((first_samples(x1, slice(1)),), (x1, x2)))
-    assert set(one.remainder) <= set(several.remainder)
+    assert set(one.fallback) <= set(several.fallback)
 
 
 @pytest.fixture(params=["one by one", "at once"])
@@ -139,7 +139,7 @@ def test_compiled(kind):
     model(x1)
     with unchanged(model):
         assert_close(empirical_ntk(model, x1, x2, method="structured"), oracle_sum(BY_NAME["residual"]))
-    assert not explain(model, x1, x2).remainder
+    assert not explain(model, x1, x2).fallback
 
 
 @pytest.mark.parametrize("method", ["structured", "jacobian_contraction"])
@@ -149,7 +149,7 @@ def test_reentrant_checkpoints(method, compute):
     model.use_reentrant = True
     with unchanged(model):
         kernel = empirical_ntk(model, x1, x2, compute=compute, method=method)
-        assert not explain(model, x1, x2).remainder
+        assert not explain(model, x1, x2).fallback
     assert_close(kernel, oracle_sum(NAMED["checkpointed"], compute=compute))
 
 
@@ -170,7 +170,7 @@ def test_views_that_ask_for_a_layout_in_memory():
             return self.head(self.conv(x.view(len(x), -1).view(x.shape)).contiguous().view(len(x), -1))
 
     model, x = Viewed().double(), torch.randn(3, 2, 4, 4).double()
-    assert not explain(model, x).remainder
+    assert not explain(model, x).fallback
     assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
 
 
@@ -180,7 +180,7 @@ def test_hooks_of_the_user():
     model.layer.register_forward_hook(lambda module, args, output: output.sin())
     with unchanged(model):
         kernel = empirical_ntk(model, x, method="structured")
-        assert list(explain(model, x).remainder) == ["scale"]
+        assert list(explain(model, x).fallback) == ["scale"]
     assert_close(kernel, jacobian_contraction(model, x))
 
 
@@ -335,7 +335,7 @@ def test_a_wrong_rule_is_caught(kind):
         for options in ({}, {"compute": "trace"}):
             kernel = empirical_ntk(net, x1, x2, method="structured", **options)
             assert_close(kernel, jacobian_contraction(net, x1, x2, **options))
-        assert list(explain(net, x1, x2).remainder) == [name]
+        assert list(explain(net, x1, x2).fallback) == [name]
 
 
 def test_nothing_is_left_for_rules():
@@ -365,7 +365,7 @@ def test_vmap_fails_in_the_backward_pass():
             return self.b(Square.apply(self.a(x)))
 
     model, x = Net().double(), torch.randn(3, 5).double()
-    assert not explain(model, x).remainder
+    assert not explain(model, x).fallback
     assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
 
 
@@ -379,9 +379,9 @@ def test_captures_and_methods():
     with pytest.raises(ValueError, match="capture is for method='structured' alone, got method='vivit'"):
         empirical_ntk(model, x, method="vivit", capture="autograd")
     with pytest.raises(UnsupportedModelError, match="Scaled may compute between its modules"):
-        empirical_ntk(Scaled(), x, capture="backpack")
-    assert_close(empirical_ntk(model, x, capture="backpack"), empirical_ntk(model, x, capture="autograd"))
-    assert [explain(model, x, capture=kind).capture for kind in ("auto", "autograd")] == ["backpack", "autograd"]
+        empirical_ntk(Scaled(), x, capture="sequential")
+    assert_close(empirical_ntk(model, x, capture="sequential"), empirical_ntk(model, x, capture="autograd"))
+    assert [explain(model, x, capture=kind).capture for kind in ("auto", "autograd")] == ["sequential", "autograd"]
     with pytest.raises(UnsupportedModelError, match=r"it returns tuple, not a tensor\. Pass output="):
         empirical_ntk(nn.LSTM(5, 3), torch.randn(2, 1, 5))
 
@@ -451,7 +451,7 @@ def test_timm(name, build, shape):
     model = nn.Sequential(nn.Unflatten(1, shape[1:]), layer, nn.Flatten(), nn.Linear(features, 2)).eval().double()
     x = torch.randn(shape[0], features).double()
     assert rule_for(layer) is not None
-    assert not explain(model, x).remainder
+    assert not explain(model, x).fallback
     assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
 
 
@@ -519,14 +519,14 @@ def test_the_projection_of_self_attention_is_found_in_the_graph(options, wanted,
     monkeypatch.setattr(attention, "_stack", None)  # the rule that passes s through the heads itself would fail
     kernel = empirical_ntk(model, x1, x2, params=names, method="structured")
     assert_close(kernel, jacobian_contraction(model, x1, x2, params=names))
-    assert not explain(model, x1, x2, params=names).remainder
+    assert not explain(model, x1, x2, params=names).fallback
 
 
 def test_the_projection_is_not_looked_for_by_a_rule_of_the_user(monkeypatch):
     monkeypatch.setitem(_RULES, nn.MultiheadAttention, lambda module, x, s: {})
     model, x = Attention().double(), torch.randn(3, 3, 4).double()
     attended = {name for name, _ in model.named_parameters() if "attention" in name}
-    assert set(explain(model, x).remainder) == attended
+    assert set(explain(model, x).fallback) == attended
     assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
 
 
@@ -549,13 +549,13 @@ def few_vectors(monkeypatch):
 
 
 @pytest.mark.parametrize("name", ["embedding", "tied_embedding", "conv2d_options", "linear_3d", "bilinear", "tied"])
-@pytest.mark.parametrize("taken", ["backpack", "autograd"])
+@pytest.mark.parametrize("taken", ["sequential", "autograd"])
 def test_large_gradients_are_compared_by_products_with_vectors(name, taken, few_vectors):
     case = BY_NAME[name]
     model, x1, x2 = case.build()
     kernel = empirical_ntk(model, x1, x2, method="structured", capture=taken)
     assert_close(kernel, oracle_sum(case))
-    assert not explain(model, x1, x2, capture=taken).remainder
+    assert not explain(model, x1, x2, capture=taken).fallback
 
 
 @pytest.mark.parametrize("wrong", [lambda w: 1.001 * w, lambda w: w.flip(-1), lambda w: w.flip(0), lambda w: w.roll(1)])

@@ -41,7 +41,7 @@ def test_uses_of_one_form_are_contracted_together():
 
 def test_printed():
     printed = str(explain(mlp(nn.Tanh)(), torch.randn(3, 5), compute="trace")).splitlines()
-    assert printed[0] == "method: structured, capture: backpack; rules cover 79 of 79 parameter entries (100.0%)"
+    assert printed[0] == "method: structured, capture: sequential; rules cover 79 of 79 parameter entries (100.0%)"
     assert printed[1].split() == ["parameter", "layer", "GFLOP", "MB", "order", "of", "contraction"]
     assert printed[2].startswith("4.weight   Linear")
     assert printed[-1].startswith("total")
@@ -56,9 +56,9 @@ def test_other_models():
     ]
 
 
-def test_the_remainder_is_printed():
+def test_the_fallback_is_printed():
     explanation = explain(CustomParameter(), torch.randn(3, 5))
-    assert explanation.remainder == dict.fromkeys(["scale", "temperature"], "CustomParameter has no rule")
+    assert explanation.fallback == dict.fromkeys(["scale", "temperature"], "CustomParameter has no rule")
     assert (explanation.covered, explanation.entries) == (22, 26)
     assert str(explanation).splitlines()[-2:] == [
         "  - scale: CustomParameter has no rule",
@@ -68,12 +68,12 @@ def test_the_remainder_is_printed():
 
 def test_models_that_take_another_route():
     x = torch.randn(3, 5)
-    explanation = explain(Residual(), x, capture="backpack")
+    explanation = explain(Residual(), x, capture="sequential")
     assert explanation.method == "jacobian_contraction"
     assert str(explanation).startswith("method: jacobian_contraction, since:")
     assert "Residual may compute between its modules" in str(explanation)
     with pytest.raises(UnsupportedModelError):
-        explain(Residual(), x, method="structured", capture="backpack")
+        explain(Residual(), x, method="structured", capture="sequential")
 
 
 def test_methods_without_a_choice():
@@ -81,7 +81,7 @@ def test_methods_without_a_choice():
         explain(mlp(nn.Tanh)(), torch.randn(3, 5), method="vivit")
 
 
-@pytest.mark.parametrize("capture", ["backpack", "autograd"])
+@pytest.mark.parametrize("capture", ["sequential", "autograd"])
 def test_compute_is_all_axes_in_one_role(capture):
     model, x1, x2 = BY_NAME["output_image"].build()
     for compute, axes in [("trace", {"trace_axes": (0, 1, 2)}), ("diagonal", {"diagonal_axes": [0, -1, 1]})]:

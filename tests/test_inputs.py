@@ -327,7 +327,7 @@ class Layer(nn.Linear):
 def test_rules_by_name_take_effect_after_a_look_up(monkeypatch):
     monkeypatch.setattr(registry, "_RULES_BY_NAME", dict(registry._RULES_BY_NAME))
     model, calls = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), Layer(4, 2)).double(), []
-    assert explain(model, X).remainder.keys() == {"2.weight", "2.bias"}
+    assert explain(model, X).fallback.keys() == {"2.weight", "2.bias"}
 
     @register_rule_by_name(f"{__name__}.Lay*")
     def rule(module, x, s):
@@ -335,7 +335,7 @@ def test_rules_by_name_take_effect_after_a_look_up(monkeypatch):
         return linear(module, x, s)
 
     try:
-        assert not explain(model, X).remainder
+        assert not explain(model, X).fallback
         assert_close(empirical_ntk(model, X), kernel_of(model, X))
         assert calls
         wrong = register_rule_by_name(f"{__name__}.Lay*")(lambda m, x, s: {"weight": Factored("cno,ni->cnoi", (-s, x))})

@@ -136,7 +136,7 @@ def test_inputs_that_a_model_writes_to(write):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("capture", ["backpack", "autograd"])
+@pytest.mark.parametrize("capture", ["sequential", "autograd"])
 def test_in_place_layers_in_front(capture, dtype):
     def build():
         return nn.Sequential(nn.Hardtanh(inplace=True), nn.Linear(4, 6), nn.ReLU(inplace=True), nn.Linear(6, 2))
@@ -412,7 +412,7 @@ def test_torch_func_inside(operator):
     model = check_routes(build, x1, x2, ["auto", *METHODS])
     check_routes(build, x1[:1], methods=["auto"])
     with left_as_found(model, x1):
-        assert set(explain(model, x1).remainder) <= dict(model.named_parameters()).keys()
+        assert set(explain(model, x1).fallback) <= dict(model.named_parameters()).keys()
         nngp(model, x1)
     wrapped = seeded(lambda: nn.Sequential(nn.Linear(3, 2), Physics(operator)))
     check_routes(wrapped, torch.randn(3, 3).double(), methods=["structured"])
@@ -508,7 +508,7 @@ def body():
     return nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2))
 
 
-@pytest.mark.parametrize("capture", ["auto", "backpack", "autograd"])
+@pytest.mark.parametrize("capture", ["auto", "sequential", "autograd"])
 def test_global_hooks_that_change_outputs(capture):
     def hook(module, args, output):
         if isinstance(module, nn.Linear):
@@ -518,7 +518,7 @@ def test_global_hooks_that_change_outputs(capture):
     x, handle = one_of_many(), register_module_forward_hook(hook)
     try:
         expected = loop_kernel(seeded(body), x)
-        with suppress(UnsupportedModelError) if capture == "backpack" else left_as_found(body()):
+        with suppress(UnsupportedModelError) if capture == "sequential" else left_as_found(body()):
             assert_close(empirical_ntk(seeded(body)(), x, capture=capture), expected)
     finally:
         handle.remove()
@@ -531,7 +531,7 @@ class Doubled(nn.Linear):
         return super().forward(x) * (1 + (x[:, :1] > 2.9))
 
 
-@pytest.mark.parametrize("capture", ["auto", "backpack", "autograd"])
+@pytest.mark.parametrize("capture", ["auto", "sequential", "autograd"])
 @pytest.mark.parametrize("per_parameter", [False, True])
 def test_a_rule_wrong_for_nine_of_200_samples(per_parameter, capture):
     register_rule(Doubled)(linear)

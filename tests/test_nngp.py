@@ -231,7 +231,7 @@ def test_a_model_that_returns_no_tensor():
 
 def test_both_kernels_by_a_capture():
     model, x = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double(), torch.randn(3, 5).double()
-    for capture in ("backpack", "autograd"):
+    for capture in ("sequential", "autograd"):
         assert_close(empirical_kernels(model, x, capture=capture).ntk, kernel_of(model, x))
     with pytest.raises(ValueError, match="capture is for method='structured' alone, got method='vivit'"):
         empirical_kernels(model, x, method="vivit", capture="autograd")

@@ -112,7 +112,7 @@ def test_both_sets_and_every_result(method, options, rows, columns):
         assert one.isnan().all()
 
 
-@pytest.mark.parametrize("capture", ["backpack", "autograd"])
+@pytest.mark.parametrize("capture", ["sequential", "autograd"])
 @pytest.mark.parametrize("compute", COMPUTES)
 @pytest.mark.parametrize("bad", [[20], [0, 31, 59], [*range(0, 60, 2)]])
 def test_few_of_60_in_each_capture(capture, compute, bad, dtype):

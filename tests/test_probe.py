@@ -113,7 +113,7 @@ def wrong_rule(module, x, s):
     return {"weight": Factored("cnk,nk->cnk", (s, torch.where(x[:, :1] > 1, x * 1.5, x)))}
 
 
-@pytest.mark.parametrize("capture", ["backpack", "autograd"])
+@pytest.mark.parametrize("capture", ["sequential", "autograd"])
 @pytest.mark.parametrize("flagged", [[3], [0, 199], [*range(50, 59)]])
 def test_a_rule_that_is_wrong_for_few_samples(capture, flagged):
     register_rule(Half)(wrong_rule)

@@ -28,10 +28,10 @@ def test_every_registered_layer_has_a_case(registered):
 def test_the_capture_suits_the_model(case):
     model, x1, x2 = case.build()
     if case.sequential:
-        assert_close(empirical_ntk(model, x1, x2, capture="backpack"), oracle_sum(case))
+        assert_close(empirical_ntk(model, x1, x2, capture="sequential"), oracle_sum(case))
         return
     with pytest.raises(UnsupportedModelError, match="No structured empirical NTK"):
-        empirical_ntk(model, x1, x2, capture="backpack")
+        empirical_ntk(model, x1, x2, capture="sequential")
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case.vivit], ids=str)
@@ -261,14 +261,14 @@ def scale_net():
 def test_a_layer_of_the_users_own():
     model, x = scale_net(), torch.randn(3, 5).double()
     with pytest.raises(UnsupportedModelError, match=r"1: no rule is registered for Scale.*register_rule\(Scale\)"):
-        empirical_ntk(model, x, capture="backpack")
-    assert explain(model, x).remainder == {"1.weight": "Scale has no rule"}
+        empirical_ntk(model, x, capture="sequential")
+    assert explain(model, x).fallback == {"1.weight": "Scale has no rule"}
 
     @register_rule(Scale)
     def scale(module, x, s):
         return {"weight": Factored("cnk,nk->cnk", (s, x))}
 
-    assert_close(empirical_ntk(model, x, capture="backpack"), jacobian_contraction(model, x))
+    assert_close(empirical_ntk(model, x, capture="sequential"), jacobian_contraction(model, x))
 
 
 @pytest.mark.parametrize("factor", [1.001, 0.0, -2.0])
@@ -278,9 +278,9 @@ def test_a_wrong_rule_is_caught(factor):
         return {"weight": Factored("cnk,nk->cnk", (factor * s, x))}
 
     model, x = scale_net(), torch.randn(3, 5).double()
-    (why,) = explain(model, x, capture="backpack").remainder.values()
+    (why,) = explain(model, x, capture="sequential").fallback.values()
     assert "its Jacobian by the layer's rule differs from autograd's" in why
-    assert_close(empirical_ntk(model, x, capture="backpack"), jacobian_contraction(model, x))
+    assert_close(empirical_ntk(model, x, capture="sequential"), jacobian_contraction(model, x))
 
 
 def test_a_wrong_backpropagation_is_caught():
@@ -293,8 +293,8 @@ def test_a_wrong_backpropagation_is_caught():
         return {"weight": Factored("cnk,nk->cnk", (s, x))}
 
     model, x = scale_net(), torch.randn(3, 5).double()
-    assert set(explain(model, x, capture="backpack").remainder) == {"0.weight", "0.bias"}
-    assert_close(empirical_ntk(model, x, capture="backpack"), jacobian_contraction(model, x))
+    assert set(explain(model, x, capture="sequential").fallback) == {"0.weight", "0.bias"}
+    assert_close(empirical_ntk(model, x, capture="sequential"), jacobian_contraction(model, x))
 
 
 def test_register_rule_takes_layers():
@@ -319,7 +319,7 @@ def test_batch_statistics_behind_the_back_of_the_checks():
         with pytest.raises(UnsupportedModelError, match="samples influence one another"):
             empirical_ntk(model, torch.randn(n, 5), method="structured")
     with pytest.raises(UnsupportedModelError, match="samples influence one another"):
-        empirical_ntk(nn.Sequential(nn.Linear(5, 4), nn.Softmax(0)), torch.randn(2, 5), capture="backpack")
+        empirical_ntk(nn.Sequential(nn.Linear(5, 4), nn.Softmax(0)), torch.randn(2, 5), capture="sequential")
 
 
 def test_a_layer_with_children_and_nothing_wanted_is_a_layer():
@@ -329,7 +329,7 @@ def test_a_layer_with_children_and_nothing_wanted_is_a_layer():
     assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
     block.requires_grad_(True)
     with pytest.raises(UnsupportedModelError, match="1: TransformerEncoderLayer may compute between its modules"):
-        empirical_ntk(model, x, capture="backpack")
+        empirical_ntk(model, x, capture="sequential")
     assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
 
 
@@ -357,7 +357,7 @@ class Function(nn.Module):
 def test_keyword_arguments():
     model, x = nn.Sequential(nn.Linear(5, 2)), torch.randn(3, 5)
     with pytest.raises(UnsupportedModelError, match="it is called with keyword arguments"):
-        empirical_ntk(model, {"input": x}, capture="backpack")
+        empirical_ntk(model, {"input": x}, capture="sequential")
     torch.testing.assert_close(empirical_ntk(model, {"input": x}, method="structured"), jacobian_contraction(model, x))
 
 
@@ -366,7 +366,7 @@ def test_tuples_between_layers():
     model[0].requires_grad_(False)
     x = torch.randn(3, 2, 5).double()
     with pytest.raises(UnsupportedModelError, match="1: Function is not a layer of torch's"):
-        empirical_ntk(model, x, capture="backpack")
+        empirical_ntk(model, x, capture="sequential")
     assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
 
 
@@ -382,8 +382,8 @@ def test_layers_that_take_a_tuple():
     model, x = nn.Sequential(nn.LSTM(5, 4, batch_first=True), Last(4, 2)).double(), torch.randn(3, 2, 5).double()
     model[0].requires_grad_(False)
     with pytest.raises(UnsupportedModelError, match="1: Last takes tuple, not a tensor, from the layer before"):
-        empirical_ntk(model, x, capture="backpack")
-    assert not explain(model, x).remainder
+        empirical_ntk(model, x, capture="sequential")
+    assert not explain(model, x).fallback
     assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
 
 

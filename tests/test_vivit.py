@@ -308,7 +308,7 @@ def test_errors_of_backpack_are_turned_into_ours(name, monkeypatch):
         empirical_ntk(model, x1, x2, method="vivit")
 
 
-@pytest.mark.parametrize("options", [{"method": "vivit"}, {"capture": "backpack"}], ids=str)
+@pytest.mark.parametrize("options", [{"method": "vivit"}, {"capture": "sequential"}], ids=str)
 @pytest.mark.parametrize("change", ["hook", "pre-hook", "forward"])
 def test_computation_that_types_do_not_tell_is_refused(model, options, change):
     x = 50 * torch.randn(3, 5).double()

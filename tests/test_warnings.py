@@ -125,7 +125,7 @@ def test_auto_gives_way_for_a_route_error(monkeypatch, check):
     assert reason in str(warning.message)
     assert "'jacobian_contraction', which is slower" in str(warning.message)
     assert warning.filename == __file__
-    for kwargs in ({"method": "structured"}, {"capture": "autograd"}, {"capture": "backpack"}):
+    for kwargs in ({"method": "structured"}, {"capture": "autograd"}, {"capture": "sequential"}):
         with pytest.raises(UnsupportedRouteError, match="2: it is blue"):
             empirical_ntk(model, x1, x2, **kwargs)
 
@@ -274,15 +274,15 @@ def test_reentrant_checkpoints_are_nothing_to_announce():
 
 @pytest.mark.parametrize(("build", "inputs"), NOT_MAPPED)
 def test_the_structured_route_announces_a_loop_for_what_it_leaves(build, inputs):
-    """The remainder alone comes from torch.func: a warning names its parameters, and no others."""
+    """The fallback alone comes from torch.func: a warning names its parameters, and no others."""
     model, x = build().double(), doubled(inputs(3))
-    remainder = explain(model, x).remainder
+    fallback = explain(model, x).fallback
     kernel, found = caught(empirical_ntk, model, x)
     assert_close(kernel, kernel_of(model, x))
-    assert len(found) == bool(remainder)
+    assert len(found) == bool(fallback)
     for warning in found:
         named = str(warning.message).partition(" come from")[0].removeprefix("Jacobians of ").split(", ")
-        assert named == list(remainder)
+        assert named == list(fallback)
         assert LOOP in str(warning.message)
 
 

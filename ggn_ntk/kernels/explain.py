@@ -51,7 +51,7 @@ class Explanation:
             differ in form, one for each pair of these.
         problems: Why the structured route is not taken.
         capture: How the structured route takes the model apart, ``"sequential"`` or ``"autograd"``.
-        remainder: Why parameters are contracted from Jacobians of each sample, by name, where rules do not give them.
+        fallback: Why parameters are contracted from Jacobians of each sample, by name, where rules do not give them.
         entries: The number of entries of all parameters.
         covered: The number of entries of those that rules cover.
     """
@@ -60,7 +60,7 @@ class Explanation:
     contractions: tuple[Contraction, ...] = ()
     problems: tuple[Problem, ...] = ()
     capture: str = ""
-    remainder: dict[str, str] = field(default_factory=dict)
+    fallback: dict[str, str] = field(default_factory=dict)
     entries: int = 0
     covered: int = 0
 
@@ -83,8 +83,8 @@ class Explanation:
         lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
         covered = f"rules cover {self.covered} of {self.entries} parameter entries ({self.covered / self.entries:.1%})"
         head = [f"method: {self.method}, capture: {self.capture}; {covered}"]
-        tail = ["", "contracted from Jacobians of each sample:"] if self.remainder else []
-        tail += [f"  - {name}: {why}" for name, why in self.remainder.items()]
+        tail = ["", "contracted from Jacobians of each sample:"] if self.fallback else []
+        tail += [f"  - {name}: {why}" for name, why in self.fallback.items()]
         return "\n".join([*head, *(line.rstrip() for line in lines), *tail])
 
 
@@ -147,7 +147,7 @@ def explain(
         "structured",
         contractions,
         capture=plan.capture,
-        remainder=plan.fallback,
+        fallback=plan.fallback,
         entries=sum(entries.values()),
         covered=sum(size for name, size in entries.items() if name not in plan.fallback),
     )
