@@ -30,9 +30,10 @@ from ggn_ntk.extensions.pass_check import (
     is_wanted,
 )
 from ggn_ntk.jacobians.sequential import Use, backpropagate, identity
+from ggn_ntk.models.entries import global_generators
 from ggn_ntk.models.inspection import OwnGenerator
 from ggn_ntk.models.requirements import BATCH_STATISTICS, find, hidden_computation
-from ggn_ntk.models.state import State, global_generators
+from ggn_ntk.models.state import State
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.request import check_integer, check_split

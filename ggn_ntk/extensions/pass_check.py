@@ -17,7 +17,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn import Module
 
 from ggn_ntk.models.autograd_graph import graph_nodes, precisions
-from ggn_ntk.models.comparison import PROBE_TOLERANCES, SEEN, cotangent
+from ggn_ntk.models.comparison import PROBE_TOLERANCES, SEEN, cotangent, probe_tolerance, row_norms
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError
 from ggn_ntk.rules.activation import active_rrelu
 from ggn_ntk.rules.shape import active_dropout
@@ -218,10 +218,10 @@ class PassCheck:
         """Take down how far an evaluation is from the call: its gradients, or its output where these show nothing."""
         assert self.v is not None
         what = "it returns something else when it is evaluated again ({error}): it draws random numbers"
-        size, errors = _sample_norms(output), _sample_norms(output - call.output)
+        size, errors = row_norms(output), row_norms(output - call.output)
         self._expect_zero(call, what, errors.masked_fill(self.v.any(1).to(errors.device), 0), size, size)
         for i, gradient in zip(wanted, gradients_at(output, leaves, call.g_out[0]), strict=True):
-            size, errors = _sample_norms(gradient), _sample_norms(gradient - call.g_inp[i])
+            size, errors = row_norms(gradient), row_norms(gradient - call.g_inp[i])
             self._expect_zero(call, what, errors, size, size)
 
     def expect_independence(self, call: ModuleCall, output: Tensor, leaves: list[Tensor]) -> None:
@@ -229,7 +229,7 @@ class PassCheck:
         some = cotangent(output, seed=0)
         some[1::2] = 0
         for gradient in gradients_at(output, leaves, some):
-            norms = _sample_norms(gradient).nan_to_num(0, 0, 0)
+            norms = row_norms(gradient).nan_to_num(0, 0, 0)
             size, errors = norms.amax().expand_as(norms), norms.clone()
             errors[::2] = 0
             self._expect_zero(call, "samples influence one another in it ({error})", errors, size, size)
@@ -329,7 +329,7 @@ def _tolerance(output: Tensor) -> float:
         raise UnsupportedModelError([Problem("", what, remedy)], ROUTE)
     if torch.float32 in dtypes and _rounds_products(output.device):
         return _ROUNDED_PRODUCTS
-    return max(PROBE_TOLERANCES[dtype] for dtype in dtypes)
+    return probe_tolerance(output)
 
 
 def _rounds_products(device: torch.device) -> bool:
@@ -340,12 +340,6 @@ def _rounds_products(device: torch.device) -> bool:
         return torch.get_float32_matmul_precision() != "highest" or (not cpu and backends.cudnn.allow_tf32)
     switches = (backends.mkldnn.matmul, backends.mkldnn.conv) if cpu else (backends.cuda.matmul, backends.cudnn.conv)
     return any(switch.fp32_precision in ("tf32", "bf16") for switch in switches)
-
-
-def _sample_norms(x: Tensor) -> Tensor:
-    """Compute the norm of each sample of ``[N, ...]``."""
-    norms: Tensor = torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1)
-    return norms
 
 
 def gradients_at(output: Tensor, leaves: list[Tensor], g: Tensor) -> tuple[Tensor, ...]:

@@ -35,24 +35,28 @@ from ggn_ntk.jacobians.recording import Call, Layout, Recording, locate, record,
 from ggn_ntk.jacobians.sequential import why_not
 from ggn_ntk.memory.budget import resolve_axes
 from ggn_ntk.models.autograd_graph import dense
-from ggn_ntk.models.comparison import all_finite, cotangent, differing, norms, read, rows_differing
+from ggn_ntk.models.comparison import (
+    check_finite,
+    cotangent,
+    differing,
+    norms,
+    probe_tolerance,
+    read,
+    rows_differing,
+)
+from ggn_ntk.models.evaluation import check_output, check_shape
+from ggn_ntk.models.gradients import Parts, gradients, in_parts
 from ggn_ntk.models.independence import (
     Checked,
-    Parts,
-    check_output,
-    check_shape,
     compare_alone,
     compare_gradients,
     compare_outputs,
-    gradients,
     how_often,
-    in_parts,
     look,
     partitions,
-    probe_tolerance,
-    rounding_of,
 )
-from ggn_ntk.problem.errors import NotFiniteError, is_out_of_memory
+from ggn_ntk.models.rounding import rounding_of
+from ggn_ntk.problem.errors import is_out_of_memory
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.output_axes import OutputAxes
 from ggn_ntk.problem.request import Request
@@ -88,8 +92,7 @@ def try_rules(request: Request, recording: Recording, v: Tensor, tolerance: floa
     # v [1, *out]
     failures = outside_of_calls(request, recording)
     passed, expected = _gradients(request, recording, v)
-    if not all_finite(expected.values()):
-        raise NotFiniteError
+    check_finite(expected.values())
     actual, summed = dict[str, Tensor](), dict[str, list[Factored]]()
     for call, s in zip(recording.calls, passed, strict=True):
         try:
@@ -221,8 +224,7 @@ class Probe:
         for samples in partitions(n, times) or [[[0]]]:
             self._halves.append(in_parts(self._request, self.inputs, samples, self._v, sketched))
         self._expected = self._halves[0].gradient
-        if not all_finite(self._expected.values()):
-            raise NotFiniteError
+        check_finite(self._expected.values())
 
     def try_rules(self, layouts: Sequence[Layout] | None) -> dict[str, str]:
         """Try the rules on the few samples. This frees their recordings, so it works once."""

@@ -13,10 +13,9 @@ from torch import Tensor
 from ggn_ntk.memory.budget import explained
 from ggn_ntk.models.comparison import all_finite, cotangent
 from ggn_ntk.models.evaluation import evaluate
-from ggn_ntk.models.independence import gradients
+from ggn_ntk.models.gradients import gradients
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.problem.errors import NotFiniteError, NotFiniteWarning, Problem, UnsupportedModelError, listed, warn
-from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
 from ggn_ntk.problem.result import Computed
 from ggn_ntk.process.transforms import outside_of_transforms
@@ -106,7 +105,7 @@ def _infinite_samples(request: Request) -> set[int]:
     waiting = [list(range(len(inputs)))]
     while waiting:
         samples = waiting.pop()
-        if _gradientis_finite(request, inputs[samples], v[samples]):
+        if all_finite(gradients(request, inputs[samples], v[samples])[1].values()):
             continue
         if len(samples) == 1:
             found.update(samples)
@@ -114,11 +113,6 @@ def _infinite_samples(request: Request) -> set[int]:
             middle = len(samples) // 2
             waiting += [samples[:middle], samples[middle:]]
     return found
-
-
-def _gradientis_finite(request: Request, inputs: Inputs, v: Tensor) -> bool:
-    """Tell whether the gradient of ``sum v f`` is finite."""
-    return all_finite(gradients(request, inputs, v)[1].values())
 
 
 def _described(request: Request) -> str:

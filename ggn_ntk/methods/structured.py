@@ -26,7 +26,8 @@ from ggn_ntk.jacobians.sequential import FAILS, Walk, is_known, structure_proble
 from ggn_ntk.jacobians.verification import DIFFERS, Probe, outside_of_calls
 from ggn_ntk.memory.chunks import Piece
 from ggn_ntk.methods.reference import contract_jacobians
-from ggn_ntk.models.independence import Checked, check_shape
+from ggn_ntk.models.evaluation import check_shape
+from ggn_ntk.models.independence import Checked
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.requirements import check_model, configuration_problems
 from ggn_ntk.problem.errors import (

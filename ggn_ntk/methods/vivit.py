@@ -27,11 +27,11 @@ from ggn_ntk.extensions.gram_hook import GramSum, _kernel_block
 from ggn_ntk.extensions.limits import AVG_POOLS, check_vivit
 from ggn_ntk.memory.budget import resolve_axes
 from ggn_ntk.methods.computation import compute as _compute
-from ggn_ntk.models.comparison import PROBE_TOLERANCES, all_finite, cotangent, differing
-from ggn_ntk.models.independence import gradients
+from ggn_ntk.models.comparison import PROBE_TOLERANCES, check_finite, cotangent, differing
+from ggn_ntk.models.gradients import gradients
 from ggn_ntk.models.inspection import OwnGenerator
 from ggn_ntk.models.requirements import eager
-from ggn_ntk.problem.errors import OTHER_METHOD, NotFiniteError, Problem, UnsupportedRouteError, is_out_of_memory
+from ggn_ntk.problem.errors import OTHER_METHOD, Problem, UnsupportedRouteError, is_out_of_memory
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.request import Request
 from ggn_ntk.problem.result import Computed
@@ -93,8 +93,7 @@ def _probe_kernels(request: Request, out_shape: Size) -> Iterator[Problem]:
     sample = request.x1[:1].map(lambda x: cotangent(x, seed=0))
     v = cotangent(sample.args[0], 1, Size([1, *out_shape]))
     expected = {name: gradient.square().sum() for name, gradient in gradients(request, sample, v)[1].items()}
-    if not all_finite(expected.values()):
-        raise NotFiniteError
+    check_finite(expected.values())
     flat, of_sample = v.flatten(), replace(request, x1=sample, x2=None, per_parameter=True)
     kernels = _gram_kernels(of_sample, OutputAxes(out_shape)).kernels
     actual = {name: flat @ kernel[0, 0, 0] @ flat for name, kernel in kernels}

@@ -16,7 +16,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from ggn_ntk.models.comparison import TOLERANCES
-from ggn_ntk.models.state import generator_of_numpy, generators_of_torch, global_generators, storage_of
+from ggn_ntk.models.entries import generator_of_numpy, generators_of_torch, global_generators, storage_of
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError, listed
 
 _T = TypeVar("_T")

@@ -20,8 +20,9 @@ from torch.nn.modules import module as torch_module
 from torch.nn.parameter import is_lazy
 
 from ggn_ntk.models.comparison import read
+from ggn_ntk.models.entries import Values, address_of, storage_of
 from ggn_ntk.models.inspection import DRAWS, Inspection
-from ggn_ntk.models.state import State, Values, address_of, storage_of
+from ggn_ntk.models.state import State
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError, is_out_of_memory
 from ggn_ntk.process.switches import process_switches
 from ggn_ntk.process.turns import alone_with
