@@ -1,7 +1,7 @@
-"""What every call does around a route: a clean room, memory that runs out, and samples whose Jacobians are not finite.
+"""What surrounds every route: a session for the model, errors about memory, and samples whose Jacobians are not finite.
 
-A sample with NaN or infinity in its Jacobian has no row and no column in the kernel. It must not cost those of others:
-their kernel is computed without it, and NaN put in its place.
+A sample with NaN or infinity in its Jacobian has no row and no column in the kernel. It must not spoil those of others:
+their kernel is computed without it, and its own rows and columns are NaN.
 """
 
 from collections.abc import Callable
@@ -27,7 +27,7 @@ _INFINITE = Problem("", "its gradients are not finite", "Look for overflow in it
 
 
 def compute(request: Request, route: Callable[[Request], Computed]) -> Kernels:
-    """Compute kernels by one route."""
+    """Compute kernels by a route, in the layout of the public API."""
 
     def assembled(request: Request) -> tuple[Kernels, Computed]:
         computed = route(request)
@@ -37,7 +37,7 @@ def compute(request: Request, route: Callable[[Request], Computed]) -> Kernels:
 
 
 def carry_out(request: Request, kernels: Callable[[Request], tuple[Kernels, Computed]]) -> tuple[Kernels, Computed]:
-    """Compute kernels, without those samples whose Jacobians are not finite."""
+    """Compute kernels in a session, without those samples whose Jacobians are not finite."""
     with outside_of_transforms(), isolated(request.model), explained(lambda: _described(request)):
         try:
             result, computed = kernels(request)
@@ -50,7 +50,8 @@ def carry_out(request: Request, kernels: Callable[[Request], tuple[Kernels, Comp
             return _around(request, kernels, infinite)
         if computed is None:
             raise UnsupportedModelError([_INFINITE])
-        if not request.jacobians_first:  # products of large and of small numbers may have left the range of the dtype
+        if not request.jacobians_first:
+            # Gram matrices of very large and very small numbers may have left the dtype's range; Jacobians may not.
             return carry_out(replace(request, jacobians_first=True), kernels)
         what = "The kernel has entries beyond the range of its dtype, or of intermediate results: use float64."
         warn(what, NotFiniteWarning)
@@ -60,7 +61,7 @@ def carry_out(request: Request, kernels: Callable[[Request], tuple[Kernels, Comp
 def _around(
     request: Request, kernels: Callable[[Request], tuple[Kernels, Computed]], infinite: set[int]
 ) -> tuple[Kernels, Computed]:
-    """Compute kernels of all samples but some, and put NaN in their place."""
+    """Compute the kernels of all other samples, and put NaN in the rows and columns of these."""
     n1, total = len(request.x1), sum(request.sizes)
     good = [i for i in range(total) if i not in infinite]
     if not good:
@@ -83,6 +84,7 @@ def _around(
 
 def _spread(kernel: Tensor, rows: list[int], columns: list[int], sizes: tuple[int, int]) -> Tensor:
     """Put the kernel of some samples into that of all, with NaN elsewhere."""
+    # kernel [len(rows), len(columns), ...] -> [*sizes, ...]
     whole = kernel.new_full((*sizes, *kernel.shape[2:]), torch.nan)
     if rows and columns:
         first, second = (torch.tensor(places, device=kernel.device) for places in (rows, columns))
@@ -96,11 +98,11 @@ def is_finite(result: Kernels) -> bool:
 
 
 def _infinite_samples(request: Request) -> set[int]:
-    """Find the samples whose Jacobians are not finite, dividing those that may be until it is clear."""
+    """Find the samples whose Jacobians are not finite, by bisection."""
     inputs = request.x1.stack(request.x2)
     with torch.no_grad():
         one = evaluate(request, None, inputs[[0]])
-    v = cotangent(one, 0, torch.Size([len(inputs), *one.shape[1:]]))
+    v = cotangent(one, 0, torch.Size([len(inputs), *one.shape[1:]]))  # [N1 + N2, *out]
     found: set[int] = set()
     waiting = [list(range(len(inputs)))]
     while waiting:

@@ -38,18 +38,18 @@ _UNSET = object()
 
 
 class Entry:
-    """Something that holds state: whether it has changed, and how to put it back."""
+    """Something that holds state, as it was when it was taken down."""
 
     def held(self) -> Iterable[Any]:
-        """List what may hold state in turn."""
+        """List what it holds, which may hold state in turn."""
         return ()
 
     def changed(self) -> bool:
-        """Tell whether it is no longer as it was."""
+        """Tell whether it has changed since."""
         raise NotImplementedError
 
     def put_back(self) -> None:
-        """Give it the state that it had."""
+        """Give it back the state that it had."""
         raise NotImplementedError
 
 
@@ -84,7 +84,7 @@ class _Slots(Entry):
         self._before = self._read()
 
     def _read(self) -> list[Any]:
-        """Read them, past what their class does to attributes."""
+        """Read the slots by their descriptors, past what the class does to attributes."""
         values = []
         for slot in self._slots:
             try:
@@ -127,7 +127,7 @@ class Container(Entry):
         return [*self._kind.keys(self._container), *self._kind.values(self._container)]
 
     def _identify(self) -> list[int]:
-        """List which entries there are, in an order that stays, without comparing them."""
+        """Identify the entries without comparing them; those of a set, which has no order, sorted."""
         identities = list(map(id, self._read()))
         return sorted(identities) if self._kind is set else identities
 
@@ -163,18 +163,19 @@ class Values(Entry):
         self._requires_grad, self._grad = tensor.requires_grad, tensor.grad if tensor.is_leaf else None
 
     def changed(self) -> bool:
-        """Tell whether it was written to; also past its counter, if it is small."""
+        """Tell whether it was written to, or its gradient or ``requires_grad`` was set."""
         tensor = self.tensor
         if self._moved() or _version(tensor) != self._version or tensor.requires_grad != self._requires_grad:
             return True
         if tensor.is_leaf and tensor.grad is not self._grad:
             return True
+        # Code may write past torch's counter, say through NumPy. On a device a comparison would wait.
         if tensor.device.type != "cpu" or tensor.numel() > _COMPARED:
             return False
         return not bool(((tensor.detach() == self._before) | (self._before != self._before)).all())
 
     def put_back(self) -> None:
-        """Give it its memory, its numbers and its gradient."""
+        """Give it back its memory, its numbers and its gradient."""
         tensor = self.tensor
         if tensor.is_leaf and tensor.requires_grad != self._requires_grad:
             tensor.requires_grad_(self._requires_grad)
@@ -184,7 +185,7 @@ class Values(Entry):
             tensor.copy_(self._before)
         if tensor.is_leaf:
             tensor.grad = self._grad
-        self._version = _version(tensor)
+        self._version = _version(tensor)  # to put it back was counted, too
 
     def _moved(self) -> bool:
         """Tell whether it has another memory or shape."""
@@ -192,12 +193,12 @@ class Values(Entry):
 
 
 def _version(tensor: Tensor) -> int:
-    """Count how often a tensor was written to; inference mode does not count."""
+    """Read torch's count of how often a tensor was written to; 0 for those of inference mode, which have none."""
     return 0 if tensor.is_inference() else tensor._version
 
 
 def address_of(tensor: Tensor) -> int:
-    """Find where the numbers of a tensor lie; -1 where it is not dense, or a transform has put another in its place."""
+    """Find the address of a tensor's numbers; -1 where it is not dense, or stands for another inside a transform."""
     try:
         return tensor.data_ptr()
     except RuntimeError:
@@ -238,7 +239,7 @@ class Generator(Entry):
     """A generator of random numbers."""
 
     def __init__(self, read: Callable[[], Any], write: Callable[[Any], object]) -> None:
-        """Take down where it is, by the functions that read and set its state."""
+        """Take down its state, by the functions that read and set it."""
         self._read, self._write = read, write
         self._before = read()
 
@@ -252,33 +253,33 @@ class Generator(Entry):
 
 
 def global_generators() -> list[Generator]:
-    """Take down where the generators of the process are: Python's, NumPy's and torch's."""
+    """Take down the state of the process's generators: Python's, NumPy's and torch's."""
     of_torch = (Generator(generator.get_state, generator.set_state) for generator in generators_of_torch())
     return [Generator(random.getstate, random.setstate), generator_of_numpy(), *of_torch]
 
 
 def generator_of_numpy() -> Generator:
-    """Take down where NumPy's generator of the process is."""
+    """Take down the state of NumPy's generator of the process."""
     return Generator(lambda: np.random.get_state(legacy=False), np.random.set_state)
 
 
 def generators_of_torch() -> list[torch.Generator]:
-    """List torch's generators of the process, one for each device that is used."""
+    """List torch's generators of the process, one for each device in use."""
     return [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
 
 
 def entries_of(value: Any) -> Iterator[Entry]:
-    """Choose how to keep the state of an object; nothing for one that has none."""
+    """Take down the state of an object, by its kind; nothing for one that has none."""
     kind = type(value)
     if issubclass(kind, Tensor):
-        kept = value.is_leaf and value.layout is torch.strided  # what has a graph is the result of another pass
+        kept = value.is_leaf and value.layout is torch.strided  # a tensor with a graph is the result of an earlier pass
         if kept and not value.is_meta:
             yield Values(value)
     elif issubclass(kind, np.ndarray):
         array = value.view(np.ndarray)
         if array.flags.writeable:
             yield _Objects(array) if array.dtype.hasobject else _Array(array)
-        if kind is not np.ndarray:  # say a mask
+        if kind is not np.ndarray:  # a subclass may have attributes, say a mask
             yield Attributes(value)
     elif issubclass(kind, torch.Generator):
         yield Generator(value.get_state, value.set_state)
@@ -297,7 +298,7 @@ def entries_of(value: Any) -> Iterator[Entry]:
 
 
 def _attributes_of(value: Any) -> Iterator[Entry]:
-    """Choose how to keep the attributes of an object."""
+    """Take down the attributes of an object, in its dictionary and in slots."""
     try:
         attributes = object.__getattribute__(value, "__dict__")
     except AttributeError:
@@ -311,12 +312,12 @@ def _attributes_of(value: Any) -> Iterator[Entry]:
 
 
 def _identities(attributes: dict[str, Any]) -> list[Any]:
-    """List the names and which objects there are, without comparing the objects."""
+    """List the names of attributes and the identities of their values, without comparing these."""
     return [*attributes, *map(id, attributes.values())]
 
 
 def _comparable(state: Any) -> Any:
-    """Bring the state of a generator to a form that ``==`` compares."""
+    """Bring the state of a generator to a form that ``==`` can compare."""
     if isinstance(state, Tensor):
         return state.numpy().tobytes()
     if isinstance(state, np.ndarray):

@@ -28,24 +28,23 @@ class State:
     """
 
     def __init__(self, modules: Iterable[Module], *, thorough: bool) -> None:
-        """Take it down."""
+        """Take it down; thoroughly, with what objects hold that are neither modules nor containers."""
         modules = list(modules)
+        self.tensors: list[Tensor] = []
         self._entries: list[Entry] = []
         self._generators: list[Entry] = []
-        self._empty: list[Any] = []  # most of what modules hold, such as hooks, and quickly looked through
-        self._others: list[tuple[Module, State]] = []  # which other threads may evaluate meanwhile
+        # Most of what modules hold are empty containers, such as those of hooks: kept apart, they are checked quickly.
+        self._empty: list[Any] = []
+        self._others: list[tuple[Module, State]] = []  # models held as values, which other threads may evaluate
         self._thorough = thorough
-        self.tensors: list[Tensor] = []
-        # The values of parameters and buffers are for the session to look after.
+        self._modules = set(map(id, modules))
+        # Parameters and buffers: the session looks after their values, and which there are is taken down last.
         own = {id(t): t for m in modules for t in (*m._parameters.values(), *m._buffers.values()) if t is not None}
-        self._seen = set(own)
         if thorough:
             self._entries += map(Attributes, own.values())
-        self._own = set(own)
-        # What else holds them, is another name of theirs.
         self._members = [store for module in modules for store in (module._parameters, module._buffers)]
-        self._seen |= set(map(id, self._members))
-        self._modules = set(map(id, modules))
+        self._own = set(own)
+        self._seen = self._own | set(map(id, self._members))
         for module in modules:
             self._add(module, 0)
 
@@ -72,15 +71,15 @@ class State:
 
     def _add(self, value: Any, depth: int) -> None:
         """Take down one object, and what it holds."""
-        kind = type(value)  # an object may lie about its class, or refuse to tell
-        if id(value) in self._own:
+        kind = type(value)  # not isinstance: an object may lie about its class, or refuse to tell
+        if id(value) in self._own:  # another name of a parameter or buffer
             self.tensors.append(value)
         if id(value) in self._seen or issubclass(kind, _FUNCTIONS):
             return
         if issubclass(kind, Module) and depth and id(value) not in self._modules:
             self._add_other(value, depth)
             return
-        self._seen.add(id(value))
+        self._seen.add(id(value))  # by identity: objects may hold each other in a circle
         follow = self._thorough and depth < _DEPTH
         if kind in Container.BUILT_IN and not value:
             self._empty.append(value)
@@ -91,7 +90,7 @@ class State:
             self._entries.append(entry)
             self._generators += [entry] if isinstance(entry, Generator) else []
             for held in entry.held() if follow or issubclass(kind, Module) else ():
-                if follow or issubclass(type(held), Container.KINDS):
+                if follow or issubclass(type(held), Container.KINDS):  # containers on modules are always looked into
                     self._add(held, depth + 1)
         if issubclass(kind, tuple) and follow:
             for held in tuple.__getitem__(value, slice(ENTRIES)):
@@ -101,6 +100,7 @@ class State:
         """Take down a model that is held as a value, say a teacher in a list, unless another thread evaluates it."""
         with if_free(module) as free:
             if free:
+                # A state of its own, to be put back only while no other thread has the model.
                 state = State((), thorough=self._thorough)
                 state._seen, state._own, state._modules = self._seen, self._own, set(map(id, module.modules()))
                 state._add(module, depth)

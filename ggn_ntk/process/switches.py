@@ -20,14 +20,14 @@ from torch.utils import checkpoint
 
 from ggn_ntk.process.turns import forward_mode
 
-# Warnings that say nothing about the user's call, by the start of their text.
+# Warnings that do not concern the user's call, by the start of their text.
 _WARNINGS = [
     "`torch.jit.script` is deprecated",  # at the first use of torch.func.jvp
     "There is a performance drop because we have not yet implemented",
     "Full backward hook is firing when gradients are computed",
 ]
 
-# What a checkpoint that is not reentrant calls around its function, in torch 2.6 and 2.14.
+# The generators that run around the function of a non-reentrant checkpoint, in torch 2.6 and 2.14.
 _GENERATORS = ("_checkpoint_without_reentrant_generator", "_checkpoint_without_reentrant_generator_impl")
 
 
@@ -35,19 +35,19 @@ class Switch:
     """A context of the process that any number of threads may be in at once."""
 
     def __init__(self, context: Callable[[], AbstractContextManager[Any]]) -> None:
-        """Take what the first thread enters."""
+        """Take what makes the context, which the first thread enters and the last one leaves."""
         self._context, self._lock = context, threading.RLock()
         self._inside, self._stack = 0, ExitStack()
 
     def __enter__(self) -> None:
-        """Enter, as the first or one of several."""
+        """Count a thread that enters; the first one switches."""
         with self._lock:
             if not self._inside:
                 self._stack.enter_context(self._context())
             self._inside += 1
 
     def __exit__(self, *exception: object) -> None:
-        """Leave, as the last or one of several."""
+        """Count a thread that leaves; the last one switches back."""
         with self._lock:
             self._inside -= 1
             if not self._inside:
@@ -55,11 +55,11 @@ class Switch:
 
 
 class _Here(threading.local):
-    """What this thread is inside of.
+    """How many contexts this thread is in.
 
     Attributes:
-        sessions: How many isolated computations.
-        plain: How many contexts in which no checkpoint evaluates anything again.
+        sessions: Of isolated computations.
+        plain: In which checkpoints keep what they would evaluate again.
     """
 
     sessions, plain = 0, 0
@@ -97,7 +97,7 @@ def without_checkpoints() -> Iterator[None]:
 
 @contextmanager
 def _all_switches() -> Iterator[None]:
-    """Switch all that does not take an import."""
+    """Switch everything that takes no further import."""
     with ExitStack() as stack:
         for context in (
             full_precision,
@@ -113,7 +113,7 @@ def _all_switches() -> Iterator[None]:
 
 @contextmanager
 def _cudnn_off() -> Iterator[None]:
-    """Let torch's own kernels compute what cuDNN would."""
+    """Turn cuDNN off, which does not differentiate recurrent layers in eval mode."""
     before = torch.backends.cudnn.enabled
     torch.backends.cudnn.enabled = False
     try:
@@ -130,8 +130,8 @@ _WITHOUT_CUDNN = Switch(_cudnn_off)
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Turn off TF32 and reduced-precision float32 products in matmuls, convolutions and RNNs."""
-    # ``set_float32_matmul_precision("medium")`` costs 2e-3 relative error even on some CPUs, and GPU convolutions use
-    # TF32 by default.
+    # ``set_float32_matmul_precision("medium")`` makes relative errors of 2e-3 even on some CPUs; GPU convolutions use TF32
+    # by default.
     scope = _fp32_precision_ieee if hasattr(torch.backends, "fp32_precision") else _legacy_precision_highest
     with scope():
         yield
@@ -139,7 +139,7 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def _fp32_precision_ieee() -> Iterator[None]:
-    """Full precision through the flags of torch 2.9 and later."""
+    """Set full precision by the flags of torch 2.9 and later."""
     backends: Any = torch.backends
     switches: list[Any] = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
     switches += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
@@ -150,14 +150,16 @@ def _fp32_precision_ieee() -> Iterator[None]:
         yield
     finally:
         for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = "none"  # inherit from the backend, then the process...
+            # A switch reads as its backend's or the process's where it has no value of its own. So it gets none first,
+            # and the value only where that makes a difference.
+            switch.fp32_precision = "none"
             if switch.fp32_precision != value:
-                switch.fp32_precision = value  # ...unless the value was the operation's own
+                switch.fp32_precision = value
 
 
 @contextmanager
 def _legacy_precision_highest() -> Iterator[None]:
-    """Full precision through the flags of torch before 2.9."""
+    """Set full precision by the flags of torch before 2.9."""
     matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         torch.set_float32_matmul_precision("highest")
@@ -170,7 +172,7 @@ def _legacy_precision_highest() -> Iterator[None]:
 
 @contextmanager
 def _attention_fast_path_off() -> Iterator[None]:
-    """Let transformer layers call their modules, also where nothing in them requires a gradient."""
+    """Have transformer layers call their modules, also where nothing in them requires a gradient."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -181,9 +183,9 @@ def _attention_fast_path_off() -> Iterator[None]:
 
 @contextmanager
 def _checkpoints_that_can_be_kept() -> Iterator[None]:
-    """Let checkpoints evaluate their function directly, in the threads that ask for it."""
-    # Reentrant ones support neither ``torch.func`` nor ``autograd.grad``. Torch's module looks both names up when a
-    # checkpoint is called; its classes stay as they are.
+    """Have checkpoints evaluate their function directly, in the threads that need it."""
+    # Reentrant ones support neither ``torch.func`` nor ``autograd.grad``. Torch looks the names below up in its module
+    # whenever a checkpoint is called, so they are exchanged there, and its classes stay as they are.
     module: Any = checkpoint
     reentrant = module.CheckpointFunction
     generators = {name: vars(module)[name] for name in _GENERATORS if name in vars(module)}
@@ -206,7 +208,7 @@ def _checkpoints_that_can_be_kept() -> Iterator[None]:
 
 @contextmanager
 def _forward_mode_in_turns() -> Iterator[None]:
-    """Let threads enter forward mode one at a time: torch keeps its level, and the count of jvps, for the process."""
+    """Have threads enter forward mode one at a time: torch keeps its level and the count of jvps for the process."""
     original = eager_transforms.jvp_increment_nesting
 
     @contextmanager
@@ -223,8 +225,8 @@ def _forward_mode_in_turns() -> Iterator[None]:
 
 @contextmanager
 def _warnings_off() -> Iterator[None]:
-    """Silence warnings that say nothing about the user's call, by their exact text."""
-    # ``warnings.catch_warnings`` would set back what other threads have filtered in the meantime.
+    """Silence warnings that do not concern the user's call, by the start of their text."""
+    # ``warnings.catch_warnings`` would undo the filters that other threads set in the meantime.
     entries = [("ignore", re.compile(message), Warning, None, 0) for message in _WARNINGS]
     filters: Any = warnings.filters
     filters[:0] = entries

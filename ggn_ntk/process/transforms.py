@@ -1,4 +1,4 @@
-"""Transforms of ``torch.func`` that are under way around a call."""
+"""Transforms of ``torch.func`` inside of which a call is made."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
@@ -10,17 +10,17 @@ from torch._functorch.pyfunctorch import temporarily_clear_interpreter_stack
 
 
 def is_transformed() -> bool:
-    """Tell whether a transform is under way, in which tensors stand for others."""
+    """Tell whether a transform is under way, inside of which tensors are wrapped."""
     return torch._C._functorch.maybe_current_level() is not None
 
 
 def is_wrapped(x: Any) -> bool:
-    """Tell whether a value stands for another inside of a transform."""
+    """Tell whether a value is a tensor that a transform has wrapped."""
     return isinstance(x, Tensor) and torch._C._functorch.is_functorch_wrapped_tensor(x)
 
 
 @contextmanager
 def outside_of_transforms() -> Iterator[None]:
-    """Leave transforms of ``torch.func`` that are under way, in whose course a model may ask for another's kernel."""
+    """Leave transforms that are under way: a model that is being transformed may ask for the kernel of another."""
     with temporarily_clear_interpreter_stack() if is_transformed() else nullcontext():
         yield
