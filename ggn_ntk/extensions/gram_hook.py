@@ -243,8 +243,8 @@ class _Watch(BackpropExtension):
         """Compare what ViViT is going to use with the gradients."""
         s = self._vivit.saved_quantities.retrieve_quantity(call.output.data_ptr(), delete_old=False)  # [C, N, *output]
         samples = self._vivit.get_subsampling() or slice(None)
-        # Without parameters, wrong numbers may do no harm. Behind a ReLU, BackPACK takes all zeros for dropped by dropout,
-        # also those that dropout keeps, but the ReLU passes nothing back to them anyway.
+        # Without parameters, wrong numbers may do no harm. Where a ReLU comes before dropout, BackPACK takes all of its
+        # zeros for dropped, also those that dropout keeps, but the ReLU passes nothing back to them anyway.
         if self.check.v is None or call.params:
             self.check.compare_output(call, s, samples)
         if call.has_drawn and is_wanted(call.inputs[0]):

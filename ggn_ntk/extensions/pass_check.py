@@ -217,8 +217,9 @@ class PassCheck:
 
     def expect_known(self, call: ModuleCall, unknown: Tensor, s: Tensor) -> None:
         """Note at which samples ``s`` needs a derivative that is unknown."""
-        # unknown [N, ...], s [C, N, ...]. Entries are unknown where the input is zero: if that is the output of a ReLU,
-        # the ReLU passes nothing back to them.
+        # unknown [N, ...], s [C, N, ...]
+        # Entries are unknown where their input and gradient are zero. If a ReLU made the input, it passes nothing to
+        # them.
         if _maker(call.inputs[0]) != "ReluBackward0":
             what = "what it drew for entries that are zero, as their gradient is, cannot be told ({samples})"
             needed = (unknown & (s.abs().amax(0) > 0)).flatten(1).any(1).to(s.dtype)

@@ -27,7 +27,7 @@ PROBE_TOLERANCES = {dtype: 10 * tolerance for dtype, tolerance in TOLERANCES.ite
 #: square root of the share of such units, and a share of 1e-4 is large.
 KINKS = 1e-2
 
-#: How many times as much as it was seen to do in one measurement rounding may do.
+#: Rounding may do up to so many times what it was seen to do in a single measurement.
 SEEN = 30.0
 
 # A gradient that is zero but for rounding (say of a bias in front of a normalisation) is off by rounding of the others'

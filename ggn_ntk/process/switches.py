@@ -130,8 +130,8 @@ _WITHOUT_CUDNN = Switch(_cudnn_off)
 @contextmanager
 def full_precision() -> Iterator[None]:
     """Turn off TF32 and reduced-precision float32 products in matmuls, convolutions and RNNs."""
-    # ``set_float32_matmul_precision("medium")`` makes relative errors of 2e-3 even on some CPUs; GPU convolutions use TF32
-    # by default.
+    # ``set_float32_matmul_precision("medium")`` costs 2e-3 relative error even on some CPUs, and GPU convolutions use
+    # TF32 by default.
     scope = _fp32_precision_ieee if hasattr(torch.backends, "fp32_precision") else _legacy_precision_highest
     with scope():
         yield
