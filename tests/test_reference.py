@@ -8,7 +8,7 @@ from conftest import COMPUTES, assert_close, loop_jacobians, oracle_sum
 from torch import nn
 
 from ggn_ntk import RouteWarning
-from ggn_ntk.methods import reference
+from ggn_ntk.methods import reference, sample_jacobians
 from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
 
 each_function = pytest.mark.parametrize("function", [jacobian_contraction, ntk_vector_products])
@@ -22,7 +22,7 @@ def forbid(monkeypatch):
     def forbidden(*args, **kwargs):
         raise AssertionError("not to be called")
 
-    return lambda name: monkeypatch.setattr(reference, name, forbidden)
+    return lambda name: monkeypatch.setattr(sample_jacobians, name, forbidden)
 
 
 @each_function
@@ -59,8 +59,8 @@ def test_output_picks_a_tensor(function):
 @pytest.mark.parametrize("name", ["recurrent", "data_dependent"])
 def test_plain_autograd_takes_over_where_vmap_fails(function, compute, symmetric, name, monkeypatch):
     loops = []
-    original = reference._autograd_jacobian
-    monkeypatch.setattr(reference, "_autograd_jacobian", lambda *args: loops.append(0) or original(*args))
+    original = sample_jacobians._autograd_jacobian
+    monkeypatch.setattr(sample_jacobians, "_autograd_jacobian", lambda *args: loops.append(0) or original(*args))
     case = BY_NAME[name]
     model, x1, x2 = case.build()
     kernel = function(model, x1, None if symmetric else x2, compute=compute)
@@ -70,7 +70,7 @@ def test_plain_autograd_takes_over_where_vmap_fails(function, compute, symmetric
 
 @pytest.mark.parametrize("name", ["recurrent", "data_dependent", "tied_transformer", "custom_parameter"])
 def test_params_and_per_parameter_where_vmap_fails(name, monkeypatch):
-    monkeypatch.setattr(reference, "vmap", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(sample_jacobians, "vmap", lambda *args, **kwargs: 1 / 0)
     model, x, _ = BY_NAME[name].build()
     jacobians = loop_jacobians(model, x)
     name = list(jacobians)[-1]
@@ -87,7 +87,7 @@ def test_running_out_of_memory_is_not_a_reason_to_loop(function, monkeypatch, fo
     def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(reference, "vmap", out_of_memory)
+    monkeypatch.setattr(sample_jacobians, "vmap", out_of_memory)
     forbid("_autograd_jacobian")
     with pytest.raises(torch.OutOfMemoryError):
         function(mlp(nn.Tanh)(), torch.randn(3, 5))
@@ -99,14 +99,14 @@ def test_parameters_that_the_output_does_not_depend_on(function, monkeypatch):
     model.forward = lambda x: x.sin()
     model.unused = nn.Parameter(torch.randn(3))
     assert torch.equal(function(model, torch.randn(2, 4)), torch.zeros(2, 2, 4, 4))
-    monkeypatch.setattr(reference, "vmap", lambda *args, **kwargs: 1 / 0)
+    monkeypatch.setattr(sample_jacobians, "vmap", lambda *args, **kwargs: 1 / 0)
     assert torch.equal(function(model, torch.randn(2, 4)), torch.zeros(2, 2, 4, 4))
 
 
 def test_jacobian_is_computed_once_for_one_set(monkeypatch):
     calls = []
-    original = reference._jacobians
-    monkeypatch.setattr(reference, "_jacobians", lambda *args: calls.append(0) or original(*args))
+    original = sample_jacobians._jacobians
+    monkeypatch.setattr(sample_jacobians, "_jacobians", lambda *args: calls.append(0) or original(*args))
     model, x = mlp(nn.Tanh)(), torch.randn(3, 5)
     jacobian_contraction(model, x)
     assert len(calls) == 1
@@ -193,7 +193,7 @@ def test_jacobians_that_vmap_gets_wrong_in_a_batch_alone(monkeypatch):
     """As of PReLU on some GPUs: then a single sample, in whatever precision, tells nothing of the batch."""
     model, x = mlp(nn.Tanh)(), torch.randn(4, 5)
     expected = jacobian_contraction(model, x)
-    right = reference._jacobians
+    right = sample_jacobians._jacobians
 
     def wrong(request, inputs):
         found = right(request, inputs)
@@ -201,7 +201,7 @@ def test_jacobians_that_vmap_gets_wrong_in_a_batch_alone(monkeypatch):
             found["0.weight"][2] *= 1.5
         return found
 
-    monkeypatch.setattr(reference, "_jacobians", wrong)
+    monkeypatch.setattr(sample_jacobians, "_jacobians", wrong)
     with pytest.warns(RouteWarning, match="gets some samples wrong"):
         assert_close(jacobian_contraction(model, x), expected)
 

@@ -31,9 +31,10 @@ from ggn_ntk.extensions.pass_check import (
 )
 from ggn_ntk.jacobians.backward import identity
 from ggn_ntk.jacobians.layers import Use, backpropagate
+from ggn_ntk.models.entries import global_generators
 from ggn_ntk.models.inspection import OwnGenerator
 from ggn_ntk.models.requirements import BATCH_STATISTICS, find, hidden_computation
-from ggn_ntk.models.state import State, global_generators
+from ggn_ntk.models.state import State
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.request import check_integer, check_split
@@ -138,7 +139,8 @@ class EmpiricalNTK(BackpropExtension):
         return self._finished(torch.stack(list(self._accumulator.kernels.values())).sum(0))
 
     def _finished(self, kernel: Tensor) -> Tensor:
-        """Bring a kernel ``[N1, N2, E, F, F]`` to the layout of the public API."""
+        """Bring a kernel to the layout of the public API."""
+        # kernel [N1, N2, E, F, F]
         return finish(kernel, self._axes, self.n1 is None)
 
     @torch.no_grad()
@@ -179,11 +181,11 @@ class EmpiricalNTK(BackpropExtension):
         after_backward_pass(self._finish)
 
     def _forget(self) -> None:
-        """Drop what is kept for the modules that a backward pass has not reached."""
+        """Drop what is kept for modules that the backward pass has not reached."""
         self.saved_quantities, self._seen, self._check = SavedQuantities(), {}, None
 
     def _finish(self) -> None:
-        """Publish the kernels at the end of a backward pass, if it was right; one that fails never gets here."""
+        """Publish the kernels at the end of a backward pass, if it was right."""
         check, seen = self._check, self._seen
         self._forget()
         assert check is not None
@@ -200,7 +202,7 @@ class EmpiricalNTK(BackpropExtension):
         if problems:
             raise UnsupportedModelError(problems, ROUTE)
         assert self._check is not None
-        s = self.saved_quantities.retrieve_quantity(call.output.data_ptr(), delete_old=own is None)
+        s = self.saved_quantities.retrieve_quantity(call.output.data_ptr(), delete_old=own is None)  # [C, N, *output]
         self._check.compare_output(call, s)
         self._seen.update((str(id(p)), p) for p in call.params.values())
         if own is None:
@@ -227,7 +229,7 @@ class EmpiricalNTK(BackpropExtension):
         return problems
 
     def _add_parameters(self, call: ModuleCall, stand_in: Any, s: Tensor) -> None:
-        """Add a module's parameters, by its rule."""
+        """Add the Jacobians of a module's parameters, by its rule."""
         if call.params:
             rule = rule_for(call.module)
             assert rule is not None
@@ -235,12 +237,13 @@ class EmpiricalNTK(BackpropExtension):
             self._accumulator.add({str(id(p)): factored[name] for name, p in call.params.items()})
 
     def _pass_on(self, call: ModuleCall, stand_in: Any, s: Tensor) -> None:
-        """Pass ``s`` ``[C, N, *module output]`` on to a module's inputs."""
+        """Pass ``s`` on to a module's inputs."""
+        # s [C, N, *module output] -> [C, N, *module input]
         assert self._check is not None
         wanted = [i for i, x in enumerate(call.inputs) if is_wanted(x) and call.leads_with_samples(x)]
         if not wanted:
             return
-        if call.has_drawn:
+        if call.has_drawn:  # another evaluation would draw other numbers: the derivative is read off the call
             derivative, unknown = call.derivative()
             self._check.expect_known(call, unknown, s)
             passed = [multiply_entries(s, derivative)]
@@ -255,7 +258,7 @@ class EmpiricalNTK(BackpropExtension):
                 self._check.compare_input(call, i, product)
 
     def _pass_through_autograd(self, call: ModuleCall, stand_in: Any, wanted: list[int], s: Tensor) -> list[Tensor]:
-        """Pass ``s`` back through a module without a formula, to the inputs that are wanted."""
+        """Pass ``s`` back through a module without a formula, to wanted inputs, by evaluating it once more."""
         assert self._check is not None
         with torch.enable_grad():
             inputs = [x.detach() if isinstance(x, Tensor) else x for x in call.inputs]
@@ -270,13 +273,15 @@ class EmpiricalNTK(BackpropExtension):
         return passed
 
     def _keep_apart(self, call: ModuleCall) -> None:
-        """Let what a module extension of the user has passed back be overwritten: it may be one for all inputs."""
+        """Copy what a module extension of the user has passed back, which may be one tensor for several inputs."""
+        # Formulas of modules further back may write to it in place.
         saved = quantities_of(self.saved_quantities)
         for key in {x.data_ptr() for x in call.inputs if is_wanted(x)}:
             saved[key] = None if saved.get(key) is None else saved[key].clone()
 
     def _save(self, x: Tensor, s: Tensor) -> None:
-        """Keep ``s`` ``[C, N, ...]`` of a tensor for the module that made it."""
+        """Keep ``s`` of a tensor for the module that made it."""
+        # s [C, N, ...]
         self.saved_quantities.save_quantity(x.data_ptr(), s, self.accumulate_backpropagated_quantities)
 
 
@@ -286,7 +291,7 @@ def _is_of_torch(module: Module) -> bool:
 
 
 def _stand_in(module: Any) -> Any:
-    """Copy a module as a function to evaluate: on its parameters, with buffers of its own, without hooks."""
+    """Copy a module to evaluate it once more: with the same parameters, with copies of buffers, without hooks."""
     twin: Any = object.__new__(type(module))
     Module.__init__(twin)
     left_out = vars(twin).keys() | {"output"}  # and the inputs that BackPACK has stored
@@ -303,6 +308,7 @@ def _stand_in(module: Any) -> Any:
 @contextmanager
 def _left_as_found(call: ModuleCall) -> Iterator[None]:
     """Put back what an evaluation of a module may change: the generators of the process, and what it holds."""
+    # Torch's own layers change nothing, but for those that draw.
     if _is_of_torch(call.module) and not isinstance(call.module, _DRAWS):
         yield
         return
@@ -319,7 +325,8 @@ def _left_as_found(call: ModuleCall) -> Iterator[None]:
 
 
 def _vjp(output: Tensor, leaves: list[Tensor], s: Tensor) -> list[Tensor]:
-    """Multiply by a transposed Jacobian with autograd: ``[C, *output]`` to ``[C, *leaf]`` for each leaf."""
+    """Multiply by a transposed Jacobian with autograd."""
+    # s [C, *output] -> [C, *leaf] for each leaf
     passed: Any
     try:
         passed = torch.autograd.grad(output, leaves, s, True, is_grads_batched=True, allow_unused=True)

@@ -108,13 +108,15 @@ class AccumulateGramHook:
         after_backward_pass(lambda: self._finish(extensions))
 
     def _dismiss(self) -> None:
-        """Take the watch out of BackPACK's active extensions, where a pass that failed has left it."""
+        """Take the watch out of BackPACK's active extensions, also if a pass that failed has left it there."""
         set_active_extensions(extension for extension in active_extensions() if extension is not self._watch)
 
     def _finish(self, extensions: list[ViViTGGNExact]) -> None:
-        """Publish the sum at the end of a backward pass, if it was right; one that fails half-way never gets here."""
+        """Publish the sum at the end of a backward pass, if it was right."""
         self._dismiss()
-        for extension in extensions:  # for inputs that require a gradient: the next pass would add to it
+        for (
+            extension
+        ) in extensions:  # what is left was passed back to the model's inputs: the next pass would add to it
             extension.saved_quantities = SavedQuantities()
         assert self._watch is not None
         check, self._watch = self._watch.check, None
@@ -180,7 +182,7 @@ class GramSum:
     """
 
     def __init__(self, delete_buffers: bool = True) -> None:
-        """Begin, and say whether ViViT's buffers are deleted from each parameter."""
+        """Begin with nothing; ``delete_buffers`` from each parameter once its Gram matrix is added."""
         self._delete_buffers = delete_buffers
         self.gram: Tensor | None = None
 
@@ -190,7 +192,8 @@ class GramSum:
             self._accumulate(param, self._gram_of(param, name))
 
     def _gram_of(self, param: Tensor, name: str) -> Tensor:
-        """Evaluate the Gram matrix ``[C, N, C, N]`` of a parameter, and free what ViViT stored for it."""
+        """Evaluate the Gram matrix of a parameter, and free what ViViT stored for it."""
+        # -> [C, N, C, N]
         if not hasattr(param, _SAVEFIELD):
             raise RuntimeError(
                 f"ViViT has no Gram matrix for {name}. Register how to compute it with "
@@ -210,7 +213,7 @@ class _Watch(BackpropExtension):
     """Looks at what ViViT has passed back to each module, and at the gradient there, before ViViT goes on.
 
     Attributes:
-        check: What was found.
+        check: What it compares.
     """
 
     def __init__(self, vivit: ViViTGGNExact, loss: Any, hessian: float | None) -> None:
@@ -238,10 +241,10 @@ class _Watch(BackpropExtension):
 
     def _compare(self, call: ModuleCall) -> None:
         """Compare what ViViT is going to use with the gradients."""
-        s = self._vivit.saved_quantities.retrieve_quantity(call.output.data_ptr(), delete_old=False)
+        s = self._vivit.saved_quantities.retrieve_quantity(call.output.data_ptr(), delete_old=False)  # [C, N, *output]
         samples = self._vivit.get_subsampling() or slice(None)
-        # Where there are no parameters it may be wrong and do no harm: of the zeros that a ReLU leaves, BackPACK takes
-        # those that the dropout behind it keeps for dropped, but the ReLU passes nothing back to them.
+        # Without parameters, wrong numbers may do no harm. Where a ReLU comes before dropout, BackPACK takes all of its
+        # zeros for dropped, also those that dropout keeps, but the ReLU passes nothing back to them anyway.
         if self.check.v is None or call.params:
             self.check.compare_output(call, s, samples)
         if call.has_drawn and is_wanted(call.inputs[0]):
@@ -250,18 +253,19 @@ class _Watch(BackpropExtension):
 
 
 def _wanted(module: Module) -> dict[str, Tensor]:
-    """List a module's own parameters that require a gradient, by what to call them in a message."""
+    """List a module's own parameters that require a gradient, by their label in a message."""
     named = module.named_parameters(recurse=False)
     return {f"{type(module).__name__}.{name}": p for name, p in named if p.requires_grad}
 
 
 def _hessian(loss: Any) -> float | None:
-    """Look up the number h in the loss Hessian h I; ``None`` for losses with another."""
+    """Look up the number h of a loss Hessian h I; ``None`` for losses whose Hessian is another."""
     numbers = {"sum": 2.0, "mean": 2 / loss.input0.numel()}
     return numbers.get(loss.reduction) if type(loss) is MSELoss else None
 
 
 def kernel_block(gram: Tensor, n1: int | None, hessian: float) -> Tensor:
-    """Reorder, slice and rescale a Gram matrix ``[C, N, C, N]`` to ``[N1, N2, 1, C, C]``."""
+    """Reorder, slice and rescale a Gram matrix to the block of x1 and x2."""
+    # gram [C, N, C, N] -> [N1, N2, 1, C, C]
     kernel = gram.permute(1, 3, 0, 2).unsqueeze(2)  # cndm -> nmecd
     return (kernel if n1 is None else kernel[:n1, n1:]) / hessian

@@ -1,4 +1,4 @@
-"""What BackPACK and ViViT cannot do, or do wrong without a word."""
+"""What BackPACK and ViViT cannot do, or do wrong without an error."""
 
 from collections import defaultdict
 from collections.abc import Iterator
@@ -36,7 +36,7 @@ def check_vivit(request: Request) -> Size:
 
 
 def vivit_problems(request: Request) -> list[Problem]:
-    """Find what the ViViT route cannot do, or would do wrong without a word."""
+    """Find what the ViViT route cannot do, or would do wrong without an error."""
     model = eager(request.model)
     problems = []
     if request.output is not None:
@@ -57,7 +57,7 @@ def vivit_problems(request: Request) -> list[Problem]:
 
 
 def vivit_module_problems(module: Module, name: str) -> Iterator[Problem]:
-    """Find what ViViT cannot do, or does wrong without a word, in one module."""
+    """Find what ViViT cannot do, or does wrong without an error, in one module."""
     kind = type(module).__name__
     if isinstance(module, nn.Sequential) and type(module).forward is nn.Sequential.forward:
         known: list[str] = []

@@ -1,7 +1,7 @@
-"""What is passed back beside the gradients of a user's backward pass is compared with these gradients.
+"""What extensions pass back in a user's backward pass is compared with the gradients of the pass.
 
 The BackPACK extension and the hook for ViViT pass ``s``, the Jacobian of the model's outputs, from module to module.
-The gradients of the pass, and its graph, show whether it is right.
+The gradients of the pass, and its graph, show whether it is right. Letters in shapes: C outputs, N samples.
 """
 
 import re
@@ -17,7 +17,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn import Module
 
 from ggn_ntk.models.autograd_graph import graph_nodes, precisions
-from ggn_ntk.models.comparison import PROBE_TOLERANCES, SEEN, cotangent
+from ggn_ntk.models.comparison import PROBE_TOLERANCES, SEEN, cotangent, probe_tolerance, row_norms
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError
 from ggn_ntk.process.torch_internals import BACKWARD_HOOK, current_node
 from ggn_ntk.rules.activation import active_rrelu
@@ -40,7 +40,7 @@ _DERIVATIVES: dict[type[Module], Callable[..., tuple[Tensor, Tensor]]] = {
 
 Gradients = tuple[Any, ...]  # tensors, or None
 
-# Largest relative error where products are rounded to 8 or 11 bits, ten times that of one product.
+# Largest relative error where products are rounded to 8 bits (bfloat16) or 11 (TF32): ten times that of one product.
 _ROUNDED_PRODUCTS = 10 * 2**-8
 
 
@@ -56,7 +56,7 @@ class ModuleCall:
     """
 
     def __init__(self, module: Any, g_inp: Gradients, g_out: Gradients) -> None:
-        """Take what BackPACK calls an extension with."""
+        """Take the arguments with which BackPACK calls an extension."""
         self.module, self.g_inp, self.g_out = module, g_inp, g_out
         self.kind = type(module).__name__
         self.params = {name: p for name, p in module.named_parameters(recurse=False) if p.requires_grad}
@@ -74,10 +74,12 @@ class ModuleCall:
 
     @property
     def is_stored(self) -> bool:
-        """Whether what BackPACK has stored is of this call."""
+        """Whether the inputs and output that BackPACK has stored are those of this call, and not of a later one."""
         names = ["output", *(f"input{i}" for i in range(len(self.g_inp)))]
         if not all(hasattr(self.module, name) for name in names):
             return False
+        node, place = current_node(), get_gradient_edge(self.output)
+        # The node of the module's hook on its inputs runs now; without inputs that require a gradient, that on outputs.
         node, place = current_node(), get_gradient_edge(self.output)
         before = [x.grad_fn for x in self.inputs if is_wanted(x)]
         return node in before if before else (place.node, place.output_nr) in node.next_functions
@@ -88,7 +90,8 @@ class ModuleCall:
         return type(self.module) in _DERIVATIVES and self.module.training and getattr(self.module, "p", 1) > 0
 
     def derivative(self) -> tuple[Tensor, Tensor]:
-        """Recover the derivative ``[N, ...]`` that it had at each entry, and where it cannot be recovered."""
+        """Recover the derivative that it had at each entry, and where it cannot be recovered."""
+        # -> [N, *module input] both
         of_type = _DERIVATIVES[type(self.module)]
         return of_type(self.module, self.inputs[0], self.output, self.g_inp[0], self.g_out[0])
 
@@ -98,12 +101,12 @@ class ModuleCall:
 
 
 class PassCheck:
-    """Compares what is passed back beside the gradients of a backward pass with them.
+    """Compares what is passed back in a backward pass with its gradients.
 
     With ``v`` ``[N, C]``, the gradient at the model's output, the gradient at the output of a module is
-    ``sum_c v[n, c] s[c, n, ...]``. That shows nothing of samples whose ``v`` is zero, so the graph is looked at too:
-    what leaves a module must leave it as its output, and be read by nothing but modules that have passed ``s`` back.
-    Errors are computed where the tensors are, and read together at the end of the pass.
+    ``sum_c v[n, c] s[c, n, ...]``. That shows nothing of samples whose ``v`` is zero, so the graph is looked at, too:
+    nothing but its output may leave a module, and only modules that have passed ``s`` back may read it. Errors are
+    computed on the device, and read together at the end of the pass.
 
     Attributes:
         v: The gradient, once the first module is reached.
@@ -120,16 +123,18 @@ class PassCheck:
         output = loss.input0
         self._scale, self._tolerance = scale, _tolerance(output)
         self.v: Tensor | None = None
-        self._measured: list[tuple[str, str, Tensor]] = []
-        self._rounding = torch.empty(0)
+        self._measured: list[tuple[str, str, Tensor]] = []  # kinds of modules, what differs, numbers [4, N]
+        self._rounding = torch.empty(0)  # [N], the relative error that rounding was seen to make
+        # Kinds of modules that have passed back, by the nodes of their inputs
         self._modules = {output.grad_fn: type(loss).__name__}
+        # Which output of a node is read by which nodes
         self._readers: dict[Node | None, list[tuple[int, Node]]] = defaultdict(list)
         for node in graph_nodes(output):
             for before, number in node.next_functions:
                 self._readers[before].append((number, node))
 
     def add(self, call: ModuleCall) -> None:
-        """Take down that a module passes back to its inputs."""
+        """Note that a module has passed back to its inputs."""
         self._modules.update((x.grad_fn, call.kind) for x in call.inputs if is_wanted(x))
 
     def readers(self, tensor: Tensor) -> list[Node]:
@@ -139,6 +144,7 @@ class PassCheck:
         while waiting:
             place = waiting.pop()
             for node in [node for number, node in self._readers.get(place[0], ()) if number == place[1]]:
+                # Hooks change nothing: those of modules that have not passed back are looked through.
                 if node.name() == BACKWARD_HOOK and node not in self._modules:
                     waiting += [(node, i) for i, before in enumerate(node.next_functions) if before == place]
                 else:
@@ -152,8 +158,9 @@ class PassCheck:
         return sorted(modules), _names(readers - self._modules.keys())
 
     def read_elsewhere(self, call: ModuleCall) -> tuple[list[str], list[str]]:
-        """Name parameters of a module that are read outside of it too, and what else reads what it computes inside."""
+        """Name parameters of a module that are read outside of it, too, and what reads what it computes inside."""
         edge = get_gradient_edge(call.output)
+        # All nodes from the output back to the inputs, and to the leaves.
         inside: set[Node | None] = {x.grad_fn for x in call.inputs if is_wanted(x)}
         waiting = [edge.node]
         while waiting:
@@ -167,8 +174,8 @@ class PassCheck:
         return params, _names(set().union(*outside.values()))
 
     def compare_output(self, call: ModuleCall, s: Tensor, samples: Any = slice(None)) -> None:
-        """Compare ``s`` ``[C, N, ...]`` with the gradient ``[N, ...]`` at the output of a module, for some samples."""
-        g = call.g_out[0][samples]
+        """Compare ``s`` with the gradient at the output of a module, for some samples."""
+        g = call.g_out[0][samples]  # [N, *module output], and s [C, N, *module output]
         if self.v is None:  # at the first module, whose output is the model's
             self.v = g.detach().reshape(len(g), -1) / self._scale
             self._rounding = self.v.new_zeros(len(g))
@@ -184,16 +191,18 @@ class PassCheck:
             self._compare(call, what, s, g)
 
     def compare_input(self, call: ModuleCall, number: int, s: Tensor) -> None:
-        """Compare ``s`` ``[C, N, ...]`` with the gradient ``[N, ...]`` that a module passes back to an input."""
+        """Compare ``s`` with the gradient that a module passes back to an input."""
+        # s [C, N, *module input]
         what = "what it passes back does not fit the gradient ({error}): it draws random numbers or mixes samples"
         self._compare(call, what, s, call.g_inp[number])
 
     def _compare(self, call: ModuleCall, what: str, s: Tensor, g: Tensor) -> None:
-        """Take down how far ``sum_c v[n, c] s[c, n, ...]`` is from a gradient, for each sample."""
+        """Note how far ``sum_c v[n, c] s[c, n, ...]`` is from a gradient, for each sample."""
         self._expect_zero(call, what, *self._measure(s, g))
 
     def _measure(self, s: Tensor, g: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """Measure the error of each sample ``[N]``, its gradient, and the terms of the sum."""
+        """Measure for each sample the norms of the error, of the gradient, and of the terms of the sum over outputs."""
+        # s [C, N, ...], g [N, ...] -> [N] each
         assert self.v is not None
         v, c, n = self.v.to(s), *s.shape[:2]
         order = sorted(range(2, s.ndim), key=s.stride, reverse=True)  # as in memory: there is no copy
@@ -206,53 +215,57 @@ class PassCheck:
         return norm(product - g, dim=1), norm(g, dim=1), terms
 
     def expect_known(self, call: ModuleCall, unknown: Tensor, s: Tensor) -> None:
-        """Take down at which samples ``s`` ``[C, N, ...]`` needs a derivative that is unknown ``[N, ...]``."""
-        if _maker(call.inputs[0]) != "ReluBackward0":  # behind a ReLU unknown entries are zero, so it drops them
+        """Note at which samples ``s`` needs a derivative that is unknown."""
+        # unknown [N, ...], s [C, N, ...]
+        # Entries are unknown where their input and gradient are zero. If a ReLU made the input, it passes nothing to
+        # them.
+        if _maker(call.inputs[0]) != "ReluBackward0":
             what = "what it drew for entries that are zero, as their gradient is, cannot be told ({samples})"
             needed = (unknown & (s.abs().amax(0) > 0)).flatten(1).any(1).to(s.dtype)
             self._expect_zero(call, what, needed, torch.ones_like(needed), needed)
 
     def expect_repeated(self, call: ModuleCall, wanted: list[int], output: Tensor, leaves: list[Tensor]) -> None:
-        """Take down how far an evaluation is from the call: its gradients, or its output where these show nothing."""
+        """Note how far another evaluation is from the call: in gradients, or in outputs where these show nothing."""
         assert self.v is not None
         what = "it returns something else when it is evaluated again ({error}): it draws random numbers"
-        size, errors = _sample_norms(output), _sample_norms(output - call.output)
+        size, errors = row_norms(output), row_norms(output - call.output)
         self._expect_zero(call, what, errors.masked_fill(self.v.any(1).to(errors.device), 0), size, size)
         for i, gradient in zip(wanted, gradients_at(output, leaves, call.g_out[0]), strict=True):
-            size, errors = _sample_norms(gradient), _sample_norms(gradient - call.g_inp[i])
+            size, errors = row_norms(gradient), row_norms(gradient - call.g_inp[i])
             self._expect_zero(call, what, errors, size, size)
 
     def expect_independence(self, call: ModuleCall, output: Tensor, leaves: list[Tensor]) -> None:
-        """Take down how much outputs of every other sample depend on the samples between."""
+        """Note how much outputs of every second sample depend on the samples between."""
         some = cotangent(output, seed=0)
-        some[1::2] = 0
+        some[1::2] = 0  # so the gradient of these must be zero
         for gradient in gradients_at(output, leaves, some):
-            norms = _sample_norms(gradient).nan_to_num(0, 0, 0)
-            size, errors = norms.amax().expand_as(norms), norms.clone()
+            found = row_norms(gradient).nan_to_num(0, 0, 0)
+            size, errors = found.amax().expand_as(found), found.clone()
             errors[::2] = 0
             self._expect_zero(call, "samples influence one another in it ({error})", errors, size, size)
 
     def allow_rounding(self, call: ModuleCall, wanted: list[int], passed: list[Tensor]) -> None:
-        """Allow, in modules in front, for what rounding does where terms cancel, say in a normalisation."""
-        # With gradients that an evaluation repeats, rounding alone makes their sum differ from the gradient of the sum.
+        """Allow, in all modules further back, for rounding where terms cancel, say in a normalisation."""
+        # An evaluation has repeated the gradients: so rounding alone makes the sum of ``v s`` differ from them.
         for i, s in zip(wanted, passed, strict=True):
             error, *sizes = self._measure(s, call.g_inp[i])
             relative = (error / torch.maximum(*sizes)).nan_to_num(0, 0, 0)
             self._rounding = torch.maximum(self._rounding.to(relative), relative)
 
     def _expect_zero(self, call: ModuleCall, what: str, errors: Tensor, sizes: Tensor, terms: Tensor) -> None:
-        """Take down the error of each sample ``[N]``, the norm of what is right, and that of the terms it sums."""
+        """Note the error of each sample, the norm of what is right, and that of the terms it sums."""
+        # errors [N], sizes [N], terms [N]
         self._measured.append((call.kind, what, torch.stack([errors, sizes, terms, self._rounding.to(errors)])))
 
     def judge(self) -> None:
-        """Raise unless all errors are rounding. The first that is not has led to the others."""
+        """Raise at the first error that is more than rounding: it has led to those further back."""
         if not self._measured:
             return
         assert self.v is not None
         together = torch.stack([measured.to(self.v.device) for _, _, measured in self._measured], 1)
-        errors, sizes, terms, rounding = together.cpu().double()
-        scales, info = torch.maximum(sizes, terms), torch.finfo(self.v.dtype)  # rounding grows with what cancels
-        # What is zero, or too small to compute with, shows nothing; nor does what is not finite if neither is.
+        errors, sizes, terms, rounding = together.cpu().double()  # [number of comparisons, N] each
+        scales, info = torch.maximum(sizes, terms), torch.finfo(self.v.dtype)  # rounding grows with terms that cancel
+        # Samples show nothing if their numbers are zero, or too small to compute with, or infinite on both sides.
         left_out = (scales < info.tiny / info.eps) | ~(sizes.isfinite() | terms.isfinite())
         relative = (errors / scales).nan_to_num(nan=torch.inf).masked_fill(left_out, 0)
         differs = relative > self._tolerance + SEEN * rounding
@@ -265,7 +278,7 @@ class PassCheck:
 
 
 def call_problems(check: PassCheck | None, call: ModuleCall, saved: SavedQuantities) -> Iterator[Problem]:
-    """Find what keeps a module from having got all that modules behind it passed back, and from passing it on."""
+    """Find why a module may not have received all that is passed back to it, or cannot pass it on."""
     if not call.is_stored:
         what = f"this {call.kind} is called more than once, and BackPACK keeps the inputs and output of one call"
         yield Problem(call.kind, what, f"Use a {call.kind} for each call, or ggn_ntk.empirical_ntk")
@@ -298,12 +311,12 @@ def is_wanted(x: Any) -> bool:
 
 
 def _names(nodes: Iterable[Node]) -> list[str]:
-    """Name operations of a graph, by what they do in the forward pass."""
+    """Name the forward operations of nodes."""
     return sorted({re.sub(r"Backward\d*$", "", node.name()) for node in nodes})
 
 
 def is_output(x: Tensor) -> bool:
-    """Tell whether a module's input is the output of another, or at least of one with hooks."""
+    """Tell whether a module's input is the output of another module with hooks."""
     assert x.grad_fn is not None
     before, _ = x.grad_fn.next_functions[x.output_nr]
     return before is not None and x.grad_fn.name() == before.name() == BACKWARD_HOOK
@@ -318,7 +331,7 @@ def _maker(x: Tensor) -> str:
 
 
 def _tolerance(output: Tensor) -> float:
-    """Choose the largest relative error that rounding makes, by the lowest precision that takes part in an output."""
+    """Choose the largest relative error that rounding makes, as precision flags are in the user's pass."""
     dtypes = precisions(output)
     lower = dtypes - PROBE_TOLERANCES.keys()
     if lower:
@@ -327,7 +340,7 @@ def _tolerance(output: Tensor) -> float:
         raise UnsupportedModelError([Problem("", what, remedy)], ROUTE)
     if torch.float32 in dtypes and _rounds_products(output.device):
         return _ROUNDED_PRODUCTS
-    return max(PROBE_TOLERANCES[dtype] for dtype in dtypes)
+    return probe_tolerance(output)
 
 
 def _rounds_products(device: torch.device) -> bool:
@@ -338,12 +351,6 @@ def _rounds_products(device: torch.device) -> bool:
         return torch.get_float32_matmul_precision() != "highest" or (not cpu and backends.cudnn.allow_tf32)
     switches = (backends.mkldnn.matmul, backends.mkldnn.conv) if cpu else (backends.cuda.matmul, backends.cudnn.conv)
     return any(switch.fp32_precision in ("tf32", "bf16") for switch in switches)
-
-
-def _sample_norms(x: Tensor) -> Tensor:
-    """Compute the norm of each sample of ``[N, ...]``."""
-    norms: Tensor = torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1)
-    return norms
 
 
 def gradients_at(output: Tensor, leaves: list[Tensor], g: Tensor) -> tuple[Tensor, ...]:

@@ -27,24 +27,20 @@ from ggn_ntk.jacobians.recording import record
 from ggn_ntk.jacobians.sample_axes import SampleAxes, locate
 from ggn_ntk.jacobians.trial import DIFFERS, try_rules
 from ggn_ntk.memory.budget import resolve_axes
-from ggn_ntk.models.comparison import all_finite, cotangent, differing, rows_differing
+from ggn_ntk.models.comparison import check_finite, cotangent, differing, probe_tolerance, rows_differing
+from ggn_ntk.models.evaluation import check_output, check_shape
+from ggn_ntk.models.gradients import Parts, gradients, in_parts
 from ggn_ntk.models.independence import (
     Checked,
-    Parts,
-    check_output,
-    check_shape,
     compare_alone,
     compare_gradients,
     compare_outputs,
-    gradients,
     how_often,
-    in_parts,
     look,
     partitions,
-    probe_tolerance,
-    rounding_of,
 )
-from ggn_ntk.problem.errors import NotFiniteError, is_out_of_memory
+from ggn_ntk.models.rounding import rounding_of
+from ggn_ntk.problem.errors import is_out_of_memory
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.output_axes import OutputAxes
 from ggn_ntk.problem.request import Request
@@ -130,8 +126,7 @@ class Verification:
         for samples in partitions(n, times) or [[[0]]]:
             self._halves.append(in_parts(self._request, self.inputs, samples, self._v, sketched))
         self._expected = self._halves[0].gradient
-        if not all_finite(self._expected.values()):
-            raise NotFiniteError
+        check_finite(self._expected.values())
 
     def try_rules(self, alone: "Alone", sample_axes: Sequence[SampleAxes] | None) -> dict[str, str]:
         """Try the rules on the few samples: why they do not give the Jacobian of a parameter, by name."""

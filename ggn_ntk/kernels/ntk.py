@@ -13,9 +13,9 @@ from torch.nn import Module
 from ggn_ntk.methods.computation import Kernels, carry_out, is_finite
 from ggn_ntk.methods.reference import contract_jacobians, jacobian_kernels, multiply_vectors, product_kernels
 from ggn_ntk.methods.structured import structured_kernels
-from ggn_ntk.models.comparison import SEEN, TOLERANCES, cotangent, norms
-from ggn_ntk.models.independence import rounding_of
+from ggn_ntk.models.comparison import SEEN, TOLERANCES, Difference, cotangent, norms
 from ggn_ntk.models.requirements import check_model
+from ggn_ntk.models.rounding import rounding_of
 from ggn_ntk.problem.errors import NTKMismatchError, RouteWarning, UnsupportedRouteError, silent, warn
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.request import Request
@@ -203,13 +203,12 @@ def _compare_with_oracle(
         ]
     )
     for (name, kernel), error in zip(expecteds.items(), errors, strict=True):
-        tolerance = TOLERANCES[kernel.dtype]
-        if not error <= tolerance * scale and not error <= _rounding_of_kernel(block, axes, math.sqrt(scale)):
+        tolerance, differs = TOLERANCES[kernel.dtype], Difference(error, scale)
+        if not differs.within(tolerance) and not error <= _rounding_of_kernel(block, axes, math.sqrt(scale)):
             of = f" of parameter {name!r}" if name else ""
-            relative = error / scale if scale else math.inf
             raise NTKMismatchError(
                 f"The kernel{of} by method={method.value!r} differs from the oracle's on samples {rows} of x1 and "
-                f"{columns} of x2: relative error {relative:.1e}, above {tolerance:.0e} for {kernel.dtype}."
+                f"{columns} of x2: relative error {differs.relative:.1e}, above {tolerance:.0e} for {kernel.dtype}."
             )
 
 

@@ -15,8 +15,8 @@ from torch.nn import Module
 
 from ggn_ntk.kernels.ntk import compute_kernels, parse_method
 from ggn_ntk.memory.budget import check_result, explained
-from ggn_ntk.models.evaluation import evaluate, runs_foreign_code
-from ggn_ntk.models.independence import check_shape, compare_alone, look
+from ggn_ntk.models.evaluation import evaluate_checked
+from ggn_ntk.models.independence import compare_alone, look
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.requirements import configuration_problems
 from ggn_ntk.problem.errors import NotFiniteWarning, Problem, UnsupportedModelError, listed, warn, without
@@ -161,7 +161,7 @@ def _checked_outputs(request: Request) -> Tensor:
     shape, inputs = look(request), request.x1.stack(request.x2)
     axes = request.axes.resolve(shape)
     check_result((len(request.x1), len(request.second), *axes.roles.kernel), list(inputs.tensors.values()), False)
-    output = check_shape(evaluate(request, None, inputs, inspect=runs_foreign_code(request)), len(inputs), shape)
+    output = evaluate_checked(request, inputs, shape)
     compare_alone(request, inputs, output)
     if not output.isfinite().any():
         raise UnsupportedModelError(

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp
 
-from ggn_ntk.models.autograd_graph import precisions
-from ggn_ntk.models.comparison import KINKS, PROBE_TOLERANCES, SEEN, cotangent, norms, read, total_norm
+from ggn_ntk.models.comparison import KINKS, Difference, cotangent, norms, probe_tolerance, read, total_norm
 from ggn_ntk.models.evaluation import evaluate, leaves_of, primals_of
 from ggn_ntk.models.independence import gradients, gradients_of
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError, is_out_of_memory, without
@@ -123,14 +122,14 @@ def _agrees_with_autograd(request: Request, inputs: Inputs, pushforward: Pushfor
     def along(gradient: Parameters) -> float:
         return math.fsum(read([(g * direction[name]).sum(dtype=torch.float64) for name, g in gradient.items()]))
 
-    error: float = abs((v * slope).sum(dtype=torch.float64).item() - along(gradient))
-    size = total_norm(gradient.values())
-    if error <= _tolerance(output) * size:
+    error = abs((v * slope).sum(dtype=torch.float64).item() - along(gradient))
+    differs = Difference(error, total_norm(gradient.values()))
+    if differs.within(probe_tolerance(output)):
         return True
     moved = [gradients(request, inputs, v, leaves_of(request, jitter), jitter=jitter)[1] for jitter in (None, 0)]
     # Of deep networks, rounding may move more than that: inputs and parameters changed in the last digit show it.
     seen = abs(along(moved[0]) - along(moved[1]))
-    return error <= min(SEEN * seen, KINKS * size)
+    return differs.explained_by(seen) and differs.within(KINKS)
 
 
 def _derivatives_commute(request: Request, inputs: Inputs, pushforward: Pushforward) -> bool:
@@ -146,10 +145,4 @@ def _derivatives_commute(request: Request, inputs: Inputs, pushforward: Pushforw
         return result
 
     one, other = second_derivative(u, v), second_derivative(v, u)
-    difference, size = norms([one - other, one])
-    return difference <= math.sqrt(torch.finfo(one.dtype).eps) * size
-
-
-def _tolerance(output: Tensor) -> float:
-    """Choose the tolerance of derivatives: that of the lowest precision in the output's graph."""
-    return max(PROBE_TOLERANCES.get(dtype, math.sqrt(torch.finfo(dtype).eps)) for dtype in precisions(output))
+    return Difference(*norms([one - other, one])).within(math.sqrt(torch.finfo(one.dtype).eps))

@@ -1,7 +1,7 @@
-"""What every call does around a route: a clean room, memory that runs out, and samples whose Jacobians are not finite.
+"""What surrounds every route: a session for the model, errors about memory, and samples whose Jacobians are not finite.
 
-A sample with NaN or infinity in its Jacobian has no row and no column in the kernel. It must not cost those of others:
-their kernel is computed without it, and NaN put in its place.
+A sample with NaN or infinity in its Jacobian has no row and no column in the kernel. It must not spoil those of others:
+their kernel is computed without it, and its own rows and columns are NaN.
 """
 
 from collections.abc import Callable
@@ -13,10 +13,9 @@ from torch import Tensor
 from ggn_ntk.memory.budget import explained
 from ggn_ntk.models.comparison import all_finite, cotangent
 from ggn_ntk.models.evaluation import evaluate
-from ggn_ntk.models.independence import gradients
+from ggn_ntk.models.gradients import gradients
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.problem.errors import NotFiniteError, NotFiniteWarning, Problem, UnsupportedModelError, listed, warn
-from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
 from ggn_ntk.problem.result import Computed
 from ggn_ntk.process.transforms import outside_of_transforms
@@ -28,7 +27,7 @@ _INFINITE = Problem("", "its gradients are not finite", "Look for overflow in it
 
 
 def compute(request: Request, route: Callable[[Request], Computed]) -> Kernels:
-    """Compute kernels by one route."""
+    """Compute kernels by a route, in the layout of the public API."""
 
     def assembled(request: Request) -> tuple[Kernels, Computed]:
         computed = route(request)
@@ -38,7 +37,7 @@ def compute(request: Request, route: Callable[[Request], Computed]) -> Kernels:
 
 
 def carry_out(request: Request, kernels: Callable[[Request], tuple[Kernels, Computed]]) -> tuple[Kernels, Computed]:
-    """Compute kernels, without those samples whose Jacobians are not finite."""
+    """Compute kernels in a session, without those samples whose Jacobians are not finite."""
     with outside_of_transforms(), isolated(request.model), explained(lambda: _described(request)):
         try:
             result, computed = kernels(request)
@@ -51,7 +50,8 @@ def carry_out(request: Request, kernels: Callable[[Request], tuple[Kernels, Comp
             return _around(request, kernels, infinite)
         if computed is None:
             raise UnsupportedModelError([_INFINITE])
-        if not request.jacobians_first:  # products of large and of small numbers may have left the range of the dtype
+        if not request.jacobians_first:
+            # Gram matrices of very large and very small numbers may have left the dtype's range; Jacobians may not.
             return carry_out(replace(request, jacobians_first=True), kernels)
         what = "The kernel has entries beyond the range of its dtype, or of intermediate results: use float64."
         warn(what, NotFiniteWarning)
@@ -61,7 +61,7 @@ def carry_out(request: Request, kernels: Callable[[Request], tuple[Kernels, Comp
 def _around(
     request: Request, kernels: Callable[[Request], tuple[Kernels, Computed]], infinite: set[int]
 ) -> tuple[Kernels, Computed]:
-    """Compute kernels of all samples but some, and put NaN in their place."""
+    """Compute the kernels of all other samples, and put NaN in the rows and columns of these."""
     n1, total = len(request.x1), sum(request.sizes)
     good = [i for i in range(total) if i not in infinite]
     if not good:
@@ -84,6 +84,7 @@ def _around(
 
 def _spread(kernel: Tensor, rows: list[int], columns: list[int], sizes: tuple[int, int]) -> Tensor:
     """Put the kernel of some samples into that of all, with NaN elsewhere."""
+    # kernel [len(rows), len(columns), ...] -> [*sizes, ...]
     whole = kernel.new_full((*sizes, *kernel.shape[2:]), torch.nan)
     if rows and columns:
         first, second = (torch.tensor(places, device=kernel.device) for places in (rows, columns))
@@ -97,16 +98,16 @@ def is_finite(result: Kernels) -> bool:
 
 
 def _infinite_samples(request: Request) -> set[int]:
-    """Find the samples whose Jacobians are not finite, dividing those that may be until it is clear."""
+    """Find the samples whose Jacobians are not finite, by bisection."""
     inputs = request.x1.stack(request.x2)
     with torch.no_grad():
         one = evaluate(request, None, inputs[[0]])
-    v = cotangent(one, 0, torch.Size([len(inputs), *one.shape[1:]]))
+    v = cotangent(one, 0, torch.Size([len(inputs), *one.shape[1:]]))  # [N1 + N2, *out]
     found: set[int] = set()
     waiting = [list(range(len(inputs)))]
     while waiting:
         samples = waiting.pop()
-        if _gradientis_finite(request, inputs[samples], v[samples]):
+        if all_finite(gradients(request, inputs[samples], v[samples])[1].values()):
             continue
         if len(samples) == 1:
             found.update(samples)
@@ -114,11 +115,6 @@ def _infinite_samples(request: Request) -> set[int]:
             middle = len(samples) // 2
             waiting += [samples[:middle], samples[middle:]]
     return found
-
-
-def _gradientis_finite(request: Request, inputs: Inputs, v: Tensor) -> bool:
-    """Tell whether the gradient of ``sum v f`` is finite."""
-    return all_finite(gradients(request, inputs, v)[1].values())
 
 
 def _described(request: Request) -> str:

@@ -12,16 +12,17 @@ from typing import Any
 
 import torch
 from torch import Size, Tensor, einsum
-from torch.func import jacrev, jvp, vjp, vmap
+from torch.func import jvp, vjp, vmap
 from torch.nn import Module
 
 from ggn_ntk.methods.computation import compute as _compute
-from ggn_ntk.models.autograd_graph import precisions
-from ggn_ntk.models.comparison import KINKS, PROBE_TOLERANCES, cotangent, differing, total_norm
-from ggn_ntk.models.evaluation import evaluate, leaves_of, primals_of
-from ggn_ntk.models.independence import Checked, Parts, compare_gradients, gradients, gradients_of, rounding_of
+from ggn_ntk.methods.sample_jacobians import all_jacobians, finest, first_line, over_samples, sample_output
+from ggn_ntk.models.comparison import KINKS, PROBE_TOLERANCES, Difference, cotangent, difference, total_norm
+from ggn_ntk.models.evaluation import evaluate, primals_of
+from ggn_ntk.models.gradients import gradients
+from ggn_ntk.models.independence import Checked
 from ggn_ntk.models.requirements import check_model
-from ggn_ntk.problem.errors import RouteWarning, UnsupportedModelError, is_out_of_memory, listed, warn
+from ggn_ntk.problem.errors import RouteWarning, is_out_of_memory, listed, warn
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.request import Request
@@ -143,141 +144,11 @@ def product_kernels(request: Request) -> Computed:
 def contract_jacobians(request: Request, axes: OutputAxes, checked: Checked) -> Iterator[tuple[str, Tensor]]:
     """Contract Jacobians, parameter by parameter. Call it inside ``isolated(request.model)``."""
     # -> [N1, N2, E, F, F]
-    first, second = _all_jacobians(request, checked)
+    first, second = all_jacobians(request, checked)
     for name, jacobian in first.items():
         kernel = einsum("necfp,medfp->nmfecd", axes.arrange(jacobian), axes.arrange(second[name]))
         # A trace as a sum of T inner products rounds less than as one long inner product.
         yield name, kernel.sum(2)
-
-
-def _sample_output(request: Request, primals: dict[str, Tensor], sample: Inputs) -> Tensor:
-    """Evaluate the model on one sample."""
-    # -> [C]
-    output: Tensor = evaluate(request, primals, sample.map(lambda x: x.unsqueeze(0)))
-    return output.flatten()
-
-
-def _over_samples(function: Callable[[Inputs], Any], inputs: Inputs, chunk_size: int | None = None) -> Any:
-    """Map a function over samples with ``vmap``."""
-    mapped = vmap(lambda args, kwargs: function(Inputs(args, kwargs)), chunk_size=chunk_size)
-    return mapped(inputs.args, inputs.kwargs)
-
-
-def _all_jacobians(request: Request, checked: Checked) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Compute the Jacobians of x1 and x2, by ``vmap`` where it gets all samples right."""
-    # It does not where the model keeps references to parameters elsewhere than in its modules, nor for some layers in
-    # some releases (PReLU in torch 2.6).
-    # -> [N, C, P]
-    sets = [x for x in (request.x1, request.x2) if x is not None]
-    try:
-        found = [_jacobians(request, x) for x in sets]
-        why = "" if _hold_for_all(request, found, checked) else "it gets some samples wrong"
-    except UnsupportedModelError:
-        raise
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-        why = _first_line(error)
-    if why:
-        what = f"Jacobians of {listed(request.params)} come from a loop over samples and outputs: exact, but slower"
-        warn(f"{what}, since torch.func does not go through the model ({why}).", RouteWarning)
-        found = [_loop_jacobians(request, x) for x in sets]
-        _compare_with_batch(request, found, checked)
-    return found[0], found[-1]
-
-
-def _first_line(error: Exception) -> str:
-    """Name an error, and say the first line of what it says."""
-    return f"{type(error).__name__}: {error}".splitlines()[0]
-
-
-def _jacobians(request: Request, inputs: Inputs) -> dict[str, Tensor]:
-    """Compute the Jacobians of all samples, ``[N, C, P]`` for each parameter (with P entries), by name."""
-    jacobian = jacrev(lambda primals, sample: _sample_output(request, primals, sample))
-    primals = primals_of(request)
-    jacobians = _over_samples(lambda x: jacobian(primals, x), inputs, request.chunk_size)
-    return {name: j.reshape(*j.shape[:2], -1) for name, j in jacobians.items()}
-
-
-def _hold_for_all(request: Request, found: list[dict[str, Tensor]], checked: Checked) -> bool:
-    """Tell whether Jacobians of all samples add up to the gradient by plain autograd."""
-    # Rounding may take a unit of a sample to the other side of a kink. So where they do not, each sample is looked at
-    # by itself, at which an error of a few samples is far larger than what kinks do.
-    # found [N, C, P]
-    inputs = request.x1.stack(request.x2)
-    rounding, expected = rounding_of(request, inputs, checked.v), {name: checked.gradient[name] for name in found[0]}
-    if not differing(_summed(request, found, checked), expected, checked.tolerance, rounding):
-        return True
-    if checked.tolerance < PROBE_TOLERANCES[torch.float32]:
-        return False
-    v = checked.v.reshape(len(checked.v), -1)
-    finest = _finest(request)
-    each = [(jacobians, n) for jacobians in found for n in range(len(next(iter(jacobians.values()))))]
-    for i, (jacobians, n) in enumerate(each):
-        sample, numbers = inputs[[i]], checked.v[[i]]
-        _, alone = gradients(request, sample, numbers)
-        error = total_norm(v[i].to(j.dtype) @ j[n] - alone[name].flatten() for name, j in jacobians.items())
-        if not error <= KINKS * total_norm(alone.values()):
-            return False
-        if not _mapped_agrees(*finest, sample, numbers):
-            return False
-    _compare_with_batch(request, found, checked)
-    return True
-
-
-def _finest(request: Request) -> tuple[Request, float]:
-    """Choose in what to compare ``torch.func`` with plain autograd, sample by sample."""
-    wide = replace(request, widened=True)
-    try:
-        with torch.enable_grad():
-            output = evaluate(wide, leaves_of(wide), request.x1[:1])
-        if precisions(output) == {torch.float64}:
-            return wide, PROBE_TOLERANCES[torch.float64]
-    except Exception as error:
-        if is_out_of_memory(error):
-            raise
-    return request, KINKS
-
-
-def _mapped_agrees(request: Request, tolerance: float, sample: Inputs, v: Tensor) -> bool:
-    """Tell whether the Jacobian of one sample by ``vmap`` is right, with numbers ``v`` like its output."""
-    jacobians = _jacobians(request, sample)
-    v = v.to(next(iter(jacobians.values())))
-    _, expected = gradients(request, sample, v)
-    error = total_norm(v.flatten() @ j[0] - expected[name].flatten() for name, j in jacobians.items())
-    return error <= tolerance * total_norm(expected.values())
-
-
-def _summed(request: Request, found: list[dict[str, Tensor]], checked: Checked) -> dict[str, Tensor]:
-    """Compute ``sum v J`` over all samples from their Jacobians, by name."""
-    v = checked.v.reshape(len(checked.v), -1)
-    of_sets = v.split([len(next(iter(jacobians.values()))) for jacobians in found])
-    sums = {name: torch.zeros_like(p.detach()).flatten() for name, p in request.params.items()}
-    for w, jacobians in zip(of_sets, found, strict=True):
-        sums = {name: total + w.flatten().to(total) @ jacobians[name].flatten(0, 1) for name, total in sums.items()}
-    return {name: total.view(request.params[name].shape) for name, total in sums.items()}
-
-
-def _compare_with_batch(request: Request, found: list[dict[str, Tensor]], checked: Checked) -> None:
-    """Raise ``UnsupportedModelError`` if Jacobians of samples by themselves are not those in one batch."""
-    alone = Parts([[i] for i in range(len(checked.v))], checked.outputs, _summed(request, found, checked))
-    expected = {name: checked.gradient[name] for name in request.params}
-    compare_gradients(request, request.x1.stack(request.x2), checked.v, expected, alone, checked.tolerance)
-
-
-def _loop_jacobians(request: Request, inputs: Inputs) -> dict[str, Tensor]:
-    """Compute the Jacobians of all samples with plain autograd, one after the other."""
-    # -> [N, C, P]
-    rows = [_autograd_jacobian(request, inputs[i : i + 1]) for i in range(len(inputs))]
-    return {name: torch.stack([row[name] for row in rows]) for name in request.params}
-
-
-def _autograd_jacobian(request: Request, sample: Inputs) -> dict[str, Tensor]:
-    """Compute one sample's Jacobian with plain autograd, output by output."""
-    # -> [C, P]
-    output = evaluate(request, None, sample).flatten()
-    rows = [gradients_of(entry, torch.ones_like(entry), request.params, retain_graph=True) for entry in output]
-    return {name: torch.stack([row[name].flatten() for row in rows]) for name in request.params}
 
 
 def multiply_vectors(
@@ -301,7 +172,7 @@ def multiply_vectors(
     except Exception as error:
         if is_out_of_memory(error):
             raise
-        why = _first_line(error)
+        why = first_line(error)
     if kernel is None:
         what = f"The kernel of {listed(request.params)} is computed by Jacobian contraction instead of products"
         warn(f"{what}, since torch.func does not go through the model ({why}).", RouteWarning)
@@ -312,8 +183,8 @@ def multiply_vectors(
 
 def _products_agree(request: Request, tolerance: float, out_shape: Size, sample: Inputs) -> bool:
     """Tell whether ``torch.func`` multiplies the Jacobian of one sample by vectors right, from both sides."""
-    # It does not where the model computes under ``torch.no_grad()``, which forward mode ignores, or keeps references to
-    # parameters elsewhere than in its modules.
+    # Forward mode ignores ``torch.no_grad()`` in the forward pass, and neither mode reaches parameters that the model
+    # holds elsewhere than in its modules.
     # out_shape [*out]
     primals, alone = primals_of(request), sample.map(lambda x: x[0])
     sizes = [p.numel() for p in primals.values()]
@@ -324,33 +195,34 @@ def _products_agree(request: Request, tolerance: float, out_shape: Size, sample:
     (pulled,), pushed = pullback(v), v @ _pushforward(request, alone, tangent)
     _, expected = gradients(request, sample, v.reshape(1, *out_shape))
     right = torch.stack([(g * tangent[name]).sum() for name, g in expected.items()]).sum()
-    errors = [(pulled[name] - g for name, g in expected.items()), [pushed - right]]
-    return max(map(total_norm, errors)) <= tolerance * total_norm(expected.values())
+    differs = difference(pulled, expected)
+    return differs.within(tolerance) and Difference((pushed - right).abs().item(), differs.scale).within(tolerance)
 
 
 def _holds_for_all(request: Request, axes: OutputAxes, kernel: Tensor) -> bool:
     """Tell whether a kernel is right at all samples: ``a^T Theta b`` is ``(J^T a)^T (J^T b)`` for random a and b."""
-    # Plain autograd gives the right side, for each diagonal and each traced output. Where they differ, kinks may be the
-    # reason: then each sample is looked at by itself, as in :func:`_hold_for_all`.
-    # kernel [N1, N2, E, F, F]
+    # kernel [N1, N2, E, F, F], a [N1, E, F], b [N2, E, F]
     first, second = request.x1, request.second
     a, b = (cotangent(kernel, seed, torch.Size([len(x), *axes.roles[:2]])) for seed, x in ((0, first), (1, second)))
+    # Plain autograd gives the right side, for each diagonal and each traced output.
     groups = [(e, t) for e in range(axes.roles.diagonal) for t in range(axes.roles.traced)]
     right = [_products_with(request, axes, second, b, group) for group in groups]
-    rows = einsum("nec,nmecd,med->ne", a, kernel, b).sum(1)  # of each sample of x1, by itself
+    rows = einsum("nec,nmecd,med->ne", a, kernel, b).sum(1)  # [N1], which add up to a^T Theta b
     total, size = 0.0, 0.0
     for group, g in zip(groups, right, strict=True):
         left = _products_with(request, axes, first, a, group)
         total += sum((left[name] * g[name]).sum().item() for name in left)
         size += total_norm(left.values()) * total_norm(g.values())
-    if abs(rows.sum().item() - total) <= PROBE_TOLERANCES[kernel.dtype] * size:
+    if Difference(abs(rows.sum().item() - total), size).within(PROBE_TOLERANCES[kernel.dtype]):
         return True
     if kernel.dtype == torch.float64:
         return False
+    # Kinks may be the reason. So each sample is looked at by itself, at which wrong products stand out.
     if not all(_row_holds(request, axes, n, a, rows[n].item(), groups, right) for n in range(len(first))):
         return False
-    inputs, finest = request.x1.stack(request.x2), _finest(request)
-    return all(_products_agree(*finest, axes.out_shape, inputs[[i]]) for i in range(len(inputs)))
+    finer, tolerance = finest(request)
+    inputs = request.x1.stack(request.x2)
+    return all(_products_agree(finer, tolerance, axes.out_shape, inputs[[i]]) for i in range(len(inputs)))
 
 
 def _row_holds(
@@ -367,13 +239,14 @@ def _row_holds(
     pairs = list(zip(left, right, strict=True))
     expected = sum((one[name] * other[name]).sum().item() for one, other in pairs for name in one)
     size = sum(total_norm(one.values()) * total_norm(other.values()) for one, other in pairs)
-    return abs(actual - expected) <= KINKS * size
+    return Difference(abs(actual - expected), size).within(KINKS)
 
 
 def _products_with(
     request: Request, axes: OutputAxes, inputs: Inputs, a: Tensor, group: tuple[int, int]
 ) -> dict[str, Tensor]:
-    """Compute ``J^T a`` by plain autograd, with ``a`` ``[N, E, F]`` at one diagonal and one traced output."""
+    """Compute ``J^T a`` by plain autograd, of ``a`` at one diagonal and one traced output."""
+    # a [N, E, F] -> [*parameter]
     e, t = group
     v = a.new_zeros(len(a), axes.out_shape.numel())
     v[:, axes.numbers[e, :, t].to(v.device)] = a[:, e]
@@ -403,7 +276,7 @@ def _column(request: Request, axes: OutputAxes, x1: Inputs, y: Inputs) -> Tensor
 
     def product(basis_vector: Tensor) -> Tensor:
         (gradient,) = pullback(basis_vector)
-        products = axes.arrange(_over_samples(lambda x: _pushforward(request, x, gradient), x1))
+        products = axes.arrange(over_samples(lambda x: _pushforward(request, x, gradient), x1))
         return einsum("necf,ef->nc", products, axes.arrange(basis_vector.unsqueeze(0))[0].sum(1))
 
     basis = torch.eye(len(output), dtype=output.dtype, device=output.device)
@@ -414,5 +287,5 @@ def _column(request: Request, axes: OutputAxes, x1: Inputs, y: Inputs) -> Tensor
 def _pushforward(request: Request, sample: Inputs, tangent: dict[str, Tensor]) -> Tensor:
     """Multiply one sample's Jacobian by a vector."""
     # -> [C]
-    product: Tensor = jvp(lambda p: _sample_output(request, p, sample), (primals_of(request),), (tangent,))[1]
+    product: Tensor = jvp(lambda p: sample_output(request, p, sample), (primals_of(request),), (tangent,))[1]
     return product

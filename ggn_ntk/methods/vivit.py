@@ -27,11 +27,11 @@ from ggn_ntk.extensions.gram_hook import GramSum, kernel_block
 from ggn_ntk.extensions.limits import AVG_POOLS, check_vivit
 from ggn_ntk.memory.budget import resolve_axes
 from ggn_ntk.methods.computation import compute as _compute
-from ggn_ntk.models.comparison import PROBE_TOLERANCES, all_finite, cotangent, differing
-from ggn_ntk.models.independence import gradients
+from ggn_ntk.models.comparison import PROBE_TOLERANCES, check_finite, cotangent, differing
+from ggn_ntk.models.gradients import gradients
 from ggn_ntk.models.inspection import OwnGenerator
 from ggn_ntk.models.requirements import eager
-from ggn_ntk.problem.errors import OTHER_METHOD, NotFiniteError, Problem, UnsupportedRouteError, is_out_of_memory
+from ggn_ntk.problem.errors import OTHER_METHOD, Problem, UnsupportedRouteError, is_out_of_memory
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.request import Request
 from ggn_ntk.problem.result import Computed
@@ -104,10 +104,9 @@ def _probe_kernels(request: Request, out_shape: Size) -> Iterator[Problem]:
     sample = request.x1[:1].map(lambda x: cotangent(x, seed=0))
     v = cotangent(sample.args[0], 1, Size([1, *out_shape]))
     expected = {name: gradient.square().sum() for name, gradient in gradients(request, sample, v)[1].items()}
-    if not all_finite(expected.values()):
-        raise NotFiniteError
+    check_finite(expected.values())
     flat, of_sample = v.flatten(), replace(request, x1=sample, x2=None, per_parameter=True)
-    kernels = _gram_kernels(of_sample, OutputAxes(out_shape)).kernels
+    kernels = _gram_kernels(of_sample, OutputAxes(out_shape)).kernels  # [1, 1, 1, C, C]
     actual = {name: flat @ kernel[0, 0, 0] @ flat for name, kernel in kernels}
     for name, error in differing(actual, expected, PROBE_TOLERANCES[v.dtype]).items():
         what = f"its kernel by ViViT differs from autograd's (relative error {error:.1e} on a random sample)"
@@ -116,11 +115,11 @@ def _probe_kernels(request: Request, out_shape: Size) -> Iterator[Problem]:
 
 def _gram_kernels(request: Request, axes: OutputAxes) -> Computed:
     """Compute kernels from Gram matrices, on a twin of the model."""
-    # One backward pass for each group of free outputs, those that have to meet: for the full kernel, of all outputs.
     samples = request.x1.stack(request.x2).args[0]
     params: dict[str, Parameter] = {}
     twin = _twin(eager(request.model), {id(p): name for name, p in request.params.items()}, params)
     kernels: dict[str, Tensor] = {}
+    # One backward pass for each group of outputs that meet in the kernel: a single one for the full kernel.
     groups = axes.numbers.movedim(2, 1).flatten(0, 1)  # [E T, F]
     several = len(groups) > 1
     pools = any(isinstance(module, AVG_POOLS) for module in twin.modules())
@@ -131,7 +130,7 @@ def _gram_kernels(request: Request, axes: OutputAxes) -> Computed:
         for number, group in enumerate(groups):
             chosen = extended(Slicing((slice(None), group)))(flat) if several else flat
             for name, gram in _backward(extended, params, extension, request.per_parameter, chosen, several):
-                block = kernel_block(gram, request.n1, 2)
+                block = kernel_block(gram, request.n1, 2)  # [N1, N2, 1, F, F]
                 if name not in kernels:
                     kernels[name] = block.new_zeros(*block.shape[:2], *axes.roles.kernel)
                 kernels[name][:, :, number // axes.roles.traced] += block[:, :, 0]
@@ -146,7 +145,7 @@ def _backward(
     output: Tensor,
     retain_graph: bool,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Run one backward pass with ViViT."""
+    """Run one backward pass with ViViT, for Gram matrices by parameter or their sum."""
     # output [N, C] -> [C, N, C, N]
     hook = _GramsByParameter() if per_parameter else GramSum()
     loss_func = extended(MSELoss(reduction="sum"))
@@ -164,7 +163,7 @@ class _NamingViViT(ViViTGGNExact):
     """ViViT's extension, with errors that name the module they come from."""
 
     def __init__(self, model: Module) -> None:
-        """Set up the extension."""
+        """Take the model whose modules it names."""
         super().__init__()
         self._names = {module: name for name, module in model.named_modules()}
 
@@ -187,7 +186,7 @@ class _GramsByParameter(GramSum):
     """
 
     def __init__(self) -> None:
-        """Set up the hook."""
+        """Begin without any."""
         super().__init__()
         self.grams: dict[int, Tensor] = {}
 
@@ -198,7 +197,7 @@ class _GramsByParameter(GramSum):
 
 
 def _twin(module: Module, wanted: dict[int, str], params: dict[str, Parameter]) -> Module:
-    """Build a twin of a module: the same layers on the same data, without its hooks."""
+    """Build a twin of a module: the same layers on the same data, without its hooks; list its wanted parameters."""
     # BackPACK's hooks and flags, the inputs and outputs it stores, gradients and Gram matrices all land on the twin, so
     # the model itself is never touched.
     twin = type(module).__new__(type(module))
@@ -221,7 +220,6 @@ def _twin(module: Module, wanted: dict[int, str], params: dict[str, Parameter]) 
 @contextmanager
 def _backpack_session(pooled: torch.dtype | None) -> Iterator[Callable[[Module], Module]]:
     """Let BackPACK extend modules and store their inputs and outputs; undo what that does to the process."""
-    # BackPACK holds all of this for the process, so one thread at a time has a session.
     roots: list[Module] = []
 
     def extended(module: Module) -> Module:
@@ -229,10 +227,12 @@ def _backpack_session(pooled: torch.dtype | None) -> Iterator[Callable[[Module],
         extend(module)
         return module
 
+    # BackPACK holds all of this for the process, so one thread at a time has a session.
     with _ONE_AT_A_TIME, ExitStack() as stack:
         store_io, default_dtype, handles = disable.store_io, torch.get_default_dtype(), len(hook_handles())
         disable.store_io = True
         if pooled is not None:
+            # For average pooling BackPACK makes a convolution, whose weights it draws, in the default dtype.
             torch.set_default_dtype(pooled)
             stack.enter_context(OwnGenerator())
         try:

@@ -1,4 +1,4 @@
-"""What is read off the graph that autograd has recorded."""
+"""Reading the graph that autograd has recorded."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from ggn_ntk.process.torch_internals import output_metadata
 
 
 def graph_nodes(output: Tensor | GradientEdge, sources: Mapping[Any, Iterable[Node]] | None = None) -> Iterator[Node]:
-    """Walk through the graph of a tensor, from the tensor back."""
+    """Walk through the graph of a tensor, from the tensor back to the leaves."""
     if isinstance(output, Tensor):
         waiting = [get_gradient_edge(output).node] if output.requires_grad else []
     else:
@@ -22,7 +22,7 @@ def graph_nodes(output: Tensor | GradientEdge, sources: Mapping[Any, Iterable[No
         if node in seen:
             continue
         seen.add(node)
-        if sources is not None and node in sources:
+        if sources is not None and node in sources:  # a node to jump over, together with all up to its sources
             waiting += sources[node]
         else:
             yield node
@@ -38,5 +38,5 @@ def precisions(output: Tensor) -> set[torch.dtype]:
 
 
 def dense(gradient: Tensor) -> Tensor:
-    """Write a gradient in full that autograd may have left sparse (of an embedding)."""
+    """Make a gradient dense: that of an embedding may be sparse."""
     return gradient if gradient.layout is torch.strided else gradient.to_dense()

@@ -1,13 +1,21 @@
-"""What counts as equal up to rounding: tolerances, and the one way in which gradients are compared.
+"""What counts as equal up to rounding: tolerances, and how outputs, gradients and kernels are compared.
+
+A difference is the norm of an error beside the norm that it is relative to. It is rounding where it is within a
+tolerance, or where rounding was seen to do nearly as much: that takes several passes to measure, so it is measured only
+for what would fail otherwise.
 
 Norms are computed on the device and read together: a comparison of any number of parameters waits for the device once.
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Size, Tensor
+
+from ggn_ntk.models.autograd_graph import precisions
+from ggn_ntk.problem.errors import NotFiniteError
 
 #: Largest relative Frobenius error of a kernel against the oracle, by dtype.
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -16,15 +24,51 @@ TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}
 PROBE_TOLERANCES = {dtype: 10 * tolerance for dtype, tolerance in TOLERANCES.items()}
 
 #: The largest relative difference of gradients that rounding makes by taking units to the other side of a kink: the
-#: square root of their share, of which 1e-4 would be many.
+#: square root of the share of such units, and a share of 1e-4 is large.
 KINKS = 1e-2
+
+#: Rounding may do up to so many times what it was seen to do in a single measurement.
+SEEN = 30.0
 
 # A gradient that is zero but for rounding (say of a bias in front of a normalisation) is off by rounding of the others'
 # size: errors are relative to at least this share of all parameters' gradient.
 _SHARE_OF_ALL = 0.01
 
-#: How many times what rounding was seen to do, once, it may do at most.
-SEEN = 30.0
+
+class Difference(NamedTuple):
+    """The size of an error, beside the size that it is relative to."""
+
+    error: float  # the norm of what differs
+    scale: float  # the norm of what is right, or of what it is a part of
+
+    @property
+    def relative(self) -> float:
+        """The relative error; infinite where anything but zero should be zero."""
+        return 0.0 if self.error == 0 else self.error / self.scale if self.scale else math.inf
+
+    def within(self, tolerance: float) -> bool:
+        """Tell whether the relative error is at most a tolerance; NaN is within none."""
+        return self.error <= tolerance * self.scale
+
+    def explained_by(self, seen: float) -> bool:
+        """Tell whether rounding, which was seen to move the same numbers by this much, may be all there is."""
+        return self.error <= SEEN * seen
+
+
+# Nothing explains a gradient that is not of its parameter's shape.
+_MISSHAPEN = Difference(math.inf, 0.0)
+
+
+def probe_tolerance(output: Tensor) -> float:
+    """Choose the tolerance of gradients: that of the lowest precision which takes part in the output's graph."""
+    # Some normalisation layers of Hugging Face convert to float32 inside, even if all parameters are in float64. Lower
+    # precisions are refused before kernels get here; Taylor expansions may have them.
+    return max(PROBE_TOLERANCES.get(dtype, math.sqrt(torch.finfo(dtype).eps)) for dtype in precisions(output))
+
+
+def is_coarse(tolerance: float) -> bool:
+    """Tell whether a tolerance is that of float32 or lower, where rounding may take units past a kink."""
+    return tolerance >= PROBE_TOLERANCES[torch.float32]
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:
@@ -46,7 +90,7 @@ def relative_error(actual: Tensor, expected: Tensor) -> float:
         raise ValueError(f"actual has shape {list(actual.shape)}, and expected {list(expected.shape)}.")
     actual, expected = actual.double(), expected.double()
     error, scale = read([torch.linalg.vector_norm(actual - expected), torch.linalg.vector_norm(expected)])
-    return 0.0 if error == 0 else error / scale if scale else math.inf
+    return Difference(error, scale).relative
 
 
 def read(numbers: Sequence[Tensor]) -> list[float]:
@@ -76,39 +120,54 @@ def cotangent(like: Tensor, seed: int, shape: Size | None = None) -> Tensor:
     return drawn.to(like.device)
 
 
+def row_norms(x: Tensor) -> Tensor:
+    """Compute the norm of each sample's numbers."""
+    # x [N, ...] -> [N]
+    found: Tensor = torch.linalg.vector_norm(x.reshape(len(x), -1), dim=1)
+    return found
+
+
+def difference(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> Difference:
+    """Compare tensors by name, all of them as one vector."""
+    values = norms([*(actual[name] - tensor for name, tensor in expected.items()), *expected.values()])
+    return Difference(math.hypot(*values[: len(expected)]), math.hypot(*values[len(expected) :]))
+
+
 def differing(
     actual: Mapping[str, Tensor],
     expected: Mapping[str, Tensor],
     tolerance: float,
     rounding: Callable[[], Mapping[str, float]] | None = None,
 ) -> dict[str, float]:
-    """Find gradients that differ by more than rounding."""
+    """Find gradients that differ by more than rounding: their relative errors by name."""
+    differences = _by_parameter(actual, expected)
+    found = {name: differs for name, differs in differences.items() if not differs.within(tolerance)}
+    if rounding is not None and any(differs is not _MISSHAPEN for differs in found.values()):
+        seen = rounding()
+        found = {
+            n: differs for n, differs in found.items() if differs is _MISSHAPEN or not differs.explained_by(seen[n])
+        }
+    return {name: differs.relative for name, differs in found.items()}
+
+
+def _by_parameter(actual: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> dict[str, Difference]:
+    """Compare gradients, each by itself; one that is missing counts as zero."""
     given = {name: actual[name] if name in actual else torch.zeros_like(g) for name, g in expected.items()}
-    misshapen = {name for name, g in expected.items() if given[name].shape != g.shape}
-    compared = [name for name in expected if name not in misshapen]
+    compared = [name for name, g in expected.items() if given[name].shape == g.shape]
     values = norms([*(given[name] - expected[name] for name in compared), *(expected[name] for name in compared)])
     errors, sizes = values[: len(compared)], values[len(compared) :]
     least = _SHARE_OF_ALL * math.hypot(*sizes)
-    found = dict.fromkeys(misshapen, math.inf)
-    for name, error, size in zip(compared, errors, sizes, strict=True):
-        scale = max(size, least)
-        if not error <= tolerance * scale:
-            found[name] = error / scale if scale else math.inf
-    if rounding is not None and set(found) & set(compared):
-        seen, absolute = rounding(), dict(zip(compared, errors, strict=True))
-        found = {n: error for n, error in found.items() if n in misshapen or not absolute[n] <= SEEN * seen[n]}
-    return found
+    found = dict.fromkeys(expected, _MISSHAPEN)
+    return found | {n: Difference(e, max(size, least)) for n, e, size in zip(compared, errors, sizes, strict=True)}
 
 
 def rows_differing(actual: Tensor, expected: Tensor, tolerance: float) -> Tensor:
     """Find samples at which outputs differ by more than rounding."""
-    # Each sample's error counts relative to its own norm, or to the median of all where that is larger. Entries that
-    # are infinite or NaN in both are equal.
     # actual [N, ...], expected [N, ...] -> [N]
     a, b = (x.reshape(len(x), -1).double() for x in (actual, expected))
-    same = (a == b) | (a.isnan() & b.isnan())
-    difference, b = (a - b).masked_fill(same, 0), b.masked_fill(~b.isfinite(), 0)
-    error, size = (torch.linalg.vector_norm(x, dim=1) for x in (difference, b))
+    same = (a == b) | (a.isnan() & b.isnan())  # also where both are infinite
+    error, size = row_norms((a - b).masked_fill(same, 0)), row_norms(b.masked_fill(~b.isfinite(), 0))
+    # Outputs of one sample may nearly cancel: its error is relative to the median norm of all where that is larger.
     usual = size.masked_fill(size == 0, torch.nan).nanmedian().nan_to_num(0)
     differ: Tensor = ~(error <= tolerance * torch.maximum(size, usual))
     return differ
@@ -120,3 +179,9 @@ def all_finite(tensors: Iterable[Tensor]) -> bool:
     if all(map(math.isfinite, read([tensor.sum() for tensor in given]))):
         return True
     return all(map(math.isfinite, read([tensor.abs().max() for tensor in given])))  # a sum may overflow by itself
+
+
+def check_finite(gradients: Iterable[Tensor]) -> None:
+    """Raise where a gradient is infinite or NaN: samples that make it so are then left out of the kernel."""
+    if not all_finite(gradients):
+        raise NotFiniteError

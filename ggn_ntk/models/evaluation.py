@@ -5,16 +5,19 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 
-from ggn_ntk.models.autograd_graph import graph_nodes
+from ggn_ntk.models.autograd_graph import graph_nodes, precisions
 from ggn_ntk.models.comparison import TOLERANCES
 from ggn_ntk.models.inspection import in_low_precision, without_draws
-from ggn_ntk.models.isolation import isolated
+from ggn_ntk.models.isolation import Session, isolated
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
 from ggn_ntk.process.torch_internals import tree_map
+
+#: What to do about a sample axis that is lost for some numbers of samples.
+SHAPE_REMEDY = "Keep the sample axis also for a single sample (say squeeze(-1), not squeeze())"
 
 
 def evaluate(
@@ -27,48 +30,104 @@ def evaluate(
     within: Callable[[], AbstractContextManager[None]] = nullcontext,
 ) -> Any:
     """Evaluate the model as a pure function of the wanted parameters and the inputs."""
-    # It starts from the state in which the model was found. The other parameters are constants, and buffers and inputs
-    # are passed as copies, so that code that writes to them leaves the user's alone.
+    # The session puts the model back to how it was found before each call.
     # -> [N, *out]
     with isolated(request.model) as session:
-        values: dict[int, Tensor] = {}
-        if request.widened:
-            values = {id(t): _widened(t.detach()) for t in (*request.model.parameters(), *request.model.buffers())}
-        elif primals is not None:
-            values = {id(p): p.detach().clone() if session.written else p.detach() for p in request.model.parameters()}
-        if primals is not None:
-            if jitter is not None:
-                values = {key: _jittered(value, jitter) for key, value in values.items()}
-            values |= {id(request.params[name]): value for name, value in primals.items()}
+        values = _stand_ins(request, session, primals, jitter)
 
         def call(within: Callable[[], AbstractContextManager[None]] = nullcontext) -> Any:
+            # Copies, so that a model that writes to its inputs leaves the user's alone.
             x = inputs.map(torch.clone if jitter is None else lambda t: _jittered(t, jitter))
             x = x.map(_widened) if request.widened else x
             with session.evaluation(values, inspect=inspect), within():
                 result = request.model(*x.args, **x.kwargs)
                 return result if request.output is None else request.output(result)
 
-        def call_with_graph() -> Any:
-            """Let a model differentiate something inside where no graph is wanted of it."""
-            try:
-                return call()
-            except RuntimeError as error:
-                if torch.is_grad_enabled() or "does not require grad" not in str(error):
-                    raise
-            with torch.enable_grad():
-                return tree_map(lambda y: y.detach() if isinstance(y, Tensor) else y, call())
+        if inspect:
+            return _inspected(session, without_draws(call, within))
+        return call(within) if within is not nullcontext else _with_graph_if_needed(call)
 
-        if not inspect:
-            return call(within) if within is not nullcontext else call_with_graph()
-        result = without_draws(call, within)
-        if not isinstance(result, Tensor):
-            return result
-        if session.low and result.dtype in TOLERANCES:
-            raise UnsupportedModelError([in_low_precision(session.low)])
-        if session.earlier and not session.earlier.isdisjoint(graph_nodes(result)):
-            what = "it uses a tensor with a graph from an earlier call, which a module holds"
-            raise UnsupportedModelError([Problem("", what, "Compute it in the forward pass, or detach() it")])
+
+def _stand_ins(
+    request: Request, session: Session, primals: dict[str, Tensor] | None, jitter: int | None
+) -> dict[int, Tensor]:
+    """Choose the tensors that take the place of parameters and buffers, by the id of what they stand for."""
+    model, values = request.model, dict[int, Tensor]()
+    if request.widened:
+        values = {id(t): _widened(t.detach()) for t in (*model.parameters(), *model.buffers())}
+    elif primals is not None:  # parameters that are not wanted are constants
+        values = {id(p): p.detach().clone() if session.written else p.detach() for p in model.parameters()}
+    if primals is not None:
+        if jitter is not None:
+            values = {key: _jittered(value, jitter) for key, value in values.items()}
+        values |= {id(request.params[name]): value for name, value in primals.items()}
+    return values
+
+
+def _with_graph_if_needed(call: Callable[[], Any]) -> Any:
+    """Call a model; if it differentiates something inside, with a graph even where the caller records none."""
+    try:
+        return call()
+    except RuntimeError as error:
+        if torch.is_grad_enabled() or "does not require grad" not in str(error):
+            raise
+    with torch.enable_grad():
+        return tree_map(lambda y: y.detach() if isinstance(y, Tensor) else y, call())
+
+
+def _inspected(session: Session, result: Any) -> Any:
+    """Raise if an evaluation under inspection has shown what no kernel is exact for."""
+    if not isinstance(result, Tensor):
         return result
+    # An output that is itself of a low precision is for check_output to report.
+    if session.low and result.dtype in TOLERANCES:
+        raise UnsupportedModelError([in_low_precision(session.low)])
+    if session.earlier and not session.earlier.isdisjoint(graph_nodes(result)):
+        what = "it uses a tensor with a graph from an earlier call, which a module holds"
+        raise UnsupportedModelError([Problem("", what, "Compute it in the forward pass, or detach() it")])
+    return result
+
+
+def evaluate_checked(request: Request, inputs: Inputs, shape: Size | None = None) -> Tensor:
+    """Evaluate the model with its own parameters, inspect foreign code, and check what it returns."""
+    # shape [*out], where it is known -> [N, *out]
+    output = evaluate(request, None, inputs, inspect=runs_foreign_code(request))
+    return check_output(output, len(inputs)) if shape is None else check_shape(output, len(inputs), shape)
+
+
+def check_output(output: object, n: int) -> Tensor:
+    """Make sure that a model returns something to differentiate, for each sample."""
+    # -> [N, *out]
+    problem = None
+    if not isinstance(output, Tensor):
+        remedy = "Pass output=, a function that picks the tensor [N, ...] to differentiate"
+        problem = Problem("", f"it returns {type(output).__name__}, not a tensor", remedy)
+    elif output.ndim == 0 or len(output) != n or output.numel() == 0:
+        what = f"its output for {n} sample{'s' * (n > 1)} has shape {list(output.shape)}"
+        problem = Problem("", what, "Its leading axis must be the samples, and it must not be empty")
+    elif output.dtype not in TOLERANCES:
+        problem = Problem("", f"its output is {output.dtype}", "Outputs must be float32 or float64")
+    elif lower := precisions(output) - TOLERANCES.keys():
+        problem = in_low_precision(lower)
+    if problem is not None:
+        raise UnsupportedModelError([problem])
+    assert isinstance(output, Tensor)
+    return output
+
+
+def check_shape(output: object, n: int, shape: Size) -> Tensor:
+    """Make sure that a model returns for some samples what it returns for others."""
+    # shape [*out] -> [N, *out]
+    output = check_output(output, n)
+    if output.shape[1:] != shape:
+        raise UnsupportedModelError([other_shape(output, Size([n, *shape]))])
+    return output
+
+
+def other_shape(output: Tensor, expected: Size) -> Problem:
+    """Say that outputs of some samples have another shape than those of all."""
+    what = f"its output for {expected[0]} of the samples has shape {list(output.shape)}, not {list(expected)}"
+    return Problem("", what, SHAPE_REMEDY)
 
 
 def runs_foreign_code(request: Request) -> bool:
@@ -78,14 +137,14 @@ def runs_foreign_code(request: Request) -> bool:
 
 
 def primals_of(request: Request) -> dict[str, Tensor]:
-    """Give the wanted parameters as plain tensors without a graph: where derivatives are taken."""
+    """Detach the wanted parameters: the point at which ``torch.func`` takes derivatives."""
     with isolated(request.model) as session:
         copy = _widened if request.widened else torch.clone if session.written else torch.Tensor.detach
         return {name: copy(p.detach()) for name, p in request.params.items()}
 
 
 def leaves_of(request: Request, jitter: int | None = None) -> dict[str, Tensor]:
-    """Copy the wanted parameters, to take derivatives at; changed in the last digit, as a seed decides."""
+    """Copy the wanted parameters as leaves of a graph; with a seed, changed at random in their last digit."""
     copies = {name: (_widened(p) if request.widened else p).detach().clone() for name, p in request.params.items()}
     if jitter is not None:
         copies = {name: _jittered(copy, jitter) for name, copy in copies.items()}
@@ -93,7 +152,7 @@ def leaves_of(request: Request, jitter: int | None = None) -> dict[str, Tensor]:
 
 
 def _widened(x: Tensor) -> Tensor:
-    """Copy a tensor, real numbers in float64."""
+    """Copy a tensor, to float64 if it holds real numbers."""
     return x.to(torch.float64, copy=True) if x.is_floating_point() else x.clone()
 
 

@@ -1,4 +1,4 @@
-"""What a forward pass does that makes its kernel random, or that a call has to put back: looked at while it runs."""
+"""A forward pass is watched as it runs: for random numbers, low precision, and parameters that it writes to."""
 
 import random
 import re
@@ -14,16 +14,16 @@ import torch
 from torch import Tensor
 
 from ggn_ntk.models.comparison import TOLERANCES
-from ggn_ntk.models.state import generator_of_numpy, generators_of_torch, global_generators, storage_of
+from ggn_ntk.models.entries import generator_of_numpy, generators_of_torch, global_generators, storage_of
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError, listed
 from ggn_ntk.process.torch_internals import TorchDispatchMode, schema_of, tree_leaves
 
 _T = TypeVar("_T")
 
-# Operations that make a tensor after the form of another.
+# Operations that make a tensor in the likeness of another, whose numbers they do not use.
 _MAKES = re.compile(r"aten::(new_\w+|\w+_like)$")
 
-# What sets a generator of torch's.
+# Methods that set a generator of torch.
 _SETS = ("manual_seed", "seed", "set_state")
 
 _REMEDY = "Call eval(), or make its forward pass deterministic"
@@ -43,7 +43,7 @@ class Inspection(TorchDispatchMode):
     """
 
     def __init__(self, params: Mapping[Tensor, Tensor | None], written: dict[Tensor, Tensor]) -> None:
-        """Set up."""
+        """Take parameters with their values, where these are known, and where to list those that are written to."""
         super().__init__()
         self._params, self._written = {storage_of(p): (p, values) for p, values in params.items()}, written
         self.low = set[torch.dtype]()
@@ -54,13 +54,14 @@ class Inspection(TorchDispatchMode):
         draws, written = _effects(func)
         if draws and _draws(func, args, kwargs):
             raise UnsupportedModelError([DRAWS])
+        # Parameters are backed up before they are written to, also through a view.
         for tensor in tree_leaves([args[i] if i < len(args) else kwargs.get(name) for i, name in written]):
             param, values = self._params.get(storage_of(tensor) if isinstance(tensor, Tensor) else 0, (None, None))
             if param is not None and param not in self._written:
                 self._written[param] = param.detach().clone() if values is None else values
         result = func(*args, **kwargs)
         low = _dtypes(result) - TOLERANCES.keys()
-        # What is computed from constants of a low precision alone is a constant.
+        # Arguments in low precision alone are constants, or come of a conversion that was seen before.
         if low and not _MAKES.match(schema_of(func).name) and _dtypes((args, kwargs)) & TOLERANCES.keys():
             self.low |= low
         return result
@@ -79,7 +80,7 @@ def _dtypes(values: Any) -> set[torch.dtype]:
 
 
 class OwnGenerator(TorchDispatchMode):
-    """Has operations draw random numbers from a generator of their own, and leave those of the process alone."""
+    """Lets operations draw random numbers from new generators, and leaves those of the process alone."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Carry out an operation."""
@@ -87,6 +88,7 @@ class OwnGenerator(TorchDispatchMode):
         draws, _ = _effects(func)
         if not draws or not _draws(func, args, kwargs):
             return func(*args, **kwargs)
+        # An operation may have a form that takes a generator. Otherwise those of the process are put back afterwards.
         device = next((x.device for x in args if isinstance(x, Tensor)), kwargs.get("device") or "cpu")
         takes_one = _with_generator(func)
         if takes_one is not None:
@@ -97,7 +99,7 @@ class OwnGenerator(TorchDispatchMode):
 
 @cache
 def _with_generator(func: Any) -> Any:
-    """Look up the form of an operation that takes a generator; ``None`` where there is none."""
+    """Look up the overload of an operation that takes a generator as well; ``None`` where there is none."""
     names = {a.name for a in schema_of(func).arguments} | {"generator"}
     forms = [func, *(getattr(func.overloadpacket, name) for name in func.overloadpacket.overloads())]
     return next((form for form in forms if {a.name for a in schema_of(form).arguments} == names), None)
@@ -112,7 +114,7 @@ def _effects(func: Any) -> tuple[bool, tuple[tuple[int, str], ...]]:
 
 
 def _draws(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
-    """Tell whether a call of an operation that may draw does so, from a generator that is not the caller's own."""
+    """Tell whether a call of an operation that may draw does so, from a generator of the process."""
     given = {a.name: a.default_value for a in schema_of(func).arguments}
     given |= dict(zip(given, args, strict=False)) | kwargs
     off = any(given.get(name) is False for name in ("train", "training")) or given.get("dropout_p") == 0
@@ -120,16 +122,17 @@ def _draws(func: Any, args: Sequence[Any], kwargs: dict[str, Any]) -> bool:
 
 
 def without_draws(call: Callable[..., _T], *args: Any) -> _T:
-    """Evaluate a model, unless it draws random numbers from the generators of NumPy or Python, or seeds torch's."""
-    # Where these have moved, another thread may have moved them: then the call is made once more, under watch.
+    """Evaluate a model, and raise if it draws from generators of NumPy or Python, or seeds one of torch."""
     generators = global_generators()
     try:
         result = call(*args)
+        # Another thread may have moved them: so the call is made once more, under watch.
         if any(generator.changed() for generator in generators) and _calls_a_generator(call):
             raise UnsupportedModelError([DRAWS])
     except BaseException:
+        # With other threads at work generators stay where they are: these would draw the same numbers once more.
         others = (thread for thread in threading.enumerate() if thread is not threading.current_thread())
-        if all(thread.daemon for thread in others):  # else what others have drawn would come once more
+        if all(thread.daemon for thread in others):
             for generator in generators:
                 generator.put_back()
         raise
@@ -137,7 +140,7 @@ def without_draws(call: Callable[..., _T], *args: Any) -> _T:
 
 
 def _calls_a_generator(call: Callable[[], Any]) -> bool:
-    """Tell whether a call draws from the generators of Python or NumPy in this thread, or seeds one of torch's."""
+    """Tell whether a call draws from the generators of Python or NumPy in this thread, or seeds one of torch."""
     of_python: Any = vars(random)["_inst"]
     of_torch = generators_of_torch()
     drawn = False
@@ -150,7 +153,7 @@ def _calls_a_generator(call: Callable[[], Any]) -> bool:
 
     before, kept = sys.getprofile(), of_python.gauss_next
     with _numpy_moved_on() as moved:
-        of_python.gauss_next = None  # a number that it has already made would come without a call
+        of_python.gauss_next = None  # the second of a pair of normal numbers would be returned without a call
         sys.setprofile(watch)
         try:
             call()
@@ -162,9 +165,10 @@ def _calls_a_generator(call: Callable[[], Any]) -> bool:
 
 @contextmanager
 def _numpy_moved_on() -> Iterator[Callable[[], bool]]:
-    """Have NumPy's generator in a state of its own, and for this thread alone; then it is put back."""
+    """Set NumPy's generator to a state of its own, for this thread alone, and tell whether it has moved from there."""
     lock = np.random.mtrand._rand._bit_generator.lock  # noqa: SLF001 - NumPy 1.24 has get_bit_generator, others not
-    alone = isinstance(lock, type(threading.RLock()))  # since NumPy 2
+    # Since NumPy 2 this thread can hold the lock and draw; before, the generator stays where other threads use it.
+    alone = isinstance(lock, type(threading.RLock()))
     with lock if alone else nullcontext():
         found = generator_of_numpy()
         if alone:

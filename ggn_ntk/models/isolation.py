@@ -19,8 +19,9 @@ from torch.nn import Module, RNNBase
 from torch.nn.parameter import is_lazy
 
 from ggn_ntk.models.comparison import read
+from ggn_ntk.models.entries import Values, address_of, storage_of
 from ggn_ntk.models.inspection import DRAWS, Inspection
-from ggn_ntk.models.state import State, Values, address_of, storage_of
+from ggn_ntk.models.state import State
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError, is_out_of_memory
 from ggn_ntk.process.switches import process_switches
 from ggn_ntk.process.torch_internals import (
@@ -37,9 +38,10 @@ from ggn_ntk.process.turns import alone_with
 
 
 class _Entered(threading.local):
-    """The sessions that this thread is in, by the id of the model, and how often."""
+    """The sessions that this thread is in."""
 
     def __init__(self) -> None:
+        # By the id of the model, with how many times the thread has entered it
         self.sessions: dict[int, tuple[Session, int]] = {}
 
 
@@ -48,29 +50,27 @@ _ENTERED = _Entered()
 
 @contextmanager
 def isolated(model: Module) -> Iterator["Session"]:
-    """Run kernel computations on ``model`` in a clean room, and leave no trace."""
-    # Inside, gradients are recorded whatever the caller's grad or inference mode, compiled models run eagerly, autocast
-    # and TF32 are off, attention uses the backend that batched gradients support, and the model's gradients and
-    # backward hooks are set aside (``torch.func`` fails on BackPACK's). On exit, all of it is set back, with the values
-    # of parameters and buffers, the attributes of all modules, and what these hold.
-    # Inside of itself, in the same thread, it goes on with the same session.
+    """Open a session for a model, in which kernels are computed and after which no trace is left."""
     session, depth = _ENTERED.sessions.get(id(model), (None, 0))
-    if session is not None:
+    if session is not None:  # inside of itself, in the same thread, it goes on with the same session
         _ENTERED.sessions[id(model)] = session, depth + 1
         try:
             yield session
         finally:
             _ENTERED.sessions[id(model)] = session, depth
         return
-    device = torch.get_default_device()
+    device = torch.get_default_device()  # the caller's, which evaluations of the model find as usual
     with ExitStack() as stack:
-        if torch.is_inference_mode_enabled():  # to leave it switches threads of autograd on, whatever the caller chose
+        # First what torch keeps for each thread. Leaving inference mode also resets autograd's multithreading, whatever
+        # the caller chose: so only if it is on.
+        if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
         for device_type in {t.device.type for t in (*model.parameters(), *model.buffers())} - {"meta"}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
         stack.enter_context(process_switches(recurrent=any(isinstance(m, RNNBase) for m in model.modules())))
         stack.enter_context(_default_device(torch.device("cpu")))
+        # Then the model itself. On exit the order is the reverse: it is put back before other threads get their turn.
         stack.enter_context(alone_with(model))
         session = Session(model, device)
         stack.callback(session.close)
@@ -81,19 +81,20 @@ def isolated(model: Module) -> Iterator["Session"]:
         except UnsupportedModelError:
             raise
         except Exception as error:
-            if not is_out_of_memory(error):  # it may come of what the model does to its parameters
-                session.verify(error)
+            if not is_out_of_memory(error):
+                session.verify(error)  # what the model does to its parameters may have caused the error
             raise
         session.verify()
 
 
 def _default_device(device: torch.device) -> AbstractContextManager[Any]:
-    """Make tensors on a device unless told otherwise; if that is so anyway, without a mode that each call passes."""
+    """Make a device the default for new tensors."""
+    # Where it is the default anyway, without a mode: each operation would have to pass it.
     return nullcontext() if torch.get_default_device() == device else device
 
 
 def runs_other_code(module: Module) -> bool:
-    """Tell whether a call of a module, without its children, may run code that is not torch's own."""
+    """Tell whether a call of a module may run code that is not torch's own, apart from that of its children."""
     own = type(module).__module__.startswith("torch.nn.modules.") and "forward" not in vars(module)
     return not own or runs_hooks(module)
 
@@ -114,71 +115,82 @@ class Session:
     Attributes:
         foreign: Whether its forward pass may run code that is not torch's own.
         written: Parameters that its forward pass writes to, with the values they had.
-        set_back: Buffers that its forward pass writes to in their place, since they have two names.
+        set_back: Buffers that its forward pass has written to, and that are no copies since they have a second name.
         low: Dtypes of low precision in which it computes.
         earlier: Nodes of graphs from earlier forward passes, of which its modules hold a result.
     """
 
     def __init__(self, model: Module, device: torch.device) -> None:
         """Take down the state of the model, and set aside what would take part in backward passes."""
-        modules = list(model.modules())
-        params = {name: p for name, p in model.named_parameters() if not is_lazy(p)}
-        self._default_device = device
-        self.foreign = has_global_hooks() or any(runs_other_code(module) for module in modules)
+        self._model, self._modules, self._default_device = model, list(model.modules()), device
+        self.foreign = has_global_hooks() or any(runs_other_code(module) for module in self._modules)
         self.written: dict[Tensor, Tensor] = {}
+        self.set_back: list[Tensor] = []
         self.low: set[torch.dtype] = set()
-        self._model, self._modules = model, modules
         self._evaluating = False
         self._changed: list[_Parameter] | None = None
         # Code that is not torch's may write to parameters in some evaluations, and past torch's counters.
-        self._params = [_Parameter(name, p, keep=self.foreign) for name, p in params.items()]
-        hooks: list[Any] = [h for m in modules for h in backward_hooks(m)]
-        hooks += [h for h, _ in map(tensor_hooks, params.values()) if h]
-        of_backpack = [h for h, _ in map(forward_hooks, modules) if any(map(_is_of_backpack, h.values()))]
-        self._hooks = [(h, dict(h)) for h in (*hooks, *of_backpack) if h]
-        buffers = {id(b): b for b in model.buffers() if not is_lazy(b)}
-        self._buffers: list[Values] = []
+        named = {name: p for name, p in model.named_parameters() if not is_lazy(p)}
+        self._params = [_Parameter(name, p, keep=self.foreign) for name, p in named.items()]
+        self._hooks: list[tuple[Any, dict[int, Any]]] = []  # stores of hooks, and what was in them
+        self._buffers: list[Values] = []  # buffers that may be written to in their place
+        # Where a buffer was replaced by a copy: the module's buffers, the name, the buffer, the copy
         self._aside: list[tuple[dict[str, Any], str, Tensor, Tensor]] = []
-        self._hidden: list[Tensor] = []
-        self.set_back: list[Tensor] = []
+        self._hidden: list[Tensor] = []  # buffers that were written to although the model had a copy
         self._state: State | None = None
         try:
-            for h in hooks:
-                h.clear()
-            for h in of_backpack:
-                for key in [key for key, hook in h.items() if _is_of_backpack(hook)]:
-                    del h[key]
+            self._set_hooks_aside()
             for param in self._params:
                 param.set_aside()
-            state = State(modules, thorough=self.foreign)
-            # A buffer that is also known under another name stays in its place, to be set back.
-            shared = Counter(map(storage_of, (*state.tensors, *params.values(), *buffers.values())))
-            alone = [b for b in buffers.values() if not storage_of(b) or shared[storage_of(b)] < 2]
-            copies = {id(b): b.detach().clone() for b in alone}
-            # Others may be written to under a name that does not show, but by code alone that is not torch's.
-            watched = [b for b in buffers.values() if self.foreign or id(b) not in copies]
-            self._buffers = [Values(b) for b in watched if b.layout is torch.strided and not b.is_meta]
-            for store in map(buffers_of, modules):
-                places: list[Any] = [(store, key, b, copies[id(b)]) for key, b in store.items() if id(b) in copies]
-                store.update({key: copy for _, key, _, copy in places})
-                self._aside += places
-            state.add_members()
+            state = State(self._modules, thorough=self.foreign)
+            self._set_buffers_aside([*state.tensors, *named.values()])
+            state.add_members()  # with the copies of buffers in place
             self._state = state
         except BaseException:
             self.close()
             raise
         self.earlier = {t.grad_fn for t in state.tensors if t.grad_fn is not None}
 
+    def _set_hooks_aside(self) -> None:
+        """Take off hooks of backward passes, on which ``torch.func`` fails, and those with which BackPACK stores."""
+        modules, params = self._modules, [kept.param for kept in self._params]
+        hooks: list[Any] = [h for m in modules for h in backward_hooks(m)]
+        hooks += [h for h, _ in map(tensor_hooks, params) if h]
+        of_backpack = [h for h, _ in map(forward_hooks, modules) if any(map(_is_of_backpack, h.values()))]
+        self._hooks = [(h, dict(h)) for h in (*hooks, *of_backpack) if h]
+        for h in hooks:
+            h.clear()
+        for h in of_backpack:
+            for key in [key for key, hook in h.items() if _is_of_backpack(hook)]:
+                del h[key]
+
+    def _set_buffers_aside(self, others: list[Tensor]) -> None:
+        """Replace buffers by copies, which evaluations may write to, and watch those that cannot be replaced."""
+        buffers = {id(b): b for b in self._model.buffers() if not is_lazy(b)}
+        # A buffer that is also known under another name stays in its place, to be set back.
+        shared = Counter(map(storage_of, (*others, *buffers.values())))
+        alone = [b for b in buffers.values() if not storage_of(b) or shared[storage_of(b)] < 2]
+        copies = {id(b): b.detach().clone() for b in alone}
+        # Code that is not torch's may write to the others, too, under a name that does not show.
+        watched = [b for b in buffers.values() if self.foreign or id(b) not in copies]
+        self._buffers = [Values(b) for b in watched if b.layout is torch.strided and not b.is_meta]
+        for store in map(buffers_of, self._modules):
+            places: list[Any] = [(store, key, b, copies[id(b)]) for key, b in store.items() if id(b) in copies]
+            store.update({key: copy for _, key, _, copy in places})
+            self._aside += places
+
     def close(self) -> None:
         """Put everything back, whatever fails."""
-        with ExitStack() as stack:  # last in, first out
+        # Last in, first out. First comes the state, to which the copies of buffers belong; then what was in the way of
+        # evaluations: hooks, the buffers themselves, gradients. Each is put back even if another fails.
+        with ExitStack() as stack:
             for param in self._params:
                 stack.callback(param.put_back)
             for store, key, found, _ in self._aside:
                 stack.callback(store.__setitem__, key, found)
             for h, content in self._hooks:
                 stack.callback(h.update, content)
-                stack.callback(h.clear)
+                stack.callback(h.clear)  # comes before the update
             stack.callback(self._restore)
 
     def _restore(self) -> None:
@@ -187,14 +199,14 @@ class Session:
             param.restore()
 
     def _rewritten(self) -> "list[_Parameter]":
-        """Give the model the state in which it was found, and list the parameters that were written to unnoticed."""
+        """Put the model back to how it was found, and list the parameters that were written to unnoticed."""
         if self._changed is None:
             self._reset()
             others = [param for param in self._params if param.param not in self.written]
-            found = [param for param in others if param.counted]
+            counted = [param for param in others if param.counted]
             rest = [param for param in others if not param.counted and param.copy is not None]
-            flags = read([param.differs() for param in rest])
-            self._changed = [*found, *(param for param, differs in zip(rest, flags, strict=True) if differs)]
+            flags = read([param.differs() for param in rest])  # waits for the device once
+            self._changed = [*counted, *(param for param, differs in zip(rest, flags, strict=True) if differs)]
         return self._changed
 
     def verify(self, cause: Exception | None = None) -> None:
@@ -221,14 +233,14 @@ class Session:
     @contextmanager
     def evaluation(self, values: dict[int, Tensor], *, inspect: bool = False) -> Iterator[None]:
         """Let the model be called once, from the state in which it was found."""
-        # A hook of the model's may ask for a kernel of the model: then the evaluation around it goes on as it was.
+        # A hook of the model may ask for a kernel of this very model: then the outer evaluation goes on as it was.
         around = State(self._modules, thorough=self.foreign) if self._evaluating else None
         if around is not None:
             around.add_members()
         self._reset()
-        copies = {id(copy): found.detach().clone() for _, _, found, copy in self._aside}
+        copies = {id(copy): found.detach().clone() for _, _, found, copy in self._aside}  # of buffers, to write to
         inspection = Inspection({kept.param: kept.copy for kept in self._params}, self.written) if inspect else None
-        before, self._evaluating = self._evaluating, True
+        outer, self._evaluating = self._evaluating, True
         try:
             with ExitStack() as stack:
                 stack.enter_context(_default_device(self._default_device))
@@ -239,14 +251,14 @@ class Session:
             if self._state is not None and self._state.generators_moved():
                 raise UnsupportedModelError([DRAWS])
         finally:
-            self._evaluating = before
+            self._evaluating = outer
             if inspection is not None:
                 self.low |= inspection.low
             if around is not None:
                 around.restore()
 
     def _reset(self) -> None:
-        """Give the model the state in which it was found, but for what was set aside."""
+        """Put the model back to how it was found, except for what is set aside."""
         if self._state is not None:
             self._state.restore()
         for param in self._params:
@@ -254,8 +266,8 @@ class Session:
         for buffer in self._buffers:
             if buffer.changed():
                 buffer.put_back()
-                aside = any(buffer.tensor is found for _, _, found, _ in self._aside)  # the model had a copy of it
-                (self._hidden if aside else self.set_back).append(buffer.tensor)
+                replaced = any(buffer.tensor is found for _, _, found, _ in self._aside)
+                (self._hidden if replaced else self.set_back).append(buffer.tensor)
         with torch.no_grad():
             for written, before in self.written.items():
                 written.copy_(before)
@@ -280,7 +292,7 @@ class _Parameter:
 
     @property
     def accumulated(self) -> bool:
-        """Whether it was given a gradient."""
+        """Whether a backward pass has added to its gradient."""
         return self.param.is_leaf and self.param.grad is not None
 
     @property
@@ -289,7 +301,7 @@ class _Parameter:
         return self._version is not None and version_of(self.param) != self._version
 
     def differs(self) -> Tensor:
-        """Compute whether it has other values than it had."""
+        """Compute on its device whether it has other values than it had; NaN is equal to NaN."""
         assert self.copy is not None
         return ~((self.param.detach() == self.copy) | (self.copy != self.copy)).all()
 

@@ -1,4 +1,4 @@
-"""Every problem of a model that can be read off its configuration, found before work starts and reported at once."""
+"""All problems of a model that can be read off its configuration: found before work starts, reported together."""
 
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator
@@ -18,8 +18,6 @@ from ggn_ntk.process.torch_internals import AnyBatchNorm, AnyDropout, has_global
 
 def check_model(request: Request) -> Checked:
     """Raise unless the model has an exact empirical NTK. Call it inside ``isolated(request.model)``."""
-    # The configuration of all modules is read first; only if nothing is wrong there, samples are sent through the
-    # model.
     problems = configuration_problems(request)
     if problems:
         raise UnsupportedModelError(problems)
@@ -27,7 +25,7 @@ def check_model(request: Request) -> Checked:
 
 
 def configuration_problems(request: Request) -> list[Problem]:
-    """Find what can be read off modules and parameters."""
+    """Find all problems that modules and parameters show without being used."""
     modules = request.model.named_modules()
     return [p for name, m in modules for p in find(MODULE_CHECKS, m, name)] + list(_parameter_problems(request))
 
@@ -120,7 +118,7 @@ def _parameter_problems(request: Request) -> Iterator[Problem]:
 
 
 def hidden_computation(module: Module, name: str) -> Iterator[Problem]:
-    """Find computation that does not show in a module's type."""
+    """Find computation of a module that its type does not show."""
     if runs_hooks(module) or "forward" in vars(module) or has_global_hooks():
         what = f"{type(module).__name__} has forward hooks or a forward of its own, which its type does not tell"
         yield Problem(name, what, f"Remove them, or: {OTHER_METHOD}")

@@ -4,43 +4,21 @@ A forward pass is any code. It may keep activations on its modules, append to li
 fill a cache that some object holds. What is found changed is put back, in place, and nothing else is touched.
 """
 
-import random
-from collections import OrderedDict, deque
-from collections.abc import Callable, Iterable, Iterator
-from types import BuiltinFunctionType, FunctionType, MemberDescriptorType, MethodType, ModuleType
+from collections.abc import Iterable
+from types import BuiltinFunctionType, FunctionType, MethodType, ModuleType
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 from torch.nn import Module
 
-from ggn_ntk.process.torch_internals import buffers_of, parameters_of, storage_id, version_of
+from ggn_ntk.models.entries import ENTRIES, Attributes, Container, Entry, Generator, entries_of
+from ggn_ntk.process.torch_internals import buffers_of, parameters_of
 from ggn_ntk.process.turns import if_free
 
-# How far to follow objects that modules hold, and up to how many entries to look into a container: a model may hold the
-# data set that it is trained on.
-_DEPTH, _ENTRIES = 5, 1000
-
-# Up to how many entries a tensor's numbers are compared, besides torch's count of the times it was written to.
-_COMPARED = 2**16
-
-_UNSET = object()
+# How far to follow objects that modules hold.
+_DEPTH = 5
 
 _FUNCTIONS = (type, FunctionType, MethodType, BuiltinFunctionType, ModuleType)
-# Objects of these packages are no state of a model's: loggers, locks, threads, files, groups of processes.
-_OTHERS = (
-    "logging",
-    "threading",
-    "_thread",
-    "concurrent",
-    "asyncio",
-    "multiprocessing",
-    "io",
-    "_io",
-    "socket",
-    "weakref",
-)
 
 
 class State:
@@ -51,32 +29,31 @@ class State:
     """
 
     def __init__(self, modules: Iterable[Module], *, thorough: bool) -> None:
-        """Take it down."""
+        """Take it down; thoroughly, with what objects hold that are neither modules nor containers."""
         modules = list(modules)
-        self._entries: list[_Entry] = []
-        self._generators: list[_Entry] = []
-        self._empty: list[Any] = []  # most of what modules hold, such as hooks, and quickly looked through
-        self._others: list[tuple[Module, State]] = []  # which other threads may evaluate meanwhile
-        self._thorough = thorough
         self.tensors: list[Tensor] = []
-        # The values of parameters and buffers are for the session to look after.
+        self._entries: list[Entry] = []
+        self._generators: list[Entry] = []
+        # Most of what modules hold are empty containers, such as those of hooks: kept apart, they are checked quickly.
+        self._empty: list[Any] = []
+        self._others: list[tuple[Module, State]] = []  # models held as values, which other threads may evaluate
+        self._thorough = thorough
+        self._modules = set(map(id, modules))
+        # Parameters and buffers: the session looks after their values, and which there are is taken down last.
         own = {
             id(t): t for m in modules for t in (*parameters_of(m).values(), *buffers_of(m).values()) if t is not None
         }
-        self._seen = set(own)
         if thorough:
-            self._entries += map(_Attributes, own.values())
-        self._own = set(own)
-        # What else holds them, is another name of theirs.
+            self._entries += map(Attributes, own.values())
         self._members = [store for module in modules for store in (parameters_of(module), buffers_of(module))]
-        self._seen |= set(map(id, self._members))
-        self._modules = set(map(id, modules))
+        self._own = set(own)
+        self._seen = self._own | set(map(id, self._members))
         for module in modules:
             self._add(module, 0)
 
     def add_members(self) -> None:
         """Take down which parameters and buffers there are, as they are now."""
-        self._entries += map(_Container, self._members)
+        self._entries += map(Container, self._members)
 
     def restore(self) -> None:
         """Put back what has changed."""
@@ -97,324 +74,39 @@ class State:
 
     def _add(self, value: Any, depth: int) -> None:
         """Take down one object, and what it holds."""
-        kind = type(value)  # an object may lie about its class, or refuse to tell
-        if id(value) in self._own:
+        kind = type(value)  # not isinstance: an object may lie about its class, or refuse to tell
+        if id(value) in self._own:  # another name of a parameter or buffer
             self.tensors.append(value)
         if id(value) in self._seen or issubclass(kind, _FUNCTIONS):
             return
         if issubclass(kind, Module) and depth and id(value) not in self._modules:
             self._add_other(value, depth)
             return
-        self._seen.add(id(value))
+        self._seen.add(id(value))  # by identity: objects may hold each other in a circle
         follow = self._thorough and depth < _DEPTH
-        if kind in _Container.BUILT_IN and not value:
+        if kind in Container.BUILT_IN and not value:
             self._empty.append(value)
             return
         if issubclass(kind, Tensor):
             self.tensors.append(value)
-        for entry in _entries_of(value):
+        for entry in entries_of(value):
             self._entries.append(entry)
             self._generators += [entry] if isinstance(entry, Generator) else []
             for held in entry.held() if follow or issubclass(kind, Module) else ():
-                if follow or issubclass(type(held), _Container.KINDS):
+                if follow or issubclass(type(held), Container.KINDS):  # containers on modules are always looked into
                     self._add(held, depth + 1)
         if issubclass(kind, tuple) and follow:
-            for held in tuple.__getitem__(value, slice(_ENTRIES)):
+            for held in tuple.__getitem__(value, slice(ENTRIES)):
                 self._add(held, depth + 1)
 
     def _add_other(self, module: Module, depth: int) -> None:
         """Take down a model that is held as a value, say a teacher in a list, unless another thread evaluates it."""
         with if_free(module) as free:
             if free:
+                # A state of its own, to be put back only while no other thread has the model.
                 state = State((), thorough=self._thorough)
                 state._seen, state._own, state._modules = self._seen, self._own, set(map(id, module.modules()))
                 state._add(module, depth)
                 self._others.append((module, state))
                 self.tensors += state.tensors
                 self._generators += state._generators
-
-
-class _Entry:
-    """Something that holds state: whether it has changed, and how to put it back."""
-
-    def held(self) -> Iterable[Any]:
-        """List what may hold state in turn."""
-        return ()
-
-    def changed(self) -> bool:
-        """Tell whether it is no longer as it was."""
-        raise NotImplementedError
-
-    def put_back(self) -> None:
-        """Give it the state that it had."""
-        raise NotImplementedError
-
-
-class _Attributes(_Entry):
-    """The attributes of an object."""
-
-    def __init__(self, owner: Any) -> None:
-        self._attributes: dict[str, Any] = object.__getattribute__(owner, "__dict__")
-        self._before = dict(self._attributes)
-        self._identities = _identities(self._attributes)
-
-    def held(self) -> Iterable[Any]:
-        return self._before.values()
-
-    def changed(self) -> bool:
-        return _identities(self._attributes) != self._identities
-
-    def put_back(self) -> None:
-        self._attributes.clear()
-        self._attributes.update(self._before)
-
-
-class _Slots(_Entry):
-    """The attributes that an object keeps outside of a dictionary."""
-
-    def __init__(self, owner: Any, slots: list[MemberDescriptorType]) -> None:
-        self._owner, self._slots = owner, slots
-        self._before = self._read()
-
-    def _read(self) -> list[Any]:
-        """Read them, past what their class does to attributes."""
-        values = []
-        for slot in self._slots:
-            try:
-                values.append(slot.__get__(self._owner))
-            except AttributeError:
-                values.append(_UNSET)
-        return values
-
-    def held(self) -> Iterable[Any]:
-        return self._before
-
-    def changed(self) -> bool:
-        return any(now is not before for now, before in zip(self._read(), self._before, strict=True))
-
-    def put_back(self) -> None:
-        for slot, now, before in zip(self._slots, self._read(), self._before, strict=True):
-            if before is not _UNSET:
-                slot.__set__(self._owner, before)
-            elif now is not _UNSET:
-                slot.__delete__(self._owner)
-
-
-class _Container(_Entry):
-    """A list, deque, dict or set, or one of a class derived from these, whose own methods may refuse."""
-
-    KINDS = (dict, list, set, deque)
-    BUILT_IN = (OrderedDict, *KINDS)
-
-    def __init__(self, container: Any) -> None:
-        self._container, kind = container, type(container)
-        self._kind: Any = next(k for k in self.BUILT_IN if issubclass(kind, k))
-        self._before = self._read()
-        self._identities = self._identify()
-
-    def _read(self) -> list[Any]:
-        """List the entries; of a dict, the keys and then the values."""
-        if not issubclass(self._kind, dict):
-            return list(self._kind.__iter__(self._container))
-        return [*self._kind.keys(self._container), *self._kind.values(self._container)]
-
-    def _identify(self) -> list[int]:
-        """List which entries there are, in an order that stays, without comparing them."""
-        identities = list(map(id, self._read()))
-        return sorted(identities) if self._kind is set else identities
-
-    def held(self) -> Iterable[Any]:
-        values = self._before[len(self._before) // 2 :] if issubclass(self._kind, dict) else self._before
-        return values if len(values) <= _ENTRIES else ()
-
-    def changed(self) -> bool:
-        return self._identify() != self._identities
-
-    def put_back(self) -> None:
-        self._kind.clear(self._container)
-        if issubclass(self._kind, dict):
-            half = len(self._before) // 2
-            for key, value in zip(self._before[:half], self._before[half:], strict=True):
-                self._kind.__setitem__(self._container, key, value)
-        elif self._kind is set:
-            set.update(self._container, self._before)
-        else:
-            self._kind.extend(self._container, self._before)
-
-
-class Values(_Entry):
-    """The numbers of a dense tensor."""
-
-    def __init__(self, tensor: Tensor) -> None:
-        """Take them down."""
-        self.tensor, self._memory, self._before = tensor, tensor.data, tensor.detach().clone()
-        self._address, self._version = address_of(tensor), _version(tensor)
-        self._requires_grad, self._grad = tensor.requires_grad, tensor.grad if tensor.is_leaf else None
-
-    def changed(self) -> bool:
-        """Tell whether it was written to; also past its counter, if it is small."""
-        tensor = self.tensor
-        if self._moved() or _version(tensor) != self._version or tensor.requires_grad != self._requires_grad:
-            return True
-        if tensor.is_leaf and tensor.grad is not self._grad:
-            return True
-        if tensor.device.type != "cpu" or tensor.numel() > _COMPARED:
-            return False
-        return not bool(((tensor.detach() == self._before) | (self._before != self._before)).all())
-
-    def put_back(self) -> None:
-        """Give it its memory, its numbers and its gradient."""
-        tensor = self.tensor
-        if tensor.is_leaf and tensor.requires_grad != self._requires_grad:
-            tensor.requires_grad_(self._requires_grad)
-        with torch.inference_mode(tensor.is_inference()), torch.no_grad():
-            if self._moved():
-                tensor.data = self._memory
-            tensor.copy_(self._before)
-        if tensor.is_leaf:
-            tensor.grad = self._grad
-        self._version = _version(tensor)
-
-    def _moved(self) -> bool:
-        """Tell whether it has another memory or shape."""
-        return address_of(self.tensor) != self._address or self.tensor.shape != self._before.shape
-
-
-def _version(tensor: Tensor) -> int:
-    """Count how often a tensor was written to; inference mode does not count."""
-    return 0 if tensor.is_inference() else version_of(tensor)
-
-
-def address_of(tensor: Tensor) -> int:
-    """Find where the numbers of a tensor lie; -1 where it is not dense, or a transform has put another in its place."""
-    try:
-        return tensor.data_ptr()
-    except RuntimeError:
-        return -1
-
-
-class _Array(_Entry):
-    """The numbers of a NumPy array."""
-
-    def __init__(self, array: Any) -> None:
-        self._array, self._before = array, array.copy()
-
-    def changed(self) -> bool:
-        return bool(self._array.tobytes() != self._before.tobytes())
-
-    def put_back(self) -> None:
-        self._array[...] = self._before
-
-
-class _Objects(_Entry):
-    """The objects in a NumPy array."""
-
-    def __init__(self, array: Any) -> None:
-        self._array, self._before = array, list(array.flat)
-
-    def held(self) -> Iterable[Any]:
-        return self._before if len(self._before) <= _ENTRIES else ()
-
-    def changed(self) -> bool:
-        return any(now is not before for now, before in zip(self._array.flat, self._before, strict=True))
-
-    def put_back(self) -> None:
-        for place, value in enumerate(self._before):
-            self._array.flat[place] = value
-
-
-class Generator(_Entry):
-    """A generator of random numbers."""
-
-    def __init__(self, read: Callable[[], Any], write: Callable[[Any], object]) -> None:
-        """Take down where it is, by the functions that read and set its state."""
-        self._read, self._write = read, write
-        self._before = read()
-
-    def changed(self) -> bool:
-        """Tell whether it has moved on."""
-        return bool(_comparable(self._read()) != _comparable(self._before))
-
-    def put_back(self) -> None:
-        """Move it back."""
-        self._write(self._before)
-
-
-def global_generators() -> list[Generator]:
-    """Take down where the generators of the process are: Python's, NumPy's and torch's."""
-    of_torch = (Generator(generator.get_state, generator.set_state) for generator in generators_of_torch())
-    return [Generator(random.getstate, random.setstate), generator_of_numpy(), *of_torch]
-
-
-def generator_of_numpy() -> Generator:
-    """Take down where NumPy's generator of the process is."""
-    return Generator(lambda: np.random.get_state(legacy=False), np.random.set_state)
-
-
-def generators_of_torch() -> list[torch.Generator]:
-    """List torch's generators of the process, one for each device that is used."""
-    return [torch.default_generator, *(torch.cuda.default_generators if torch.cuda.is_initialized() else ())]
-
-
-def _entries_of(value: Any) -> Iterator[_Entry]:
-    """Choose how to keep the state of an object; nothing for one that has none."""
-    kind = type(value)
-    if issubclass(kind, Tensor):
-        kept = value.is_leaf and value.layout is torch.strided  # what has a graph is the result of another pass
-        if kept and not value.is_meta:
-            yield Values(value)
-    elif issubclass(kind, np.ndarray):
-        array = value.view(np.ndarray)
-        if array.flags.writeable:
-            yield _Objects(array) if array.dtype.hasobject else _Array(array)
-        if kind is not np.ndarray:  # say a mask
-            yield _Attributes(value)
-    elif issubclass(kind, torch.Generator):
-        yield Generator(value.get_state, value.set_state)
-    elif issubclass(kind, np.random.Generator | np.random.BitGenerator):
-        bits = value.bit_generator if issubclass(kind, np.random.Generator) else value
-        yield Generator(lambda: bits.state, lambda state: setattr(bits, "state", state))
-    elif issubclass(kind, np.random.RandomState):
-        yield Generator(lambda: value.get_state(legacy=False), value.set_state)
-    elif issubclass(kind, random.Random):
-        yield Generator(value.getstate, value.setstate)
-    elif issubclass(kind, _Container.KINDS):
-        yield _Container(value)
-        yield from _attributes_of(value)
-    elif str(kind.__module__).split(".")[0] not in _OTHERS:
-        yield from _attributes_of(value)
-
-
-def _attributes_of(value: Any) -> Iterator[_Entry]:
-    """Choose how to keep the attributes of an object."""
-    try:
-        attributes = object.__getattribute__(value, "__dict__")
-    except AttributeError:
-        attributes = None
-    if type(attributes) is dict:
-        yield _Attributes(value)
-    kinds = [kind for kind in type(value).__mro__ if "__slots__" in vars(kind)]
-    slots = [slot for kind in kinds for slot in vars(kind).values() if isinstance(slot, MemberDescriptorType)]
-    if slots:
-        yield _Slots(value, slots)
-
-
-def _identities(attributes: dict[str, Any]) -> list[Any]:
-    """List the names and which objects there are, without comparing the objects."""
-    return [*attributes, *map(id, attributes.values())]
-
-
-def storage_of(tensor: Tensor) -> int:
-    """Identify the memory that a tensor shares with its views; 0 where it has none of its own."""
-    return storage_id(tensor) if tensor.layout is torch.strided else 0
-
-
-def _comparable(state: Any) -> Any:
-    """Bring the state of a generator to a form that ``==`` compares."""
-    if isinstance(state, Tensor):
-        return state.numpy().tobytes()
-    if isinstance(state, np.ndarray):
-        return state.tobytes()
-    if isinstance(state, dict):
-        return {key: _comparable(value) for key, value in state.items()}
-    return state

@@ -1,4 +1,4 @@
-"""What can keep a kernel from being computed, and how it is said."""
+"""Errors and warnings: what can keep a kernel from being computed, and how messages say so."""
 
 import re
 import sys
@@ -22,10 +22,11 @@ _LISTED = 8
 _OUT_OF_MEMORY = re.compile(
     r"out of memory|not enough memory|(can't|cannot|could not|failed to) allocate|ALLOC_FAILED|bad_alloc", re.IGNORECASE
 )
-# What lies between a warning and the user's code: this package, decorators of torch's, context managers.
-_PASSED_BY = (__name__.split(".")[0], "torch", "contextlib")
-
+# How much memory an allocator was asked for, in its message.
 _ASKED_FOR = re.compile(r"tried to allocate ([\d.]+ ?\w*)", re.IGNORECASE)
+
+# Packages between a warning and the user's code: this one, torch (for its decorators), context managers.
+_PASSED_BY = (__name__.split(".")[0], "torch", "contextlib")
 
 
 class Problem(NamedTuple):
@@ -69,11 +70,11 @@ class NTKMismatchError(RuntimeError):
 
 
 class NotFiniteError(ArithmeticError):
-    """Jacobians of some samples are not finite; which ones is for :mod:`ggn_ntk.methods.computation` to find out."""
+    """Jacobians of some samples are not finite; :mod:`ggn_ntk.methods.computation` finds out which."""
 
 
 class NotCapturedError(ValueError):
-    """A call of a layer was not recorded in a form that its rule is about."""
+    """A call of a layer was not recorded in a form that its rule can handle."""
 
 
 class KernelMemoryError(torch.OutOfMemoryError, MemoryError):
@@ -90,7 +91,7 @@ class NotFiniteWarning(RuntimeWarning):
 
 @contextmanager
 def without(route: str) -> Iterator[None]:
-    """Say of problems found inside that what they keep from being computed is this."""
+    """Let the message about problems that are found inside name what cannot be computed."""
     try:
         yield
     except UnsupportedModelError as error:
@@ -98,7 +99,7 @@ def without(route: str) -> Iterator[None]:
 
 
 def _lines(problems: Iterable[Problem]) -> list[str]:
-    """Format problems, one line for those that differ in the module alone."""
+    """Format problems, those that differ only in the module on one line."""
     places: dict[tuple[str, str], list[str]] = defaultdict(list)
     for where, what, remedy in problems:
         places[what, remedy].append(where or "the model")
@@ -106,16 +107,16 @@ def _lines(problems: Iterable[Problem]) -> list[str]:
 
 
 def listed(names: Iterable[object]) -> str:
-    """List names in a message, the first few of many."""
+    """List names in a message, only the first few of many."""
     shown = [str(name) for name in names]
     others = len(shown) - _LISTED
-    if others <= 1:
+    if others <= 1:  # to count a single one takes as long as to name it
         return ", ".join(shown)
     return f"{', '.join(shown[:_LISTED])} and {others} others"
 
 
 class _Here(threading.local):
-    """Whether this thread says nothing of what happens on the way to a kernel that is compared with another."""
+    """Whether warnings are off in this thread."""
 
     silent = False
 
@@ -125,7 +126,7 @@ _HERE = _Here()
 
 @contextmanager
 def silent() -> Iterator[None]:
-    """Say nothing inside: of what only a check does."""
+    """Turn this package's warnings off in this thread, say where only a check takes a slower way."""
     before, _HERE.silent = _HERE.silent, True
     try:
         yield
@@ -134,7 +135,7 @@ def silent() -> Iterator[None]:
 
 
 def warn(message: str, category: type[Warning]) -> None:
-    """Warn where the user's code called this package."""
+    """Warn at the line of the user's code that called this package."""
     if _HERE.silent:
         return
     frame, level = sys._getframe(1), 1  # noqa: SLF001 - Python documents it

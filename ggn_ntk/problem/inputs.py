@@ -35,13 +35,13 @@ class Inputs:
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """The tensors by what to call them in a message: ``""``, ``"[1]"`` or ``"['mask']"``."""
+        """The tensors by their label in a message: ``""``, ``"[1]"`` or ``"['mask']"``."""
         if len(self.args) == 1:
             return {"": self.args[0]}
         return {f"[{i}]": x for i, x in enumerate(self.args)} | {f"[{k!r}]": x for k, x in self.kwargs.items()}
 
     def map(self, function: Callable[..., Tensor], *others: "Inputs") -> "Inputs":
-        """Apply a function to each tensor, and to those in its place in others of the same structure."""
+        """Apply a function to each tensor, together with those in its place in other inputs."""
         args = tuple(function(*xs) for xs in zip(self.args, *(o.args for o in others), strict=True))
         return Inputs(args, {k: function(x, *(o.kwargs[k] for o in others)) for k, x in self.kwargs.items()})
 
@@ -54,7 +54,7 @@ class Inputs:
         return self.map(lambda x: x[places[x.device]])
 
     def stack(self, other: "Inputs | None") -> "Inputs":
-        """Put the samples of another set behind these; N1 + N2 samples."""
+        """Put the samples of another set behind these: N1 + N2 samples."""
         return self if other is None else self.map(lambda a, b: torch.cat([a, b]), other)
 
 
@@ -64,7 +64,7 @@ def kind_of(value: Any) -> str:
 
 
 def parse_inputs(x: Any, argument: str, model: Module) -> Inputs:
-    """Bring one set of inputs to one form and check it against the model."""
+    """Bring one set of inputs to the form of positional and keyword arguments, and check it against the model."""
     if isinstance(x, Tensor):
         inputs = Inputs((x,), {})
     elif isinstance(x, tuple):
@@ -77,12 +77,12 @@ def parse_inputs(x: Any, argument: str, model: Module) -> Inputs:
             f"of tensors (called as model(**{argument})), got {kind_of(x)}.{_wrapper('[x]')}"
         )
     _check_tensors(inputs, argument, model)
-    with torch.inference_mode(False):
+    with torch.inference_mode(False):  # tensors of inference mode take no part in a graph: copies do
         return inputs.map(lambda t: t.clone() if t.is_inference() else t.detach())
 
 
 def _wrapper(call: str) -> str:
-    """Show how to wrap a model, by what it is to be called with."""
+    """Show how to wrap a model that takes something else than tensors of samples."""
     return _WRAPPER.format(call=call, function="empirical_ntk")
 
 
@@ -117,7 +117,7 @@ def _check_tensors(inputs: Inputs, argument: str, model: Module) -> None:
 
 
 def _call_with(label: str, value: Any) -> str:
-    """Write a call with a tensor x and a value that is none, as far as it is short."""
+    """Write the arguments of a call with a tensor x and a value that is no tensor, if it is short."""
     if isinstance(value, Mapping):
         return "{" + ", ".join(f"{key!r}: x" for key in value) + "}"
     if isinstance(value, list | tuple):

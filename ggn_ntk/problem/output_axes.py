@@ -58,11 +58,11 @@ class OutputAxes:
 
     @property
     def numbers(self) -> Tensor:
-        """Where outputs are in ``[*out]``, flattened: ``[E, F, T]``."""
+        """The places of outputs in ``[*out]``, flattened, by their roles: ``[E, F, T]``."""
         return self.arrange(torch.arange(self.out_shape.numel()).unsqueeze(0)).squeeze(0)
 
     def arrange(self, x: Tensor) -> Tensor:
-        """Order outputs by their roles."""
+        """Split the axis of outputs into one axis for each role."""
         # x [N, C, ...] -> [N, E, F, T, ...]
         axes = x.reshape(len(x), *self.out_shape, *x.shape[2:])
         order = [0, *(1 + axis for axis in (*self.diagonal, *self.free, *self.traced))]
@@ -92,7 +92,7 @@ class AxesRequest:
         trace_axes: int | Iterable[int] | None = None,
         diagonal_axes: int | Iterable[int] | None = None,
     ) -> "AxesRequest":
-        """Check the arguments of a call as far as that is possible before the model runs."""
+        """Check the arguments of a call, as far as possible before the model runs."""
         if compute not in COMPUTES:
             raise ValueError(f"compute must be one of {', '.join(map(repr, COMPUTES))}, got {compute!r}.")
         given = {"trace_axes": trace_axes, "diagonal_axes": diagonal_axes}
@@ -118,7 +118,7 @@ class AxesRequest:
 
 
 def _parse_axes(argument: str, axes: Any) -> tuple[int, ...]:
-    """Bring axes to one form."""
+    """Bring axes to the form of a tuple."""
     listed = () if axes is None else (axes,) if isinstance(axes, int) else axes
     if isinstance(listed, Iterable) and not isinstance(listed, str):
         listed = tuple(listed)

@@ -61,7 +61,7 @@ class Request:
         capture: str = "auto",
         transforms: bool = False,
     ) -> "Request":
-        """Check the arguments of a call and bring them to one form."""
+        """Check the arguments of a call and bring them to one form; ``transforms`` may be under way if so stated."""
         if not isinstance(model, Module):
             raise TypeError(f"model must be a torch.nn.Module, got {kind_of(model)}.")
         capture = "sequential" if capture == "backpack" else capture  # another name, though it uses no BackPACK
@@ -112,14 +112,14 @@ class Request:
         return f"x1[{sample}]" if sample < len(self.x1) else f"x2[{sample - len(self.x1)}]"
 
     def of_all_parameters(self) -> "Request":
-        """Make the same request for all parameters that require a gradient."""
+        """Ask the same for all parameters that require a gradient."""
         wanted = {id(p) for p in self.params.values()}
         others = {name: p for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in wanted}
         return replace(self, params=self.params | others)
 
     def assemble(self, kernels: Iterable[tuple[str, Tensor]], axes: OutputAxes) -> Tensor | dict[str, Tensor]:
         """Bring what a route computed to the layout of the public API."""
-        # kernels [N1, N2, E, F, F]
+        # kernels [N1, N2, E, F, F] -> [N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]
         sums = sum_kernels(kernels, self.per_parameter)
         dtypes = {name: p.dtype for name, p in self.params.items()}
         if not self.per_parameter:
@@ -173,7 +173,7 @@ def _parse_params(model: Module, names: Iterable[str] | None) -> dict[str, Tenso
 
 
 def _suggestions(name: str, known: list[str]) -> str:
-    """Say which names there are, and which are close to one that does not exist."""
+    """List the names that exist, and those that are close to a wrong one."""
     close = get_close_matches(name, known, n=4, cutoff=0.5)
     return f"It has: {listed(known)}" + (f"; close are: {', '.join(close)}." if close else ".")
 
@@ -185,7 +185,7 @@ def check_integer(n1: Any) -> None:
 
 
 def check_split(n1: int, n: int) -> None:
-    """Check where a batch is to be split."""
+    """Check that a batch is split into two parts with samples."""
     try:
         operator.index(n1)
     except TypeError:

@@ -14,7 +14,7 @@ from ggn_ntk.problem.output_axes import OutputAxes
 
 
 class Computed(NamedTuple):
-    """What a route makes of a request."""
+    """The kernels of a route, before they get the layout of the public API."""
 
     axes: OutputAxes  # the role of each output axis
     # Names of parameters (empty for their sum, or for a part of it) and kernels ``[N1, N2, E, F, F]``
@@ -31,7 +31,7 @@ def transpose(kernel: Tensor) -> Tensor:
 
 
 def sum_kernels(kernels: Iterable[tuple[str, Tensor]], per_parameter: bool) -> dict[str, Tensor]:
-    """Sum kernels in place, by name or all of them, in the widest of their dtypes."""
+    """Sum kernels by name, or all of them, in the widest of their dtypes, in place where the dtype allows."""
     sums: dict[str, Tensor] = {}
     for name, kernel in kernels:
         key = name if per_parameter else ""
@@ -43,7 +43,7 @@ def sum_kernels(kernels: Iterable[tuple[str, Tensor]], per_parameter: bool) -> d
 
 
 def finish(kernel: Tensor, axes: OutputAxes, symmetric: bool) -> Tensor:
-    """Give a kernel exact symmetry, where it has it up to rounding, and the model's output axes."""
+    """Make the kernel of one set exactly symmetric, and give each output axis its place."""
     # kernel [N1, N2, E, F, F] -> [N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]
     if symmetric:
         kernel = (kernel + transpose(kernel)) / 2

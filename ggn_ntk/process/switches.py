@@ -19,7 +19,7 @@ from torch.utils import checkpoint
 from ggn_ntk.process.torch_internals import checkpoint_generators, jvp_nesting, may_compile, set_jvp_nesting
 from ggn_ntk.process.turns import forward_mode
 
-# Warnings that say nothing about the user's call, by the start of their text.
+# Warnings that do not concern the user's call, by the start of their text.
 _WARNINGS = [
     "`torch.jit.script` is deprecated",  # at the first use of torch.func.jvp
     "There is a performance drop because we have not yet implemented",
@@ -31,19 +31,19 @@ class Switch:
     """A context of the process that any number of threads may be in at once."""
 
     def __init__(self, context: Callable[[], AbstractContextManager[Any]]) -> None:
-        """Take what the first thread enters."""
+        """Take what makes the context, which the first thread enters and the last one leaves."""
         self._context, self._lock = context, threading.RLock()
         self._inside, self._stack = 0, ExitStack()
 
     def __enter__(self) -> None:
-        """Enter, as the first or one of several."""
+        """Count a thread that enters; the first one switches."""
         with self._lock:
             if not self._inside:
                 self._stack.enter_context(self._context())
             self._inside += 1
 
     def __exit__(self, *exception: object) -> None:
-        """Leave, as the last or one of several."""
+        """Count a thread that leaves; the last one switches back."""
         with self._lock:
             self._inside -= 1
             if not self._inside:
@@ -51,11 +51,11 @@ class Switch:
 
 
 class _Here(threading.local):
-    """What this thread is inside of.
+    """How many contexts this thread is in.
 
     Attributes:
-        sessions: How many isolated computations.
-        plain: How many contexts in which no checkpoint evaluates anything again.
+        sessions: Of isolated computations.
+        plain: In which checkpoints keep what they would evaluate again.
     """
 
     sessions, plain = 0, 0
@@ -93,7 +93,7 @@ def without_checkpoints() -> Iterator[None]:
 
 @contextmanager
 def _all_switches() -> Iterator[None]:
-    """Switch all that does not take an import."""
+    """Switch everything that takes no further import."""
     with ExitStack() as stack:
         for context in (
             full_precision,
@@ -109,7 +109,7 @@ def _all_switches() -> Iterator[None]:
 
 @contextmanager
 def _cudnn_off() -> Iterator[None]:
-    """Let torch's own kernels compute what cuDNN would."""
+    """Turn cuDNN off, which does not differentiate recurrent layers in eval mode."""
     before = torch.backends.cudnn.enabled
     torch.backends.cudnn.enabled = False
     try:
@@ -135,7 +135,7 @@ def full_precision() -> Iterator[None]:
 
 @contextmanager
 def _fp32_precision_ieee() -> Iterator[None]:
-    """Full precision through the flags of torch 2.9 and later."""
+    """Set full precision by the flags of torch 2.9 and later."""
     backends: Any = torch.backends
     switches: list[Any] = [backends.cuda.matmul, backends.cudnn.conv, backends.cudnn.rnn]
     switches += [backends.mkldnn.matmul, backends.mkldnn.conv, backends.mkldnn.rnn]
@@ -146,14 +146,16 @@ def _fp32_precision_ieee() -> Iterator[None]:
         yield
     finally:
         for switch, value in zip(switches, before, strict=True):
-            switch.fp32_precision = "none"  # inherit from the backend, then the process...
+            # A switch reads as its backend's or the process's where it has no value of its own. So it gets none first,
+            # and the value only where that makes a difference.
+            switch.fp32_precision = "none"
             if switch.fp32_precision != value:
-                switch.fp32_precision = value  # ...unless the value was the operation's own
+                switch.fp32_precision = value
 
 
 @contextmanager
 def _legacy_precision_highest() -> Iterator[None]:
-    """Full precision through the flags of torch before 2.9."""
+    """Set full precision by the flags of torch before 2.9."""
     matmul, convolution = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     try:
         torch.set_float32_matmul_precision("highest")
@@ -166,7 +168,7 @@ def _legacy_precision_highest() -> Iterator[None]:
 
 @contextmanager
 def _attention_fast_path_off() -> Iterator[None]:
-    """Let transformer layers call their modules, also where nothing in them requires a gradient."""
+    """Have transformer layers call their modules, also where nothing in them requires a gradient."""
     before = torch.backends.mha.get_fastpath_enabled()
     torch.backends.mha.set_fastpath_enabled(False)
     try:
@@ -177,9 +179,9 @@ def _attention_fast_path_off() -> Iterator[None]:
 
 @contextmanager
 def _checkpoints_that_can_be_kept() -> Iterator[None]:
-    """Let checkpoints evaluate their function directly, in the threads that ask for it."""
-    # Reentrant ones support neither ``torch.func`` nor ``autograd.grad``. Torch's module looks both names up when a
-    # checkpoint is called; its classes stay as they are.
+    """Have checkpoints evaluate their function directly, in the threads that need it."""
+    # Reentrant ones support neither ``torch.func`` nor ``autograd.grad``. Torch looks the names below up in its module
+    # whenever a checkpoint is called, so they are exchanged there, and its classes stay as they are.
     module: Any = checkpoint
     reentrant = module.CheckpointFunction
     generators = checkpoint_generators()
@@ -202,7 +204,7 @@ def _checkpoints_that_can_be_kept() -> Iterator[None]:
 
 @contextmanager
 def _forward_mode_in_turns() -> Iterator[None]:
-    """Let threads enter forward mode one at a time: torch keeps its level, and the count of jvps, for the process."""
+    """Have threads enter forward mode one at a time: torch keeps its level and the count of jvps for the process."""
     original = jvp_nesting()
 
     @contextmanager
@@ -219,8 +221,8 @@ def _forward_mode_in_turns() -> Iterator[None]:
 
 @contextmanager
 def _warnings_off() -> Iterator[None]:
-    """Silence warnings that say nothing about the user's call, by their exact text."""
-    # ``warnings.catch_warnings`` would set back what other threads have filtered in the meantime.
+    """Silence warnings that do not concern the user's call, by the start of their text."""
+    # ``warnings.catch_warnings`` would undo the filters that other threads set in the meantime.
     entries = [("ignore", re.compile(message), Warning, None, 0) for message in _WARNINGS]
     filters: Any = warnings.filters
     filters[:0] = entries

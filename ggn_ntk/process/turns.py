@@ -6,18 +6,23 @@ from contextlib import contextmanager
 
 from torch.nn import Module
 
-# Who uses which modules and parameters, by their id, or forward mode: a thread, and how often. And who waits for which.
+# Which thread has a module or parameter, by its id, or forward mode, and how many times it has claimed it
 _USERS: dict[int, tuple[int, int]] = {}
+# What a thread waits for
 _WAITING: dict[int, set[int]] = {}
+# Guards both, and wakes waiting threads up when something is released
 _RELEASED = threading.Condition()
+# Stands for forward mode among ids
 _FORWARD_MODE = {-1}
 
 
 @contextmanager
 def alone_with(model: Module) -> Iterator[None]:
-    """Have a model for this thread alone, as it is between the evaluations of others, which exchange its parameters."""
+    """Have a model for this thread alone, as it is when no other thread evaluates it with exchanged parameters."""
     modules = {id(module) for module in model.modules()}
 
+    # Parameters count, too: two models may share one. They are listed once the modules are free, since an evaluation
+    # puts others in their place.
     def wanted() -> set[int]:
         return modules | ({id(p) for p in model.parameters()} if _is_free(modules) else set())
 
@@ -34,8 +39,8 @@ def forward_mode() -> Iterator[None]:
 
 @contextmanager
 def if_free(model: Module) -> Iterator[bool]:
-    """Keep others from having a model meanwhile, unless one has it already."""
-    with _RELEASED:
+    """Tell whether no other thread has a model, and keep it so inside."""
+    with _RELEASED:  # no claim is granted while this is held
         yield _is_free(map(id, model.modules()))
 
 
@@ -50,7 +55,7 @@ def _owners(keys: Iterable[int]) -> set[int]:
 
 
 def _is_circular(thread: int) -> bool:
-    """Tell whether a thread that waits is waited for by those that it waits for."""
+    """Tell whether threads wait for each other in a circle, of which this is one."""
     reached, waiting = set[int](), [thread]
     while waiting:
         found = _owners(_WAITING.get(waiting.pop(), ())) - reached
@@ -61,7 +66,7 @@ def _is_circular(thread: int) -> bool:
 
 @contextmanager
 def _claimed(wanted: Callable[[], set[int]]) -> Iterator[None]:
-    """Wait until something is free, and have it for this thread alone."""
+    """Wait until what is wanted is free, and have it for this thread alone."""
     thread = threading.get_ident()
     with _RELEASED:
         keys = wanted()
@@ -74,7 +79,7 @@ def _claimed(wanted: Callable[[], set[int]]) -> Iterator[None]:
                         "the other one evaluates. Compute these kernels one after the other."
                     )
                 _RELEASED.wait()
-                keys = wanted()
+                keys = wanted()  # anew: what is wanted may have changed
         finally:
             _WAITING.pop(thread, None)
         for key in keys:
