@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ggn_ntk.contraction.einsum import KEPT, Memo, Operand, aligned, contract_to_last, path_of, step
-from ggn_ntk.contraction.one_hot import looked_up, without_data
+from ggn_ntk.contraction.einsum import KEPT, Memo, contract_to_last, path_of, step
+from ggn_ntk.contraction.one_hot import looked_up
 from ggn_ntk.contraction.products import Doubled
 from ggn_ntk.memory.blocks import SIZE_ELSEWHERE, SIZES, split
 from ggn_ntk.problem.result import transpose
@@ -68,17 +68,17 @@ def _summed(
     # their sum is G * (X + 1), with the Gram matrix X of the inputs.
     sums: dict[Hashable, tuple[str, Tensor, Tensor | int]] = {}
     for name, product in products:
-        operands = looked_up(restrict(product, rows, columns))
+        operands = looked_up(product.restrict(rows, columns), product.result)
         factors = contract_to_last(operands, product.result, memo, sizes, product.apart)
         if not set(product.result).issuperset("".join(o.letters for o in factors)):
             by_size = sorted(factors, key=lambda o: -o.tensor.numel())  # many rows and few columns are the faster
             factors = [step(by_size, set(product.result), memo)]
         large, *others = sorted(factors, key=lambda o: -o.tensor.numel())
-        other: Tensor | int = aligned(others[0], product.result) if others else 1
+        other: Tensor | int = others[0].aligned(product.result) if others else 1
         key = (name, large.key, large.letters)
         if key in sums:
             other = sums[key][2] + other
-        sums[key] = (name, aligned(large, product.result), other)
+        sums[key] = (name, large.aligned(product.result), other)
     yield from sums.values()
 
 
@@ -93,12 +93,6 @@ def _accumulate(block: Tensor, large: Tensor, other: Tensor | int) -> None:
 def _write(block: Tensor, large: Tensor, other: Tensor | int) -> None:
     """Write a product to a block of a kernel that holds no numbers yet."""
     torch.mul(large.expand(block.shape), other, out=block)
-
-
-def restrict(product: Doubled, rows: slice, columns: slice) -> list[Operand]:
-    """Select samples of the operands of a product."""
-    first = [_sliced(o, "n", rows) for o in product.first]
-    return first + [_sliced(o, "m", columns) for o in product.second]
 
 
 class _BlockSize(NamedTuple):
@@ -125,9 +119,9 @@ def _block_size(products: Sequence[tuple[str, Doubled]], sizes: Mapping[str, int
 
 def _intermediates(product: Doubled, samples: Mapping[str, int]) -> Iterator[tuple[str, int]]:
     """List the intermediate results on the way to a product."""
-    given = [*product.first, *product.second]
-    operands = looked_up(without_data(given))
-    sizes = {letter: size for o in operands for letter, size in zip(o.letters, o.tensor.shape, strict=True)}
+    given = product.without_data().operands
+    operands = looked_up(given, product.result)
+    sizes = {letter: size for o in operands for letter, size in o.sizes.items()}
     remaining = [o.letters for o in operands]
     found = [o.letters for o in operands if o.key not in {g.key for g in given}]
     for places in path_of(operands, product.result, samples, product.apart).path:
@@ -137,11 +131,3 @@ def _intermediates(product: Doubled, samples: Mapping[str, int]) -> Iterator[tup
         found.append(remaining[-1])
     for letters in found:
         yield letters, prod(sizes[letter] for letter in letters if letter not in "nm")
-
-
-def _sliced(operand: Operand, letter: str, samples: slice) -> Operand:
-    """Select samples of an operand."""
-    if letter not in operand.letters:
-        return operand
-    tensor = operand.tensor.narrow(operand.letters.index(letter), samples.start, samples.stop - samples.start)
-    return operand._replace(tensor=tensor, key=(operand.key, samples.start, samples.stop))

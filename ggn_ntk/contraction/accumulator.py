@@ -2,14 +2,12 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Container
-from dataclasses import replace
 
 from torch import Tensor
 
 from ggn_ntk.contraction.accumulate import add_products
 from ggn_ntk.contraction.bias import join_biases
 from ggn_ntk.contraction.factored import Factored
-from ggn_ntk.contraction.one_hot import without_data
 from ggn_ntk.contraction.products import Doubled, Part, double, parts
 from ggn_ntk.contraction.uses import put_together
 from ggn_ntk.problem.output_axes import Roles
@@ -95,7 +93,4 @@ class Recorder(Accumulator):
 
     def _contract(self, products: list[tuple[str, Doubled]], n: int) -> None:
         """Take products down."""
-        self._products += [
-            (name, replace(p, first=tuple(without_data(p.first)), second=tuple(without_data(p.second))))
-            for name, p in products
-        ]
+        self._products += [(name, product.without_data()) for name, product in products]

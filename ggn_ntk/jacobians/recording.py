@@ -12,7 +12,6 @@ and whether the rules are right, is for :mod:`ggn_ntk.jacobians.verification` to
 
 import inspect
 import math
-import string
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -25,7 +24,7 @@ from torch import Size, Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 from torch.nn import Module
 
-from ggn_ntk.contraction.factored import Factored, OneHot
+from ggn_ntk.contraction.factored import Factored
 from ggn_ntk.models.autograd_graph import graph_nodes
 from ggn_ntk.models.evaluation import evaluate, runs_foreign_code
 from ggn_ntk.models.isolation import has_global_hooks
@@ -74,7 +73,7 @@ class Call:
         if self.axis is None:
             raise NotCapturedError(f"samples are not told apart in an output {list(self.shape)} of its layer")
         factored = self.rule(self.module, self.x, s.movedim(1 + self.axis, 1))
-        return {name: _split_rows(factored[key], self.rows) for key, name in self.params.items() if key in factored}
+        return {name: factored[key].split_samples(self.rows) for key, name in self.params.items() if key in factored}
 
 
 @dataclass(frozen=True, eq=False)
@@ -311,23 +310,6 @@ def _grown(one: Size, several: Size, n: int) -> int | None:
         return None
     axes = [axis for axis, (a, b) in enumerate(zip(one, several, strict=True)) if a != b]
     return axes[0] if len(axes) == 1 and several[axes[0]] == n * one[axes[0]] else None
-
-
-def _split_rows(factored: Factored, rows: int) -> Factored:
-    """Sum a Jacobian over the rows that belong to a sample."""
-    if rows == 1:
-        return factored
-    letter = next(a for a in string.ascii_uppercase if a not in factored.equation)
-
-    def split(term: str, tensor: Tensor) -> Tensor:
-        return tensor.unflatten(term.index("n"), (-1, rows)) if "n" in term else tensor
-
-    operands = (
-        operand._replace(places=split(term, operand.places)) if isinstance(operand, OneHot) else split(term, operand)
-        for term, operand in zip(factored.terms, factored.operands, strict=True)
-    )
-    terms = ",".join(term.replace("n", "n" + letter) for term in factored.terms)
-    return Factored(f"{terms}->{factored.result}", tuple(operands))
 
 
 def used_elsewhere(recording: Recording) -> set[int]:

@@ -22,14 +22,7 @@ import torch
 from torch import Size, Tensor
 
 from ggn_ntk.contraction.factored import Factored
-from ggn_ntk.contraction.vector_products import (
-    norm_of_sketch,
-    pick,
-    select_samples,
-    sketched,
-    squared_terms,
-    weighted_sum,
-)
+from ggn_ntk.contraction.vector_products import norm_of_sketch, sketched, sketched_sum
 from ggn_ntk.jacobians.autograd import pass_back
 from ggn_ntk.jacobians.recording import Call, Layout, Recording, locate, record, used_elsewhere
 from ggn_ntk.jacobians.sequential import why_not
@@ -98,7 +91,7 @@ def try_rules(request: Request, recording: Recording, v: Tensor, tolerance: floa
             failures |= dict.fromkeys(call.params.values(), why_not(error, call.module))
             continue
         for name, jacobian in jacobians.items():
-            product = weighted_sum(jacobian, v.new_ones(1, 1), request.params[name])
+            product = sketched_sum(jacobian, v.new_ones(1, 1), request.params[name])
             actual[name] = actual[name] + product if name in actual else product
             summed.setdefault(name, []).append(jacobian)
         missing = (name for name in call.params.values() if name not in jacobians and s is not None)
@@ -108,7 +101,7 @@ def try_rules(request: Request, recording: Recording, v: Tensor, tolerance: floa
     for name, size in differing(actual, expected, tolerance, rounding).items():
         failures[name] = f"{DIFFERS} (relative error {size:.1e})"
     terms = {
-        name: reduce(torch.add, map(squared_terms, jacobians))
+        name: reduce(torch.add, map(Factored.squared_terms, jacobians))
         for name, jacobians in summed.items()
         if len(jacobians) > 1 or jacobians[0].adds_up
     }
@@ -274,10 +267,10 @@ class Probe:
         """Take down one use of a layer."""
         for name, jacobian in jacobians.items():
             if self.everyone:
-                seen, weights = pick(jacobian, *self._picked), self._numbers[self._picked[1]].unsqueeze(0)
+                seen, weights = jacobian.pick(*self._picked), self._numbers[self._picked[1]].unsqueeze(0)
             else:
-                seen, weights = select_samples(jacobian, self._few), self._piece
-            product = weighted_sum(seen, weights, self._request.params[name])
+                seen, weights = jacobian.select_samples(self._few), self._piece
+            product = sketched_sum(seen, weights, self._request.params[name])
             self._actual[name] = self._actual[name] + product if name in self._actual else product
 
     def judge(self, missed: Container[str]) -> dict[str, float]:

@@ -12,7 +12,8 @@ Letters: ``c`` output, ``n`` sample; the other letters of the result stand, in o
 axes (adjacent axes may be merged or split), and all remaining letters are summed.
 """
 
-from ggn_ntk.contraction.factored import Factored, OneHot
+from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.contraction.operand import OneHot
 from ggn_ntk.rules.registry import (
     Backpropagation,
     Inner,

@@ -3,7 +3,8 @@
 import torch
 from torch import Tensor, nn
 
-from ggn_ntk.contraction.factored import Factored, OneHot
+from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.contraction.operand import OneHot
 from ggn_ntk.rules.registry import register_rule
 
 
