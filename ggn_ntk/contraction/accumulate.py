@@ -28,13 +28,12 @@ def add_products(
 ) -> None:
     """Add products of Jacobians to kernels, in blocks of samples that keep intermediate results small."""
     # Products are taken together, so that they share intermediate results: the weight and bias of a layer the Gram
-    # matrix of ``s``, and x1 and x2 the Jacobian where they are the same samples.
-    # shape [N1, N2, E, F, F]
-    n, m = shape[:2]
+    # matrix of ``s``, and x1 and x2 the Jacobian where they are the same samples (n1 is ``None``).
+    n, m = shape[:2]  # shape [N1, N2, E, F, F]
     some = next(o.tensor for _, product in products for o in product.first if not o.hot)
     new = {name: some.new_empty(*shape) for name, _ in products if name not in kernels}
     kernels.update(new)
-    symmetric, offset = n1 is None, n1 or 0
+    symmetric, offset = n1 is None, n1 or 0  # operands hold x2's samples behind x1's
     sizes = {"n": n, "m": m}
     size = _block_size(products, sizes, SIZES.get(some.device.type, SIZE_ELSEWHERE))
     rows, columns = split(n, size.rows), split(m, size.columns)
@@ -45,11 +44,11 @@ def add_products(
     for column in columns:
         for row in rows:
             if symmetric and row.start > column.start:
-                break
+                break  # the transpose of a block that is computed
             for part in split(column.stop - column.start, size.pairs):
                 chosen = slice(column.start + part.start, column.start + part.stop)
                 shifted = slice(chosen.start + offset, chosen.stop + offset)
-                empty = set(new)
+                empty = set(new)  # kernels with no numbers in this block yet: it is written instead of added to
                 for name, large, other in _summed(products, row, shifted, memo, sizes):
                     put = _write if name in empty else _accumulate
                     put(kernels[name][row, chosen], large, other)
@@ -63,15 +62,16 @@ def add_products(
 def _summed(
     products: Sequence[tuple[str, Doubled]], rows: slice, columns: slice, memo: Memo, sizes: Mapping[str, int]
 ) -> Iterator[tuple[str, Tensor, Tensor | int]]:
-    """Compute products of Jacobians, as few passes over a block of the kernel as they take."""
-    # The kernels of a weight and a bias may share a factor of the block's size, say the Gram matrix G of ``s``: then
-    # their sum is G * (X + 1), with the Gram matrix X of the inputs.
+    """Compute a block of products of Jacobians: the name of a kernel, and two factors that broadcast to its shape."""
+    # The last product is left to whoever writes it to the kernel, if it is one entry by entry: one pass less. Kernels
+    # of a weight and a bias that share a factor, say the Gram matrix G of ``s``, are added up before it: their sum is
+    # G * (X + 1), with the Gram matrix X of the inputs.
     sums: dict[Hashable, tuple[str, Tensor, Tensor | int]] = {}
     for name, product in products:
         operands = looked_up(product.restrict(rows, columns), product.result)
         factors = contract_to_last(operands, product.result, memo, sizes, product.apart)
         if not set(product.result).issuperset("".join(o.letters for o in factors)):
-            by_size = sorted(factors, key=lambda o: -o.tensor.numel())  # many rows and few columns are the faster
+            by_size = sorted(factors, key=lambda o: -o.tensor.numel())  # many rows and few columns are faster
             factors = [step(by_size, set(product.result), memo)]
         large, *others = sorted(factors, key=lambda o: -o.tensor.numel())
         other: Tensor | int = others[0].aligned(product.result) if others else 1
@@ -105,9 +105,9 @@ class _BlockSize(NamedTuple):
 
 def _block_size(products: Sequence[tuple[str, Doubled]], sizes: Mapping[str, int], cached: int) -> _BlockSize:
     """Choose blocks of samples for which intermediate results keep to their budgets."""
-    # What depends on both x1 and x2 stays in a processor's cache. Of x2 as few samples as possible take part in it:
-    # with one alone, its letter is no obstacle where others have to be put together.
-    largest = {"n": 1, "m": 1, "nm": 1}
+    # What depends on both x1 and x2 is to stay in a processor's cache. It is made of many samples of x1 and few of x2:
+    # with a single one, the letter ``m`` does not keep others, which are to be merged, apart in memory.
+    largest = {"n": 1, "m": 1, "nm": 1}  # numbers a sample, or a pair, by the samples that a result depends on
     for _, product in products:
         for letters, size in _intermediates(product, sizes):
             samples = "".join(letter for letter in "nm" if letter in letters)
@@ -118,12 +118,12 @@ def _block_size(products: Sequence[tuple[str, Doubled]], sizes: Mapping[str, int
 
 
 def _intermediates(product: Doubled, samples: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    """List the intermediate results on the way to a product."""
+    """List the intermediate results on the way to a product: their letters, and their size for one sample or pair."""
     given = product.without_data().operands
     operands = looked_up(given, product.result)
     sizes = {letter: size for o in operands for letter, size in o.sizes.items()}
     remaining = [o.letters for o in operands]
-    found = [o.letters for o in operands if o.key not in {g.key for g in given}]
+    found = [o.letters for o in operands if o.key not in {g.key for g in given}]  # what look-ups write
     for places in path_of(operands, product.result, samples, product.apart).path:
         taken = "".join(remaining.pop(i) for i in sorted(places, reverse=True))
         needed = set("".join(remaining) + product.result)

@@ -14,14 +14,10 @@ from ggn_ntk.problem.output_axes import Roles
 
 
 class Accumulator:
-    """Sums kernels over the uses of parameters.
+    """Sums kernels over the uses of parameters."""
 
-    A parameter that is used once is contracted at once. The uses of one that is used several times wait for the last of
-    them, and are put together.
-
-    Attributes:
-        kernels: The kernels so far, by name (empty for their sum).
-    """
+    # A parameter that is used once is contracted at once. The uses of one that is used several times wait for the last
+    # of them, and are put together. Kernels are known by the parameter's name, or ``""`` for their sum.
 
     def __init__(
         self,
@@ -33,8 +29,10 @@ class Accumulator:
     ) -> None:
         """Set up."""
         self.roles, self.n1, self.per_parameter = roles, n1, per_parameter
-        self._counts = Counter() if counts is None else counts
-        self._formed = formed
+        self._counts = Counter() if counts is None else counts  # how often each parameter is used
+        self._formed = (
+            formed  # parameters whose Jacobians are formed before x1 meets x2: products of their terms would round
+        )
         self.kernels: dict[str, Tensor] = {}
         self._waiting: dict[str, list[Factored]] = defaultdict(list)
 
@@ -44,6 +42,7 @@ class Accumulator:
 
     def parts(self, name: str, jacobian: Factored, n: int) -> list[Part] | None:
         """Group the operands of a Jacobian by what can be contracted for some samples by themselves."""
+        # The Jacobian is one of some of the N samples of x1 and x2 together.
         if self.is_reused(name):
             return None
         n1 = n if self.n1 is None else self.n1
@@ -58,9 +57,10 @@ class Accumulator:
                 continue
             key, uses, formed = name if self.per_parameter else "", self._waiting.pop(name), name in self._formed
             if len(uses) == 1 and not (formed or self.per_parameter):
-                once += uses
+                once += uses  # may be joined with others of this layer, whose kernels are added up anyway
                 continue
             uses = put_together(uses) if len(uses) > 1 else uses
+            # The kernel of a sum of uses has a product for each pair of them.
             products += [(key, double(a, b, self.roles, formed=formed)) for a in uses for b in uses]
         products += [("", double(jacobian, jacobian, self.roles)) for jacobian in join_biases(once)]
         if products:

@@ -1,6 +1,6 @@
 """A bias is the weight of one more input, which is always one.
 
-Where ``s`` of a layer is summed over positions, the kernels of its weight and bias share nothing but ``s``:
+Where ``s`` of a layer is summed over positions, the kernels of its weight and bias have only ``s`` in common:
 ``sum_pq s[p] s[q] x[p] x[q]`` and ``sum_pq s[p] s[q]``. As one parameter they are ``sum_pq s[p] s[q] (x[p] x[q] + 1)``,
 for the price of the first.
 """

@@ -2,8 +2,8 @@
 
 ``cno,ni->cnoi`` with itself becomes ``cno,ni,dmo,mi->nmcd``. The letter of the outputs is split by their roles
 (:mod:`ggn_ntk.problem.output_axes`): both Jacobians share those of diagonal and traced outputs, and of these the latter
-are summed, so that ``ecfno,ni,edfmo,mi->nmecd`` is the general case. Roles without outputs of their own leave no
-letter.
+are summed, so that ``ecfno,ni,edfmo,mi->nmecd`` is the general case. Roles with a single output
+leave no letter.
 
 Letters: ``c``, ``d`` free, ``e`` diagonal and ``f`` traced outputs; ``n``, ``m`` samples of x1 and x2; all others are
 renamed so that a letter means the same everywhere in an einsum.

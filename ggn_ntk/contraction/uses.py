@@ -31,13 +31,13 @@ class _Form(NamedTuple):
     # The letters of each operand: those of the result in its order, then the position, then that of one-hot vectors.
     # They are named by their place in the result, since rules may differ in letters.
     terms: tuple[str, ...]
-    hot: tuple[int, ...]  # the length of the one-hot vectors of each operand; 0 for a dense one
     result: str  # the letters of the Jacobian
     sizes: tuple[int, ...]  # their sizes
 
 
 def put_together(uses: Iterable[Factored]) -> list[Factored]:
     """Write Jacobians of several uses of a parameter as those of fewer."""
+    # Jacobians that are formed are added up; uses of one form become one; others stay apart.
     formed, apart = list[Factored](), list[Factored]()
     groups: dict[_Form, list[Factored]] = defaultdict(list)
     for use in (use.sum_private_letters() for use in uses):
@@ -62,7 +62,7 @@ def _form(use: Factored) -> _Form | None:
         return None
     terms = tuple("".join(names[letter] for letter in _order(use, o)) for o in use.labelled)
     result = "".join(names[letter] for letter in use.result)
-    return _Form(terms, tuple(o.size for o in use.labelled), result, tuple(sizes[letter] for letter in use.result))
+    return _Form(terms, result, tuple(sizes[letter] for letter in use.result))
 
 
 def _grows(operand: Operand) -> bool:
@@ -85,16 +85,16 @@ def _order(use: Factored, operand: Operand) -> str:
 def _stacked(form: _Form, uses: Sequence[Factored]) -> Factored:
     """Put the positions of several uses behind one another."""
     operands: list[Operand] = []
-    for place, (term, size) in enumerate(zip(form.terms, form.hot, strict=True)):
+    for place, term in enumerate(form.terms):
         tensor = _joined([_in_order(use, use.labelled[place]) for use in uses])
-        letters, hot = (term[:-1], term[-1]) if size else (term, "")
-        operands.append(Operand(letters, tensor, hot=hot, size=size))
+        letters, position, hot = term.partition(_POSITION)
+        operands.append(Operand(letters + position, tensor, hot=hot, size=uses[0].labelled[place].size))
     return Factored.of(operands, form.result)
 
 
 def _in_order(use: Factored, operand: Operand) -> Tensor:
     """Order the axes of an operand, and make one axis, the last, of all positions."""
-    # [*letters of the result, positions]; without any, an axis of length one
+    # -> [*letters of the result, positions]; a use without positions has one
     kept = [letter for letter in use.result if letter in operand.letters]
     ordered = operand.aligned("".join([*kept, *_summed(use)]))
     return ordered.reshape(*ordered.shape[: len(kept)], prod(ordered.shape[len(kept) :]))
