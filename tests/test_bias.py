@@ -9,7 +9,6 @@ from torch import nn
 
 from ggn_ntk import Factored, empirical_ntk
 from ggn_ntk.contraction import accumulator, bias
-from ggn_ntk.contraction.products import expand
 from ggn_ntk.reference import jacobian_contraction
 
 
@@ -21,7 +20,7 @@ def linear(c=4, n=3, positions=5, o=2, i=4, equation="cnpo,npi->cnoi"):
 
 
 def kernel(*jacobians):
-    dense = [expand(jacobian).operands[0] for jacobian in jacobians]
+    dense = [jacobian.formed() for jacobian in jacobians]
     return sum(torch.einsum("cnk,dmk->nmcd", j, j) for j in dense)
 
 

@@ -30,7 +30,7 @@ from ggn_ntk import (
 )
 from ggn_ntk import __main__ as demo
 from ggn_ntk.contraction import einsum
-from ggn_ntk.contraction.factored import OneHot
+from ggn_ntk.contraction.operand import OneHot
 from ggn_ntk.methods.structured import recorded_products
 from ggn_ntk.plots import plot_alignment
 from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
@@ -368,7 +368,7 @@ def test_many_operands_are_ordered_by_dynamic_programming(count, apart, monkeypa
     assert len(info.contraction_list) == count - 1
     assert sum(len(step[0]) - 1 for step in info.contraction_list) == count - 1
     found = einsum.contract(operands, "a" + letters[count], einsum.Memo())
-    assert_close(einsum.aligned(found, "a" + letters[count]), torch.linalg.multi_dot(tensors))
+    assert_close(found.aligned("a" + letters[count]), torch.linalg.multi_dot(tensors))
 
 
 MODULES = [m.name for m in pkgutil.walk_packages(ggn_ntk.__path__, "ggn_ntk.")]

@@ -11,9 +11,10 @@ from torch import nn
 
 from ggn_ntk import empirical_ntk, explain
 from ggn_ntk.contraction import one_hot
-from ggn_ntk.contraction.einsum import Memo, aligned, contract
-from ggn_ntk.contraction.factored import Factored, OneHot
+from ggn_ntk.contraction.einsum import Memo, contract
+from ggn_ntk.contraction.factored import Factored
 from ggn_ntk.contraction.one_hot import looked_up
+from ggn_ntk.contraction.operand import OneHot
 from ggn_ntk.contraction.products import double
 from ggn_ntk.problem.output_axes import Roles
 from ggn_ntk.reference import jacobian_contraction
@@ -63,9 +64,9 @@ def test_all_pairs_of_uses_of_a_table(drawn, seed):
     torch.manual_seed(seed)
     roles, first, second = drawn
     product = double(first, second, roles)
-    kernel = contract(looked_up([*product.first, *product.second]), product.result, Memo())
+    kernel = contract(looked_up(product.operands, product.result), product.result, Memo())
     expected = torch.einsum("ecfnp,edfmp->nmecd", in_full(first, roles), in_full(second, roles))
-    assert_close(aligned(kernel, product.result).expand_as(expected), expected)
+    assert_close(kernel.aligned(product.result).expand_as(expected), expected)
 
 
 @pytest.mark.parametrize("compute", COMPUTES)

@@ -92,7 +92,7 @@ def in_memory_order(letters, order, sizes):
     """A random tensor with an axis for each letter, which lie in memory as the order says."""
     kept = [letter for letter in order if letter in letters]
     tensor = torch.randn([sizes[letter] for letter in kept], dtype=torch.float64)
-    return einsum.as_operand(letters, tensor.permute([kept.index(letter) for letter in letters]))
+    return einsum.Operand(letters, tensor.permute([kept.index(letter) for letter in letters])).ready("nm")
 
 
 @settings(deadline=None, max_examples=200)
@@ -111,7 +111,7 @@ def test_products_of_operands_in_any_memory_order(data):
     for keep_copies in (False, True):
         product = einsum.as_matrices(a, b, needed)
         found = einsum.Operand(product.letters, einsum.multiply(product, einsum.Memo(keep_copies=keep_copies)), None)
-        torch.testing.assert_close(einsum.aligned(found, "".join(sorted(both & needed))), expected)
+        torch.testing.assert_close(found.aligned("".join(sorted(both & needed))), expected)
 
 
 def test_outer_rows_become_a_batch_instead_of_a_copy():

@@ -7,8 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ggn_ntk import Factored
-from ggn_ntk.contraction.factored import OneHot
-from ggn_ntk.contraction.products import expand
+from ggn_ntk.contraction.operand import OneHot
 from ggn_ntk.contraction.uses import put_together
 
 C, N, OUT, IN = 2, 3, 4, 5
@@ -86,7 +85,7 @@ def test_a_linear_layer_is_called_on_vectors_and_on_sequences():
 def test_axes_that_are_split_in_different_ways_are_added_up():
     uses = [formed(), Factored("cnk->cnk", (normal(C, N, OUT * IN),))]
     (together,) = put_together(uses)
-    assert_close(torch.as_tensor(expand(together).operands[0]).reshape(C, N, -1), total(uses))
+    assert_close(together.formed(), total(uses))
 
 
 def test_what_all_samples_share_is_not_copied():

@@ -13,8 +13,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ggn_ntk.contraction.einsum import Memo, Operand, aligned, contract_to_last, path_of, step
-from ggn_ntk.contraction.one_hot import looked_up, without_data
+from ggn_ntk.contraction.einsum import Memo, contract_to_last, path_of, step
+from ggn_ntk.contraction.one_hot import looked_up
 from ggn_ntk.contraction.products import Doubled
 from ggn_ntk.memory.blocks import split
 from ggn_ntk.memory.budget import MemoryBudget
@@ -49,11 +49,11 @@ def add_products(
     for column in columns:
         for row in rows:
             if symmetric and row.start > column.start:
-                break
+                break  # the transpose of a block that is computed
             for part in split(column.stop - column.start, size.pairs):
                 chosen = slice(column.start + part.start, column.start + part.stop)
                 shifted = slice(chosen.start + offset, chosen.stop + offset)
-                empty = set(new)
+                empty = set(new)  # kernels with no numbers in this block yet: it is written instead of added to
                 for name, large, other in _summed(products, row, shifted, memo, sizes):
                     put = _write if name in empty else _accumulate
                     put(kernels[name][row, chosen], large, other)
@@ -67,22 +67,23 @@ def add_products(
 def _summed(
     products: Sequence[tuple[str, Doubled]], rows: slice, columns: slice, memo: Memo, sizes: Mapping[str, int]
 ) -> Iterator[tuple[str, Tensor, Tensor | int]]:
-    """Compute products of Jacobians, as few passes over a block of the kernel as they take."""
-    # The kernels of a weight and a bias may share a factor of the block's size, say the Gram matrix G of ``s``: then
-    # their sum is G * (X + 1), with the Gram matrix X of the inputs.
+    """Compute a block of products of Jacobians: the name of a kernel, and two factors that broadcast to its shape."""
+    # The last product is left to whoever writes it to the kernel, if it is one entry by entry: one pass less. Kernels
+    # of a weight and a bias that share a factor, say the Gram matrix G of ``s``, are added up before it: their sum is
+    # G * (X + 1), with the Gram matrix X of the inputs.
     sums: dict[Hashable, tuple[str, Tensor, Tensor | int]] = {}
     for name, product in products:
-        operands = looked_up(restrict(product, rows, columns))
+        operands = looked_up(product.restrict(rows, columns), product.result)
         factors = contract_to_last(operands, product.result, memo, sizes, product.apart)
         if not set(product.result).issuperset("".join(o.letters for o in factors)):
-            by_size = sorted(factors, key=lambda o: -o.tensor.numel())  # many rows and few columns are the faster
+            by_size = sorted(factors, key=lambda o: -o.tensor.numel())  # many rows and few columns are faster
             factors = [step(by_size, set(product.result), memo)]
         large, *others = sorted(factors, key=lambda o: -o.tensor.numel())
-        other: Tensor | int = aligned(others[0], product.result) if others else 1
+        other: Tensor | int = others[0].aligned(product.result) if others else 1
         key = (name, large.key, large.letters)
         if key in sums:
             other = sums[key][2] + other
-        sums[key] = (name, aligned(large, product.result), other)
+        sums[key] = (name, large.aligned(product.result), other)
     yield from sums.values()
 
 
@@ -99,12 +100,6 @@ def _write(block: Tensor, large: Tensor, other: Tensor | int) -> None:
     torch.mul(large.expand(block.shape), other, out=block)
 
 
-def restrict(product: Doubled, rows: slice, columns: slice) -> list[Operand]:
-    """Select samples of the operands of a product."""
-    first = [_sliced(o, "n", rows) for o in product.first]
-    return first + [_sliced(o, "m", columns) for o in product.second]
-
-
 class _BlockSize(NamedTuple):
     """How many samples are taken at a time."""
 
@@ -115,9 +110,9 @@ class _BlockSize(NamedTuple):
 
 def _block_size(products: Sequence[tuple[str, Doubled]], sizes: Mapping[str, int], budget: MemoryBudget) -> _BlockSize:
     """Choose blocks of samples for which intermediate results keep to their budgets."""
-    # What depends on both x1 and x2 stays in a processor's cache. Of x2 as few samples as possible take part in it:
-    # with one alone, its letter is no obstacle where others have to be put together.
-    largest = {"n": 1, "m": 1, "nm": 1}  # bytes for each sample, or pair of samples
+    # What depends on both x1 and x2 is to stay in a processor's cache. It is made of many samples of x1 and few of x2:
+    # with a single one, the letter ``m`` does not keep others, which are to be merged, apart in memory.
+    largest = {"n": 1, "m": 1, "nm": 1}  # bytes a sample, or a pair, by the samples that a result depends on
     for _, product in products:
         for letters, size in _intermediates(product, sizes):
             samples = "".join(letter for letter in "nm" if letter in letters)
@@ -133,12 +128,12 @@ def _itemsize(product: Doubled) -> int:
 
 
 def _intermediates(product: Doubled, samples: Mapping[str, int]) -> Iterator[tuple[str, int]]:
-    """List the intermediate results on the way to a product."""
-    given = [*product.first, *product.second]
-    operands = looked_up(without_data(given))
-    sizes = {letter: size for o in operands for letter, size in zip(o.letters, o.tensor.shape, strict=True)}
+    """List the intermediate results on the way to a product: their letters, and their size for one sample or pair."""
+    given = product.without_data().operands
+    operands = looked_up(given, product.result)
+    sizes = {letter: size for o in operands for letter, size in o.sizes.items()}
     remaining = [o.letters for o in operands]
-    found = [o.letters for o in operands if o.key not in {g.key for g in given}]
+    found = [o.letters for o in operands if o.key not in {g.key for g in given}]  # what look-ups write
     for places in path_of(operands, product.result, samples, product.apart).path:
         taken = "".join(remaining.pop(i) for i in sorted(places, reverse=True))
         needed = set("".join(remaining) + product.result)
@@ -146,11 +141,3 @@ def _intermediates(product: Doubled, samples: Mapping[str, int]) -> Iterator[tup
         found.append(remaining[-1])
     for letters in found:
         yield letters, prod(sizes[letter] for letter in letters if letter not in "nm")
-
-
-def _sliced(operand: Operand, letter: str, samples: slice) -> Operand:
-    """Select samples of an operand."""
-    if letter not in operand.letters:
-        return operand
-    tensor = operand.tensor.narrow(operand.letters.index(letter), samples.start, samples.stop - samples.start)
-    return operand._replace(tensor=tensor, key=(operand.key, samples.start, samples.stop))

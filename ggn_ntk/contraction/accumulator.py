@@ -2,7 +2,6 @@
 
 from collections import Counter, defaultdict
 from collections.abc import Callable, Container, Iterable, Sequence
-from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
@@ -10,21 +9,16 @@ from torch import Tensor
 from ggn_ntk.contraction.accumulate import add_products
 from ggn_ntk.contraction.bias import join_biases
 from ggn_ntk.contraction.factored import Factored
-from ggn_ntk.contraction.one_hot import without_data
 from ggn_ntk.contraction.products import Doubled, Part, double, parts
 from ggn_ntk.contraction.uses import put_together
 from ggn_ntk.problem.output_axes import Roles
 
 
 class Accumulator:
-    """Sums kernels over the uses of parameters.
+    """Sums kernels over the uses of parameters."""
 
-    A parameter that is used once is contracted at once. The uses of one that is used several times wait for the last of
-    them, and are put together.
-
-    Attributes:
-        kernels: The kernels so far, by name (empty for their sum).
-    """
+    # A parameter that is used once is contracted at once. The uses of one that is used several times wait for the last
+    # of them, and are put together. Kernels are known by the parameter's name, or ``""`` for their sum.
 
     def __init__(
         self,
@@ -36,8 +30,8 @@ class Accumulator:
     ) -> None:
         """Set up for Jacobians of N1 samples and those behind them; of one set, with itself, if N1 is ``None``."""
         self.roles, self.n1, self.per_parameter = roles, n1, per_parameter
-        self._counts = Counter() if counts is None else counts
-        self._formed = formed
+        self._counts = Counter() if counts is None else counts  # how often each parameter is used
+        self._formed = formed  # whose Jacobians are formed before x1 meets x2: products of their terms would round
         self.kernels: dict[str, Tensor] = {}
         self._waiting: dict[str, list[tuple[Factored, Factored]]] = defaultdict(list)
 
@@ -57,7 +51,7 @@ class Accumulator:
                 continue
             key, uses, formed = name if self.per_parameter else "", self._waiting.pop(name), name in self._formed
             if len(uses) == 1 and not (formed or self.per_parameter):
-                once += uses
+                once += uses  # may be joined with others of this layer, whose kernels are added up anyway
                 continue
             ours, theirs = _on_both_sides(put_together, uses) if len(uses) > 1 else zip(*uses, strict=True)
             products += [(key, double(a, b, self.roles, formed=formed)) for a in ours for b in theirs]
@@ -100,7 +94,4 @@ class Recorder(Accumulator):
 
     def _contract(self, products: list[tuple[str, Doubled]], n: int, m: int | None = None) -> None:
         """Take products down."""
-        self._products += [
-            (name, replace(p, first=tuple(without_data(p.first)), second=tuple(without_data(p.second))))
-            for name, p in products
-        ]
+        self._products += [(name, product.without_data()) for name, product in products]

@@ -1,6 +1,6 @@
 """A bias is the weight of one more input, which is always one.
 
-Where ``s`` of a layer is summed over positions, the kernels of its weight and bias share nothing but ``s``:
+Where ``s`` of a layer is summed over positions, the kernels of its weight and bias have only ``s`` in common:
 ``sum_pq s[p] s[q] x[p] x[q]`` and ``sum_pq s[p] s[q]``. As one parameter they are ``sum_pq s[p] s[q] (x[p] x[q] + 1)``,
 for the price of the first.
 """
@@ -8,14 +8,14 @@ for the price of the first.
 from collections.abc import Iterable
 
 import torch
-from torch import Tensor
 
-from ggn_ntk.contraction.einsum import memory_of
 from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.contraction.operand import memory_of
 
 
 def join_biases(jacobians: Iterable[Factored]) -> list[Factored]:
     """Join the Jacobians of biases with those of their weights, as far as this saves work."""
+    # Weights, which have more operands, come first; each bias takes the place of the first weight that it belongs to.
     found: list[Factored] = []
     for jacobian in sorted(jacobians, key=lambda jacobian: -len(jacobian.operands)):
         weights = ((place, joined) for place, weight in enumerate(found) if (joined := _joined(weight, jacobian)))
@@ -25,17 +25,20 @@ def join_biases(jacobians: Iterable[Factored]) -> list[Factored]:
 
 
 def _joined(weight: Factored, bias: Factored) -> Factored | None:
-    """Write the Jacobians of a weight and a bias as that of a weight with one more input."""
+    """Write the Jacobians of a weight and a bias as that of a weight with one more input; else ``None``."""
     inputs = [letter for letter in weight.result if letter not in bias.result]
     if len(weight.operands) != 2 or len(bias.operands) != 1 or len(inputs) != 1:
         return None
-    (s, x), (own,), (s_term, x_term), (i,) = weight.operands, bias.operands, weight.terms, inputs
-    if not (isinstance(s, Tensor) and isinstance(x, Tensor) and isinstance(own, Tensor)):
+    (s, x), (own,), (i,) = weight.labelled, bias.labelled, inputs
+    if s.hot or x.hot or own.hot or s.letters != own.letters or memory_of(s.tensor) != memory_of(own.tensor):
         return None
-    positions = set(x_term) - set(weight.result)
-    same = [s_term] == bias.terms and weight.result.replace(i, "") == bias.result and memory_of(s) == memory_of(own)
-    fits = same and i in x_term and set(x_term) - {i} <= set(s_term) - {"c"} and i not in s_term
-    if not (fits and positions and 0 not in x.stride() and x.numel() <= s.numel()):
+    # Of the letters of x only that of the inputs is new beside s; without positions, the kernel of the bias is cheap.
+    positions = set(x.letters) - set(weight.result)
+    same = weight.result.replace(i, "") == bias.result
+    fits = same and i in x.letters and set(x.letters) - {i} <= set(s.letters) - {"c"} and i not in s.letters
+    # The copy of x with one more input must not cost more than it saves.
+    if not (fits and positions and 0 not in x.tensor.stride() and x.tensor.numel() <= s.tensor.numel()):
         return None
-    axis = x_term.index(i)
-    return Factored(weight.equation, (s, torch.cat([x, torch.ones_like(x.narrow(axis, 0, 1))], axis)))
+    axis = x.letters.index(i)
+    inputs_and_one = torch.cat([x.tensor, torch.ones_like(x.tensor.narrow(axis, 0, 1))], axis)
+    return Factored(weight.equation, (s.tensor, inputs_and_one))

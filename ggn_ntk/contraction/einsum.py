@@ -1,9 +1,11 @@
 """Einsums of two or more operands, contracted in the cheapest order as they lie in memory.
 
-``opt_einsum`` finds the order from the shapes alone. Each step is a matrix product, or a product entry by entry, of
-views: letters are merged and ordered so that nothing is copied that does not have to be.
+``opt_einsum`` finds the order from the shapes alone. Each step takes two operands: it is a product entry by entry, or a
+batch of matrix products, of views. ``torch.einsum`` would do, but copies operands to an order of axes of its own; here
+letters are merged as they lie in memory, so that windows and transposed tensors are copied only where they must be.
 """
 
+from collections import Counter
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import lru_cache
 from math import ceil, inf, prod
@@ -15,58 +17,37 @@ import torch
 from opt_einsum.contract import PathInfo
 from torch import Tensor
 
+from ggn_ntk.contraction.operand import Operand
+
 # Up to how many operands all orders are compared; the search among more takes seconds.
 _EXHAUSTIVE = 6
 
-# How many terms of a sum are added up in one go. Beyond it, partial sums are added in pairs, so that rounding does not
-# grow with their number; as long as these hold no more than so many numbers.
+# Rounding grows with the number of terms that a matrix product adds up one after the other. Sums of more than _LONG
+# terms are split: partial sums come from matrix products, and torch adds these in pairs. Together they hold at most
+# _PARTIAL numbers, so that large results are split less.
 _LONG, _PARTIAL = 2**14, 2**22
 
 
-class Operand(NamedTuple):
-    """A tensor with a letter for each axis."""
-
-    letters: str  # the letters
-    tensor: Tensor  # the tensor
-    key: Hashable  # what it was computed from: operands of equal keys hold equal numbers
-    hot: str = ""  # where the tensor holds the places of ones in one-hot vectors: the letter of the vectors' own axis
-    size: int = 0  # the length of these vectors
-
-
-def memory_of(tensor: Tensor) -> Hashable:
-    """Tell which entries of which memory a tensor holds."""
-    return (tensor.data_ptr(), tensor.shape, tensor.stride())
-
-
-def as_operand(letters: str, tensor: Tensor) -> Operand:
-    """Give a tensor letters, without the axes along which it has one value."""
-    key = memory_of(tensor)
-    for axis in reversed(range(tensor.ndim)):
-        same_for_samples = letters[axis] in "nm" and tensor.stride(axis) == 0 and tensor.shape[axis] > 1
-        if same_for_samples:
-            tensor, letters = tensor.select(axis, 0), letters[:axis] + letters[axis + 1 :]
-    return Operand(letters, tensor, key)
-
-
 class Memo:
-    """Intermediate results, kept for as long as something may use them again.
+    """Intermediate results, kept for as long as something may use them again."""
 
-    Results are known by the addresses of the tensors they were computed from, so a memo must not outlive these.
-
-    Attributes:
-        symmetric: Whether x1 and x2 are the same samples, so that what depends on one serves for the other.
-        keep_copies: Whether to keep operands that were copied to put letters together.
-    """
+    # Weight and bias share the Gram matrix of ``s``; x1 and x2, where they are the same samples, share Jacobians. A key
+    # names the memory that a result was computed from (:attr:`Operand.key`) and the steps in between. Memory that is
+    # freed may be given to another tensor, so a memo must not outlive the operands.
 
     def __init__(self, symmetric: bool = False, keep_copies: bool = False, most: float = inf) -> None:
         """Keep at most so many bytes from one block of x1 to the next."""
-        self.symmetric, self.keep_copies, self._most = symmetric, keep_copies, most
-        self._of_pair: dict[Hashable, Tensor] = {}
-        self._of_rows: dict[Hashable, Tensor] = {}
-        self._of_samples: dict[Hashable, Tensor] = {}
+        self._most = most
+        self.symmetric = symmetric  # whether x1 and x2 are the same samples, and share what depends on one of them
+        self.keep_copies = keep_copies  # whether to keep operands that were copied to merge their letters
+        # Blocks of x2 are the outer loop, of x1 the inner one, and of each pair the columns come a few at a time.
+        self._of_pair: dict[Hashable, Tensor] = {}  # depends on these few samples of x2 and the block of x1
+        self._of_rows: dict[Hashable, Tensor] = {}  # depends on the block of x1 alone
+        self._of_samples: dict[Hashable, Tensor] = {}  # serves all blocks: of x2, or of either if they are the same
 
     def get(self, key: Hashable, letters: str, compute: Callable[[], Tensor]) -> Tensor:
         """Look a result up, or compute it."""
+        # What has neither letter, say a product of a rule's constants, is kept with x2's.
         of_one = self._of_samples if self.symmetric or "n" not in letters else self._of_rows
         kept = self._of_pair if "n" in letters and "m" in letters else of_one
         if key not in kept:
@@ -87,6 +68,7 @@ class Memo:
 @lru_cache(maxsize=4096)
 def path_info(equation: str, shapes: tuple[tuple[int, ...], ...], apart: int = 0) -> PathInfo:
     """Find the order of contraction with the fewest operations."""
+    # A path is opt_einsum's: for each step the places of the operands it takes out of the list; the result is appended.
     path = _path_apart(equation, shapes, apart) if apart else _search(equation, shapes)
     return opt_einsum.contract_path(equation, *shapes, shapes=True, optimize=path)[1]
 
@@ -100,6 +82,7 @@ def _search(equation: str, shapes: Sequence[tuple[int, ...]]) -> list[tuple[int,
 
 def _path_apart(equation: str, shapes: Sequence[tuple[int, ...]], first: int) -> list[tuple[int, ...]]:
     """Contract the first operands, and the others, each in the cheapest order, and then the two results."""
+    # Operands and results are numbered from 0 in the order of their appearance; a path counts places among those left.
     inputs, result = equation.split("->")
     terms = inputs.split(",")
     remaining, path = list(range(len(terms))), list[tuple[int, ...]]()
@@ -107,7 +90,7 @@ def _path_apart(equation: str, shapes: Sequence[tuple[int, ...]], first: int) ->
         needed = {*result, *"".join(term for i, term in enumerate(terms) if i not in places)}
         own = [terms[i] for i in places]
         kept = "".join(letter for letter in dict.fromkeys("".join(own)) if letter in needed)
-        names = list(places)  # of what is still to be contracted, new ones behind those given
+        names = list(places)  # the numbers of what is left of this group, in the order of its own path
         for step_ in _search(f"{','.join(own)}->{kept}", [shapes[i] for i in places]) if len(own) > 1 else ():
             taken = [names[i] for i in step_]
             path.append(tuple(sorted(remaining.index(name) for name in taken)))
@@ -120,13 +103,35 @@ def _path_apart(equation: str, shapes: Sequence[tuple[int, ...]], first: int) ->
 def path_of(
     operands: Sequence[Operand], result: str, sizes: Mapping[str, int] = MappingProxyType({}), apart: int = 0
 ) -> PathInfo:
-    """Find the order in which to contract operands."""
+    """Find the order in which to contract operands, as if the letters in ``sizes`` had these sizes."""
+    # The sizes of all samples are given where operands hold a block of them: every block is contracted in one order.
     present = set().union(*(o.letters for o in operands))
     kept = "".join(letter for letter in result if letter in present)
     equation = ",".join(o.letters for o in operands) + "->" + kept
     shapes = (zip(o.letters, o.tensor.shape, strict=True) for o in operands)
     known = tuple(tuple(sizes.get(letter, size) for letter, size in shape) for shape in shapes)
     return path_info(equation, known, apart)
+
+
+def sum_private(operands: Sequence[Operand], result: str) -> list[Operand]:
+    """Sum over the letters of one operand alone, which no product sums, unless the result has them."""
+    counts = Counter("".join(o.term for o in operands))
+    private = {letter for letter, count in counts.items() if count == 1}.difference(result)
+    # A sum of one-hot vectors is none, and is left to :func:`ggn_ntk.contraction.one_hot.looked_up`.
+    return [o if o.hot or private.isdisjoint(o.letters) else _summed(o, private) for o in operands]
+
+
+def _summed(operand: Operand, letters: set[str]) -> Operand:
+    """Sum an operand over letters, for one sample only where all have the same values."""
+    axes = [axis for axis, letter in enumerate(operand.letters) if letter in letters]
+    kept = "".join(letter for letter in operand.letters if letter not in letters)
+    tensor, n = operand.tensor, operand.letters.find("n")
+    if n >= 0 and n not in axes and tensor.stride(n) == 0:
+        shape = [size for axis, size in enumerate(tensor.shape) if axis not in axes]
+        total = tensor.narrow(n, 0, 1).sum(axes).expand(shape)
+    else:
+        total = tensor.sum(axes)
+    return Operand(kept, total, ("sum", operand.key, *axes))
 
 
 def contract(operands: Sequence[Operand], result: str, memo: Memo) -> Operand:
@@ -141,7 +146,8 @@ def contract_to_last(
     sizes: Mapping[str, int] = MappingProxyType({}),
     apart: int = 0,
 ) -> list[Operand]:
-    """Contract operands in the cheapest order, up to the last product."""
+    """Contract operands in the cheapest order, up to the last product: its one or two factors."""
+    # The last product may be left to the caller, to write it to its place in one pass.
     remaining = list(operands)
     for places in path_of(operands, result, sizes, apart).path:
         taken = [remaining.pop(i) for i in sorted(places, reverse=True)][::-1]
@@ -159,6 +165,8 @@ def step(taken: list[Operand], needed: set[str], memo: Memo) -> Operand:
     a, b = taken
     product = as_matrices(a, b, needed)
     letters = product.letters
+    # Letters are numbered in the key, so that the same product of x1's operands and of x2's, which differ in letters
+    # alone, is found again.
     names: dict[str, int] = {}
     pattern = tuple(
         tuple(names.setdefault(letter, len(names)) for letter in t) for t in (a.letters, b.letters, letters)
@@ -168,12 +176,11 @@ def step(taken: list[Operand], needed: set[str], memo: Memo) -> Operand:
 
 
 class Matrices(NamedTuple):
-    """How two operands are multiplied as matrices."""
+    """How two operands are multiplied as a batch of matrices: each list of letters is merged to one axis."""
 
     first: Operand  # the factor that gives the rows
     second: Operand  # the factor that gives the columns
-    # Letters of the batch of matrices, of which the first factor may lack some: it is repeated along these
-    batch: list[str]
+    batch: list[str]  # letters of the batch; the first factor is repeated along those that it lacks
     rows: list[str]  # letters of the first factor alone
     summed: list[str]  # letters that are summed
     columns: list[str]  # letters of the second factor alone
@@ -186,21 +193,25 @@ class Matrices(NamedTuple):
 
 def as_matrices(a: Operand, b: Operand, needed: set[str]) -> Matrices:
     """Order the letters of a product of two operands."""
+    # Lists follow the strides of a factor, so that to merge their letters takes no copy where no others lie in between:
+    # what both have, of the larger one. A letter of one factor alone is a row or a column.
     larger, smaller = (a, b) if a.tensor.numel() >= b.tensor.numel() else (b, a)
-    summed = [letter for letter in _by_stride(larger) if letter in smaller.letters and letter not in needed]
+    summed = [letter for letter in larger.by_stride() if letter in smaller.letters and letter not in needed]
     outer = _outer_rows(larger, smaller, summed)
     first, second = (smaller, larger) if outer else (a, b)
     shared = needed.intersection(a.letters, b.letters).union(outer)
-    batch = [letter for letter in _by_stride(larger if outer else a) if letter in shared]
-    rows = [letter for letter in _by_stride(first) if letter not in second.letters]
-    columns = [letter for letter in _by_stride(second) if letter not in (*first.letters, *outer)]
+    batch = [letter for letter in (larger if outer else a).by_stride() if letter in shared]
+    rows = [letter for letter in first.by_stride() if letter not in second.letters]
+    columns = [letter for letter in second.by_stride() if letter not in (*first.letters, *outer)]
     return Matrices(first, second, batch, rows, summed, columns)
 
 
 def _outer_rows(larger: Operand, smaller: Operand, summed: list[str]) -> list[str]:
-    """Find rows of the larger factor that lie outside of what is summed, others lying inside."""
-    sizes = dict(zip(larger.letters, larger.tensor.shape, strict=True))
-    order = [letter for letter in _by_stride(larger) if sizes[letter] > 1]  # the others may lie anywhere
+    """Find rows of the larger factor that had better be a batch: outside of what is summed, with others inside."""
+    # Where ``npk`` is summed over ``p``, a matrix [n k, p] takes a copy of it. A batch over ``n`` of matrices [k, p]
+    # takes none, but repeats the smaller factor along ``n``; that must not be more than the copy would have been.
+    sizes = larger.sizes
+    order = [letter for letter in larger.by_stride() if sizes[letter] > 1]  # the others may lie anywhere
     first = next((place for place, letter in enumerate(order) if letter in summed), len(order))
     if all(letter in smaller.letters for letter in order[first:]):
         return []
@@ -209,29 +220,24 @@ def _outer_rows(larger: Operand, smaller: Operand, summed: list[str]) -> list[st
     return outer if repeated <= larger.tensor.numel() else []
 
 
-def _by_stride(operand: Operand) -> list[str]:
-    """List an operand's letters as they lie in memory."""
-    strides = dict(zip(operand.letters, operand.tensor.stride(), strict=True))
-    return sorted(operand.letters, key=lambda letter: -strides[letter])
-
-
 def multiply(product: Matrices, memo: Memo, out: Tensor | None = None) -> Tensor:
     """Multiply two operands: entry by entry where no letter is summed, else as matrices."""
+    # -> [*batch, *rows, *columns], each with its letters
     if out is not None and not out.is_contiguous():
         return out.copy_(multiply(product, memo))
     first, second, letters = product.first, product.second, product.letters
     if not product.summed:
-        return torch.mul(aligned(first, letters), aligned(second, letters), out=out)
+        return torch.mul(first.aligned(letters), second.aligned(letters), out=out)
     larger, smaller = (first, second) if first.tensor.numel() >= second.tensor.numel() else (second, first)
-    order = _by_stride(larger)
-    if order[-1] in product.batch and set(smaller.letters) <= set(
-        larger.letters
-    ):  # vectors, along which no matrix lies
-        terms = torch.mul(aligned(larger, "".join(order)), aligned(smaller, "".join(order)))
+    order = larger.by_stride()
+    # Where the innermost axis belongs to the batch, matrices would be strided views, which bmm copies. If there are no
+    # columns either, products entry by entry are added up as they lie.
+    if order[-1] in product.batch and set(smaller.letters) <= set(larger.letters):
+        terms = torch.mul(larger.aligned("".join(order)), smaller.aligned("".join(order)))
         kept = "".join(letter for letter in order if letter not in product.summed)
         total = Operand(kept, terms.sum([order.index(letter) for letter in product.summed]), key=None)
-        return aligned(total, letters) if out is None else out.copy_(aligned(total, letters))
-    sizes = dict(zip(first.letters + second.letters, first.tensor.shape + second.tensor.shape, strict=True))
+        return total.aligned(letters) if out is None else out.copy_(total.aligned(letters))
+    sizes = first.sizes | second.sizes
     left = _matrices(first, (product.batch, product.rows, product.summed), sizes, memo)
     right = _matrices(second, (product.batch, product.summed, product.columns), sizes, memo)
     if left.shape[2] >= 2 * _LONG:
@@ -247,9 +253,9 @@ def _long_products(left: Tensor, right: Tensor) -> Tensor:
     (batch, rows, summed), columns = left.shape, right.shape[2]
     length = max(_LONG, ceil(summed * batch * rows * columns / _PARTIAL))
     count, whole = summed // length, summed - summed % length
-    parts = torch.matmul(
-        left[:, :, :whole].reshape(batch, rows, count, length).transpose(1, 2),
-        right[:, :whole].reshape(batch, count, length, columns),
+    parts = torch.matmul(  # [B, count, R, C]
+        left[:, :, :whole].reshape(batch, rows, count, length).transpose(1, 2),  # [B, count, R, length]
+        right[:, :whole].reshape(batch, count, length, columns),  # [B, count, length, C]
     )
     found = parts.sum(1)
     return found if whole == summed else found.baddbmm_(left[:, :, whole:], right[:, whole:])
@@ -260,6 +266,7 @@ def _matrices(operand: Operand, groups: tuple[list[str], ...], sizes: Mapping[st
     # -> [batch, rows, columns]
     if not memo.keep_copies:
         return _merged(operand, groups, sizes)
+    # An operand of x2 that meets block after block of x1 is copied once: its copy is known by the order of its axes.
     names = {letter: operand.letters.find(letter) for group in groups for letter in group}
     key = (operand.key, tuple(tuple((names[letter], sizes[letter]) for letter in group) for group in groups))
     return memo.get(key, operand.letters, lambda: _merged(operand, groups, sizes))
@@ -268,21 +275,13 @@ def _matrices(operand: Operand, groups: tuple[list[str], ...], sizes: Mapping[st
 def _merged(operand: Operand, groups: tuple[list[str], ...], sizes: Mapping[str, int]) -> Tensor:
     """Merge groups of letters; see :func:`_matrices`."""
     # -> [batch, rows, columns]
+    # Where rows lie innermost, the transposed matrices are merged and transposed back: bmm takes either as it is.
     batch, rows, columns = groups
-    transposed = _by_stride(operand)[-1] in rows
+    transposed = operand.by_stride()[-1] in rows
     order = (batch, columns, rows) if transposed else groups
     letters = [letter for group in order for letter in group]
-    tensor = aligned(operand, "".join(letters)).expand([sizes[letter] for letter in letters])
+    tensor = operand.aligned("".join(letters)).expand([sizes[letter] for letter in letters])
     merged = tensor.reshape([prod(sizes[letter] for letter in group) for group in order])
     if merged.stride(2) != 1 and merged.stride(1) != 1:  # bmm would copy one matrix after the other
         merged = merged.contiguous()
     return merged.transpose(1, 2) if transposed else merged
-
-
-def aligned(operand: Operand, letters: str) -> Tensor:
-    """Order an operand's axes, with an axis of length one for each letter it lacks."""
-    tensor = operand.tensor.permute([operand.letters.index(letter) for letter in letters if letter in operand.letters])
-    for axis, letter in enumerate(letters):
-        if letter not in operand.letters:
-            tensor = tensor.unsqueeze(axis)
-    return tensor

@@ -15,32 +15,34 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ggn_ntk.contraction.factored import Factored, OneHot
-from ggn_ntk.contraction.products import expand, sum_private_letters
+from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.contraction.operand import Operand
 
-# Numbers that uses may hold when they are put together, if their operands are views of less memory (windows).
+# Numbers that an operand may hold that is a view of less memory (windows), to be copied when uses are put together.
 _ROOM = 2**26
 
-# The letter of positions, all in one.
+# The letter of positions: all letters that are summed, merged.
 _POSITION = "P"
 
 
 class _Form(NamedTuple):
     """What uses have in common that can be put together."""
 
-    # The letters of each operand: those of the result in its order, then the position, then one-hot vectors
+    # The letters of each operand: those of the result in its order, then the position, then that of one-hot vectors.
+    # They are named by their place in the result, since rules may differ in letters.
     terms: tuple[str, ...]
-    result: str  # the letters of the Jacobian, by their place
+    result: str  # the letters of the Jacobian
     sizes: tuple[int, ...]  # their sizes
 
 
 def put_together(uses: Iterable[Factored]) -> list[Factored]:
     """Write Jacobians of several uses of a parameter as those of fewer."""
+    # Jacobians that are formed are added up; uses of one form become one; others stay apart.
     formed, apart = list[Factored](), list[Factored]()
     groups: dict[_Form, list[Factored]] = defaultdict(list)
-    for use in map(sum_private_letters, uses):
+    for use in (use.sum_private_letters() for use in uses):
         form = _form(use)
-        if len(use.operands) == 1 and isinstance(use.operands[0], Tensor):
+        if len(use.labelled) == 1 and not use.labelled[0].hot:
             formed.append(use)
         elif form is None:
             apart.append(use)
@@ -55,18 +57,19 @@ def _form(use: Factored) -> _Form | None:
     summed, sizes = _summed(use), use.sizes
     letters = "cn" + string.ascii_lowercase.replace("c", "").replace("n", "")
     names = dict(zip(use.result, letters, strict=False)) | {_POSITION: _POSITION}
-    for term, operand in zip(use.terms, use.operands, strict=True):
-        if not set(summed) <= set(term) or (isinstance(operand, Tensor) and _grows(operand)):
-            return None
-    terms = tuple("".join(names[letter] for letter in _order(use, place)) for place in range(len(use.terms)))
+    # Every operand must have all positions, or they cannot be merged to one axis.
+    if any(not set(summed) <= set(o.letters) or _grows(o) for o in use.labelled):
+        return None
+    terms = tuple("".join(names[letter] for letter in _order(use, o)) for o in use.labelled)
     result = "".join(names[letter] for letter in use.result)
     return _Form(terms, result, tuple(sizes[letter] for letter in use.result))
 
 
-def _grows(operand: Tensor) -> bool:
+def _grows(operand: Operand) -> bool:
     """Tell whether a copy of an operand takes far more memory than it does itself: windows that overlap."""
-    held = operand.untyped_storage().nbytes() // operand.element_size()
-    return operand.numel() > max(held, _ROOM) and 0 not in operand.stride()
+    tensor = operand.tensor
+    held = tensor.untyped_storage().nbytes() // tensor.element_size()
+    return not operand.hot and tensor.numel() > max(held, _ROOM) and 0 not in tensor.stride()
 
 
 def _summed(use: Factored) -> list[str]:
@@ -74,35 +77,32 @@ def _summed(use: Factored) -> list[str]:
     return [letter for letter in dict.fromkeys("".join(use.terms)) if letter not in use.result]
 
 
-def _order(use: Factored, place: int) -> str:
+def _order(use: Factored, operand: Operand) -> str:
     """Order the letters of an operand as those of the result; the position comes behind, and one-hot vectors last."""
-    term, operand = use.terms[place], use.operands[place]
-    hot = term[-1] if isinstance(operand, OneHot) else ""
-    return "".join(letter for letter in use.result if letter in term and letter != hot) + _POSITION + hot
+    return "".join(letter for letter in use.result if letter in operand.letters) + _POSITION + operand.hot
 
 
 def _stacked(form: _Form, uses: Sequence[Factored]) -> Factored:
     """Put the positions of several uses behind one another."""
-    operands: list[Tensor | OneHot] = []
-    for place in range(len(form.terms)):
-        parts = [_in_order(use, place) for use in uses]
-        first = uses[0].operands[place]
-        operands.append(OneHot(_joined(parts), first.size) if isinstance(first, OneHot) else _joined(parts))
-    return Factored(f"{','.join(form.terms)}->{form.result}", tuple(operands))
+    operands: list[Operand] = []
+    for place, term in enumerate(form.terms):
+        tensor = _joined([_in_order(use, use.labelled[place]) for use in uses])
+        letters, position, hot = term.partition(_POSITION)
+        operands.append(Operand(letters + position, tensor, hot=hot, size=uses[0].labelled[place].size))
+    return Factored.of(operands, form.result)
 
 
-def _in_order(use: Factored, place: int) -> Tensor:
+def _in_order(use: Factored, operand: Operand) -> Tensor:
     """Order the axes of an operand, and make one axis, the last, of all positions."""
-    operand, term = use.operands[place], use.terms[place]
-    tensor, letters = (operand.places, term[:-1]) if isinstance(operand, OneHot) else (operand, term)
-    summed = _summed(use)
-    kept = [letter for letter in _order(use, place) if letter in letters]
-    ordered = tensor.permute([letters.index(letter) for letter in [*kept, *summed]])
+    # -> [*letters of the result, positions]; a use without positions has one
+    kept = [letter for letter in use.result if letter in operand.letters]
+    ordered = operand.aligned("".join([*kept, *_summed(use)]))
     return ordered.reshape(*ordered.shape[: len(kept)], prod(ordered.shape[len(kept) :]))
 
 
 def _joined(parts: Sequence[Tensor]) -> Tensor:
     """Put tensors behind one another along their last axis, kept once along axes where all have one value."""
+    # torch.cat would write out an axis of stride 0, such as that of samples that share an input.
     once = [axis for axis in range(parts[0].ndim - 1) if all(p.stride(axis) == 0 for p in parts)]
     shape = parts[0].shape[:-1]
     for axis in once:
@@ -115,7 +115,5 @@ def _added(formed: Sequence[Factored]) -> Factored:
     """Add up Jacobians that are formed, whose axes may be split in different ways."""
     first, *others = formed
     if all(use.equation == first.equation and use.sizes == first.sizes for use in others):
-        tensors = [use.operands[0] for use in formed]
-        return Factored(first.equation, (torch.stack([t for t in tensors if isinstance(t, Tensor)]).sum(0),))
-    flat = [expand(use).operands[0] for use in formed]
-    return Factored("cnk->cnk", (torch.stack([t for t in flat if isinstance(t, Tensor)]).sum(0),))
+        return Factored(first.equation, (torch.stack([use.labelled[0].tensor for use in formed]).sum(0),))
+    return Factored("cnk->cnk", (torch.stack([use.formed() for use in formed]).sum(0),))

@@ -1,6 +1,5 @@
 """One call of a layer: what its rule writes Jacobians from."""
 
-import string
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -9,7 +8,7 @@ from torch import Size, Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Module
 
-from ggn_ntk.contraction.factored import Factored, OneHot
+from ggn_ntk.contraction.factored import Factored
 from ggn_ntk.problem.errors import NotCapturedError
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.process.torch_internals import version_of
@@ -51,7 +50,7 @@ class LayerCall:
         if self.axis is None:
             raise NotCapturedError(f"samples are not told apart in an output {list(self.shape)} of its layer")
         factored = self.rule(self.module, self.x, s.movedim(1 + self.axis, 1))
-        return {name: _split_rows(factored[key], self.rows) for key, name in self.params.items() if key in factored}
+        return {name: factored[key].split_samples(self.rows) for key, name in self.params.items() if key in factored}
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,20 +90,3 @@ def tensors_among(x: Any) -> Iterator[Tensor]:
 def shape_of(x: Any) -> Size:
     """Look up the shape of an argument."""
     return x.shape if isinstance(x, Tensor) else Size()
-
-
-def _split_rows(factored: Factored, rows: int) -> Factored:
-    """Sum a Jacobian over the rows that belong to a sample."""
-    if rows == 1:
-        return factored
-    letter = next(a for a in string.ascii_uppercase if a not in factored.equation)
-
-    def split(term: str, tensor: Tensor) -> Tensor:
-        return tensor.unflatten(term.index("n"), (-1, rows)) if "n" in term else tensor
-
-    operands = (
-        operand._replace(places=split(term, operand.places)) if isinstance(operand, OneHot) else split(term, operand)
-        for term, operand in zip(factored.terms, factored.operands, strict=True)
-    )
-    terms = ",".join(term.replace("n", "n" + letter) for term in factored.terms)
-    return Factored(f"{terms}->{factored.result}", tuple(operands))

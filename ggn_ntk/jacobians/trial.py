@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ggn_ntk.contraction.factored import Factored
-from ggn_ntk.contraction.vector_products import norm_of_sketch, sketched, squared_terms, weighted_sum
+from ggn_ntk.contraction.vector_products import norm_of_sketch, sketched, sketched_sum
 from ggn_ntk.jacobians.autograd import pass_back
 from ggn_ntk.jacobians.backward import why_not
 from ggn_ntk.jacobians.layer_call import LayerCall, Recording
@@ -55,7 +55,7 @@ def try_rules(request: Request, recording: Recording, v: Tensor, tolerance: floa
             failures |= dict.fromkeys(call.params.values(), why_not(error, call.module))
             continue
         for name, jacobian in jacobians.items():
-            product = weighted_sum(jacobian, v.new_ones(1, 1), request.params[name])
+            product = sketched_sum(jacobian, v.new_ones(1, 1), request.params[name])
             actual[name] = actual[name] + product if name in actual else product
             summed.setdefault(name, []).append(jacobian)
         missing = (name for name in call.params.values() if name not in jacobians and s is not None)
@@ -65,7 +65,7 @@ def try_rules(request: Request, recording: Recording, v: Tensor, tolerance: floa
     for name, size in differing(actual, expected, tolerance, rounding).items():
         failures[name] = f"{DIFFERS} (relative error {size:.1e})"
     terms = {
-        name: reduce(torch.add, map(squared_terms, jacobians))
+        name: reduce(torch.add, map(Factored.squared_terms, jacobians))
         for name, jacobians in summed.items()
         if len(jacobians) > 1 or jacobians[0].adds_up
     }

@@ -21,7 +21,7 @@ import torch
 from torch import Size, Tensor
 
 from ggn_ntk.contraction.factored import Factored
-from ggn_ntk.contraction.vector_products import pick, select_samples, sketched, weighted_sum
+from ggn_ntk.contraction.vector_products import sketched, sketched_sum
 from ggn_ntk.jacobians.layer_call import Recording
 from ggn_ntk.jacobians.recording import record
 from ggn_ntk.jacobians.sample_axes import SampleAxes, locate
@@ -177,10 +177,10 @@ class Verification:
         """Take down one use of a layer."""
         for name, jacobian in jacobians.items():
             if self.everyone:
-                seen, weights = pick(jacobian, *self._picked), self._numbers[self._picked[1]].unsqueeze(0)
+                seen, weights = jacobian.pick(*self._picked), self._numbers[self._picked[1]].unsqueeze(0)
             else:
-                seen, weights = select_samples(jacobian, self._few), self._weights_of_chunk
-            product = weighted_sum(seen, weights, self._request.params[name])
+                seen, weights = jacobian.select_samples(self._few), self._weights_of_chunk
+            product = sketched_sum(seen, weights, self._request.params[name])
             self._actual[name] = self._actual[name] + product if name in self._actual else product
 
     def judge(self, missed: Container[str]) -> dict[str, float]:

@@ -7,7 +7,6 @@ from typing import Any
 from torch import Tensor
 from torch.nn import Module
 
-from ggn_ntk.contraction.accumulate import restrict
 from ggn_ntk.contraction.einsum import path_of
 from ggn_ntk.contraction.one_hot import looked_up
 from ggn_ntk.contraction.products import Doubled
@@ -159,7 +158,7 @@ def _contractions(request: Request, products: Iterable[tuple[str, Doubled]]) -> 
     total, n1 = sum(request.sizes), request.n1
     rows, columns = slice(0, n1 or total), slice(n1 or 0, total)  # x1 and x2 among the stacked samples
     for name, product in products:
-        operands = looked_up(restrict(product, rows, columns))
+        operands = looked_up(product.restrict(rows, columns), product.result)
         info = path_of(operands, product.result, apart=product.apart)
         yield Contraction(
             parameter=name,

@@ -1,8 +1,8 @@
 """Rules: what a layer's parameter Jacobians are, and how a Jacobian passes back through a layer.
 
 A parameter rule writes the Jacobian of the network's outputs with respect to each parameter of one layer as an
-unevaluated einsum of the layer's input and of the backpropagated Jacobian ``s``. It says what the Jacobian is and
-never how to contract it. A layer is one function in a file of this package::
+unevaluated einsum of the layer's input and of the backpropagated Jacobian ``s``. It says what the Jacobian is, not how
+to contract it. A layer is one function in a file of this package::
 
     @register_rule(nn.Linear)
     def linear(module, x, s):
@@ -12,7 +12,8 @@ Letters: ``c`` output, ``n`` sample; the other letters of the result stand, in o
 axes (adjacent axes may be merged or split), and all remaining letters are summed.
 """
 
-from ggn_ntk.contraction.factored import Factored, OneHot
+from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.contraction.operand import OneHot
 from ggn_ntk.rules.registry import (
     Backpropagation,
     batched_vjp,

@@ -51,9 +51,9 @@ def relu_transposed(module: nn.ReLU, x: Tensor, s: Tensor) -> Tensor:
 
 
 def active_rrelu(module: nn.RReLU, x: Tensor, y: Tensor, g_inp: Tensor, g_out: Tensor) -> tuple[Tensor, Tensor]:
-    """Recover the slope that was drawn for each entry from what it made of a batch and of its gradient."""
-    # x [N, ...], y [N, ...], g_inp [N, ...], g_out [N, ...] -> [N, ...]
-    told = g_out.isfinite() & (g_out != 0)
+    """Recover the slope drawn for each entry from a batch's output and its gradient; also, where it is unknown."""
+    # input x, output y, gradient at the input g_inp, at the output g_out, each [N, ...] -> [N, ...], [N, ...]
+    told = g_out.isfinite() & (g_out != 0)  # elsewhere the output tells the slope, unless the input is zero
     unknown = ~told & (x == 0)
     derivative = torch.where(told, g_inp, y) / torch.where(told, g_out, x)
     return derivative.masked_fill(unknown, 1), unknown
@@ -62,6 +62,8 @@ def active_rrelu(module: nn.RReLU, x: Tensor, y: Tensor, g_inp: Tensor, g_out: T
 def multiply_entries(s: Tensor, derivative: Tensor) -> Tensor:
     """Multiply each entry by the derivative of its nonlinearity."""
     # s [C, N, ...], derivative [N, ...] -> [C, N, ...]
+    # An ``s`` that all samples share cannot be overwritten. The result has samples outermost in memory, so that a block
+    # of them is one run.
     if s.stride(1) == 0:
         return (s.transpose(0, 1) * derivative.unsqueeze(1)).transpose(0, 1)
     return s.mul_(derivative)
@@ -70,9 +72,8 @@ def multiply_entries(s: Tensor, derivative: Tensor) -> Tensor:
 @register_rule(nn.PReLU)
 def prelu(module: nn.PReLU, x: Tensor, s: Tensor) -> dict[str, Factored]:
     """Write the Jacobian of ``y = x where x > 0 else weight * x``."""
-    # x [N, K, *positions], s [C, N, K, *positions] -> [K]
-    negative = x.clamp(max=0)
+    # x [N, K, *positions], s [C, N, K, *positions] -> [K], or [1] for a weight that all channels share
     channels = module.num_parameters
-    negative = negative.reshape(len(x), channels, -1)
-    s = s.reshape(*s.shape[:2], channels, -1)
+    negative = x.clamp(max=0).reshape(len(x), channels, -1)  # [N, K, P]
+    s = s.reshape(*s.shape[:2], channels, -1)  # [C, N, K, P]
     return {"weight": Factored("cnkp,nkp->cnk", (s, negative))}

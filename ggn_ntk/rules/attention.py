@@ -1,7 +1,8 @@
 """Multi-head attention, whose projections are no modules of their own.
 
-They are linear layers; what lies between them is left to autograd. In self-attention autograd meets the projections in
-on its way through the model; else ``s`` is passed back through the heads once more.
+The projections to queries, keys and values and that of the result are linear layers; what lies in between is left to
+autograd. In self-attention, autograd meets the projection to queries, keys and values on its way through the model
+(:class:`ggn_ntk.rules.registry.Inner`); else the rule passes ``s`` back through the heads once more.
 
 Letters: ``o``, ``i`` output and input features; ``g`` query, key and value; ``p`` positions.
 """
@@ -20,13 +21,14 @@ from ggn_ntk.rules.registry import Inner, register_inner, register_rule
 @register_rule(nn.MultiheadAttention)
 def multihead_attention(module: nn.MultiheadAttention, x: tuple[Any, ...], s: Tensor) -> dict[str, Factored]:
     """Write the Jacobians of the projections."""
-    # x [N, T, I], s [C, N, T, O]
+    # x (query [N, T, I], key [N, S, I], value [N, S, I], masks), s [C, N, T, O]
     if _adds_keys(module):
         return {}
     inputs = x[:3]
     queries = [t.requires_grad_() for t in _project(module, inputs)]
     with torch.enable_grad():
         attended = _attend(module, queries, *x[3:])
+    # s at the queries, keys and values: each [C, N, positions, O]
     passed = torch.autograd.grad(attended, queries, s @ module.out_proj.weight, is_grads_batched=True)
     jacobians = _out_projection(attended.detach(), s)
     jacobians["in_proj_bias"] = Factored("cngpo->cngo", (_stack(passed, 2),))
@@ -42,7 +44,7 @@ def multihead_attention(module: nn.MultiheadAttention, x: tuple[Any, ...], s: Te
 @register_inner(multihead_attention)
 def self_attention(module: nn.MultiheadAttention, x: tuple[Any, ...]) -> Inner | None:
     """State where the queries, keys and values of self-attention come from: a single product."""
-    # -> [T, N, 3 O]
+    # torch computes it with positions in front, [T, N, 3 O].
     same = all(t.data_ptr() == x[0].data_ptr() and t.shape == x[0].shape for t in x[:3])
     if _adds_keys(module) or module.in_proj_weight is None or not same:
         return None
@@ -53,7 +55,7 @@ def self_attention(module: nn.MultiheadAttention, x: tuple[Any, ...]) -> Inner |
 
 def packed_projection(module: nn.MultiheadAttention, x: tuple[Any, ...], s: Tensor) -> dict[str, Factored]:
     """Write the Jacobians of the projection to queries, keys and values."""
-    # s [C, N, T, 3 O]
+    # x[0] [N, T, I], s [C, N, T, 3 O]
     return {"in_proj_weight": Factored("cnpo,npi->cnoi", (s, x[0])), "in_proj_bias": Factored("cnpo->cno", (s,))}
 
 
@@ -71,13 +73,13 @@ def _out_projection(attended: Tensor, s: Tensor) -> dict[str, Factored]:
 
 
 def _adds_keys(module: nn.MultiheadAttention) -> bool:
-    """Tell whether a layer attends to keys and values of its own."""
+    """Tell whether a layer attends to keys and values of its own, for which there is no rule."""
     return module.bias_k is not None or module.add_zero_attn
 
 
 def _project(module: nn.MultiheadAttention, inputs: Sequence[Tensor]) -> list[Tensor]:
     """Compute queries, keys and values."""
-    # inputs [N, T, I] -> [N, T, O]
+    # inputs, each [N, positions, I] -> each [N, positions, O]
     weights: Sequence[Any] = (module.q_proj_weight, module.k_proj_weight, module.v_proj_weight)
     if module.in_proj_weight is not None:
         weights = module.in_proj_weight.chunk(3)
@@ -94,9 +96,10 @@ def _attend(
     *options: bool,
 ) -> Tensor:
     """Compute what the heads return."""
-    # projected [N, T, O], padding [N, S], mask [T, S] -> [N, T, O]
+    # projected [N, positions, O], padding [N, S], mask [T, S] or [N * heads, T, S] -> [N, T, O]
+    # heads, each [N, heads, positions, O / heads]
     heads = [t.unflatten(-1, (module.num_heads, -1)).transpose(1, 2) for t in projected]
-    total = projected[0].new_zeros(())
+    total = projected[0].new_zeros(())  # what masks add to the scores [N, heads, T, S]
     if mask is not None:
         added = _additive(mask, total)
         total = total + (added.unflatten(0, (-1, module.num_heads)) if mask.ndim == 3 else added)

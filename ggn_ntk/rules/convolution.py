@@ -1,8 +1,8 @@
 """Convolutions and transposed convolutions of any dimension.
 
-A convolution is linear in its weight at each position, with the window of its input there as features (einconv:
-Dangel, "Convolutions and More as Einsum", NeurIPS 2024, section 3). Windows are views of the padded input: nothing
-is unfolded before a contraction needs it, and only as much of it as it needs.
+At each position, a convolution is a linear layer on the window of its input there (einconv: Dangel, "Convolutions and
+More as Einsum", NeurIPS 2024, section 3). Windows are views of the padded input, which overlap in memory: they are
+copied (unfolded) only where a contraction needs a matrix of them, and then for a few samples at a time.
 
 Letters: ``g`` groups; ``o``, ``i`` output and input channels of a group; ``x``, ``y``, ``z`` positions;
 ``u``, ``v``, ``w`` places in the kernel.
@@ -35,9 +35,9 @@ _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_trans
 def convolution(module: Any, x: Tensor, s: Tensor) -> dict[str, Factored]:
     """Write the Jacobians of a convolution."""
     # x [N, I, *spatial], s [C, N, O, *positions] -> [O, I / groups, *kernel]
-    windows = _windows(_pad(module, x), module, s.shape[3:])
+    windows = _windows(_pad(module, x), module, s.shape[3:])  # [N, G, I / G, *kernel, *positions]
     p, k = _POSITIONS[: s.ndim - 3], _KERNEL[: s.ndim - 3]
-    s = s.unflatten(2, (module.groups, -1))
+    s = s.unflatten(2, (module.groups, -1))  # [C, N, G, O / G, *positions]
     return {
         "weight": Factored(f"cngo{p},ngi{k}{p}->cngoi{k}", (s, windows)),
         "bias": Factored(f"cngo{p}->cngo", (s,)),
@@ -48,11 +48,12 @@ def convolution(module: Any, x: Tensor, s: Tensor) -> dict[str, Factored]:
 def transposed_convolution(module: Any, x: Tensor, s: Tensor) -> dict[str, Factored]:
     """Write the Jacobians of a transposed convolution: input and output change places."""
     # x [N, I, *positions], s [C, N, O, *spatial] -> [I, O / groups, *kernel]
+    # Each entry of the input is spread over a window of the output: here windows are views of the padded ``s``.
     p, k = _POSITIONS[: x.ndim - 2], _KERNEL[: x.ndim - 2]
     padding = [pad for amount in reversed(module.padding) for pad in (amount, amount)]
-    windows = _windows(F.pad(stack_outputs(s), padding), module, x.shape[2:])
-    windows = windows.unflatten(0, (s.shape[1], s.shape[0])).transpose(0, 1)
-    s = s.unflatten(2, (module.groups, -1)).flatten(4)
+    windows = _windows(F.pad(stack_outputs(s), padding), module, x.shape[2:])  # [N C, G, O / G, *kernel, *positions]
+    windows = windows.unflatten(0, (s.shape[1], s.shape[0])).transpose(0, 1)  # [C, N, ...]
+    s = s.unflatten(2, (module.groups, -1)).flatten(4)  # [C, N, G, O / G, all spatial axes]
     return {
         "weight": Factored(f"cngo{k}{p},ngi{p}->cngio{k}", (windows, x.unflatten(1, (module.groups, -1)))),
         "bias": Factored("cngox->cngo", (s,)),
@@ -68,11 +69,12 @@ def _pad(module: Any, x: Tensor) -> Tensor:
 
 def _windows(x: Tensor, module: Any, positions: Any) -> Tensor:
     """View an input as the windows a kernel slides over."""
-    # Channels come last in memory, so that what a contraction copies out of it are long runs.
     # x [N, I, *spatial] -> [N, G, I / G, *kernel, *positions]
+    # Channels come last in memory, so that what a contraction copies out of it are long runs.
     x = x.movedim(1, -1).contiguous().movedim(-1, 1)
     x = x.unflatten(1, (module.groups, -1))
     spatial = x.stride()[3:]
+    # A spatial axis becomes two: one place further in the kernel is ``dilation`` entries on, one position ``stride``.
     kernel = [step * dilation for step, dilation in zip(spatial, module.dilation, strict=True)]
     position = [step * stride for step, stride in zip(spatial, module.stride, strict=True)]
     shape = (*x.shape[:3], *module.kernel_size, *positions)
@@ -83,11 +85,13 @@ def _windows(x: Tensor, module: Any, positions: Any) -> Tensor:
 def convolution_transposed(module: Any, x: Tensor, s: Tensor) -> Tensor:
     """Multiply by a convolution's transposed Jacobian: a transposed convolution, and the padding undone."""
     # x [N, I, *spatial], s [C, N, O, *positions] -> [C, N, I, *spatial]
+    # Zeros around the input are an option of the transposed convolution; other padding, and "same", is undone after it.
     dim = s.ndim - 3
     if module.padding_mode == "zeros" and not isinstance(module.padding, str):
         padding, padded = module.padding, x.shape[2:]
     else:
         padding, padded = (0,) * dim, _pad(module, x[:1]).shape[2:]
+    # A stride may leave out the last entries of the input, which a transposed convolution then has to be told of.
     full = [
         (p - 1) * stride - 2 * pad + dilation * (k - 1) + 1
         for p, stride, pad, dilation, k in zip(

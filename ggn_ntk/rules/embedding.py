@@ -1,9 +1,13 @@
-"""Embeddings. Letters: ``v`` rows of the vocabulary; ``k`` features; ``p`` positions."""
+"""Embeddings: products of a table with one-hot vectors of tokens.
+
+Letters: ``v`` rows of the vocabulary; ``k`` features; ``p`` positions.
+"""
 
 import torch
 from torch import Tensor, nn
 
-from ggn_ntk.contraction.factored import Factored, OneHot
+from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.contraction.operand import OneHot
 from ggn_ntk.rules.registry import register_rule
 
 
@@ -19,9 +23,10 @@ def embedding(module: nn.Embedding, x: Tensor, s: Tensor) -> dict[str, Factored]
 def embedding_bag(module: nn.EmbeddingBag, x: Tensor, s: Tensor) -> dict[str, Factored]:
     """Write the Jacobian of sums, means or maxima over the rows of a bag of tokens."""
     # x [N, P], s [C, N, K] -> [V, K]
-    tokens = _one_hot(module, x)
+    tokens = _one_hot(module, x)  # [N, P, V]
     if module.mode == "max":
         return {"weight": Factored("cnk,nkv->cnvk", (s, tokens._replace(places=_maxima(module, tokens.places))))}
+    # A mean is over the tokens of a bag without its padding.
     counts = (tokens.places >= 0).sum(1, keepdim=True).clamp(min=1) if module.mode == "mean" else 1
     weights = torch.ones_like(x, dtype=s.dtype) / counts
     return {"weight": Factored("cnk,np,npv->cnvk", (s, weights, tokens))}
@@ -36,7 +41,7 @@ def _one_hot(module: nn.Embedding | nn.EmbeddingBag, tokens: Tensor) -> OneHot:
 
 
 def _maxima(module: nn.EmbeddingBag, tokens: Tensor) -> Tensor:
-    """Find the token that each feature of a bag comes from, the first of several."""
-    # tokens [N, P] -> [N, K]
+    """Find the token that each feature of a bag's maximum comes from, the first of several."""
+    # tokens [N, P], negative for padding -> [N, K]
     rows = module.weight[tokens.clamp(min=0)].masked_fill((tokens < 0).unsqueeze(2), -torch.inf)
     return tokens.gather(1, rows.argmax(1))

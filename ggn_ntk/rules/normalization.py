@@ -16,7 +16,8 @@ def _scale_and_shift(normalized: Tensor, s: Tensor) -> dict[str, Factored]:
 
 
 def _bare(module: Any, x: Tensor) -> Tensor:
-    """Normalise without scaling and shifting."""
+    """Normalise without scaling and shifting: the layer itself, with neutral parameters."""
+    # x [N, ...] -> [N, ...]
     neutral = {"weight": torch.ones_like(module.weight)}
     if getattr(module, "bias", None) is not None:
         neutral["bias"] = torch.zeros_like(module.bias)
@@ -57,6 +58,7 @@ def channel_norm(module: Any, x: Tensor, s: Tensor) -> dict[str, Factored]:
 def batch_norm_transposed(module: Any, x: Tensor, s: Tensor) -> Tensor:
     """Multiply by the scale of each channel."""
     # s [C, N, K, *positions] -> [C, N, K, *positions]
+    # Statistics are the running ones: in train mode samples would interact, which is refused before.
     scale = torch.rsqrt(module.running_var + module.eps)
     scale = scale if module.weight is None else scale * module.weight
     return s * scale.reshape(-1, *[1] * (s.ndim - 3))

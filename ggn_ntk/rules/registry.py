@@ -18,11 +18,11 @@ from ggn_ntk.contraction.factored import Factored
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
-
+#: Takes the layer, its input and ``s``; returns the Jacobians of its parameters, as :func:`register_rule` has it.
 Rule = Callable[[Any, Any, Tensor], dict[str, Factored]]
 
 _RULES: dict[type[Module], Rule] = {}
-_RULES_BY_NAME: dict[str, Rule] = {}
+_RULES_BY_NAME: dict[str, Rule] = {}  # by patterns of qualified names
 
 
 def register_rule(*layer_types: type[Module]) -> Callable[[_F], _F]:
@@ -96,6 +96,8 @@ def _rule_by_name(name: str) -> Rule | None:
 class Inner(NamedTuple):
     """A product with a parameter inside of a layer, to which autograd passes ``s`` on its way through the layer."""
 
+    # Attention is one module, but its projection to queries, keys and values is a node of the graph: where autograd
+    # stops there, ``s`` of the projection comes without a backward pass of the rule's own.
     params: tuple[str, ...]  # the names of its parameters on the layer
     shape: Size  # shape of the product, of all samples
     axis: int  # the axis of the samples
@@ -162,23 +164,16 @@ def backpropagation_for(module: Module) -> Backpropagation:
 
 
 def acts_on_each_sample(module: Module) -> bool:
-    """Tell whether a layer is known to act on each sample by itself: one of torch's, with what this package says of it.
-
-    Attention may have its samples anywhere, and reshaping may start at the axis of the samples.
-
-    Args:
-        module: The layer.
-
-    Returns:
-        Whether it is.
-    """
+    """Tell whether a layer is known to act on each sample by itself: one of torch's that this package registers."""
     kind = type(module)
+    # A rule or a function that a user has registered for one of torch's layers says nothing of its samples.
     known = [_RULES.get(kind), _BACKPROPAGATIONS[kind].function if kind in _BACKPROPAGATIONS else None]
     registered = [function for function in known if function is not None]
     own = kind.__module__.startswith("torch.nn.modules.") and bool(registered)
+    # Attention may have its samples anywhere. Reshaping may start at their axis; counted from behind, any may be it.
     axis = module.dim if isinstance(module, nn.Unflatten) else getattr(module, "start_dim", 1)
-    reshapes = not (isinstance(axis, int) and axis >= 1)  # counted from behind, it may be that of the samples
-    apart = isinstance(module, nn.MultiheadAttention) or reshapes
+    reshapes_samples = not (isinstance(axis, int) and axis >= 1)
+    apart = isinstance(module, nn.MultiheadAttention) or reshapes_samples
     return own and not apart and all(f.__module__.startswith(__package__ + ".") for f in registered)
 
 
@@ -215,6 +210,6 @@ def stack_outputs(s: Tensor) -> Tensor:
 
 
 def unstack_outputs(stacked: Tensor, like: Tensor) -> Tensor:
-    """Undo :func:`stack_outputs`."""
+    """Undo :func:`stack_outputs`, with the sizes of ``like``."""
     # stacked [N * C, ...], like [C, N, ...] -> [C, N, ...]
     return stacked.reshape(like.shape[1], like.shape[0], *stacked.shape[1:]).transpose(0, 1)

@@ -20,18 +20,19 @@ def reshape_transposed(module: Any, x: Tensor, s: Tensor) -> Tensor:
 
 
 def active_dropout(module: Any, x: Tensor, y: Tensor, g_inp: Tensor, g_out: Tensor) -> tuple[Tensor, Tensor]:
-    """Recover the derivative of each entry of active dropout from what it made of a batch and of its gradient."""
+    """Recover the derivative of active dropout from a batch's output and its gradient; also, where it is unknown."""
     # Kept entries are multiplied by a factor, and shifted by alpha dropout ("Self-Normalizing Neural Networks", NeurIPS
     # 2017, appendix); all dropped ones become the same number. Gradients tell them apart unless they are zero.
-    # x [N, ...], y [N, ...], g_inp [N, ...], g_out [N, ...] -> [N, ...]
+    # input x, output y, gradient at the input g_inp, at the output g_out, each [N, ...] -> [N, ...], [N, ...]
     p, alpha = module.p, 0.0
     if p == 1:
         return torch.zeros_like(x), torch.zeros_like(x, dtype=torch.bool)
     factor = 1 / (1 - p)
     if isinstance(module, nn.AlphaDropout | nn.FeatureAlphaDropout):
-        alpha = 1.7580993408473766
+        alpha = 1.7580993408473766  # SELU's scale times its alpha
         factor = 1 / sqrt((alpha**2 * p + 1) * (1 - p))
     shift, dropped = factor * alpha * p, -factor * alpha * (1 - p)
+    # Where the gradient is zero, outputs tell; an entry whose kept value would look dropped, too, stays unknown.
     rounding = 16 * torch.finfo(x.dtype).eps * abs(dropped)
     looks_dropped, kept_looks_dropped = ((t - dropped).abs() <= rounding for t in (y, factor * x + shift))
     told = g_out.isfinite() & (g_out != 0)
@@ -49,6 +50,7 @@ def active_dropout(module: Any, x: Tensor, y: Tensor, g_inp: Tensor, g_out: Tens
 def linear_map_transposed(module: Any, x: Tensor, s: Tensor) -> Tensor:
     """Multiply by the transposed Jacobian of a linear layer without parameters, for outputs and samples at once."""
     # x [N, ...], s [C, N, ...] -> [C, N, *layer input]
+    # A linear layer has the same Jacobian at any input: outputs and samples pass back as one batch of N C samples.
     stacked = stack_outputs(s)
     anywhere = x.new_zeros(()).expand(len(stacked), *x.shape[1:])
     return unstack_outputs(batched_vjp(module, anywhere, stacked.unsqueeze(0))[0], like=s)

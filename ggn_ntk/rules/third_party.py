@@ -17,7 +17,7 @@ from ggn_ntk.rules.registry import register_rule_by_name
 @register_rule_by_name("transformers.pytorch_utils.Conv1D")
 def transposed_linear(module: Any, x: Tensor, s: Tensor) -> dict[str, Factored]:
     """Write the Jacobians of ``y = x W + b``."""
-    # x [N, ..., I], s [C, N, ..., O] -> [I, O]
+    # x [N, ..., I], s [C, N, ..., O] -> [I, O], [O]
     x, s = (x.unsqueeze(1), s.unsqueeze(2)) if x.ndim == 2 else (x.flatten(1, -2), s.flatten(2, -2))
     return {"weight": Factored("cnpo,npi->cnio", (s, x)), "bias": Factored("cnpo->cno", (s,))}
 
@@ -26,6 +26,7 @@ def transposed_linear(module: Any, x: Tensor, s: Tensor) -> dict[str, Factored]:
 def scaled_features(module: Any, x: Any, s: Tensor) -> dict[str, Factored]:
     """Write the Jacobian of a layer that multiplies features by its weight, or by one plus its weight."""
     # x [N, ..., K], s [C, N, ..., K] -> [K]
+    # The difference of its outputs with weights of ones and of zeros is what the weight multiplies, in either case.
     args = x if isinstance(x, tuple) else (x,)
     one, zero = (
         torch.func.functional_call(module, {"weight": torch.full_like(module.weight, value)}, args)
