@@ -13,7 +13,7 @@ from ggn_ntk.jacobians.backward import BackwardPass, Parts, Step
 from ggn_ntk.jacobians.layer_call import Recording
 from ggn_ntk.jacobians.layers import is_known, structure_problems
 from ggn_ntk.jacobians.recording import record
-from ggn_ntk.jacobians.sample_axes import SampleAxes, learn_sample_axes, locate
+from ggn_ntk.jacobians.sample_axes import SampleAxes, learn_sample_axes, locate, not_located
 from ggn_ntk.jacobians.sequential import SequentialPass
 from ggn_ntk.jacobians.trial import outside_of_calls
 from ggn_ntk.jacobians.verification import Alone, Verification, evaluate_alone
@@ -138,6 +138,7 @@ def make_plan(request: Request, fallback: dict[str, str], *, everyone: bool) -> 
     else:
         recording, sample_axes, repeats = _record_all(request, alone, verification)
         fallback = outside_of_calls(request, recording) | verification.try_rules(alone, sample_axes) | fallback
+        fallback = not_located(recording) | fallback
         backward = AutogradPass(_without(request, fallback), recording)
     verification.see(backward.output)
     plan = Plan(request, verification.axes, fallback, verification.cancelling, sample_axes, repeats)

@@ -74,6 +74,18 @@ def locate(recording: Recording, sample_axes: Sequence[SampleAxes] | None) -> Re
     return replace(recording, calls=calls)
 
 
+def not_located(recording: Recording) -> dict[str, str]:
+    """Find the parameters of calls in whose outputs samples are not told apart, with the reason, by name."""
+    calls = [call for call in recording.calls if call.axis is None]
+    reached = set(graph_nodes(recording.output)) if calls else set()
+    return {
+        name: f"samples are not told apart in an output {list(call.shape)} of its layer"
+        for call in calls
+        if call.edge.node in reached
+        for name in call.params.values()
+    }
+
+
 def _locate(call: LayerCall, axes: SampleAxes | None, n: int) -> LayerCall:
     """Find the samples in a call."""
     if axes is not None and axes.same and n == 1:
