@@ -70,13 +70,13 @@ def test_what_is_no_weight_and_bias_of_one_layer_stays_apart():
 def test_sequences_are_contracted_with_joined_biases(capture, compute, monkeypatch):
     model = nn.Sequential(nn.Linear(3, 5), nn.Tanh(), nn.Linear(5, 4), nn.Flatten(), nn.Linear(24, 3)).double()
     x1, x2 = torch.randn(4, 6, 3).double(), torch.randn(2, 6, 3).double()
-    doubled, double = [], accumulator.double
+    doubled, kernel_einsum = [], accumulator.kernel_einsum
 
     def count(first, *args):
         doubled.append(first.equation)
-        return double(first, *args)
+        return kernel_einsum(first, *args)
 
-    monkeypatch.setattr(accumulator, "double", count)
+    monkeypatch.setattr(accumulator, "kernel_einsum", count)
     found = empirical_ntk(model, x1, x2, compute=compute, capture=capture, method="structured")
     assert_close(found, jacobian_contraction(model, x1, x2, compute=compute))
     assert sorted(doubled) == ["cno,ni->cnoi", "cno->cno", "cnpo,npi->cnoi", "cnpo,npi->cnoi"]

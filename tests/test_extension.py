@@ -517,7 +517,7 @@ class NotExtended(nn.Module):
 
 
 def test_the_same_tensor_twice():
-    class Doubled(nn.Module):
+    class KernelEinsum(nn.Module):
         def __init__(self):
             super().__init__()
             self.linear, self.sum, self.tanh = nn.Linear(5, 3), SumModule(), nn.Tanh()
@@ -526,7 +526,7 @@ def test_the_same_tensor_twice():
             h = self.linear(x)
             return self.tanh(self.sum(h, h))
 
-    model = Doubled().double()
+    model = KernelEinsum().double()
     assert_right(model, samples(4, 5), modules=list(model.children()))
 
 

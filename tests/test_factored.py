@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from ggn_ntk import Factored
 from ggn_ntk.contraction import factored
 from ggn_ntk.contraction.accumulate import add_products
-from ggn_ntk.contraction.products import double
+from ggn_ntk.contraction.products import kernel_einsum
 from ggn_ntk.contraction.uses import put_together
 from ggn_ntk.problem.output_axes import Roles
 from ggn_ntk.rules import OneHot
@@ -175,6 +175,6 @@ def test_uses_are_put_together(jacobian, count):
 def test_doubling(jacobian, formed):
     c, n = (jacobian.sizes[letter] for letter in "cn")
     kernels, whole = {}, dense(jacobian)
-    product = double(jacobian, jacobian, Roles(free=c), formed=formed)
+    product = kernel_einsum(jacobian, jacobian, Roles(free=c), formed=formed)
     add_products(kernels, [("", product)], (n, n, 1, c, c), None)
     assert_close(kernels[""][:, :, 0], torch.einsum("cnk,dmk->nmcd", whole, whole))

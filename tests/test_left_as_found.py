@@ -524,7 +524,7 @@ def test_global_hooks_that_change_outputs(capture):
         handle.remove()
 
 
-class Doubled(nn.Linear):
+class KernelEinsum(nn.Linear):
     """Has a rule that knows nothing of the samples that it doubles."""
 
     def forward(self, x):
@@ -534,8 +534,8 @@ class Doubled(nn.Linear):
 @pytest.mark.parametrize("capture", ["auto", "sequential", "autograd"])
 @pytest.mark.parametrize("per_parameter", [False, True])
 def test_a_rule_wrong_for_nine_of_200_samples(per_parameter, capture):
-    register_rule(Doubled)(linear)
-    build = seeded(lambda: nn.Sequential(Doubled(4, 5), nn.Tanh(), nn.Linear(5, 2)))
+    register_rule(KernelEinsum)(linear)
+    build = seeded(lambda: nn.Sequential(KernelEinsum(4, 5), nn.Tanh(), nn.Linear(5, 2)))
     x1, x2 = one_of_many(special=9), torch.randn(2, 4).double()
     expected = loop_kernel(build, x1, x2)
     with pytest.warns(RouteWarning, match="0.weight.*its Jacobian by the layer's rule"):

@@ -15,7 +15,7 @@ from ggn_ntk.contraction.einsum import Memo, contract
 from ggn_ntk.contraction.factored import Factored
 from ggn_ntk.contraction.one_hot import looked_up
 from ggn_ntk.contraction.operand import OneHot
-from ggn_ntk.contraction.products import double
+from ggn_ntk.contraction.products import kernel_einsum
 from ggn_ntk.problem.output_axes import Roles
 from ggn_ntk.reference import jacobian_contraction
 
@@ -63,7 +63,7 @@ def in_full(jacobian, roles):
 def test_all_pairs_of_uses_of_a_table(drawn, seed):
     torch.manual_seed(seed)
     roles, first, second = drawn
-    product = double(first, second, roles)
+    product = kernel_einsum(first, second, roles)
     kernel = contract(looked_up(product.operands, product.result), product.result, Memo())
     expected = torch.einsum("ecfnp,edfmp->nmecd", in_full(first, roles), in_full(second, roles))
     assert_close(kernel.aligned(product.result).expand_as(expected), expected)
@@ -91,7 +91,7 @@ def test_the_cost_decides():
     def forms_vectors(vocabulary, positions):
         one_hot = OneHot(torch.zeros(2, positions, dtype=torch.long), vocabulary)
         jacobian = Factored("cnpk,npv->cnvk", (torch.randn(3, 2, positions, 4), one_hot))
-        return not double(jacobian, jacobian, Roles(free=3)).first[1].hot
+        return not kernel_einsum(jacobian, jacobian, Roles(free=3)).first[1].hot
 
     assert not forms_vectors(50_000, 8)
     assert forms_vectors(2, 200)

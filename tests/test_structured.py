@@ -10,7 +10,7 @@ from torch import nn
 
 from ggn_ntk import Factored, UnsupportedModelError, empirical_ntk, explain, register_rule
 from ggn_ntk.contraction import accumulate, accumulator, einsum
-from ggn_ntk.contraction.products import double
+from ggn_ntk.contraction.products import kernel_einsum
 from ggn_ntk.jacobians import sequential
 from ggn_ntk.jacobians.backward import identity
 from ggn_ntk.jacobians.layers import Use, backpropagate
@@ -176,7 +176,7 @@ def test_weight_and_bias_share_the_gram_matrix_of_s(monkeypatch):
     jacobians = {"weight": Factored("cno,ni->cnoi", (s, x)), "bias": Factored("cno->cno", (s,))}
     kernels = {"": torch.zeros(4, 4, 1, c, c)}
     accumulate.add_products(
-        kernels, [("", double(j, j, Roles(free=c))) for j in jacobians.values()], (4, 4, 1, c, c), offset=4
+        kernels, [("", kernel_einsum(j, j, Roles(free=c))) for j in jacobians.values()], (4, 4, 1, c, c), offset=4
     )
     assert len(products) == 2  # x with x and s with s, of which the kernel is the product
     expected = torch.einsum("cno,ni,dmo,mi->nmcd", s[:, :4], x[:4], s[:, 4:], x[4:])
@@ -191,7 +191,7 @@ def test_the_jacobian_of_one_set_is_formed_once(monkeypatch):
         multiplied.clear()
         kernel = torch.zeros((4, 4, 1, 2, 2) if n1 is None else (2, 2, 1, 2, 2))
         samples = {"symmetric": True} if n1 is None else {"offset": n1}
-        products = [("", double(jacobian, jacobian, Roles(free=2)))]
+        products = [("", kernel_einsum(jacobian, jacobian, Roles(free=2)))]
         accumulate.add_products({"": kernel}, products, kernel.shape, **samples)
         assert len(multiplied) == count
 
@@ -205,7 +205,7 @@ def test_different_factorisations_are_matched_by_position():
     for a, i in zip((embedding, linear, grouped), dense, strict=True):
         for b, j in zip((embedding, linear, grouped), dense, strict=True):
             kernel = torch.zeros(1, 2, 1, 2, 2).double()
-            accumulate.add_products({"": kernel}, [("", double(a, b, Roles(free=2)))], kernel.shape, offset=1)
+            accumulate.add_products({"": kernel}, [("", kernel_einsum(a, b, Roles(free=2)))], kernel.shape, offset=1)
             assert relative_error(kernel[:, :, 0], torch.einsum("cnz,dmz->nmcd", i[:, :1], j[:, 1:])) < 1e-14
 
 

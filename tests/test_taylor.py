@@ -50,11 +50,11 @@ def autograd_linearization(model, x, step, pick=lambda found: found):
 def test_linearization_of_every_case(case, dtype):
     model, x, _ = case.build(dtype)
     step = direction(model)
-    expected = autograd_linearization(*double(model, x), {n: t.double() for n, t in step.items()})
+    expected = autograd_linearization(*kernel_einsum(model, x), {n: t.double() for n, t in step.items()})
     assert_close(linearize(model)(moved(parameters(model), step), x).detach(), expected, scale=None)
 
 
-def double(model, x):
+def kernel_einsum(model, x):
     model = copy.deepcopy(model).double()
     if isinstance(x, dict):
         return model, {k: v.double() if v.is_floating_point() else v for k, v in x.items()}
@@ -395,7 +395,7 @@ def test_output_picks_a_tensor(name, dtype):
     inner, x, _ = BY_NAME[name].build(dtype)
     model = Named(inner)
     step = direction(model)
-    expected = autograd_linearization(*double(model, x), {n: t.double() for n, t in step.items()}, pick)
+    expected = autograd_linearization(*kernel_einsum(model, x), {n: t.double() for n, t in step.items()}, pick)
     new = moved(parameters(model), step)
     assert_close(linearize(model, output=pick)(new, x).detach(), expected)
     assert_close(taylor_expand(model, 1, output=pick)(new, x).detach(), expected)

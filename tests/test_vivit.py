@@ -324,12 +324,12 @@ def test_computation_that_types_do_not_tell_is_refused(model, options, change):
 
 
 def test_a_subclass_of_a_layer_is_not_taken_for_it():
-    class Doubled(nn.Linear):
+    class KernelEinsum(nn.Linear):
         def forward(self, x):
             return 2 * super().forward(x)
 
-    with pytest.raises(UnsupportedModelError, match="0: ViViT has no extension for Doubled"):
-        empirical_ntk(nn.Sequential(Doubled(5, 2)), torch.randn(2, 5), method="vivit")
+    with pytest.raises(UnsupportedModelError, match="0: ViViT has no extension for KernelEinsum"):
+        empirical_ntk(nn.Sequential(KernelEinsum(5, 2)), torch.randn(2, 5), method="vivit")
 
 
 def test_a_sequential_with_a_parameter_of_its_own(model):

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ggn_ntk.contraction.einsum import Memo, contract_to_last, path_of, step
 from ggn_ntk.contraction.one_hot import looked_up
-from ggn_ntk.contraction.products import Doubled
+from ggn_ntk.contraction.products import KernelEinsum, NamedEinsum
 from ggn_ntk.memory.blocks import split
 from ggn_ntk.memory.budget import MemoryBudget
 from ggn_ntk.problem.result import transpose
@@ -23,7 +23,7 @@ from ggn_ntk.problem.result import transpose
 
 def add_products(
     kernels: dict[str, Tensor],
-    products: Sequence[tuple[str, Doubled]],
+    products: Sequence[NamedEinsum],
     shape: Sequence[int],
     *,
     offset: int = 0,
@@ -65,7 +65,7 @@ def add_products(
 
 
 def _summed(
-    products: Sequence[tuple[str, Doubled]], rows: slice, columns: slice, memo: Memo, sizes: Mapping[str, int]
+    products: Sequence[NamedEinsum], rows: slice, columns: slice, memo: Memo, sizes: Mapping[str, int]
 ) -> Iterator[tuple[str, Tensor, Tensor | int]]:
     """Compute a block of products of Jacobians: the name of a kernel, and two factors that broadcast to its shape."""
     # The last product is left to whoever writes it to the kernel, if it is one entry by entry: one pass less. Kernels
@@ -108,7 +108,7 @@ class _BlockSize(NamedTuple):
     pairs: int  # of x2, for what depends on both
 
 
-def _block_size(products: Sequence[tuple[str, Doubled]], sizes: Mapping[str, int], budget: MemoryBudget) -> _BlockSize:
+def _block_size(products: Sequence[NamedEinsum], sizes: Mapping[str, int], budget: MemoryBudget) -> _BlockSize:
     """Choose blocks of samples for which intermediate results keep to their budgets."""
     # What depends on both x1 and x2 is to stay in a processor's cache. It is made of many samples of x1 and few of x2:
     # with a single one, the letter ``m`` does not keep others, which are to be merged, apart in memory.
@@ -122,12 +122,12 @@ def _block_size(products: Sequence[tuple[str, Doubled]], sizes: Mapping[str, int
     return _BlockSize(rows, columns, max(1, min(columns, budget.passing // (rows * largest["nm"]))))
 
 
-def _itemsize(product: Doubled) -> int:
+def _itemsize(product: KernelEinsum) -> int:
     """Count the bytes of a number."""
     return next(o.tensor.element_size() for o in product.first if not o.hot)
 
 
-def _intermediates(product: Doubled, samples: Mapping[str, int]) -> Iterator[tuple[str, int]]:
+def _intermediates(product: KernelEinsum, samples: Mapping[str, int]) -> Iterator[tuple[str, int]]:
     """List the intermediate results on the way to a product: their letters, and their size for one sample or pair."""
     given = product.without_data().operands
     operands = looked_up(given, product.result)

@@ -9,7 +9,7 @@ from torch import Tensor
 from ggn_ntk.contraction.accumulate import add_products
 from ggn_ntk.contraction.bias import join_biases
 from ggn_ntk.contraction.factored import Factored
-from ggn_ntk.contraction.products import Doubled, Part, double, parts
+from ggn_ntk.contraction.products import NamedEinsum, Part, kernel_einsum, parts
 from ggn_ntk.contraction.uses import put_together
 from ggn_ntk.problem.output_axes import Roles
 
@@ -44,7 +44,7 @@ class Accumulator:
 
     def add(self, first: dict[str, Factored], second: dict[str, Factored] | None = None) -> None:
         """Add one use of a layer: its Jacobians by name, and those of x2 if it was evaluated by itself."""
-        once, products = list[tuple[Factored, Factored]](), list[tuple[str, Doubled]]()
+        once, products = list[tuple[Factored, Factored]](), list[NamedEinsum]()
         for name, a in first.items():
             self._waiting[name].append((a, a if second is None else second[name]))
             if len(self._waiting[name]) < self._counts[name]:
@@ -54,16 +54,16 @@ class Accumulator:
                 once += uses  # may be joined with others of this layer, whose kernels are added up anyway
                 continue
             ours, theirs = _on_both_sides(put_together, uses) if len(uses) > 1 else zip(*uses, strict=True)
-            products += [(key, double(a, b, self.roles, formed=formed)) for a in ours for b in theirs]
+            products += [(key, kernel_einsum(a, b, self.roles, formed=formed)) for a in ours for b in theirs]
         ours, theirs = _on_both_sides(join_biases, once)
         if [a.equation for a in ours] != [b.equation for b in theirs]:  # it pays for one of the two sets alone
             ours, theirs = ([use[side] for use in once] for side in (0, 1))
-        products += [("", double(a, b, self.roles)) for a, b in zip(ours, theirs, strict=True)]
+        products += [("", kernel_einsum(a, b, self.roles)) for a, b in zip(ours, theirs, strict=True)]
         if products:
             sets = [next(iter(jacobians.values())).sizes["n"] for jacobians in (first, second) if jacobians is not None]
             self._contract(products, *sets)
 
-    def _contract(self, products: list[tuple[str, Doubled]], n: int, m: int | None = None) -> None:
+    def _contract(self, products: list[NamedEinsum], n: int, m: int | None = None) -> None:
         """Contract products of Jacobians of N samples with themselves, or with those of M others."""
         if m is not None:
             add_products(self.kernels, products, (n, m, *self.roles.kernel))
@@ -84,7 +84,7 @@ def _on_both_sides(
 class Recorder(Accumulator):
     """Takes products of Jacobians down, with the shapes of their operands alone, instead of contracting them."""
 
-    def __init__(self, products: list[tuple[str, Doubled]], *args: Any) -> None:
+    def __init__(self, products: list[NamedEinsum], *args: Any) -> None:
         """Set up, to append to a list."""
         super().__init__(*args)
         self._products = products
@@ -92,6 +92,6 @@ class Recorder(Accumulator):
     def parts(self, name: str, jacobian: Factored, n: int) -> None:
         """Keep operands apart: products of whole Jacobians are to be taken down."""
 
-    def _contract(self, products: list[tuple[str, Doubled]], n: int, m: int | None = None) -> None:
+    def _contract(self, products: list[NamedEinsum], n: int, m: int | None = None) -> None:
         """Take products down."""
         self._products += [(name, product.without_data()) for name, product in products]

@@ -1,4 +1,4 @@
-"""Doubling: the product of two factored Jacobians as one einsum.
+"""The kernel of a parameter as one einsum: the product of two factored Jacobians.
 
 ``cno,ni->cnoi`` with itself becomes ``cno,ni,dmo,mi->nmcd``. The letter of the outputs is split by their roles
 (:mod:`ggn_ntk.problem.output_axes`): both Jacobians share those of diagonal and traced outputs, and of these the latter
@@ -26,7 +26,7 @@ RESULT = "nmecd"
 
 
 @dataclass(frozen=True, eq=False)
-class Doubled:
+class KernelEinsum:
     """The product of two Jacobians of a parameter, as one einsum."""
 
     first: tuple[Operand, ...]  # operands of the Jacobian of x1, over all samples; letter ``n``
@@ -48,17 +48,20 @@ class Doubled:
         """Select a block of x1 and one of x2."""
         return [*(o.narrow("n", rows) for o in self.first), *(o.narrow("m", columns) for o in self.second)]
 
-    def without_data(self) -> "Doubled":
+    def without_data(self) -> "KernelEinsum":
         """Keep the shapes of operands alone."""
         first, second = (tuple(o.without_data() for o in operands) for operands in (self.first, self.second))
         return replace(self, first=first, second=second)
 
 
+#: The name of the kernel that it is added to, and the einsum.
+NamedEinsum = tuple[str, KernelEinsum]
+
 # What forming Jacobians from one-hot vectors, say of a vocabulary, may cost in operations.
 _LARGEST = 2**30
 
 
-def double(first: Factored, second: Factored, roles: Roles, *, formed: bool = False) -> Doubled:
+def kernel_einsum(first: Factored, second: Factored, roles: Roles, *, formed: bool = False) -> KernelEinsum:
     """Write the product of two Jacobians of one parameter as one einsum."""
     # The letters of the parameter's axes are matched by position. Where the two split these axes differently, both
     # Jacobians are formed first.
@@ -69,7 +72,7 @@ def double(first: Factored, second: Factored, roles: Roles, *, formed: bool = Fa
     second = first if same else second.sum_private_letters()
     names = iter(letter for letter in string.ascii_letters if letter not in "cdefnm")
     axes = [next(names) for _ in first.result[2:]]
-    product = Doubled(
+    product = KernelEinsum(
         tuple(_rename(first, roles, dict(zip(first.result, ["ecf", "n", *axes], strict=True)), names)),
         tuple(_rename(second, roles, dict(zip(second.result, ["edf", "m", *axes], strict=True)), names)),
     )
@@ -84,7 +87,7 @@ def double(first: Factored, second: Factored, roles: Roles, *, formed: bool = Fa
     return replace(product, formed=formed)
 
 
-def _cost_of_dense(product: Doubled) -> float:
+def _cost_of_dense(product: KernelEinsum) -> float:
     """Count the operations of a product with its one-hot vectors formed, and the numbers that these hold."""
     formed = dense(product.without_data().operands, product.result)
     written = sum(o.tensor.numel() for o, given in zip(formed, product.operands, strict=True) if given.hot)
@@ -105,7 +108,7 @@ def parts(jacobian: Factored, n: int, m: int, roles: Roles, *, formed: bool = Fa
     summed = jacobian.sum_private_letters()
     if any(o.hot for o in summed.labelled):
         return None
-    groups = _groups_before_meeting(double(summed, summed, roles, formed=formed), n, m)
+    groups = _groups_before_meeting(kernel_einsum(summed, summed, roles, formed=formed), n, m)
     if groups is None or (summed.terms == jacobian.terms and len(groups) == len(summed.terms)):
         return None
     operands = [o._replace(key=i) for i, o in enumerate(summed.labelled)]
@@ -129,7 +132,7 @@ def contract_into(part: Part, whole: Joined, block: slice) -> None:
         multiply(product, Memo(), whole.room(block, product.letters, a.sizes | b.sizes, a.tensor))
 
 
-def _groups_before_meeting(product: Doubled, n: int, m: int) -> list[list[int]] | None:
+def _groups_before_meeting(product: KernelEinsum, n: int, m: int) -> list[list[int]] | None:
     """Find which operands of one Jacobian the cheapest order contracts with one another alone."""
     # Groups of places among x1's operands; ``None`` where the order treats x1 and x2 in different ways.
     operands, half = product.operands, len(product.first)

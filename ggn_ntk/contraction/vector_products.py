@@ -1,6 +1,6 @@
 """Sketches: gradients of large parameters, by their products with a few random vectors.
 
-The probe compares gradients from factored Jacobians with autograd's. A difference of two gradients is as large,
+Verification compares gradients from factored Jacobians with autograd's. A difference of two gradients is as large,
 relative to them, after the products as before, but for a factor that is far from one only with a small probability.
 """
 

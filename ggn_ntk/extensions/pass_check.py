@@ -17,7 +17,7 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.nn import Module
 
 from ggn_ntk.models.autograd_graph import graph_nodes, precisions
-from ggn_ntk.models.comparison import PROBE_TOLERANCES, SEEN, cotangent, probe_tolerance, row_norms
+from ggn_ntk.models.comparison import GRADIENT_TOLERANCES, SEEN, cotangent, gradient_tolerance, row_norms
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError
 from ggn_ntk.process.torch_internals import BACKWARD_HOOK, current_node
 from ggn_ntk.rules.activation import active_rrelu
@@ -333,14 +333,14 @@ def _maker(x: Tensor) -> str:
 def _tolerance(output: Tensor) -> float:
     """Choose the largest relative error that rounding makes, as precision flags are in the user's pass."""
     dtypes = precisions(output)
-    lower = dtypes - PROBE_TOLERANCES.keys()
+    lower = dtypes - GRADIENT_TOLERANCES.keys()
     if lower:
         what = f"{' and '.join(sorted(map(str, lower)))} takes part in it"
         remedy = "Run the pass in float32 or float64, without autocast: kernels are exact in these only"
         raise UnsupportedModelError([Problem("", what, remedy)], ROUTE)
     if torch.float32 in dtypes and _rounds_products(output.device):
         return _ROUNDED_PRODUCTS
-    return probe_tolerance(output)
+    return gradient_tolerance(output)
 
 
 def _rounds_products(device: torch.device) -> bool:

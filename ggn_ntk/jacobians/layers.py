@@ -33,7 +33,7 @@ def structure_problems(request: Request) -> Iterator[Problem]:
         elif rule_for(module) is not None:
             continue
         elif has_wanted and any(True for _ in module.children()):
-            yield Problem(name, f"{kind} may compute between its modules what a walk cannot see", REMEDY)
+            yield Problem(name, f"{kind} may compute between its modules what no layer shows", REMEDY)
         elif has_wanted:
             yield Problem(name, f"no rule is registered for {kind}", f"Write one with register_rule({kind})")
         elif not type(module).__module__.startswith("torch.nn."):

@@ -27,7 +27,7 @@ from ggn_ntk.jacobians.recording import record
 from ggn_ntk.jacobians.sample_axes import SampleAxes, locate
 from ggn_ntk.jacobians.trial import DIFFERS, try_rules
 from ggn_ntk.memory.budget import resolve_axes
-from ggn_ntk.models.comparison import check_finite, cotangent, differing, probe_tolerance, rows_differing
+from ggn_ntk.models.comparison import check_finite, cotangent, differing, gradient_tolerance, rows_differing
 from ggn_ntk.models.evaluation import check_output, check_shape
 from ggn_ntk.models.gradients import Parts, gradients, in_parts
 from ggn_ntk.models.independence import (
@@ -47,7 +47,7 @@ from ggn_ntk.problem.request import Request
 from ggn_ntk.rules.registry import channels_last
 
 # How many samples are evaluated by themselves: at most so many, and one of so many.
-_PROBED, _SHARE = 3, 16
+_ALONE, _SHARE = 3, 16
 
 # Of large networks fewer samples are: to write and read their gradients in full, several times, would take as long as
 # the kernel of a fully-connected network. How many entries are many, for all of them.
@@ -74,7 +74,7 @@ class Alone(NamedTuple):
 def evaluate_alone(request: Request, inputs: Inputs) -> Alone:
     """Evaluate a few samples by themselves, with the channels of images last in memory where no view objects."""
     entries, n = sum(p.numel() for p in request.params.values()), len(inputs)
-    samples = _choose(n, max(1, min(_PROBED, n // _SHARE, _MANY_ENTRIES // max(1, entries))), seed=0)
+    samples = _choose(n, max(1, min(_ALONE, n // _SHARE, _MANY_ENTRIES // max(1, entries))), seed=0)
     fast = inputs.map(channels_last)
     try:
         first = record(request, fast[samples[:1]])
@@ -100,7 +100,7 @@ class Verification:
         """Take down what a few samples by themselves say, and evaluate all of them in halves."""
         self._request, self.inputs, n = request, alone.inputs, len(alone.inputs)
         outputs = [_output_of_one(request, recording) for recording in alone.recordings]
-        self.out_shape, self._tolerance = outputs[0].shape[1:], probe_tolerance(outputs[0])
+        self.out_shape, self._tolerance = outputs[0].shape[1:], gradient_tolerance(outputs[0])
         # A kernel that cannot fit is refused before more is evaluated.
         self.axes = resolve_axes(request, self.out_shape)
         self._v_alone = cotangent(outputs[0], 0, Size([len(outputs), *self.out_shape]))

@@ -9,7 +9,7 @@ from torch.nn import Module
 
 from ggn_ntk.contraction.einsum import path_of
 from ggn_ntk.contraction.one_hot import looked_up
-from ggn_ntk.contraction.products import Doubled
+from ggn_ntk.contraction.products import NamedEinsum
 from ggn_ntk.methods.structured import recorded_products
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.requirements import eager
@@ -152,7 +152,7 @@ def explain(
     )
 
 
-def _contractions(request: Request, products: Iterable[tuple[str, Doubled]]) -> Iterable[Contraction]:
+def _contractions(request: Request, products: Iterable[NamedEinsum]) -> Iterable[Contraction]:
     """Describe how each product of Jacobians is contracted."""
     owners = {id(p): type(m).__name__ for m in eager(request.model).modules() for p in m.parameters(recurse=False)}
     total, n1 = sum(request.sizes), request.n1

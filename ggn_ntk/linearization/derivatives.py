@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.func import jvp, vjp
 
-from ggn_ntk.models.comparison import KINKS, Difference, cotangent, norms, probe_tolerance, read, total_norm
+from ggn_ntk.models.comparison import KINKS, Difference, cotangent, gradient_tolerance, norms, read, total_norm
 from ggn_ntk.models.evaluation import evaluate, leaves_of, primals_of
 from ggn_ntk.models.independence import gradients, gradients_of
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError, is_out_of_memory, without
@@ -124,7 +124,7 @@ def _agrees_with_autograd(request: Request, inputs: Inputs, pushforward: Pushfor
 
     error = abs((v * slope).sum(dtype=torch.float64).item() - along(gradient))
     differs = Difference(error, total_norm(gradient.values()))
-    if differs.within(probe_tolerance(output)):
+    if differs.within(gradient_tolerance(output)):
         return True
     moved = [gradients(request, inputs, v, leaves_of(request, jitter), jitter=jitter)[1] for jitter in (None, 0)]
     # Of deep networks, rounding may move more than that: inputs and parameters changed in the last digit show it.

@@ -17,7 +17,7 @@ from torch.nn import Module
 
 from ggn_ntk.methods.computation import compute as _compute
 from ggn_ntk.methods.sample_jacobians import all_jacobians, finest, first_line, over_samples, sample_output
-from ggn_ntk.models.comparison import KINKS, PROBE_TOLERANCES, Difference, cotangent, difference, total_norm
+from ggn_ntk.models.comparison import GRADIENT_TOLERANCES, KINKS, Difference, cotangent, difference, total_norm
 from ggn_ntk.models.evaluation import evaluate, primals_of
 from ggn_ntk.models.gradients import gradients
 from ggn_ntk.models.independence import Checked
@@ -164,7 +164,7 @@ def multiply_vectors(
     kernel, why = None, "it gets products with vectors wrong"
     try:
         first = request.x1[:1]  # before all others are computed
-        tolerance = PROBE_TOLERANCES[evaluate(request, None, first).dtype]
+        tolerance = GRADIENT_TOLERANCES[evaluate(request, None, first).dtype]
         if _products_agree(request, tolerance, axes.out_shape, first):
             kernel = _kernel_from_products(request, axes)
             if not _holds_for_all(request, axes, kernel):
@@ -213,7 +213,7 @@ def _holds_for_all(request: Request, axes: OutputAxes, kernel: Tensor) -> bool:
         left = _products_with(request, axes, first, a, group)
         total += sum((left[name] * g[name]).sum().item() for name in left)
         size += total_norm(left.values()) * total_norm(g.values())
-    if Difference(abs(rows.sum().item() - total), size).within(PROBE_TOLERANCES[kernel.dtype]):
+    if Difference(abs(rows.sum().item() - total), size).within(GRADIENT_TOLERANCES[kernel.dtype]):
         return True
     if kernel.dtype == torch.float64:
         return False

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.func import jacrev, vmap
 
 from ggn_ntk.models.autograd_graph import precisions
-from ggn_ntk.models.comparison import KINKS, PROBE_TOLERANCES, difference, differing, is_coarse
+from ggn_ntk.models.comparison import GRADIENT_TOLERANCES, KINKS, difference, differing, is_coarse
 from ggn_ntk.models.evaluation import evaluate, leaves_of, primals_of
 from ggn_ntk.models.gradients import Parts, gradients, gradients_of
 from ggn_ntk.models.independence import Checked, compare_gradients
@@ -114,7 +114,7 @@ def finest(request: Request) -> tuple[Request, float]:
         return precisions(output) == {torch.float64}
 
     if in_double(request, measure):
-        return replace(request, widened=True), PROBE_TOLERANCES[torch.float64]
+        return replace(request, widened=True), GRADIENT_TOLERANCES[torch.float64]
     return request, KINKS
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ggn_ntk.contraction.accumulator import Accumulator, Recorder
 from ggn_ntk.contraction.contract import Wanted, contract
-from ggn_ntk.contraction.products import Doubled
+from ggn_ntk.contraction.products import NamedEinsum
 from ggn_ntk.jacobians.backward import FAILS
 from ggn_ntk.jacobians.plan import Plan, Side, make_plan
 from ggn_ntk.jacobians.trial import DIFFERS
@@ -102,9 +102,9 @@ def _groups(plan: Plan, output: Tensor) -> list[dict[str, Tensor]]:
     return groups
 
 
-def recorded_products(request: Request) -> tuple[Plan, list[tuple[str, Doubled]]]:
+def recorded_products(request: Request) -> tuple[Plan, list[NamedEinsum]]:
     """List the products of Jacobians that :func:`structured_kernels` would contract, by names of parameters."""
-    products: list[tuple[str, Doubled]] = []
+    products: list[NamedEinsum] = []
 
     def record_all(plan: Plan, side: Side) -> None:
         products.clear()

@@ -27,7 +27,7 @@ from ggn_ntk.extensions.gram_hook import GramSum, kernel_block
 from ggn_ntk.extensions.limits import AVG_POOLS, check_vivit
 from ggn_ntk.memory.budget import resolve_axes
 from ggn_ntk.methods.computation import compute as _compute
-from ggn_ntk.models.comparison import PROBE_TOLERANCES, check_finite, cotangent, differing
+from ggn_ntk.models.comparison import GRADIENT_TOLERANCES, check_finite, cotangent, differing
 from ggn_ntk.models.gradients import gradients
 from ggn_ntk.models.inspection import OwnGenerator
 from ggn_ntk.models.requirements import eager
@@ -108,7 +108,7 @@ def _probe_kernels(request: Request, out_shape: Size) -> Iterator[Problem]:
     flat, of_sample = v.flatten(), replace(request, x1=sample, x2=None, per_parameter=True)
     kernels = _gram_kernels(of_sample, OutputAxes(out_shape)).kernels  # [1, 1, 1, C, C]
     actual = {name: flat @ kernel[0, 0, 0] @ flat for name, kernel in kernels}
-    for name, error in differing(actual, expected, PROBE_TOLERANCES[v.dtype]).items():
+    for name, error in differing(actual, expected, GRADIENT_TOLERANCES[v.dtype]).items():
         what = f"its kernel by ViViT differs from autograd's (relative error {error:.1e} on a random sample)"
         yield Problem(name, what, OTHER_METHOD)
 

@@ -21,7 +21,7 @@ from ggn_ntk.problem.errors import NotFiniteError
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}
 
 #: The same for gradients on a few samples, where rounding does not average out.
-PROBE_TOLERANCES = {dtype: 10 * tolerance for dtype, tolerance in TOLERANCES.items()}
+GRADIENT_TOLERANCES = {dtype: 10 * tolerance for dtype, tolerance in TOLERANCES.items()}
 
 #: The largest relative difference of gradients that rounding makes by taking units to the other side of a kink: the
 #: square root of the share of such units, and a share of 1e-4 is large.
@@ -59,16 +59,16 @@ class Difference(NamedTuple):
 _MISSHAPEN = Difference(math.inf, 0.0)
 
 
-def probe_tolerance(output: Tensor) -> float:
+def gradient_tolerance(output: Tensor) -> float:
     """Choose the tolerance of gradients: that of the lowest precision which takes part in the output's graph."""
     # Some normalisation layers of Hugging Face convert to float32 inside, even if all parameters are in float64. Lower
     # precisions are refused before kernels get here; Taylor expansions may have them.
-    return max(PROBE_TOLERANCES.get(dtype, math.sqrt(torch.finfo(dtype).eps)) for dtype in precisions(output))
+    return max(GRADIENT_TOLERANCES.get(dtype, math.sqrt(torch.finfo(dtype).eps)) for dtype in precisions(output))
 
 
 def is_coarse(tolerance: float) -> bool:
     """Tell whether a tolerance is that of float32 or lower, where rounding may take units past a kink."""
-    return tolerance >= PROBE_TOLERANCES[torch.float32]
+    return tolerance >= GRADIENT_TOLERANCES[torch.float32]
 
 
 def relative_error(actual: Tensor, expected: Tensor) -> float:

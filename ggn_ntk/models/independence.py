@@ -26,8 +26,8 @@ from ggn_ntk.models.comparison import (
     check_finite,
     cotangent,
     differing,
+    gradient_tolerance,
     is_coarse,
-    probe_tolerance,
     relative_error,
     row_norms,
     rows_differing,
@@ -72,7 +72,7 @@ def check_samples(request: Request) -> Checked:
     axes, inputs = resolve_axes(request, shape), request.x1.stack(request.x2)
     with torch.enable_grad():
         output = evaluate_checked(request, inputs, shape)
-    v, tolerance = cotangent(output, seed=0), probe_tolerance(output)
+    v, tolerance = cotangent(output, seed=0), gradient_tolerance(output)
     gradient = gradients_of(output, v, request.params)
     check_finite(gradient.values())
     compare_alone(request, inputs, output)
@@ -124,7 +124,7 @@ def compare_alone(request: Request, inputs: Inputs, output: Tensor) -> None:
         chosen = sorted(drawn if request.thorough else drawn[:_ONE_BY_ONE])
     else:
         # vmap itself may be wrong: samples at which it differs are evaluated without it.
-        chosen = rows_differing(mapped, output.detach(), probe_tolerance(output)).nonzero().flatten().tolist()
+        chosen = rows_differing(mapped, output.detach(), gradient_tolerance(output)).nonzero().flatten().tolist()
         chosen = chosen[:_ONE_BY_ONE]
     if chosen:
         with torch.no_grad():
@@ -152,7 +152,7 @@ def _mapped(request: Request, inputs: Inputs, shape: Size) -> Tensor | None:
 def compare_outputs(request: Request, inputs: Inputs, output: Tensor, chosen: Sequence[int], others: Tensor) -> None:
     """Compare outputs of samples in the batch of all with those in other batches."""
     # output [N, *out], others [len(chosen), *out]
-    tolerance, output = probe_tolerance(output), output.detach()
+    tolerance, output = gradient_tolerance(output), output.detach()
     differ = rows_differing(others, output[chosen], tolerance)
     if not differ.any():
         return

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from ggn_ntk.models.autograd_graph import precisions
 from ggn_ntk.models.comparison import (
+    GRADIENT_TOLERANCES,
     KINKS,
-    PROBE_TOLERANCES,
     difference,
     differing,
     norms,
@@ -46,7 +46,7 @@ def rounding_of(request: Request, inputs: Inputs, v: Tensor, form: Form = whole)
     def measure() -> dict[str, float]:
         # All with exchanged parameters, which do not reach a model that keeps references to its own elsewhere.
         (_, before), (_, again) = (gradients(request, inputs, v, leaves_of(request)) for _ in range(2))
-        if differing(again, before, PROBE_TOLERANCES[v.dtype]):
+        if differing(again, before, GRADIENT_TOLERANCES[v.dtype]):
             raise UnsupportedModelError([UNSTEADY])
         _, after = gradients(request, inputs, v, leaves_of(request, jitter=0), jitter=0)
         moved = norms(form(after[name], p) - form(before[name], p) for name, p in request.params.items())
@@ -97,6 +97,6 @@ def gradients_in_double(request: Request, inputs: Inputs, v: Tensor, parts: list
         if output.dtype != torch.float64 or not difference(narrow, together).within(KINKS):
             return None
         apart = in_parts(wide, inputs, parts, v.double()).gradient
-        return differing(apart, together, PROBE_TOLERANCES[torch.float64])
+        return differing(apart, together, GRADIENT_TOLERANCES[torch.float64])
 
     return in_double(request, measure)
