@@ -172,9 +172,9 @@ def test_uses_are_put_together(jacobian, count):
 
 
 @check(jacobians(), st.booleans())
-def test_doubling(jacobian, formed):
+def test_kernel_einsum(jacobian, formed):
     c, n = (jacobian.sizes[letter] for letter in "cn")
     kernels, whole = {}, dense(jacobian)
     product = kernel_einsum(jacobian, jacobian, Roles(free=c), formed=formed)
-    add_products(kernels, [("", product)], (n, n, 1, c, c), None)
+    add_products(kernels, [("", product)], (n, n, 1, c, c), symmetric=True)
     assert_close(kernels[""][:, :, 0], torch.einsum("cnk,dmk->nmcd", whole, whole))
