@@ -4,12 +4,11 @@ from math import prod
 
 import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, limit_memory
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from ggn_ntk import Factored
-from ggn_ntk.contraction import factored
 from ggn_ntk.contraction.accumulate import add_products
 from ggn_ntk.contraction.products import kernel_einsum
 from ggn_ntk.contraction.uses import put_together
@@ -133,7 +132,7 @@ def test_weighted_sum(jacobian, copied, data):
     row = data.draw(st.sampled_from([size for size in range(1, p + 1) if p % size == 0]))
     vectors = torch.randn(2, row).double()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(factored, "_COPIED", copied)
+        limit_memory(patch, rows=8 * copied)
         assert_close(jacobian.weighted_sum(weights), expected)
         assert_close(jacobian.weighted_sum(weights, vectors), (vectors @ expected.reshape(-1, row).T).flatten())
 
@@ -144,7 +143,7 @@ def test_times(jacobian, copied):
     whole = dense(jacobian)
     u = torch.randn(1, whole.shape[2]).double()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(factored, "_COPIED", copied)
+        limit_memory(patch, rows=8 * copied)
         assert_close(jacobian.times(u), whole @ u[0])
 
 
@@ -178,3 +177,8 @@ def test_kernel_einsum(jacobian, formed):
     product = kernel_einsum(jacobian, jacobian, Roles(free=c), formed=formed)
     add_products(kernels, [("", product)], (n, n, 1, c, c), symmetric=True)
     assert_close(kernels[""][:, :, 0], torch.einsum("cnk,dmk->nmcd", whole, whole))
+
+
+def test_a_jacobian_without_s_is_an_error():
+    with pytest.raises(ValueError, match="no tensor among its operands: where does s enter"):
+        Factored("cnv->cnv", (OneHot(torch.zeros(2, 3, dtype=torch.long), 4),))

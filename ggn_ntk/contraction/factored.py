@@ -12,9 +12,7 @@ from torch import Tensor
 from ggn_ntk.contraction.einsum import Memo, contract, sum_private
 from ggn_ntk.contraction.one_hot import dense, dtype_of, looked_up, scattered
 from ggn_ntk.contraction.operand import OneHot, Operand
-
-# Numbers that an operand may hold before products with vectors take samples a few at a time: they copy windows.
-_COPIED = 2**24
+from ggn_ntk.memory.budget import MemoryBudget
 
 
 @lru_cache(maxsize=4096)
@@ -53,6 +51,8 @@ class Factored:
                 f"Factored('{self.equation}') with operands of shapes {shapes}: the equation needs one letter for each "
                 "axis of each operand, and a result that starts with 'cn' and has no letters of its own."
             )
+        if not any(isinstance(o, Tensor) for o in self.operands):
+            raise ValueError(f"Factored('{self.equation}') has no tensor among its operands: where does s enter?")
 
     @classmethod
     def of(cls, operands: Iterable[Operand], result: str) -> "Factored":
@@ -191,8 +191,9 @@ class Factored:
 
     def _blocks(self, n: int) -> list[range]:
         """Split N samples so that no operand of a block holds many numbers."""
-        largest = max(prod(operand.shape) for operand in self.operands)
-        count = max(1, min(n, -(-largest // _COPIED)))
+        some = next(o.tensor for o in self.labelled if not o.hot)
+        largest = max(prod(operand.shape) for operand in self.operands) * some.element_size()
+        count = max(1, min(n, -(-largest // MemoryBudget.of(some.device).rows)))
         return [range(n * i // count, n * (i + 1) // count) for i in range(count)]
 
     def _with_rows_multiplied(self, vectors: Tensor) -> "Factored | None":

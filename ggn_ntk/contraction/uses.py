@@ -17,9 +17,7 @@ from torch import Tensor
 
 from ggn_ntk.contraction.factored import Factored
 from ggn_ntk.contraction.operand import Operand
-
-# Numbers that an operand may hold that is a view of less memory (windows), to be copied when uses are put together.
-_ROOM = 2**26
+from ggn_ntk.memory.budget import MemoryBudget
 
 # The letter of positions: all letters that are summed, merged.
 _POSITION = "P"
@@ -68,8 +66,8 @@ def _form(use: Factored) -> _Form | None:
 def _grows(operand: Operand) -> bool:
     """Tell whether a copy of an operand takes far more memory than it does itself: windows that overlap."""
     tensor = operand.tensor
-    held = tensor.untyped_storage().nbytes() // tensor.element_size()
-    return not operand.hot and tensor.numel() > max(held, _ROOM) and 0 not in tensor.stride()
+    most = max(tensor.untyped_storage().nbytes(), MemoryBudget.of(tensor.device).columns)
+    return not operand.hot and tensor.nbytes > most and 0 not in tensor.stride()
 
 
 def _summed(use: Factored) -> list[str]:
