@@ -1,8 +1,8 @@
 """The only reader of torch's private parts: whatever begins with an underscore there, or lives in a module that does.
 
 Each is named here by what it is for, so that a release of torch that drops one shows in this file, and first in
-``tests/test_internals.py``. Attributes that are read in loops over nodes or tensors are ``attrgetter``s, which cost no
-call of a Python function.
+``tests/process/test_internals.py``. Attributes that are read in loops over nodes or tensors are ``attrgetter``s, which
+cost no call of a Python function.
 """
 
 import sys

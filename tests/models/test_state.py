@@ -15,8 +15,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close
-from test_left_as_found import loop_kernel, seeded
+from conftest import assert_close, loop_kernel, seeded
 from torch import nn
 from torch.nn.utils import parametrizations
 

@@ -4,7 +4,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 import torch
-from conftest import assert_close, call, first_samples, num_samples
+from conftest import assert_close, loop_kernel, mapped, seeded
 from torch import nn
 from torch.func import functional_call, hessian, jacrev, jvp, vmap
 from torch.nn import functional as F
@@ -14,41 +14,6 @@ from ggn_ntk import RouteWarning, UnsupportedModelError, empirical_ntk, explain,
 from ggn_ntk.rules.linear import linear
 
 METHODS = ["structured", "jacobian_contraction", "ntk_vector_products"]
-
-
-def mapped(f, x):
-    if isinstance(x, torch.Tensor):
-        return f(x)
-    return tuple(map(f, x)) if isinstance(x, tuple) else {key: f(t) for key, t in x.items()}
-
-
-def seeded(function, *args, **kwargs):
-    def build():
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return function(*args, **kwargs).double()
-
-    return build
-
-
-def jacobians(build, x):
-    """Builds the model anew for each sample."""
-    rows = []
-    for n in range(num_samples(x)):
-        model = build()
-        params = [p for p in model.parameters() if p.requires_grad]
-        output = call(model, mapped(torch.clone, first_samples(x, slice(n, n + 1)))).flatten()
-        grads = [
-            torch.autograd.grad(entry, params, retain_graph=True, allow_unused=True, materialize_grads=True)
-            for entry in output
-        ]
-        rows.append(torch.stack([torch.cat([g.flatten() for g in row]) for row in grads]))
-    return torch.stack(rows)
-
-
-def loop_kernel(build, x1, x2=None):
-    j1 = jacobians(build, x1)
-    return torch.einsum("ncp,mdp->nmcd", j1, j1 if x2 is None else jacobians(build, x2))
 
 
 def found_state(model, inputs):

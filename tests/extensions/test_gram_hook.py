@@ -7,7 +7,7 @@ from backpack.context import CTX
 from backpack.extensions import BatchGrad
 from backpack.extensions.secondorder.base import SecondOrderBackpropExtension
 from conftest import assert_close
-from test_extension import VIEWS, Between, Branches, NotExtended, between, image_net, itself, run, samples, zeros_then
+from extended import VIEWS, Between, Branches, NotExtended, between, image_net, itself, run, samples, zeros_then
 from torch import nn
 from torch.nn import functional as F
 from vivit.extensions.secondorder.vivit import ViViTGGNExact
