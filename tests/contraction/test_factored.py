@@ -176,5 +176,12 @@ def test_doubling(jacobian, formed):
     c, n = (jacobian.sizes[letter] for letter in "cn")
     kernels, whole = {}, dense(jacobian)
     product = double(jacobian, jacobian, Roles(free=c), formed=formed)
-    add_products(kernels, [("", product)], (n, n, 1, c, c), None)
+    add_products(kernels, [("", product)], (n, n, 1, c, c))
     assert_close(kernels[""][:, :, 0], torch.einsum("cnk,dmk->nmcd", whole, whole))
+
+
+@pytest.mark.parametrize("equation", ["cno->cno", "cno,no->nco", "cn,no->cno", "cno,nk->cnoz"])
+def test_equations_that_do_not_fit(equation):
+    operands = (torch.zeros(2, 3, 4), torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"operands of shapes \[\[2, 3, 4\], \[3, 4\]\]: the equation needs"):
+        Factored(equation, operands)

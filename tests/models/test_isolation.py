@@ -1,8 +1,6 @@
 """A call leaves the model and the process as it found them."""
 
 import copy
-import subprocess
-import sys
 from collections import Counter, deque
 from contextlib import suppress
 
@@ -18,7 +16,6 @@ from unchanged import unchanged
 from ggn_ntk import UnsupportedModelError, empirical_ntk
 from ggn_ntk.kernels import ntk
 from ggn_ntk.models.isolation import isolated
-from ggn_ntk.process.switches import full_precision
 from ggn_ntk.reference import jacobian_contraction
 
 each_method = pytest.mark.parametrize("method", METHODS)
@@ -201,36 +198,6 @@ def test_matmul_precision_of_the_caller_is_off(method, precision):
         torch.set_float32_matmul_precision(before)
 
 
-@pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has the legacy flags only")
-def test_fp32_precision_is_restored_with_its_inheritance():
-    backends = torch.backends
-    with full_precision():
-        assert backends.cudnn.conv.fp32_precision == "ieee"
-        assert backends.mkldnn.conv.fp32_precision == "ieee"
-    before = backends.fp32_precision
-    try:
-        backends.fp32_precision = "tf32"
-        with full_precision():
-            assert backends.mkldnn.conv.fp32_precision == "ieee"
-        assert backends.mkldnn.conv.fp32_precision == "tf32"
-        backends.fp32_precision = "ieee"
-        assert backends.mkldnn.conv.fp32_precision == "ieee"
-    finally:
-        backends.fp32_precision = before
-
-
-@pytest.mark.skipif(hasattr(torch.backends, "fp32_precision"), reason="this torch has other flags")
-def test_legacy_precision_flags():
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("high")
-    with full_precision():
-        assert torch.get_float32_matmul_precision() == "highest"
-        assert not torch.backends.cudnn.allow_tf32
-    assert torch.get_float32_matmul_precision() == "high"
-    assert torch.backends.cudnn.allow_tf32 == before[1]
-    torch.set_float32_matmul_precision(before[0])
-
-
 class Counting(nn.Module):
     """Keeps state of all kinds in its forward pass."""
 
@@ -288,57 +255,6 @@ def test_the_model_still_trains_afterwards():
     empirical_ntk(model, x1)
     call(model, x1).sum().backward()
     assert all(p.grad is not None for name, p in model.named_parameters() if name != "unused")
-
-
-def run_in_a_new_process(code):
-    ran = subprocess.run([sys.executable, "-W", "ignore", "-c", code], capture_output=True, text=True, check=False)
-    assert ran.returncode == 0, ran.stderr
-
-
-def test_importing_takes_no_compiler_and_no_route_that_is_not_taken():
-    run_in_a_new_process(
-        "import sys, torch, ggn_ntk\n"
-        "apart = {'torch._dynamo', 'matplotlib', 'scipy', 'backpack', 'vivit'}\n"
-        "assert not apart & sys.modules.keys(), apart & sys.modules.keys()\n"
-        "assert {'EmpiricalNTK', 'AccumulateGramHook'} <= set(dir(ggn_ntk))\n"
-        "ggn_ntk.empirical_ntk(torch.nn.Sequential(torch.nn.Linear(3, 2)), torch.randn(2, 3), check=True)\n"
-        "assert not {'backpack', 'vivit'} & sys.modules.keys()\n"
-        "ggn_ntk.EmpiricalNTK(), ggn_ntk.AccumulateGramHook(), ggn_ntk.empirical_ntk_vivit\n"
-        "assert {'backpack', 'vivit'} <= sys.modules.keys()"
-    )
-
-
-WITH_VIVIT = (
-    "ggn_ntk.empirical_ntk(model, x, method='vivit')",
-    "ggn_ntk.empirical_ntk_vivit",
-    "ggn_ntk.AccumulateGramHook",
-)
-
-
-@pytest.mark.parametrize(
-    ("renamed", "broken"),
-    [("vivit.extensions.secondorder.vivit", WITH_VIVIT), ("backpack", (*WITH_VIVIT, "ggn_ntk.EmpiricalNTK"))],
-    ids=["vivit", "backpack"],
-)
-def test_a_rename_in_backpack_or_vivit_breaks_what_needs_them_alone(renamed, broken):
-    """A module in which nothing has the name that it had."""
-    run_in_a_new_process(
-        "import sys, types, warnings\n"
-        f"sys.modules[{renamed!r}] = types.ModuleType({renamed!r})\n"
-        "import torch, ggn_ntk\n"
-        "warnings.simplefilter('error', ggn_ntk.RouteWarning)\n"
-        "model, x = torch.nn.Sequential(torch.nn.Linear(3, 2), torch.nn.Tanh()), torch.randn(2, 3)\n"
-        "for method in ('auto', 'jacobian_contraction', 'ntk_vector_products'):\n"
-        "    ggn_ntk.empirical_ntk(model, x, method=method, check=True)\n"
-        f"for use in {broken}:\n"
-        "    try:\n"
-        "        eval(use)\n"
-        "    except ImportError as error:\n"
-        f"        assert {renamed!r} in str(error), error\n"
-        "    else:\n"
-        "        raise AssertionError(use)\n"
-        f"ggn_ntk.EmpiricalNTK if 'ggn_ntk.EmpiricalNTK' not in {broken} else None"
-    )
 
 
 def test_nested_isolation():
