@@ -160,6 +160,25 @@ def test_no_hook_of_the_users_parameters_fires(method):
     empirical_ntk(model, x, method=method, check=True)
 
 
+@pytest.mark.parametrize("method", [method for method in METHODS if method != "vivit"])  # which refuses the layer
+@pytest.mark.parametrize("register", ["register_hook", "register_post_accumulate_grad_hook"])
+@pytest.mark.parametrize("before", [False, True])
+def test_no_hook_that_a_forward_pass_registers_on_a_parameter_outlives_the_call(method, register, before):
+    class Registers(nn.Linear):
+        def forward(self, x):
+            getattr(self.weight, register)(lambda *args: fired.append("of the forward pass"))
+            return super().forward(x)
+
+    model, x, fired = Registers(5, 3), torch.randn(3, 5), []
+    if before:
+        getattr(model.weight, register)(lambda *args: fired.append("of the user"))
+    with unchanged(model):
+        empirical_ntk(model, x, method=method)
+    fired.clear()
+    model.weight.sum().backward()
+    assert fired == (["of the user"] if before else [])
+
+
 @each_method
 def test_compiled_models(method):
     model, x1, x2 = mlp(nn.Tanh)(), torch.randn(3, 5), torch.randn(2, 5)
