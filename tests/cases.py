@@ -585,3 +585,6 @@ CASES = [
 ]
 
 BY_NAME = {case.name: case for case in CASES}
+
+# Those that the BackPACK extension takes
+PLAIN = [c for c in CASES if c.sequential and not c.name.startswith(("tied", "twice", "reused", "bilinear", "inplace"))]

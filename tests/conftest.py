@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import cache
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -30,6 +31,8 @@ COMPUTES = ["full", "diagonal", "trace"]
 
 # Torch's CUDA kernels of these compute in float32 whatever the dtype, as do rotary positions.
 ROUNDED_ON_CUDA = {"weight_norm", "hidden_Hardsigmoid", "hidden_Hardswish", "llama"}
+
+DATA = Path(__file__).parent / "data"
 
 NAMED = {case.name: case for case in (*CASES, *MODELS, *LARGE)}
 
@@ -145,6 +148,45 @@ def kernel_of(model: torch.nn.Module, x1: Any, x2: Any = None) -> Tensor:
     kernel = sum(torch.einsum("ncp,mdp->nmcd", j, second[name]) for name, j in first.items())
     out = call(model, x1).shape[1:]
     return kernel.reshape(*kernel.shape[:2], *out, *out)
+
+
+def mapped(f, x):
+    """Apply a function to each tensor of an input."""
+    if isinstance(x, Tensor):
+        return f(x)
+    return tuple(map(f, x)) if isinstance(x, tuple) else {key: f(t) for key, t in x.items()}
+
+
+def seeded(function, *args, **kwargs):
+    """Make a function that builds the same model at each call."""
+
+    def build():
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return function(*args, **kwargs).double()
+
+    return build
+
+
+def _jacobians_of_new_models(build, x):
+    """Build the model anew for each sample, since it may write to itself."""
+    rows = []
+    for n in range(num_samples(x)):
+        model = build()
+        params = [p for p in model.parameters() if p.requires_grad]
+        output = call(model, mapped(torch.clone, first_samples(x, slice(n, n + 1)))).flatten()
+        grads = [
+            torch.autograd.grad(entry, params, retain_graph=True, allow_unused=True, materialize_grads=True)
+            for entry in output
+        ]
+        rows.append(torch.stack([torch.cat([g.flatten() for g in row]) for row in grads]))
+    return torch.stack(rows)
+
+
+def loop_kernel(build, x1, x2=None):
+    """The kernel [N1, N2, C, C] of a model that writes to itself or to its inputs, by a loop over samples."""
+    j1 = _jacobians_of_new_models(build, x1)
+    return torch.einsum("ncp,mdp->nmcd", j1, j1 if x2 is None else _jacobians_of_new_models(build, x2))
 
 
 @cache

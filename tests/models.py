@@ -1,9 +1,11 @@
 """Models that are no sequence of layers, for the capture by autograd."""
 
+import importlib.util
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+import pytest
 import torch
 from cases import Case, TiedTransformer, normal, tokens
 from torch import Tensor, nn
@@ -434,3 +436,11 @@ LARGE = [
     large("convnext_tiny", 1, num_classes=2),
     large("vit_b_16", 1, num_classes=1, image_size=32),
 ]
+
+
+def needs(package):
+    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
+
+
+def each(models):
+    return [pytest.param(model, marks=needs(model.needs), id=model.name) for model in models]

@@ -63,3 +63,19 @@ def test_as_a_module(tmp_path):
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=True)
     assert "vivit" in done.stdout
     assert (tmp_path / "ggn_ntk_demo.png").exists()
+
+
+@pytest.mark.parametrize("option", ["--output", "--picture"])
+@pytest.mark.parametrize("place", ["folder", "missing/file", "file/file"])
+def test_the_demo_looks_where_it_may_write_before_it_works(option, place, tmp_path, capsys, monkeypatch):
+    def working(*args, **kwargs):
+        raise AssertionError("it works first")
+
+    monkeypatch.setattr(demo, "empirical_ntk", working)
+    monkeypatch.setattr(demo, "cnn", working)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").touch()
+    with pytest.raises(SystemExit) as info:
+        demo.main([option, str(tmp_path / place)])
+    assert info.value.code == 2
+    assert f"argument {option}: cannot write to" in capsys.readouterr().err

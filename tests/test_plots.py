@@ -142,3 +142,14 @@ def test_matplotlib_is_imported_when_a_plot_is_drawn(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     with pytest.raises(ImportError, match=r"ggn_ntk.plots needs matplotlib: pip install ggn-ntk\[plots\]"):
         plots.plot_kernel(torch.eye(3))
+
+
+@pytest.mark.parametrize("values", [[-0.4, 0.2, 1.3], [-2.0, -1.5, -1.0], [1.5, 3.0, 2.0], [0.1, 0.2, 0.3]], ids=str)
+def test_plots_of_alignments_do_not_clip(values):
+    figure = pytest.importorskip("matplotlib.figure")
+    ax = figure.Figure().subplots()
+    plot_alignment([0, 1, 2], {"one": values, "other": torch.tensor([0.4, 0.5, 0.6])}, ax)
+    low, high = ax.get_ylim()
+    assert low < min(0, *values)
+    assert high > max(1, *values)
+    assert all(low < y < high for line in ax.lines for y in line.get_ydata())

@@ -6,11 +6,9 @@ Kernels of all cases are in test_routes and test_capture.
 import pytest
 import torch
 from backpack import backpack, extend
-from cases import CASES
+from cases import CASES, PLAIN
 from conftest import DEVICES, PRETENDS, ROUNDED_ON_CUDA, assert_close, oracle_sum
-from models import MODELS
-from test_capture import each
-from test_extension import PLAIN
+from models import MODELS, each
 from torch import nn
 from vivit.extensions.secondorder.vivit import ViViTGGNExact
 

@@ -6,8 +6,17 @@ import pytest
 import torch
 from cases import CASES, Shift, TiedTransformer, mlp, normal, tokens
 from conftest import assert_close, kernel_of
-from models import MODELS, Branches, Checkpointed, CrossAttention, Recurrent, Scaled, UsedFunctionally, with_memory
-from test_capture import each
+from models import (
+    MODELS,
+    Branches,
+    Checkpointed,
+    CrossAttention,
+    Recurrent,
+    Scaled,
+    UsedFunctionally,
+    each,
+    with_memory,
+)
 from torch import nn
 
 from ggn_ntk import (

@@ -1,8 +1,8 @@
 """The only reader of BackPACK's and ViViT's private parts, and of BackPACK's state of the process.
 
 Each is named here by what it is for, so that a release that drops one shows in this file, and first in
-``tests/test_internals.py``. BackPACK's hook that stores inputs and outputs is looked up in ``models/isolation.py``,
-which must not import BackPACK.
+``tests/process/test_internals.py``. BackPACK's hook that stores inputs and outputs is looked up in
+``models/isolation.py``, which must not import BackPACK.
 """
 
 from collections.abc import Iterable

@@ -22,7 +22,7 @@ from ggn_ntk.models.evaluation import evaluate, primals_of
 from ggn_ntk.models.gradients import gradients
 from ggn_ntk.models.independence import Checked
 from ggn_ntk.models.requirements import check_model
-from ggn_ntk.problem.errors import RouteWarning, is_out_of_memory, listed, warn
+from ggn_ntk.problem.errors import RouteWarning, is_bug, is_out_of_memory, listed, warn
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.request import Request
@@ -170,7 +170,7 @@ def multiply_vectors(
             if not _holds_for_all(request, axes, kernel):
                 kernel = None
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_bug(error):
             raise
         why = first_line(error)
     if kernel is None:

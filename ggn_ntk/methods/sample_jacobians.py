@@ -17,7 +17,7 @@ from ggn_ntk.models.evaluation import evaluate, leaves_of, primals_of
 from ggn_ntk.models.gradients import Parts, gradients, gradients_of
 from ggn_ntk.models.independence import Checked, compare_gradients
 from ggn_ntk.models.rounding import in_double, rounding_of
-from ggn_ntk.problem.errors import RouteWarning, UnsupportedModelError, is_out_of_memory, listed, warn
+from ggn_ntk.problem.errors import RouteWarning, UnsupportedModelError, is_bug, is_out_of_memory, listed, warn
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
 
@@ -34,7 +34,7 @@ def all_jacobians(request: Request, checked: Checked) -> tuple[dict[str, Tensor]
     except UnsupportedModelError:
         raise
     except Exception as error:
-        if is_out_of_memory(error):
+        if is_out_of_memory(error) or is_bug(error):
             raise
         why = first_line(error)
     if why:

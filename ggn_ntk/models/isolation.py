@@ -30,7 +30,7 @@ from ggn_ntk.process.torch_internals import (
     forward_hooks,
     has_global_hooks,
     parameters_of,
-    put_back_hooks,
+    take_hooks_off,
     tensor_hooks,
     version_of,
 )
@@ -155,7 +155,7 @@ class Session:
         """Take off hooks of backward passes, on which ``torch.func`` fails, and those with which BackPACK stores."""
         modules, params = self._modules, [kept.param for kept in self._params]
         hooks: list[Any] = [h for m in modules for h in backward_hooks(m)]
-        hooks += [h for h, _ in map(tensor_hooks, params) if h]
+        hooks += [h for stores in map(tensor_hooks, params) for h in stores if h]
         of_backpack = [h for h, _ in map(forward_hooks, modules) if any(map(_is_of_backpack, h.values()))]
         self._hooks = [(h, dict(h)) for h in (*hooks, *of_backpack) if h]
         for h in hooks:
@@ -311,12 +311,12 @@ class _Parameter:
             self.param.grad = None
 
     def reset(self) -> None:
-        """Give it the memory, the flag and the hooks that it had."""
+        """Give it the memory and the flag that it had, and no hooks."""
         if address_of(self.param) != self._address:
             self.param.data = self._memory
         if self.param.requires_grad != self._requires_grad:
             self.param.requires_grad_(self._requires_grad)
-        put_back_hooks(self.param, self._hooks)
+        take_hooks_off(self.param, self._hooks)  # the session keeps those that it had
 
     def restore(self) -> None:
         """Give it the values that it had."""

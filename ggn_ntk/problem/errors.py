@@ -3,6 +3,7 @@
 import re
 import sys
 import threading
+import traceback
 import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
@@ -24,6 +25,9 @@ _OUT_OF_MEMORY = re.compile(
 )
 # How much memory an allocator was asked for, in its message.
 _ASKED_FOR = re.compile(r"tried to allocate ([\d.]+ ?\w*)", re.IGNORECASE)
+
+# What wrong code raises.
+_OF_WRONG_CODE = (AssertionError, AttributeError, NameError, TypeError)
 
 # Packages between a warning and the user's code: this one, torch (for its decorators), context managers.
 _PASSED_BY = (__name__.split(".")[0], "torch", "contextlib")
@@ -149,6 +153,14 @@ def is_out_of_memory(error: BaseException) -> bool:
     if isinstance(error, torch.OutOfMemoryError | MemoryError):
         return True
     return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
+
+
+def is_bug(error: BaseException) -> bool:
+    """Tell whether an error is of a kind that wrong code raises, and was raised at a line of this package."""
+    if not isinstance(error, _OF_WRONG_CODE):
+        return False
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)  # the last frame, in which it was raised
+    return str(frame.f_globals.get("__name__", "")).startswith(f"{_PASSED_BY[0]}.")
 
 
 def bytes_asked_for(error: BaseException) -> str:

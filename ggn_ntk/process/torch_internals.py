@@ -1,8 +1,8 @@
 """The only reader of torch's private parts: whatever begins with an underscore there, or lives in a module that does.
 
 Each is named here by what it is for, so that a release of torch that drops one shows in this file, and first in
-``tests/test_internals.py``. Attributes that are read in loops over nodes or tensors are ``attrgetter``s, which cost no
-call of a Python function.
+``tests/process/test_internals.py``. Attributes that are read in loops over nodes or tensors are ``attrgetter``s, which
+cost no call of a Python function.
 """
 
 import sys
@@ -83,11 +83,14 @@ _TENSOR_HOOKS = ("_backward_hooks", "_post_accumulate_grad_hooks")
 tensor_hooks: Callable[[Tensor], tuple[Any, Any]] = attrgetter(*_TENSOR_HOOKS)
 
 
-def put_back_hooks(tensor: Tensor, found: tuple[Any, Any]) -> None:
-    """Give a leaf the hooks it had."""
-    for key, hooks in zip(_TENSOR_HOOKS, found, strict=True):
-        if getattr(tensor, key) is not hooks:
-            setattr(tensor, key, hooks)
+def take_hooks_off(tensor: Tensor, found: tuple[Any, Any]) -> None:
+    """Take all hooks off a leaf, and give it the dicts, or ``None``, that held them when it was found."""
+    for key, store in zip(_TENSOR_HOOKS, found, strict=True):
+        present = getattr(tensor, key)
+        if present:
+            present.clear()  # torch goes on calling hooks of accumulated gradients where None takes their dict's place
+        if present is not store:
+            setattr(tensor, key, store)
 
 
 def storage_id(tensor: Tensor) -> int:

@@ -182,3 +182,10 @@ def test_kernel_einsum(jacobian, formed):
 def test_a_jacobian_without_s_is_an_error():
     with pytest.raises(ValueError, match="no tensor among its operands: where does s enter"):
         Factored("cnv->cnv", (OneHot(torch.zeros(2, 3, dtype=torch.long), 4),))
+
+
+@pytest.mark.parametrize("equation", ["cno->cno", "cno,no->nco", "cn,no->cno", "cno,nk->cnoz"])
+def test_equations_that_do_not_fit(equation):
+    operands = (torch.zeros(2, 3, 4), torch.zeros(3, 4))
+    with pytest.raises(ValueError, match=r"operands of shapes \[\[2, 3, 4\], \[3, 4\]\]: the equation needs"):
+        Factored(equation, operands)

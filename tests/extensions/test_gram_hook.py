@@ -1,19 +1,227 @@
-"""The hook beside ViViT, where what BackPACK passes back is not the Jacobian of the network as it ran."""
+"""The hook beside ViViT: in a user's own pipeline, and where BackPACK passes back something else than the Jacobian."""
 
 import pytest
 import torch
 from backpack import backpack, extend
 from backpack.context import CTX
-from backpack.extensions import BatchGrad
+from backpack.extensions import BatchGrad, DiagGGNExact
 from backpack.extensions.secondorder.base import SecondOrderBackpropExtension
+from cases import mlp, tied_mlp
 from conftest import assert_close
-from test_extension import VIEWS, Between, Branches, NotExtended, between, image_net, itself, run, samples, zeros_then
+from extended import VIEWS, Between, Branches, NotExtended, between, image_net, itself, run, samples, zeros_then
 from torch import nn
 from torch.nn import functional as F
 from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
 from ggn_ntk import AccumulateGramHook, UnsupportedModelError
 from ggn_ntk.reference import jacobian_contraction
+
+# ---------------------------------------------------------------- in a user's own pipeline
+
+
+@pytest.fixture
+def model():
+    return mlp(nn.Tanh)().double()
+
+
+def backward(model, x, hook, *extensions, loss_func=None, targets=None):
+    """An ordinary training step of a BackPACK user."""
+    loss_func = extend(nn.MSELoss(reduction="sum") if loss_func is None else loss_func)
+    with backpack(ViViTGGNExact(), *extensions, extension_hook=hook):
+        output = extend(model)(x)
+        loss_func(output, torch.randn_like(output) if targets is None else targets).backward()
+    return loss_func
+
+
+@pytest.mark.parametrize("reduction", ["sum", "mean"])
+def test_hook_beside_other_extensions(model, reduction):
+    x, y = torch.randn(5, 5).double(), torch.randn(5, 3).double()
+    with torch.enable_grad():
+        loss_func = nn.MSELoss(reduction=reduction)
+        rows = [torch.autograd.grad(loss_func(model(x), y), model.parameters())]
+        per_sample = [
+            torch.autograd.grad(((model(x[i]) - y[i]) ** 2).sum(), list(model.parameters())) for i in range(5)
+        ]
+    scale = 1 if reduction == "sum" else 1 / y.numel()
+    expected = jacobian_contraction(model, x)
+    jacobian = torch.func.vmap(torch.func.jacrev(lambda p, s: torch.func.functional_call(model, p, (s,))), (None, 0))(
+        {name: p.detach() for name, p in model.named_parameters()}, x
+    )
+
+    hook = AccumulateGramHook()
+    loss_func = backward(model, x, hook, BatchGrad(), DiagGGNExact(), loss_func=loss_func, targets=y)
+
+    assert hook.gram.shape == (3, 5, 3, 5)
+    assert_close(hook.ntk(loss=loss_func), expected)
+    assert_close(hook.ntk(2, loss=loss_func), expected[:2, 2:])
+    assert torch.equal(hook.ntk(loss=loss_func), hook.ntk(loss=loss_func).permute(1, 0, 3, 2))
+    for i, (name, p) in enumerate(model.named_parameters()):
+        assert_close(p.grad, rows[0][i])
+        assert_close(p.grad_batch, scale * torch.stack([sample[i] for sample in per_sample]))
+        assert_close(p.diag_ggn_exact, 2 * scale * jacobian[name].square().sum((0, 1)))
+        assert not hasattr(p, "vivit_ggn_exact")
+
+
+def test_hook_is_reusable_and_starts_afresh(model):
+    hook = AccumulateGramHook()
+    for n in (4, 2):
+        x = torch.randn(n, 5).double()
+        loss_func = backward(model, x, hook)
+        assert_close(hook.ntk(loss=loss_func), jacobian_contraction(model, x))
+
+
+def test_hook_skips_frozen_parameters(model):
+    model[0].weight.requires_grad_(False)
+    model[4].requires_grad_(False)
+    x, hook = torch.randn(3, 5).double(), AccumulateGramHook()
+    loss_func = backward(model, x, hook)
+    assert_close(hook.ntk(loss=loss_func), jacobian_contraction(model, x))
+
+
+def test_hook_keeps_buffers_when_asked(model):
+    hook = AccumulateGramHook(delete_buffers=False)
+    backward(model, torch.randn(3, 5).double(), hook)
+    grams = [p.vivit_ggn_exact["gram_mat"]() for p in model.parameters()]
+    assert_close(hook.gram, sum(grams))
+
+
+def test_hook_counts_the_whole_batch_when_vivit_subsamples(model):
+    x, hook, loss_func = torch.randn(5, 5).double(), AccumulateGramHook(), extend(nn.MSELoss())
+    with backpack(ViViTGGNExact(subsampling=[0, 3]), extension_hook=hook):
+        loss_func(extend(model)(x), torch.zeros(5, 3).double()).backward()
+    assert_close(hook.ntk(loss=loss_func), jacobian_contraction(model, x[[0, 3]]))
+
+
+def test_hook_has_no_graph_when_the_pass_creates_one(model):
+    hook, loss_func = AccumulateGramHook(), extend(nn.MSELoss(reduction="sum"))
+    with backpack(ViViTGGNExact(), extension_hook=hook):
+        loss = loss_func(extend(model)(torch.randn(2, 5).double()), torch.zeros(2, 3).double())
+        torch.autograd.grad(loss, list(model.parameters()), create_graph=True)
+    assert not hook.ntk(loss=loss_func).requires_grad
+
+
+def test_hook_before_the_backward_pass():
+    hook = AccumulateGramHook()
+    assert hook.gram is None
+    with pytest.raises(RuntimeError, match="No Gram matrix yet: run a backward pass"):
+        hook.ntk(loss=nn.MSELoss())
+
+
+def test_hook_refuses_cross_entropy(model):
+    hook = AccumulateGramHook()
+    targets = torch.tensor([0, 2])
+    loss_func = backward(model, torch.randn(2, 5).double(), hook, loss_func=nn.CrossEntropyLoss(), targets=targets)
+    with pytest.raises(ValueError, match=r"loss must be MSELoss .* weighted by the loss Hessian"):
+        hook.ntk(loss=loss_func)
+    with pytest.raises(ValueError, match=r"loss must be that of the backward pass, CrossEntropyLoss"):
+        hook.ntk(loss=nn.MSELoss())
+
+
+def test_hook_refuses_another_reduction_than_the_pass_had(model):
+    hook = AccumulateGramHook()
+    backward(model, torch.randn(2, 5).double(), hook)
+    with pytest.raises(ValueError, match="MSELoss with reduction 'sum', got"):
+        hook.ntk(loss=nn.MSELoss(reduction="mean"))
+    with pytest.raises(ValueError, match="reduction 'sum' or 'mean'"):
+        hook.ntk(loss=nn.MSELoss(reduction="none"))
+
+
+@pytest.mark.parametrize("n1", [0, 3, -1])
+def test_hook_checks_n1(model, n1):
+    hook = AccumulateGramHook()
+    loss_func = backward(model, torch.randn(3, 5).double(), hook)
+    with pytest.raises(ValueError, match=f"n1 must be between 1 and 2 for a batch of 3 samples, got {n1}"):
+        hook.ntk(n1, loss=loss_func)
+    with pytest.raises(TypeError, match="n1 must be an integer or None, got float"):
+        hook.ntk(1.0, loss=loss_func)
+
+
+def test_hook_refuses_two_losses_in_a_pass(model):
+    hook, first, second = AccumulateGramHook(), extend(nn.MSELoss()), extend(nn.MSELoss())
+    output = extend(model)(torch.randn(3, 5).double())
+    loss = first(output, torch.zeros_like(output)) + second(output, torch.ones_like(output))
+    error = pytest.raises(RuntimeError, match="More than one extended loss in a backward pass")
+    with backpack(ViViTGGNExact(), extension_hook=hook), error:
+        loss.backward()
+    assert hook.gram is None
+
+
+def test_hook_refuses_batch_statistics():
+    model = nn.Sequential(nn.Linear(5, 4), nn.BatchNorm1d(4), nn.Linear(4, 2))
+    hook = AccumulateGramHook()
+    with pytest.raises(UnsupportedModelError, match="BatchNorm1d normalises by batch statistics"):
+        backward(model, torch.randn(3, 5), hook)
+    assert hook.gram is None
+
+
+def test_hook_refuses_a_second_use_of_a_parameter():
+    with pytest.raises(UnsupportedModelError, match=r"Linear.weight: it is used more than once"):
+        backward(tied_mlp(), torch.randn(3, 5), AccumulateGramHook())
+
+
+def test_hook_refuses_options_that_backpack_ignores():
+    model = nn.Sequential(nn.Conv2d(2, 2, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(32, 2))
+    with pytest.raises(UnsupportedModelError, match="Conv2d has a padding_mode other than 'zeros'"):
+        backward(model, torch.randn(3, 2, 4, 4), AccumulateGramHook())
+
+
+def test_hook_without_vivit(model):
+    loss_func = extend(nn.MSELoss())
+    with (
+        backpack(BatchGrad(), extension_hook=AccumulateGramHook()),
+        pytest.raises(RuntimeError, match=r"ViViT is not active. Activate it beside this hook"),
+    ):
+        loss_func(extend(model)(torch.randn(3, 5).double()), torch.zeros(3, 3).double()).backward()
+
+
+def test_hook_publishes_no_partial_sum():
+    model = nn.Sequential(nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 3))
+    hook = AccumulateGramHook()
+    with pytest.raises(NotImplementedError):
+        backward(model, torch.randn(3, 5), hook)
+    assert hook.gram is None
+    with pytest.raises(RuntimeError, match="No Gram matrix yet"):
+        hook.ntk(loss=nn.MSELoss(reduction="sum"))
+
+
+def test_hook_with_one_extension_over_many_passes():
+    body, head = nn.Linear(5, 4).double(), extend(nn.Sequential(nn.Linear(4, 3)).double())
+    extension, hook, loss_func = ViViTGGNExact(), AccumulateGramHook(), extend(nn.MSELoss(reduction="sum"))
+    for _ in range(20):
+        features = body(torch.randn(3, 5).double())  # require a gradient, so BackPACK saves a quantity for them
+        with backpack(extension, extension_hook=hook):
+            loss_func(head(features), torch.zeros(3, 3).double()).backward()
+        assert_close(hook.ntk(loss=loss_func), jacobian_contraction(head, features.detach()))
+
+
+def test_hook_refuses_an_extension_left_over_from_a_failed_pass():
+    model = nn.Sequential(nn.Linear(5, 4), nn.GELU(), nn.Linear(4, 4), nn.Tanh(), nn.Linear(4, 3))
+    extension, loss_func, hook = ViViTGGNExact(), extend(nn.MSELoss()), AccumulateGramHook()
+    with backpack(extension, extension_hook=hook), pytest.raises(NotImplementedError):
+        loss_func(extend(model)(torch.randn(3, 5)), torch.zeros(3, 3)).backward()
+    extension.saved_quantities._saved_quantities[-1] = torch.zeros(1)  # what a failed pass may leave
+    with (
+        backpack(extension, extension_hook=hook),
+        pytest.raises(RuntimeError, match="holds quantities of another pass"),
+    ):
+        loss_func(extend(nn.Sequential(nn.Linear(5, 3)))(torch.randn(3, 5)), torch.zeros(3, 3)).backward()
+
+
+def test_hook_does_not_take_buffers_of_an_earlier_pass_for_its_own(model):
+    x, hook = torch.randn(3, 5).double(), AccumulateGramHook(delete_buffers=False)
+    loss_func = backward(model, x, hook)
+    with backpack(BatchGrad(), extension_hook=hook), pytest.raises(RuntimeError, match="ViViT is not active"):
+        loss_func(model(x), torch.zeros(3, 3).double()).backward()
+    assert hook.gram is None
+
+
+def test_hook_and_a_parameter_without_a_gram_matrix(model):
+    model[0].register_parameter("extra", nn.Parameter(torch.ones(1).double()))
+    with pytest.raises(RuntimeError, match=r"ViViT has no Gram matrix for Linear.extra"):
+        backward(model, torch.randn(3, 5).double(), AccumulateGramHook())
+
+
+# ---------------------------------------------------------------- the network as it ran
 
 
 def assert_right(model, x, **options):

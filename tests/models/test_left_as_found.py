@@ -4,7 +4,7 @@ from contextlib import contextmanager, suppress
 
 import pytest
 import torch
-from conftest import assert_close, call, first_samples, num_samples
+from conftest import assert_close, loop_kernel, mapped, seeded
 from torch import nn
 from torch.func import functional_call, hessian, jacrev, jvp, vmap
 from torch.nn import functional as F
@@ -14,41 +14,6 @@ from ggn_ntk import RouteWarning, UnsupportedModelError, empirical_ntk, explain,
 from ggn_ntk.rules.linear import linear
 
 METHODS = ["structured", "jacobian_contraction", "ntk_vector_products"]
-
-
-def mapped(f, x):
-    if isinstance(x, torch.Tensor):
-        return f(x)
-    return tuple(map(f, x)) if isinstance(x, tuple) else {key: f(t) for key, t in x.items()}
-
-
-def seeded(function, *args, **kwargs):
-    def build():
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return function(*args, **kwargs).double()
-
-    return build
-
-
-def jacobians(build, x):
-    """Builds the model anew for each sample."""
-    rows = []
-    for n in range(num_samples(x)):
-        model = build()
-        params = [p for p in model.parameters() if p.requires_grad]
-        output = call(model, mapped(torch.clone, first_samples(x, slice(n, n + 1)))).flatten()
-        grads = [
-            torch.autograd.grad(entry, params, retain_graph=True, allow_unused=True, materialize_grads=True)
-            for entry in output
-        ]
-        rows.append(torch.stack([torch.cat([g.flatten() for g in row]) for row in grads]))
-    return torch.stack(rows)
-
-
-def loop_kernel(build, x1, x2=None):
-    j1 = jacobians(build, x1)
-    return torch.einsum("ncp,mdp->nmcd", j1, j1 if x2 is None else jacobians(build, x2))
 
 
 def found_state(model, inputs):
@@ -524,7 +489,7 @@ def test_global_hooks_that_change_outputs(capture):
         handle.remove()
 
 
-class KernelEinsum(nn.Linear):
+class Doubled(nn.Linear):
     """Has a rule that knows nothing of the samples that it doubles."""
 
     def forward(self, x):
@@ -534,8 +499,8 @@ class KernelEinsum(nn.Linear):
 @pytest.mark.parametrize("capture", ["auto", "sequential", "autograd"])
 @pytest.mark.parametrize("per_parameter", [False, True])
 def test_a_rule_wrong_for_nine_of_200_samples(per_parameter, capture):
-    register_rule(KernelEinsum)(linear)
-    build = seeded(lambda: nn.Sequential(KernelEinsum(4, 5), nn.Tanh(), nn.Linear(5, 2)))
+    register_rule(Doubled)(linear)
+    build = seeded(lambda: nn.Sequential(Doubled(4, 5), nn.Tanh(), nn.Linear(5, 2)))
     x1, x2 = one_of_many(special=9), torch.randn(2, 4).double()
     expected = loop_kernel(build, x1, x2)
     with pytest.warns(RouteWarning, match="0.weight.*its Jacobian by the layer's rule"):

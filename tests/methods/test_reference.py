@@ -4,11 +4,14 @@ import pytest
 import torch
 from backpack import extend
 from cases import BY_NAME, mlp
-from conftest import COMPUTES, assert_close, loop_jacobians, oracle_sum
+from conftest import COMPUTES, assert_close, kernel_of, loop_jacobians, oracle_sum
 from torch import nn
+from torch.nn import functional as F
 
 from ggn_ntk import RouteWarning
 from ggn_ntk.methods import reference, sample_jacobians
+from ggn_ntk.models.comparison import KINKS, TOLERANCES, relative_error
+from ggn_ntk.process.torch_internals import is_wrapped_tensor
 from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
 
 each_function = pytest.mark.parametrize("function", [jacobian_contraction, ntk_vector_products])
@@ -219,3 +222,81 @@ def test_products_that_are_wrong_in_a_batch_alone(monkeypatch):
     monkeypatch.setattr(reference, "_kernel_from_products", wrong)
     with pytest.warns(RouteWarning, match="instead of products"):
         assert_close(ntk_vector_products(model, x), expected)
+
+
+class AtAKink(nn.Module):
+    """Units of the samples with x[0] > 0 are at a kink, which torch.func takes to its other side in some dtypes."""
+
+    def __init__(self, size, *dtypes):
+        super().__init__()
+        self.layer, self.head, self.size, self.dtypes = nn.Linear(4, 16), nn.Linear(16, 2), size, dtypes
+
+    def forward(self, x):
+        h = self.layer(x)
+        other_side = x.dtype in self.dtypes and is_wrapped_tensor(self.layer.weight)
+        at_kink = F.leaky_relu(h - h.detach() + (-1e-9 if other_side else 1e-9), 1 - self.size)
+        return self.head(torch.cat([torch.where(x[:, :1] > 0, at_kink, h)[:, :8], h[:, 8:].tanh()], 1))
+
+
+def samples_at_a_kink():
+    x = torch.randn(5, 4)
+    x[:, 0] = torch.tensor([-1.0, 1.0, -1.0, 1.0, 1.0])  # not at the first, which products are tried with
+    return x
+
+
+@each_function
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.filterwarnings("error::ggn_ntk.RouteWarning")
+def test_what_kinks_explain_is_no_reason_to_loop(function, symmetric):
+    model, x = AtAKink(0.01, torch.float32), samples_at_a_kink()
+    x1, x2 = (x, None) if symmetric else (x[:3], x[3:])
+    found = function(model, x1, x2)
+    expected = kernel_of(model.double(), x1.double(), None if symmetric else x2.double())
+    assert TOLERANCES[torch.float32] < relative_error(found, expected) < KINKS
+
+
+@each_function
+@pytest.mark.parametrize("symmetric", [False, True])
+@pytest.mark.parametrize(
+    ("size", "dtypes"), [(1.0, [torch.float32]), (0.01, [torch.float32, torch.float64])], ids=["large", "in_float64"]
+)
+def test_what_kinks_do_not_explain_is_announced_and_right(function, symmetric, size, dtypes):
+    model, x = AtAKink(size, *dtypes), samples_at_a_kink()
+    x1, x2 = (x, None) if symmetric else (x[:3], x[3:])
+    with pytest.warns(RouteWarning, match="gets some samples wrong") as warned:
+        found = function(model, x1, x2)
+    assert any("gets products with vectors wrong" in str(w.message) for w in warned) == (
+        function is ntk_vector_products
+    )
+    assert_close(found, kernel_of(model.double(), x1.double(), None if symmetric else x2.double()))
+
+
+@pytest.mark.parametrize(
+    ("function", "module", "name"),
+    [(jacobian_contraction, sample_jacobians, "jacrev"), (ntk_vector_products, reference, "vjp")],
+)
+@pytest.mark.parametrize(
+    "replaced", [None, torch.ones(2), lambda: None], ids=["missing", "a_tensor", "without_arguments"]
+)
+def test_a_mistake_of_this_package_comes_through(function, module, name, replaced, monkeypatch):
+    if replaced is None:
+        monkeypatch.delattr(module, name)
+    else:
+        monkeypatch.setattr(module, name, replaced)
+    with pytest.raises(NameError if replaced is None else TypeError):
+        function(mlp(nn.Tanh)(), torch.randn(3, 5))
+
+
+@each_function
+@pytest.mark.parametrize("error", [NameError, TypeError, AttributeError, AssertionError, ValueError, RuntimeError])
+def test_an_error_that_torch_func_makes_the_model_raise_does_not(function, error):
+    class Raises(nn.Linear):
+        def forward(self, x):
+            if is_wrapped_tensor(self.weight):
+                raise error("inside of torch.func")
+            return super().forward(x)
+
+    model, x = Raises(5, 3).double(), torch.randn(3, 5).double()
+    with pytest.warns(RouteWarning, match=f"does not go through the model .{error.__name__}: inside of torch.func"):
+        found = function(model, x)
+    assert_close(found, kernel_of(model, x))

@@ -102,12 +102,12 @@ def test_both_kernels_with_axes(roles, method):
 @pytest.mark.parametrize("symmetric", [False, True])
 @pytest.mark.parametrize(("wrapped", "method"), [(False, "structured"), (True, "structured"), (False, "vivit")])
 def test_one_forward_pass_of_all_samples_for_both_kernels(wrapped, method, symmetric, monkeypatch):
-    class KernelEinsum(nn.Sequential):  # not to be walked through
+    class Doubled(nn.Sequential):  # not to be walked through
         def forward(self, x):
             return 2 * super().forward(x)
 
     network = fully_convolutional()
-    model = KernelEinsum(*network) if wrapped else network
+    model = Doubled(*network) if wrapped else network
     x1, x2 = torch.randn(20, 1, 3, 3).double(), None if symmetric else torch.randn(10, 1, 3, 3).double()
     sizes = batch_sizes(monkeypatch)
     kernels = empirical_kernels(model, x1, x2, method=method)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from cases import mlp
+from conftest import DATA
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.integrate import solve_ivp
@@ -28,7 +29,7 @@ from ggn_ntk.training import (
     ntk_ensemble,
 )
 
-FIGURES = json.loads((Path(__file__).parent / "data" / "neural_tangents.json").read_text())
+FIGURES = json.loads((DATA / "neural_tangents.json").read_text())
 STYLES = ["full", "one_for_all_outputs"]
 
 

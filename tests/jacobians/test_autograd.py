@@ -1,14 +1,12 @@
 """The capture by autograd, for models that are no sequence of layers: exact, or by the fallback, or refused."""
 
-import importlib.util
-
 import pytest
 import torch
 from cases import BY_NAME
 from conftest import NAMED, assert_close, first_samples, limit_memory, oracle, oracle_sum
-from models import LARGE, MODELS, Scaled
-from test_isolation import unchanged
+from models import LARGE, MODELS, Scaled, each
 from torch import nn
+from unchanged import unchanged
 
 from ggn_ntk import Factored, UnsupportedModelError, empirical_ntk, explain, register_rule
 from ggn_ntk.contraction import contract, vector_products
@@ -24,14 +22,6 @@ from ggn_ntk.problem.request import Request
 from ggn_ntk.reference import jacobian_contraction
 from ggn_ntk.rules import attention, rule_for
 from ggn_ntk.rules.registry import _RULES, _RULES_BY_NAME
-
-
-def needs(package):
-    return pytest.mark.skipif(importlib.util.find_spec(package) is None, reason=f"{package} is not installed")
-
-
-def each(models):
-    return [pytest.param(model, marks=needs(model.needs), id=model.name) for model in models]
 
 
 @pytest.mark.parametrize("case", each(MODELS))

@@ -18,10 +18,10 @@ from backpack import backpack, disable, extend
 from backpack.context import CTX
 from backpack.extensions import BatchGrad
 from conftest import assert_close, loop_jacobians
-from test_isolation import precision
 from torch import nn
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
+from unchanged import precision
 
 from ggn_ntk import UnsupportedModelError, empirical_kernels, empirical_ntk, explain, linearize, nngp
 from ggn_ntk.models.comparison import relative_error

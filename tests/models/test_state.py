@@ -7,7 +7,6 @@ import random
 import sys
 import threading
 import types
-import warnings
 from collections import Counter, OrderedDict, UserDict, defaultdict, deque
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
@@ -15,15 +14,13 @@ from dataclasses import dataclass, field
 import numpy as np
 import pytest
 import torch
-from conftest import assert_close
-from test_left_as_found import loop_kernel, seeded
+from conftest import assert_close, loop_kernel, seeded
 from torch import nn
 from torch.nn.utils import parametrizations
 
 from ggn_ntk import UnsupportedModelError, UnsupportedRouteError, empirical_ntk, explain, linearize, nngp
 from ggn_ntk.models.inspection import Inspection, without_draws
 from ggn_ntk.models.state import State
-from ggn_ntk.process.switches import Switch, process_switches
 
 METHODS = ["structured", "jacobian_contraction", "ntk_vector_products"]
 
@@ -606,56 +603,3 @@ def test_writes_are_taken_down(write):
     assert list(written) == [p]
     assert torch.equal(written[p], before)
     assert not torch.equal(p, before)
-
-
-@pytest.mark.parametrize("fails", ["", "in", "out"])
-def test_a_switch_is_entered_once(fails):
-    log, inside, leave = [], threading.Barrier(4), threading.Event()
-
-    @contextmanager
-    def context():
-        log.append("in")
-        if fails == "in" and len(log) == 1:
-            raise OSError(fails)
-        yield
-        log.append("out")
-        if fails == "out" and len(log) == 2:
-            raise OSError(fails)
-
-    def run():
-        with switch, switch:
-            inside.wait()
-            leave.wait()
-
-    switch = Switch(context)
-    with suppress(OSError), switch:
-        pass
-    log.clear()
-    log.append("first")
-    threads = [threading.Thread(target=run) for _ in range(3)]
-    for thread in threads:
-        thread.start()
-    inside.wait()
-    with suppress(KeyError), switch:
-        leave.set()
-        for thread in threads:
-            thread.join()
-        assert log == ["first", "in"]
-        raise KeyError
-    assert log == ["first", "in", "out"]
-
-
-def test_what_is_switched():
-    b = torch.backends
-
-    def settings():
-        return b.mha.get_fastpath_enabled(), b.cuda.flash_sdp_enabled(), b.cudnn.enabled, len(warnings.filters)
-
-    before = settings()
-    with process_switches(recurrent=True):
-        assert settings()[:3] == (False, False, False)
-        with process_switches(recurrent=False):
-            pass
-        assert settings()[:3] == (False, False, False)
-        warnings.simplefilter("ignore", BytesWarning)
-    assert settings() == (*before[:3], before[3] + 1)

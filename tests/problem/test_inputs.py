@@ -1,13 +1,8 @@
-"""What x1 and x2 may be, and what of the process and of the package a call relies on."""
+"""What x1 and x2 may be, and what of the process a call relies on."""
 
-import dataclasses
-import importlib
-import inspect
-import pkgutil
 import re
 import sys
 import textwrap
-import typing
 from functools import partial
 
 import pytest
@@ -16,11 +11,8 @@ from backpack import backpack, extend
 from conftest import assert_close, kernel_of, loop_jacobians
 from torch import Tensor, nn
 
-import ggn_ntk
 from ggn_ntk import (
     EmpiricalNTK,
-    Factored,
-    RouteWarning,
     UnsupportedModelError,
     empirical_kernels,
     empirical_ntk,
@@ -28,14 +20,8 @@ from ggn_ntk import (
     linearize,
     nngp,
 )
-from ggn_ntk import __main__ as demo
-from ggn_ntk.contraction import einsum
-from ggn_ntk.contraction.operand import OneHot
 from ggn_ntk.methods.structured import recorded_products
-from ggn_ntk.plots import plot_alignment
 from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
-from ggn_ntk.rules import register_rule_by_name, registry
-from ggn_ntk.rules.linear import linear
 
 ROUTES = ["structured", "jacobian_contraction", "ntk_vector_products", "auto"]
 FUNCTIONS = [empirical_ntk, jacobian_contraction, ntk_vector_products, explain, nngp, empirical_kernels]
@@ -317,79 +303,7 @@ def test_wanted_complex_parameters_are_refused(method):
     assert_close(kernel, torch.einsum("ncp,mdp->nmcd", jacobians, jacobians))
 
 
-# ---------------------------------------------------------------- the package itself
-
-
-class Layer(nn.Linear):
-    """A layer of the user's."""
-
-
-def test_rules_by_name_take_effect_after_a_look_up(monkeypatch):
-    monkeypatch.setattr(registry, "_RULES_BY_NAME", dict(registry._RULES_BY_NAME))
-    model, calls = nn.Sequential(nn.Linear(3, 4), nn.Tanh(), Layer(4, 2)).double(), []
-    assert explain(model, X).fallback.keys() == {"2.weight", "2.bias"}
-
-    @register_rule_by_name(f"{__name__}.Lay*")
-    def rule(module, x, s):
-        calls.append(module)
-        return linear(module, x, s)
-
-    try:
-        assert not explain(model, X).fallback
-        assert_close(empirical_ntk(model, X), kernel_of(model, X))
-        assert calls
-        wrong = register_rule_by_name(f"{__name__}.Lay*")(lambda m, x, s: {"weight": Factored("cno,ni->cnoi", (-s, x))})
-        with pytest.warns(RouteWarning, match=r"2\.weight"):
-            assert_close(empirical_ntk(model, X), kernel_of(model, X))
-        assert registry.rule_for(model[2]) is wrong
-    finally:
-        registry._rule_by_name.cache_clear()
-
-
-@pytest.mark.parametrize("count", [5, 9, 12, 20])
-@pytest.mark.parametrize("apart", [0, 4])
-def test_many_operands_are_ordered_by_dynamic_programming(count, apart, monkeypatch):
-    optimizers, search = [], einsum.opt_einsum.contract_path
-
-    def searching(*args, **kwargs):
-        optimizers.append(kwargs["optimize"])
-        return search(*args, **kwargs)
-
-    monkeypatch.setattr(einsum.opt_einsum, "contract_path", searching)
-    einsum.path_info.cache_clear()
-    letters = "abcdefghijklmnopqrstu"
-    terms = [letters[i : i + 2] for i in range(count)]
-    tensors = [torch.randn(2 + i % 2, 2 + (i + 1) % 2, dtype=torch.float64) for i in range(count)]
-    operands = [einsum.Operand(term, tensor, i) for i, (term, tensor) in enumerate(zip(terms, tensors, strict=True))]
-    info = einsum.path_of(operands, "a" + letters[count], apart=apart)
-    named = {name for name in optimizers if isinstance(name, str)}
-    sizes = [count] if not apart else [apart, count - apart]
-    assert named == {"optimal" if size <= 6 else "dp" for size in sizes}
-    assert len(info.contraction_list) == count - 1
-    assert sum(len(step[0]) - 1 for step in info.contraction_list) == count - 1
-    found = einsum.contract(operands, "a" + letters[count], einsum.Memo())
-    assert_close(found.aligned("a" + letters[count]), torch.linalg.multi_dot(tensors))
-
-
-MODULES = [m.name for m in pkgutil.walk_packages(ggn_ntk.__path__, "ggn_ntk.")]
-
-
-def holds_tensors(annotation):
-    inside = typing.get_args(annotation)
-    return annotation in (Tensor, OneHot) or "Tensor" in str(annotation) or any(map(holds_tensors, inside))
-
-
-@pytest.mark.parametrize("name", MODULES)
-def test_dataclasses_that_hold_tensors_are_equal_to_themselves_alone(name):
-    module = importlib.import_module(name)
-    kinds = [kind for _, kind in inspect.getmembers(module, dataclasses.is_dataclass) if kind.__module__ == name]
-    tensors = {kind for kind in kinds if any(holds_tensors(field.type) for field in dataclasses.fields(kind))}
-    for _ in kinds:  # and those that hold these
-        names = [kind.__name__ for kind in tensors]
-        tensors |= {k for k in kinds if any(n in str(f.type) for n in names for f in dataclasses.fields(k))}
-    for kind in tensors:
-        assert kind.__eq__ is object.__eq__
-        assert kind.__hash__ is object.__hash__
+# ---------------------------------------------------------------- what explain records
 
 
 @pytest.mark.parametrize("build", [network, embedded])
@@ -409,30 +323,3 @@ def test_explanations_hold_no_tensors(build, monkeypatch):
     assert {o.tensor.device.type for o in operands} == {"meta"}
     assert not any(isinstance(value, Tensor) for value in vars(explanation).values())
     assert "Tensor" not in repr(explanation)
-
-
-@pytest.mark.parametrize("values", [[-0.4, 0.2, 1.3], [-2.0, -1.5, -1.0], [1.5, 3.0, 2.0], [0.1, 0.2, 0.3]], ids=str)
-def test_plots_of_alignments_do_not_clip(values):
-    figure = pytest.importorskip("matplotlib.figure")
-    ax = figure.Figure().subplots()
-    plot_alignment([0, 1, 2], {"one": values, "other": torch.tensor([0.4, 0.5, 0.6])}, ax)
-    low, high = ax.get_ylim()
-    assert low < min(0, *values)
-    assert high > max(1, *values)
-    assert all(low < y < high for line in ax.lines for y in line.get_ydata())
-
-
-@pytest.mark.parametrize("option", ["--output", "--picture"])
-@pytest.mark.parametrize("place", ["folder", "missing/file", "file/file"])
-def test_the_demo_looks_where_it_may_write_before_it_works(option, place, tmp_path, capsys, monkeypatch):
-    def working(*args, **kwargs):
-        raise AssertionError("it works first")
-
-    monkeypatch.setattr(demo, "empirical_ntk", working)
-    monkeypatch.setattr(demo, "cnn", working)
-    (tmp_path / "folder").mkdir()
-    (tmp_path / "file").touch()
-    with pytest.raises(SystemExit) as info:
-        demo.main([option, str(tmp_path / place)])
-    assert info.value.code == 2
-    assert f"argument {option}: cannot write to" in capsys.readouterr().err

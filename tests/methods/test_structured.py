@@ -1,28 +1,18 @@
-"""The structured route: its rules, its contractions, and the probe that trusts neither."""
+"""The structured route: blocks of samples, rules of users, and the probe that trusts no rule."""
 
 import pytest
 import torch
 from cases import BY_NAME, CASES
 from conftest import COMPUTES, assert_close, limit_memory, oracle_sum
-from hypothesis import assume, given, settings
-from hypothesis import strategies as st
 from torch import nn
 
 from ggn_ntk import Factored, UnsupportedModelError, empirical_ntk, explain, register_rule
-from ggn_ntk.contraction import accumulate, accumulator, einsum
-from ggn_ntk.contraction.products import kernel_einsum
+from ggn_ntk.contraction import accumulator
 from ggn_ntk.jacobians import sequential
 from ggn_ntk.jacobians.backward import identity
 from ggn_ntk.jacobians.layers import Use, backpropagate
-from ggn_ntk.problem.output_axes import Roles
-from ggn_ntk.reference import jacobian_contraction, relative_error
-from ggn_ntk.rules import register_backpropagation, registry
-
-
-@pytest.mark.parametrize("registered", [registry._RULES, registry._BACKPROPAGATIONS], ids=["rules", "backpropagations"])
-def test_every_registered_layer_has_a_case(registered):
-    covered = {type(module) for case in CASES for module in case.model().modules()}
-    assert not set(registered) - covered
+from ggn_ntk.reference import jacobian_contraction
+from ggn_ntk.rules import register_backpropagation
 
 
 def test_the_capture_suits_the_model(case):
@@ -41,86 +31,7 @@ def test_agrees_with_vivit(case):
     assert_close(structured, empirical_ntk(model, x1, x2, method="vivit"))
 
 
-# ---------------------------------------------------------------- convolution geometry
-
-
-@st.composite
-def convolutions(draw):
-    """A convolution of any dimension and the spatial shape of its input."""
-    dim, transpose = draw(st.integers(1, 3)), draw(st.booleans())
-
-    def each(low, high):
-        return tuple(draw(st.integers(low, high)) for _ in range(dim))
-
-    groups, spatial, stride, dilation = draw(st.integers(1, 2)), each(1, 6 if dim < 3 else 4), each(1, 3), each(1, 2)
-    options = {"kernel_size": each(1, 3), "stride": stride, "dilation": dilation, "groups": groups}
-    options |= {"bias": draw(st.booleans()), "padding": each(0, 2)}
-    if transpose:
-        padded = tuple(draw(st.integers(0, max(s, d) - 1)) for s, d in zip(stride, dilation, strict=True))
-        options["output_padding"] = padded
-    else:
-        options["padding_mode"] = draw(st.sampled_from(["zeros", "reflect", "replicate", "circular"]))
-        if all(s == 1 for s in stride) and draw(st.booleans()):
-            options["padding"] = "same"
-    layer = getattr(nn, f"Conv{'Transpose' if transpose else ''}{dim}d")
-    return lambda i, o: layer(i * groups, o * groups, **options), groups, spatial
-
-
-@settings(deadline=None, max_examples=80)
-@given(drawn=convolutions(), compute=st.sampled_from(COMPUTES), symmetric=st.booleans())
-@pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-def test_convolutions_of_any_geometry(drawn, compute, symmetric):
-    layer, groups, spatial = drawn
-    torch.manual_seed(0)
-    model = nn.Sequential(layer(1, 2), nn.Tanh(), nn.Flatten()).double()
-    x1, x2 = torch.randn(2, groups, *spatial).double(), torch.randn(3, groups, *spatial).double()
-    try:
-        outputs = model(x1).shape[1]
-    except (RuntimeError, ValueError):  # no such convolution
-        assume(False)
-    assume(0 < outputs <= 200)
-    model.append(nn.Linear(outputs, 2).double())
-    x2 = None if symmetric else x2
-    kernel = empirical_ntk(model, x1, x2, compute=compute, method="structured")
-    assert_close(kernel, jacobian_contraction(model, x1, x2, compute=compute))
-
-
-# ---------------------------------------------------------------- contraction
-
-
-def in_memory_order(letters, order, sizes):
-    """A random tensor with an axis for each letter, which lie in memory as the order says."""
-    kept = [letter for letter in order if letter in letters]
-    tensor = torch.randn([sizes[letter] for letter in kept], dtype=torch.float64)
-    return einsum.Operand(letters, tensor.permute([kept.index(letter) for letter in letters])).ready("nm")
-
-
-@settings(deadline=None, max_examples=200)
-@given(st.data())
-def test_products_of_operands_in_any_memory_order(data):
-    letters = "abcde"
-    sizes = {letter: data.draw(st.integers(1, 5), label=letter) for letter in letters}
-    first, second = (data.draw(st.sets(st.sampled_from(letters), min_size=1).map(sorted)) for _ in range(2))
-    both, shared = set(first) | set(second), set(first) & set(second)
-    needed = (both - shared) | data.draw(st.sets(st.sampled_from(letters)))
-    a, b = (
-        in_memory_order("".join(names), data.draw(st.permutations(letters)), sizes)._replace(key=key)
-        for key, names in enumerate((first, second))
-    )
-    expected = torch.einsum(f"{a.letters},{b.letters}->{''.join(sorted(both & needed))}", a.tensor, b.tensor)
-    for keep_copies in (False, True):
-        product = einsum.as_matrices(a, b, needed)
-        found = einsum.Operand(product.letters, einsum.multiply(product, einsum.Memo(keep_copies=keep_copies)), None)
-        torch.testing.assert_close(found.aligned("".join(sorted(both & needed))), expected)
-
-
-def test_outer_rows_become_a_batch_instead_of_a_copy():
-    sizes = {"n": 3, "c": 4, "p": 6, "o": 64, "q": 6}
-    s, gram = in_memory_order("cnpo", "ncpo", sizes), in_memory_order("npq", "npq", sizes)
-    product = einsum.as_matrices(s, gram, set("cnoq"))
-    assert (product.letters, product.batch, product.first.letters) == ("ncqo", ["n", "c"], "npq")
-    windows = in_memory_order("npk", "npk", {**sizes, "k": 5000})
-    assert einsum.as_matrices(s, windows, set("cnok")).batch == ["n"]  # repeating these would cost more than the copy
+# ---------------------------------------------------------------- samples and outputs a few at a time
 
 
 @pytest.mark.parametrize("compute", COMPUTES)
@@ -159,54 +70,6 @@ def test_blocks_of_samples_wait_as_jacobians_or_as_s(monkeypatch):
     assert by_layer[nn.Linear]._s.numel == 2 * 5 * 2  # [C, N, O]: less than a Jacobian
     assert by_layer[nn.Conv2d]._s.numel == 0
     assert by_layer[nn.Conv2d].waiting == 2 * 5 * (2 * 9 + 2)  # the Jacobians of weight and bias
-
-
-def count_products(monkeypatch):
-    """Record the shapes of the matrices that are multiplied."""
-    shapes = []
-    original = einsum.multiply
-    monkeypatch.setattr(einsum, "multiply", lambda p, *r: shapes.append(p.letters) or original(p, *r))
-    return shapes
-
-
-def test_weight_and_bias_share_the_gram_matrix_of_s(monkeypatch):
-    products = count_products(monkeypatch)
-    n, c, features = 8, 3, 500
-    s, x = torch.randn(c, n, features), torch.randn(n, features)
-    jacobians = {"weight": Factored("cno,ni->cnoi", (s, x)), "bias": Factored("cno->cno", (s,))}
-    kernels = {"": torch.zeros(4, 4, 1, c, c)}
-    accumulate.add_products(
-        kernels, [("", kernel_einsum(j, j, Roles(free=c))) for j in jacobians.values()], (4, 4, 1, c, c), offset=4
-    )
-    assert len(products) == 2  # x with x and s with s, of which the kernel is the product
-    expected = torch.einsum("cno,ni,dmo,mi->nmcd", s[:, :4], x[:4], s[:, 4:], x[4:])
-    torch.testing.assert_close(kernels[""][:, :, 0], expected + torch.einsum("cno,dmo->nmcd", s[:, :4], s[:, 4:]))
-
-
-def test_the_jacobian_of_one_set_is_formed_once(monkeypatch):
-    multiplied = count_products(monkeypatch)
-    s, x = torch.randn(2, 4, 3, 50), torch.randn(4, 5, 50)
-    jacobian = Factored("cnop,nip->cnoi", (s, x))
-    for n1, count in [(None, 2), (2, 3)]:
-        multiplied.clear()
-        kernel = torch.zeros((4, 4, 1, 2, 2) if n1 is None else (2, 2, 1, 2, 2))
-        samples = {"symmetric": True} if n1 is None else {"offset": n1}
-        products = [("", kernel_einsum(jacobian, jacobian, Roles(free=2)))]
-        accumulate.add_products({"": kernel}, products, kernel.shape, **samples)
-        assert len(multiplied) == count
-
-
-def test_different_factorisations_are_matched_by_position():
-    torch.manual_seed(0)
-    embedding = Factored("cnpk,npv->cnvk", (torch.randn(2, 3, 4, 5).double(), torch.randn(3, 4, 6).double()))
-    linear = Factored("cno,ni->cnoi", (torch.randn(2, 3, 6).double(), torch.randn(3, 5).double()))
-    grouped = Factored("cngo,ngi->cngoi", (torch.randn(2, 3, 2, 3).double(), torch.randn(3, 2, 5).double()))
-    dense = [torch.einsum(f.equation, *f.operands).reshape(2, 3, 30) for f in (embedding, linear, grouped)]
-    for a, i in zip((embedding, linear, grouped), dense, strict=True):
-        for b, j in zip((embedding, linear, grouped), dense, strict=True):
-            kernel = torch.zeros(1, 2, 1, 2, 2).double()
-            accumulate.add_products({"": kernel}, [("", kernel_einsum(a, b, Roles(free=2)))], kernel.shape, offset=1)
-            assert relative_error(kernel[:, :, 0], torch.einsum("cnz,dmz->nmcd", i[:, :1], j[:, 1:])) < 1e-14
 
 
 def test_s_is_kept_once_up_to_the_last_nonlinearity():
@@ -295,18 +158,6 @@ def test_a_wrong_backpropagation_is_caught():
     model, x = scale_net(), torch.randn(3, 5).double()
     assert set(explain(model, x, capture="sequential").fallback) == {"0.weight", "0.bias"}
     assert_close(empirical_ntk(model, x, capture="sequential"), jacobian_contraction(model, x))
-
-
-def test_register_rule_takes_layers():
-    with pytest.raises(TypeError, match=r"register_rule takes types of torch.nn.Module, got 'Linear'"):
-        register_rule("Linear")
-
-
-@pytest.mark.parametrize("equation", ["cno->cno", "cno,no->nco", "cn,no->cno", "cno,nk->cnoz"])
-def test_equations_that_do_not_fit(equation):
-    operands = (torch.zeros(2, 3, 4), torch.zeros(3, 4))
-    with pytest.raises(ValueError, match=r"operands of shapes \[\[2, 3, 4\], \[3, 4\]\]: the equation needs"):
-        Factored(equation, operands)
 
 
 def test_batch_statistics_behind_the_back_of_the_checks():

@@ -1,0 +1,57 @@
+"""Kernels that are summed from products of factored Jacobians, with as few multiplications as they take."""
+
+import torch
+
+from ggn_ntk import Factored
+from ggn_ntk.contraction import accumulate, einsum
+from ggn_ntk.contraction.products import kernel_einsum
+from ggn_ntk.models.comparison import relative_error
+from ggn_ntk.problem.output_axes import Roles
+
+
+def count_products(monkeypatch):
+    """Record the shapes of the matrices that are multiplied."""
+    shapes = []
+    original = einsum.multiply
+    monkeypatch.setattr(einsum, "multiply", lambda p, *r: shapes.append(p.letters) or original(p, *r))
+    return shapes
+
+
+def test_weight_and_bias_share_the_gram_matrix_of_s(monkeypatch):
+    products = count_products(monkeypatch)
+    n, c, features = 8, 3, 500
+    s, x = torch.randn(c, n, features), torch.randn(n, features)
+    jacobians = {"weight": Factored("cno,ni->cnoi", (s, x)), "bias": Factored("cno->cno", (s,))}
+    kernels = {"": torch.zeros(4, 4, 1, c, c)}
+    accumulate.add_products(
+        kernels, [("", kernel_einsum(j, j, Roles(free=c))) for j in jacobians.values()], (4, 4, 1, c, c), offset=4
+    )
+    assert len(products) == 2  # x with x and s with s, of which the kernel is the product
+    expected = torch.einsum("cno,ni,dmo,mi->nmcd", s[:, :4], x[:4], s[:, 4:], x[4:])
+    torch.testing.assert_close(kernels[""][:, :, 0], expected + torch.einsum("cno,dmo->nmcd", s[:, :4], s[:, 4:]))
+
+
+def test_the_jacobian_of_one_set_is_formed_once(monkeypatch):
+    multiplied = count_products(monkeypatch)
+    s, x = torch.randn(2, 4, 3, 50), torch.randn(4, 5, 50)
+    jacobian = Factored("cnop,nip->cnoi", (s, x))
+    for n1, count in [(None, 2), (2, 3)]:
+        multiplied.clear()
+        kernel = torch.zeros((4, 4, 1, 2, 2) if n1 is None else (2, 2, 1, 2, 2))
+        samples = {"symmetric": True} if n1 is None else {"offset": n1}
+        products = [("", kernel_einsum(jacobian, jacobian, Roles(free=2)))]
+        accumulate.add_products({"": kernel}, products, kernel.shape, **samples)
+        assert len(multiplied) == count
+
+
+def test_different_factorisations_are_matched_by_position():
+    torch.manual_seed(0)
+    embedding = Factored("cnpk,npv->cnvk", (torch.randn(2, 3, 4, 5).double(), torch.randn(3, 4, 6).double()))
+    linear = Factored("cno,ni->cnoi", (torch.randn(2, 3, 6).double(), torch.randn(3, 5).double()))
+    grouped = Factored("cngo,ngi->cngoi", (torch.randn(2, 3, 2, 3).double(), torch.randn(3, 2, 5).double()))
+    dense = [torch.einsum(f.equation, *f.operands).reshape(2, 3, 30) for f in (embedding, linear, grouped)]
+    for a, i in zip((embedding, linear, grouped), dense, strict=True):
+        for b, j in zip((embedding, linear, grouped), dense, strict=True):
+            kernel = torch.zeros(1, 2, 1, 2, 2).double()
+            accumulate.add_products({"": kernel}, [("", kernel_einsum(a, b, Roles(free=2)))], kernel.shape, offset=1)
+            assert relative_error(kernel[:, :, 0], torch.einsum("cnz,dmz->nmcd", i[:, :1], j[:, 1:])) < 1e-14
