@@ -13,7 +13,7 @@ from functools import partial
 import pytest
 import torch
 from backpack import backpack, extend
-from conftest import assert_close, kernel_of, loop_jacobians
+from conftest import METHODS, assert_close, kernel_of, loop_jacobians
 from torch import Tensor, nn
 
 import ggn_ntk
@@ -37,7 +37,7 @@ from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
 from ggn_ntk.rules import register_rule_by_name, registry
 from ggn_ntk.rules.linear import linear
 
-ROUTES = ["structured", "jacobian_contraction", "ntk_vector_products", "auto"]
+ROUTES = [method for method in METHODS if method != "vivit"]
 FUNCTIONS = [empirical_ntk, jacobian_contraction, ntk_vector_products, explain, nngp, empirical_kernels]
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
