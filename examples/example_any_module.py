@@ -6,8 +6,8 @@ The structured route writes each layer's Jacobian as a product of the layer's in
 passed back to it, and contracts only the block of the kernel that was asked for. This needs no ``nn.Sequential``: in
 any module, hooks record the calls of layers, and autograd passes the Jacobians back.
 
-What hooks cannot see is found by a probe, which compares every parameter with plain autograd. This example looks at
-what it finds, and at kernels layer by layer.
+What hooks cannot see is found by verification, which compares every parameter with plain autograd. This example looks
+at what it finds, and at kernels layer by layer.
 """
 
 import matplotlib.pyplot as plt
@@ -61,7 +61,7 @@ ntk = empirical_ntk(resnet, x1, x2)
 print(f"ResNet, [N1, N2, C, C]: {list(ntk.shape)}")
 
 # %%
-# ``explain`` says how each parameter is contracted, and what the probe found: the scales have no rule, so these, and
+# ``explain`` says how each parameter is contracted, and what verification found: the scales have no rule, so these, and
 # only these, are contracted from Jacobians of each sample. The kernel is exact all the same.
 
 explanation = explain(resnet, x1, x2)

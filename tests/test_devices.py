@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from backpack import backpack, extend
 from cases import mlp, moved
-from conftest import PRETENDS, assert_close, kernel_of
+from conftest import METHODS, PRETENDS, assert_close, kernel_of
 from torch import nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -25,7 +25,6 @@ from ggn_ntk import (
 )
 from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
 
-METHODS = ["structured", "vivit", "jacobian_contraction", "ntk_vector_products", "auto"]
 FUNCTIONS = {method: partial(empirical_ntk, method=method) for method in METHODS}
 FUNCTIONS |= {f.__name__: f for f in (empirical_ntk_vivit, jacobian_contraction, ntk_vector_products, explain)}
 FUNCTIONS |= {"kernels": empirical_kernels, "autograd": partial(empirical_ntk, capture="autograd")}

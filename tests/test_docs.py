@@ -6,6 +6,7 @@ import inspect
 import pkgutil
 import re
 import runpy
+import shutil
 import subprocess
 import sys
 from itertools import takewhile
@@ -49,6 +50,12 @@ class Block(NamedTuple):
     def language(self) -> str:
         return self.info.removeprefix("{code-block}").split()[0] if self.info else ""
 
+    @property
+    def file(self) -> str:
+        """The file of the package that a block of Python is, by its first line; empty for what a page runs."""
+        found = re.match(r"# (ggn_ntk/\S+\.py)\n", self.text) if self.language == "python" else None
+        return found.group(1) if found else ""
+
 
 def blocks(page: Path) -> list[Block]:
     """The fenced blocks of a page, in order; those fenced with colons hold others, which are found by themselves."""
@@ -72,8 +79,8 @@ def page_name(page: Path) -> str:
 
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_code_of_a_page_is_in_blocks_that_run(page):
-    """Python runs below, commands are those of the Makefile, a fence alone is a drawing, the rest is Sphinx's."""
-    assert {block.language for block in blocks(page)} <= {"python", "console", "", "{toctree}", "{include}"}
+    """Python runs below, with the changes of diffs; commands are those of the Makefile, a fence alone is a drawing."""
+    assert {block.language for block in blocks(page)} <= {"python", "diff", "console", "", "{toctree}", "{include}"}
     assert ">>>" not in page.read_text()
     assert not any(re.search(r"^(import|from \w+ import) ", b.text, re.M) for b in blocks(page) if b.language == "")
 
@@ -93,7 +100,41 @@ def test_readme(monkeypatch, tmp_path):
     assert run(README)["ntk"].shape == (20, 5, 10, 10)
 
 
-@pytest.mark.parametrize("page", [page for page in of_language("python") if page != README], ids=page_name)
+def change(root: Path, diff: str) -> None:
+    """Change a file as a diff says, whose pieces, each behind a line of ``@@``, are found by their text alone."""
+    name, *pieces = diff.split("\n@@\n")
+    path = root / name.removeprefix("--- ")
+    text = path.read_text()
+    for piece in pieces:
+        lines = piece.splitlines()
+        old, new = ("".join(f"{line[1:]}\n" for line in lines if line[:1] != other) for other in "+-")
+        assert text.count(old) == 1, f"{name} has no such place, or several:\n{old}"
+        text = text.replace(old, new)
+    path.write_text(text)
+
+
+@pytest.mark.parametrize("page", of_language("diff"), ids=page_name)
+def test_changes_that_a_page_shows(page, tmp_path):
+    """A copy of the package is changed as the page says, and its Python runs there."""
+    shutil.copytree(ROOT / "ggn_ntk", tmp_path / "ggn_ntk", ignore=shutil.ignore_patterns("__pycache__"))
+    script = ""
+    for block in blocks(page):
+        if block.language == "diff":
+            change(tmp_path, block.text)
+        elif block.file:
+            assert not (tmp_path / block.file).exists()
+            (tmp_path / block.file).write_text(f"{block.text}\n")
+        elif block.language == "python":
+            script += f"{block.text}\n"
+    (tmp_path / "page.py").write_text(script)
+    ran = subprocess.run([sys.executable, "page.py"], cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert ran.returncode == 0, ran.stderr
+
+
+RUN_HERE = [page for page in of_language("python") if page not in (README, *of_language("diff"))]
+
+
+@pytest.mark.parametrize("page", RUN_HERE, ids=page_name)
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own, in jvp
 def test_page(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -184,11 +225,15 @@ def test_public_function_names_its_source(name):
 @pytest.mark.parametrize("path", [*PAGES, *sorted((ROOT / "examples").glob("*.py"))], ids=page_name)
 def test_what_pages_import_is_public(path):
     public = {module.__name__: {*module.__all__, "__version__"} for module in PUBLIC_MODULES}
-    imports = re.findall(r"^ *from (ggn_ntk[\w.]*) import (?:\(([^)]*)\)|([^(\n]+))", path.read_text(), re.MULTILINE)
+    text = path.read_text()
+    for block in blocks(path) if path.suffix == ".md" else ():
+        if block.file or block.language == "diff":  # the package itself may import what is not
+            text = text.replace(block.text, "")
+    imports = re.findall(r"^ *from (ggn_ntk[\w.]*) import (?:\(([^)]*)\)|([^(\n]+))", text, re.MULTILINE)
     for module, several, some in imports:
         assert module in public
         assert {name.split()[0] for name in (several or some).split(",") if name.strip()} <= public[module]
-    assert not re.search(r"^ *import ggn_ntk\.", path.read_text(), re.MULTILINE)
+    assert not re.search(r"^ *import ggn_ntk\.", text, re.MULTILINE)
 
 
 def test_the_reference_names_what_is_public():

@@ -68,7 +68,7 @@ def record(request: Request, inputs: Inputs, one: Sequence[LayerCall] | Sequence
 def hooked(
     request: Request, take: Callable[[Module, Rule, tuple[Any, ...], Tensor, dict[str, str]], Tensor]
 ) -> Iterator[None]:
-    """LayerCall a function for each call of a layer that has a rule and wanted parameters."""
+    """Call a function for each call of a layer that has a rule and wanted parameters."""
     names, thread = {id(p): name for name, p in request.params.items()}, threading.get_ident()
     handles = []
     try:

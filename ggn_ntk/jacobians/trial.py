@@ -17,7 +17,8 @@ from ggn_ntk.jacobians.layer_call import LayerCall, Recording
 from ggn_ntk.jacobians.recording import used_elsewhere
 from ggn_ntk.models.autograd_graph import dense
 from ggn_ntk.models.comparison import all_finite, differing, norms, read
-from ggn_ntk.models.independence import gradients, rounding_of
+from ggn_ntk.models.gradients import gradients
+from ggn_ntk.models.rounding import rounding_of
 from ggn_ntk.problem.errors import NotFiniteError
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request

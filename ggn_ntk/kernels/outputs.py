@@ -86,8 +86,7 @@ def empirical_kernels(
 ) -> EmpiricalKernels:
     """Compute the empirical NTK and the empirical NNGP kernel of a model.
 
-    The routes that evaluate the model on all samples at once, ``"structured"`` and ``"vivit"``, share this with the
-    NNGP kernel, which then takes a few samples by themselves, to see that they leave one another alone.
+    The NNGP kernel is made of the outputs that the route to the NTK has evaluated, where these are all samples'.
 
     Args:
         model: See :func:`ggn_ntk.empirical_ntk`, as for all arguments here.

@@ -11,7 +11,7 @@ from torch.func import jvp, vjp
 
 from ggn_ntk.models.comparison import KINKS, Difference, cotangent, gradient_tolerance, norms, read, total_norm
 from ggn_ntk.models.evaluation import evaluate, leaves_of, primals_of
-from ggn_ntk.models.independence import gradients, gradients_of
+from ggn_ntk.models.gradients import gradients, gradients_of
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError, is_out_of_memory, without
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request

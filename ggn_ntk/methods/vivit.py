@@ -90,13 +90,13 @@ def empirical_ntk_vivit(
 def vivit_kernels(request: Request) -> Computed:
     """Compute kernels, if ViViT gets them right for the model. Call it inside ``isolated(request.model)``."""
     axes = resolve_axes(request, check_vivit(request))
-    problems = list(_probe_kernels(request, axes.out_shape))
+    problems = list(_compare_kernels(request, axes.out_shape))
     if problems:
         raise UnsupportedRouteError(problems, _ROUTE)
     return _gram_kernels(request, axes)
 
 
-def _probe_kernels(request: Request, out_shape: Size) -> Iterator[Problem]:
+def _compare_kernels(request: Request, out_shape: Size) -> Iterator[Problem]:
     """Compare the kernel of one random sample with autograd, since not every option can be read off a layer."""
     # For a sample x and a vector v, each parameter's kernel must satisfy v^T Theta(x, x) v = |J(x)^T v|^2. Both are
     # drawn at random, so that nothing special about the user's samples hides a difference.

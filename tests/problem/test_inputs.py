@@ -8,7 +8,7 @@ from functools import partial
 import pytest
 import torch
 from backpack import backpack, extend
-from conftest import assert_close, kernel_of, loop_jacobians
+from conftest import METHODS, assert_close, kernel_of, loop_jacobians
 from torch import Tensor, nn
 
 from ggn_ntk import (
@@ -23,7 +23,7 @@ from ggn_ntk import (
 from ggn_ntk.methods.structured import recorded_products
 from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
 
-ROUTES = ["structured", "jacobian_contraction", "ntk_vector_products", "auto"]
+ROUTES = [method for method in METHODS if method != "vivit"]
 FUNCTIONS = [empirical_ntk, jacobian_contraction, ntk_vector_products, explain, nngp, empirical_kernels]
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 

@@ -7,6 +7,7 @@ import torch
 from cases import BY_NAME, CustomParameter
 from conftest import (
     BAD_AXES,
+    METHODS,
     ROLES,
     assert_close,
     axes_of,
@@ -31,9 +32,7 @@ from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
 ROUTES = [
     {"capture": "sequential"},
     {"capture": "autograd"},
-    {"method": "vivit"},
-    {"method": "jacobian_contraction"},
-    {"method": "ntk_vector_products"},
+    *({"method": method} for method in METHODS if method not in ("structured", "auto")),
     {},
 ]
 
