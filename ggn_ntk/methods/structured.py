@@ -55,7 +55,7 @@ def _verified(request: Request, use: Callable[[Plan, Side], _T]) -> tuple[Plan, 
     while True:
         plan, side = make_plan(request, fallback, everyone=everyone)
         result = use(plan, side)
-        plan.fallback.update(side.failures)
+        plan = replace(plan, fallback=plan.fallback | side.failures)
         verification = side.verification
         assert verification is not None
         if not verification.judge(plan.fallback):
