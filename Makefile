@@ -14,7 +14,7 @@ help:
 	@echo "make demo         the NTK of a small CNN by every route: agreement, times, a picture"
 	@echo "make test         format, lint, type and layer checks, then the tests"
 	@echo "make test-oldest  the tests with the oldest Python and torch that setup.cfg allows"
-	@echo "make check        format, lint, type and layer checks alone"
+	@echo "make check        format, lint, type and layer checks, and the private parts of torch that are relied on"
 	@echo "make format       format the code"
 	@echo "make docs         the documentation and the gallery, in docs/_build/html"
 	@echo "make benchmark    ggn_ntk beside its peers: tables and plots in docs/benchmarks, on a quiet machine"
@@ -43,6 +43,7 @@ check: $(INSTALLED)
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+	$(BIN)/python -m pytest --quiet tests/process/test_internals.py
 
 format: $(INSTALLED)
 	$(BIN)/ruff format .

@@ -1,1 +1,4 @@
-"""Einsums of factored Jacobians, and what they cost."""
+"""Einsums of factored Jacobians, and what they cost.
+
+Internal: it may change at any time. What is public is named in :mod:`ggn_ntk` and its public modules.
+"""

@@ -1,1 +1,4 @@
-"""Inside a user's own BackPACK pass."""
+"""Inside a user's own BackPACK pass.
+
+Internal: it may change at any time. What is public is named in :mod:`ggn_ntk` and its public modules.
+"""

@@ -1,1 +1,4 @@
-"""Networks expanded in their parameters."""
+"""Networks expanded in their parameters.
+
+Internal: it may change at any time. What is public is named in :mod:`ggn_ntk` and its public modules.
+"""

@@ -1,1 +1,4 @@
-"""Routes to one kernel, which check each other."""
+"""Routes to one kernel, which check each other.
+
+Internal: it may change at any time. What is public is named in :mod:`ggn_ntk` and its public modules.
+"""
