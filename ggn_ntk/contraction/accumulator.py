@@ -46,6 +46,8 @@ class Accumulator:
         """Add one use of a layer: its Jacobians by name, and those of x2 if it was evaluated by itself."""
         once, products = list[tuple[Factored, Factored]](), list[NamedEinsum]()
         for name, a in first.items():
+            if second is not None and name not in second:  # its rule failed there: the parameter falls back
+                continue
             self._waiting[name].append((a, a if second is None else second[name]))
             if len(self._waiting[name]) < self._counts[name]:
                 continue
@@ -60,7 +62,7 @@ class Accumulator:
             ours, theirs = ([use[side] for use in once] for side in (0, 1))
         products += [("", kernel_einsum(a, b, self.roles)) for a, b in zip(ours, theirs, strict=True)]
         if products:
-            sets = [next(iter(jacobians.values())).sizes["n"] for jacobians in (first, second) if jacobians is not None]
+            sets = [next(iter(jacobians.values())).sizes["n"] for jacobians in (first, second) if jacobians]
             self._contract(products, *sets)
 
     def _contract(self, products: list[NamedEinsum], n: int, m: int | None = None) -> None:

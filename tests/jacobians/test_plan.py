@@ -7,6 +7,7 @@ from conftest import COMPUTES, assert_close, first_samples, limit_memory
 from models import MODELS
 from torch import nn
 
+from ggn_ntk import Factored, register_rule
 from ggn_ntk.contraction import contract as module
 from ggn_ntk.contraction.contract import Wanted, contract
 from ggn_ntk.jacobians.plan import make_plan
@@ -85,3 +86,35 @@ def test_what_a_pass_has_left_is_an_error(capture):
         for step in steps:
             with pytest.raises(RuntimeError, match="has left this layer"):
                 step.jacobians()
+
+
+class Scale(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(5))
+
+    def forward(self, x):
+        return x * self.weight
+
+
+@register_rule(Scale)
+def fails_for_two_samples(module, x, s):
+    if len(x) == 2:
+        raise ArithmeticError
+    return {"weight": Factored("cnk,nk->cnk", (s, x))}
+
+
+@pytest.mark.parametrize("turned", [False, True])
+@pytest.mark.parametrize("capture", ["sequential", "autograd"])
+def test_a_rule_that_fails_for_one_side_alone(capture, turned):
+    """Its parameter is left out of the kernel, and named, whichever side it is."""
+    model = nn.Sequential(nn.Linear(4, 5), Scale(), nn.Linear(5, 2)).double()
+    sets = [torch.randn(3, 4).double(), torch.randn(2, 4).double()]
+    x1, x2 = sets[::-1] if turned else sets
+    request, plan = plan_for(model, x1, x2, capture=capture)
+    with isolated(model), torch.no_grad():
+        sides = [plan.evaluate(x) for x in (request.x1, request.x2)]
+        kernel = between(request, plan, *sides)
+    assert {name for side in sides for name in side.failures} == {"1.weight"}
+    others = [name for name in plan.covered if name != "1.weight"]
+    assert_close(kernel, jacobian_contraction(model, x1, x2, params=others))
