@@ -9,10 +9,10 @@ from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
 from ggn_ntk.extensions.backpack_internals import module_extensions, params_of
 from ggn_ntk.models.independence import check_samples, look
-from ggn_ntk.models.requirements import ModuleCheck, configuration_problems, eager, find, hidden_computation
+from ggn_ntk.models.requirements import ModuleCheck, configuration_problems, find, hidden_computation
 from ggn_ntk.problem.errors import OTHER_METHOD, Problem, UnsupportedModelError, UnsupportedRouteError
 from ggn_ntk.problem.request import Request
-from ggn_ntk.process.torch_internals import AnyBatchNorm, AnyConv, AnyLoss, AnyTransposedConv
+from ggn_ntk.process.torch_internals import AnyBatchNorm, AnyConv, AnyLoss, AnyTransposedConv, uncompiled
 from ggn_ntk.rules.registry import acts_on_each_sample
 
 
@@ -24,7 +24,7 @@ def check_vivit(request: Request) -> Size:
     if problems or of_route:
         kind = UnsupportedModelError if problems else UnsupportedRouteError
         raise kind(problems + of_route, route)
-    if all(acts_on_each_sample(module) for module in eager(request.model).modules() if not any(module.children())):
+    if all(acts_on_each_sample(module) for module in uncompiled(request.model).modules() if not any(module.children())):
         shape = look(request)
     else:
         shape = check_samples(request).outputs.shape[1:]
@@ -37,7 +37,7 @@ def check_vivit(request: Request) -> Size:
 
 def vivit_problems(request: Request) -> list[Problem]:
     """Find what the ViViT route cannot do, or would do wrong without an error."""
-    model = eager(request.model)
+    model = uncompiled(request.model)
     problems = []
     if request.output is not None:
         problems.append(Problem("", "what it returns is not its last layer's output (output=)", OTHER_METHOD))

@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn import Module
 
 from ggn_ntk.contraction.factored import Factored
-from ggn_ntk.models.requirements import eager, hidden_computation
+from ggn_ntk.models.requirements import hidden_computation
 from ggn_ntk.problem.errors import Problem
 from ggn_ntk.problem.request import Request
-from ggn_ntk.process.torch_internals import children_of
+from ggn_ntk.process.torch_internals import children_of, uncompiled
 from ggn_ntk.rules.registry import acts_on_each_sample, backpropagation_for, rule_for
 
 REMEDY = "Use capture='autograd' ('auto' does)"
@@ -23,7 +23,7 @@ def structure_problems(request: Request) -> Iterator[Problem]:
     if request.output is not None:
         yield Problem("", "what it returns is not its last layer's output (output=)", REMEDY)
     wanted = {id(p) for p in request.params.values()}
-    for name, module in named_layers(eager(request.model)):
+    for name, module in named_layers(uncompiled(request.model)):
         yield from hidden_computation(module, name)
         has_wanted = any(id(p) in wanted for p in module.parameters(recurse=is_layer(module)))
         kind = type(module).__name__
@@ -56,7 +56,7 @@ def named_layers(module: Module, name: str = "") -> Iterator[tuple[str, Module]]
 
 def is_known(request: Request) -> bool:
     """Tell whether nothing but layers acts on samples of which the library knows that they act on each by itself."""
-    layers = (layer for _, layer in named_layers(eager(request.model)) if is_layer(layer))
+    layers = (layer for _, layer in named_layers(uncompiled(request.model)) if is_layer(layer))
     return all(acts_on_each_sample(layer) for layer in layers)
 
 

@@ -24,10 +24,10 @@ from ggn_ntk.memory.blocks import split
 from ggn_ntk.memory.budget import MemoryBudget
 from ggn_ntk.memory.buffers import Joined
 from ggn_ntk.models.isolation import isolated
-from ggn_ntk.models.requirements import eager
 from ggn_ntk.problem.errors import Problem, UnsupportedRouteError
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
+from ggn_ntk.process.torch_internals import uncompiled
 from ggn_ntk.rules.registry import backpropagation_for
 
 
@@ -193,7 +193,7 @@ def _forward(request: Request, inputs: Inputs) -> tuple[list[Use], Any]:
     names = {id(p): name for name, p in request.params.items()}
     args = inputs.args
     uses: list[Use] = []
-    for name, layer in named_layers(eager(request.model)):
+    for name, layer in named_layers(uncompiled(request.model)):
         if not is_layer(layer):
             continue
         if not all(isinstance(x, Tensor) for x in args):

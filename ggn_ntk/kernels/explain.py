@@ -12,10 +12,10 @@ from ggn_ntk.contraction.one_hot import looked_up
 from ggn_ntk.contraction.products import NamedEinsum
 from ggn_ntk.methods.structured import recorded_products
 from ggn_ntk.models.isolation import isolated
-from ggn_ntk.models.requirements import eager
 from ggn_ntk.problem.errors import Problem, UnsupportedRouteError
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request
+from ggn_ntk.process.torch_internals import uncompiled
 from ggn_ntk.process.transforms import outside_of_transforms
 
 
@@ -154,7 +154,7 @@ def explain(
 
 def _contractions(request: Request, products: Iterable[NamedEinsum]) -> Iterable[Contraction]:
     """Describe how each product of Jacobians is contracted."""
-    owners = {id(p): type(m).__name__ for m in eager(request.model).modules() for p in m.parameters(recurse=False)}
+    owners = {id(p): type(m).__name__ for m in uncompiled(request.model).modules() for p in m.parameters(recurse=False)}
     total, n1 = sum(request.sizes), request.n1
     rows, columns = slice(0, n1 or total), slice(n1 or 0, total)  # x1 and x2 among the stacked samples
     for name, product in products:

@@ -27,11 +27,10 @@ from ggn_ntk.linearization.derivatives import (
 from ggn_ntk.linearization.elementary_ops import differentiable
 from ggn_ntk.models.evaluation import evaluate, primals_of
 from ggn_ntk.models.isolation import isolated
-from ggn_ntk.models.requirements import eager
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request, check_picks, check_wrappers
 from ggn_ntk.process.switches import without_checkpoints
-from ggn_ntk.process.torch_internals import COMPILED_PREFIX, backward_hooks
+from ggn_ntk.process.torch_internals import COMPILED_PREFIX, backward_hooks, uncompiled
 from ggn_ntk.process.transforms import is_transformed
 from ggn_ntk.process.turns import alone_with
 
@@ -130,7 +129,7 @@ class TaylorExpansion:
         self.degree = degree
         check_picks(output)
         check_wrappers(model)
-        self._model = _snapshot(eager(model))
+        self._model = _snapshot(uncompiled(model))
         self._names = _first_names(self._model)
         self._params = self._choose(params)
         self._output = output

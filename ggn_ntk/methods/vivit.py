@@ -30,12 +30,11 @@ from ggn_ntk.methods.computation import compute as _compute
 from ggn_ntk.models.comparison import GRADIENT_TOLERANCES, check_finite, cotangent, differing
 from ggn_ntk.models.gradients import gradients
 from ggn_ntk.models.inspection import OwnGenerator
-from ggn_ntk.models.requirements import eager
 from ggn_ntk.problem.errors import OTHER_METHOD, Problem, UnsupportedRouteError, is_out_of_memory
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.request import Request
 from ggn_ntk.problem.result import Computed
-from ggn_ntk.process.torch_internals import COMPILED_CALL, buffers_of, children_of, parameters_of
+from ggn_ntk.process.torch_internals import COMPILED_CALL, buffers_of, children_of, parameters_of, uncompiled
 
 _ROUTE = "empirical NTK through ViViT"
 _ONE_AT_A_TIME = threading.RLock()
@@ -117,7 +116,7 @@ def _gram_kernels(request: Request, axes: OutputAxes) -> Computed:
     """Compute kernels from Gram matrices, on a twin of the model."""
     samples = request.x1.stack(request.x2).args[0]
     params: dict[str, Parameter] = {}
-    twin = _twin(eager(request.model), {id(p): name for name, p in request.params.items()}, params)
+    twin = _twin(uncompiled(request.model), {id(p): name for name, p in request.params.items()}, params)
     kernels: dict[str, Tensor] = {}
     # One backward pass for each group of outputs that meet in the kernel: a single one for the full kernel.
     groups = axes.numbers.movedim(2, 1).flatten(0, 1)  # [E T, F]

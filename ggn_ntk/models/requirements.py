@@ -13,7 +13,7 @@ from ggn_ntk.models.independence import Checked, check_samples
 from ggn_ntk.models.isolation import runs_hooks
 from ggn_ntk.problem.errors import OTHER_METHOD, Problem, UnsupportedModelError
 from ggn_ntk.problem.request import Request
-from ggn_ntk.process.torch_internals import AnyBatchNorm, AnyDropout, has_global_hooks, uncompiled
+from ggn_ntk.process.torch_internals import AnyBatchNorm, AnyDropout, has_global_hooks
 
 
 def check_model(request: Request) -> Checked:
@@ -122,8 +122,3 @@ def hidden_computation(module: Module, name: str) -> Iterator[Problem]:
     if runs_hooks(module) or "forward" in vars(module) or has_global_hooks():
         what = f"{type(module).__name__} has forward hooks or a forward of its own, which its type does not tell"
         yield Problem(name, what, f"Remove them, or: {OTHER_METHOD}")
-
-
-def eager(model: Module) -> Module:
-    """Unwrap a compiled model."""
-    return uncompiled(model)
