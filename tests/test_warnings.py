@@ -358,7 +358,7 @@ def test_a_wrong_rule_is_announced(plain, symmetric):
     assert_close(kernel, kernel_of(model, x1, x2))
     (warning,) = found
     assert RULE in str(warning.message)
-    assert str(warning.message).startswith(f"{'' if plain else 'model.'}2.weight: its Jacobian by the layer's rule")
+    assert str(warning.message).startswith(f"{'' if plain else 'model.'}2.weight: its Jacobian by its rule")
     assert warning.filename == __file__
 
 

@@ -1,8 +1,6 @@
 """Backward passes by autograd: from the model's output to the outputs of layers, a stage at a time."""
 
-from collections import Counter
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -10,19 +8,19 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ggn_ntk.jacobians.backward import Step, identity, written
-from ggn_ntk.jacobians.layer_call import LayerCall, Recording
+from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.jacobians.backward import Step, Writer, identity
+from ggn_ntk.jacobians.layer_call import LayerCall
 from ggn_ntk.jacobians.stages import Stage, merged, stages
+from ggn_ntk.jacobians.uses import Sums, Use
 from ggn_ntk.memory.budget import MemoryBudget
 from ggn_ntk.memory.buffers import ALIGNED, Buffer
-from ggn_ntk.models.autograd_graph import graph_nodes
 from ggn_ntk.problem.errors import is_out_of_memory
-from ggn_ntk.problem.request import Request
 
 
 def pass_back(
     start: Tensor | GradientEdge,
-    calls: Sequence[LayerCall],
+    calls: Sequence[LayerCall | Use],
     cotangents: Tensor,
     others: Sequence[Tensor | GradientEdge] = (),
     *,
@@ -79,10 +77,12 @@ def _pass_stage(stage: Stage, cotangents: Tensor, *, batched: bool = False) -> t
     return [s for s in found if s is not None], [s for s in ends if s is not None]
 
 
-def _room(call: LayerCall, part: Tensor, k: int, buffer: Buffer) -> Tensor:
+def _room(call: LayerCall | Use, part: Tensor, k: int, buffer: Buffer) -> Tensor:
     """Make room for the cotangents of a layer's output."""
     # -> [K, *output]
-    axes = sorted(range(part.ndim), key=lambda axis: (axis != call.axis, -call.strides[axis]))
+    axes = sorted(range(part.ndim), key=lambda axis: (axis != call.axis, -part.stride(axis)))
+    if not axes:  # a single number
+        return buffer.take([k], part)
     channels = part.shape[axes[-1]]
     place = max(1, part.ndim - 1) if part.numel() > part.shape[axes[0]] * channels**2 else 1
     axes.insert(place, part.ndim)
@@ -100,41 +100,44 @@ class AutogradPass:
         failures: Why the rule of a parameter's layer failed on the way, by name.
     """
 
-    def __init__(self, request: Request, recording: Recording) -> None:
-        """Set up."""
-        reached = set(graph_nodes(recording.output))
-        wanted = [
-            replace(call, params={key: name for key, name in call.params.items() if name in request.params})
-            for call in recording.calls
-            if call.edge.node in reached
-        ]
-        calls = [call for call in wanted if call.params]
-        self._stages, self.output = stages(recording.output, calls), recording.output.detach()
-        self.counts = Counter(name for call in calls for name in call.params.values())
+    def __init__(
+        self, params: dict[str, Tensor], calls: Sequence[LayerCall | Use], output: Tensor, *, kept: int
+    ) -> None:
+        """Set up; the first samples are ``kept``, and any others were evaluated for their company alone."""
+        wanted = [call for call in calls if call.counts or call.weights]
+        self._params, self._calls, self._whole = params, wanted, output.detach()
+        self._stages, self.output = stages(output, wanted), self._whole[:kept]
+        self.counts = Sums(wanted, params).counts
         self.failures: dict[str, str] = {}
 
     @property
     def numel(self) -> int:
-        """Numbers that ``s`` of one output holds where it is largest."""
-        return max((1, *(stage.numel for stage in self._stages)))  # a layer's output may be empty
+        """Numbers that ``s`` of one output holds where it is largest, or the Jacobian of a weight."""
+        weights = {w.key: w for call in self._calls for w in call.weights}.values()
+        formed = (len(self._whole) * w.numel(self._params) for w in weights)
+        return max((1, *(stage.numel for stage in self._stages), *formed))  # a layer's output may be empty
 
     def steps(self, outputs: Tensor, parts: object, *, again: bool) -> Iterator[Step]:
         """Pass ``s`` of some outputs back, a layer at a time; what is not needed ``again`` is freed on the way."""
-        cotangents: Tensor | Sequence[Tensor] = identity(self.output, outputs)
+        cotangents: Tensor | Sequence[Tensor] = identity(self._whole, outputs)
         size = MemoryBudget.of(self.output.device).passing // (self.output.element_size() * len(outputs))
-        divided = merged(self._stages, size)
+        divided, sums = merged(self._stages, size), Sums(self._calls, self._params)
         if not again:
-            self._stages = []
+            self._stages, self._calls = [], []
         numels = (len(outputs) * stage.numel + ALIGNED * len(stage.calls) for stage in divided)
         buffer = Buffer(max(numels, default=0))
         for stage in divided:
             # Jacobians that wait for other uses of their parameter keep ``s``.
-            found, cotangents = pull_back(stage, cotangents, Buffer(0) if self._waits(stage) else buffer)
+            waits = any(map(sums.waits, stage.calls))
+            found, cotangents = pull_back(stage, cotangents, Buffer(0) if waits else buffer)
             for call in reversed(stage.calls):
-                write = partial(call.jacobians, found.pop())
-                yield from Step.standing(partial(written, write, call.module, call.params, self.failures))
+                for writer in call.writers(found.pop(), sums):
+                    yield from Step.standing(partial(self._written, writer))
             buffer.clear()
 
-    def _waits(self, stage: Stage) -> bool:
-        """Tell whether Jacobians of a stage wait for those of others."""
-        return any(self.counts[name] > 1 for call in stage.calls for name in call.params.values())
+    def _written(self, writer: Writer) -> dict[str, Factored]:
+        """Write Jacobians of the samples that are kept."""
+        jacobians, kept = writer.written(self.failures), len(self.output)
+        if kept == len(self._whole):
+            return jacobians
+        return {name: jacobian.select_samples(range(kept)) for name, jacobian in jacobians.items()}

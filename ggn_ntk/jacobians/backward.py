@@ -2,11 +2,10 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
-from torch.nn import Module
 
 from ggn_ntk.contraction.factored import Factored
 from ggn_ntk.contraction.products import Part
@@ -71,19 +70,24 @@ def identity(output: Tensor, outputs: Tensor | None = None) -> Tensor:
     return rows.reshape(-1, 1, *out).expand(-1, n, *out)
 
 
-def written(
-    write: Callable[[], dict[str, Factored]], module: Module, params: dict[str, str], failures: dict[str, str]
-) -> dict[str, Factored]:
-    """Write the Jacobians of a layer, or take down that its rule fails."""
-    try:
-        return write()
-    except Exception as error:
-        failures.update(dict.fromkeys(params.values(), why_not(error, module)))
-        return {}
+class Writer(NamedTuple):
+    """Something that writes Jacobians."""
+
+    label: str  # what it is called in messages
+    names: tuple[str, ...]  # the parameters whose Jacobians it writes
+    write: Callable[[], dict[str, Factored]]
+
+    def written(self, failures: dict[str, str]) -> dict[str, Factored]:
+        """Write Jacobians, or take down that a rule fails."""
+        try:
+            return self.write()
+        except Exception as error:
+            failures.update(dict.fromkeys(self.names, why_not(error, self.label)))
+            return {}
 
 
-def why_not(error: Exception, module: Module) -> str:
-    """Say why the rule of a layer gives no Jacobians; where memory ran out, that is no reason to go on."""
+def why_not(error: Exception, label: str) -> str:
+    """Say why a rule gives no Jacobians; where memory ran out, that is no reason to go on."""
     if is_out_of_memory(error):
         raise error
-    return str(error) if isinstance(error, NotCapturedError) else f"{FAILS} ({type(module).__name__}: {error})"
+    return str(error) if isinstance(error, NotCapturedError) else f"{FAILS} ({label}: {error})"

@@ -1,18 +1,30 @@
 """One call of a layer: what its rule writes Jacobians from."""
 
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
-from typing import Any
+from functools import partial
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 from torch import Size, Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Module
 
 from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.jacobians.backward import Writer
 from ggn_ntk.problem.errors import NotCapturedError
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.process.torch_internals import version_of
 from ggn_ntk.rules.registry import Rule
+
+
+class CallAxes(NamedTuple):
+    """Where the samples are in one call of a layer."""
+
+    axis: int | None  # their axis in the output; ``None`` if there is none
+    rows: int = 1  # how many entries of that axis belong to a sample
+    args: tuple[int | None, ...] = ()  # their axes in the arguments; ``None`` where there is none
 
 
 @dataclass(frozen=True, eq=False)
@@ -24,18 +36,44 @@ class LayerCall:
     args: tuple[Any, ...]  # its arguments; once the samples are found, they are in front
     edge: GradientEdge  # where its output is in the graph of the model's output
     shape: Size  # shape of its output
-    strides: tuple[int, ...]  # how its output lies in memory
     params: dict[str, str]  # its wanted parameters: their names on the layer, and those users know them by
-    sources: tuple[Node, ...]  # nodes of the graph that its inputs come from
+    sources: tuple[Node, ...]  # nodes of the graph that its inputs come from, in their order
     # The arguments that were not copied, and how often each had been written to
     versions: tuple[tuple[Tensor, int], ...] = ()
-    repeated: bool = False  # whether its output was the same for all samples, and repeated for each
     axis: int | None = None  # the axis of the samples in the output; ``None`` where it is not known
     rows: int = 1  # how many entries of that axis, one behind the other, belong to a sample
 
-    def at(self, edge: GradientEdge, shape: Size, strides: tuple[int, ...]) -> "LayerCall":
-        """Move its output to another place in the graph."""
-        return replace(self, edge=edge, shape=shape, strides=strides)
+    def located(self, axes: "CallAxes", n: int) -> "LayerCall":
+        """Find N samples, and put them in front of its arguments."""
+        if axes.axis is None or self.shape[axes.axis : axes.axis + 1] != (n * axes.rows,):
+            return self
+        places = zip_longest(self.args, axes.args)
+        moved = (x.movedim(axis, 0) if axis else x for x, axis in places)
+        return replace(self, args=tuple(moved), axis=axes.axis, rows=axes.rows)
+
+    @property
+    def label(self) -> str:
+        """What it is called in messages."""
+        return type(self.module).__name__
+
+    @property
+    def weights(self) -> tuple[()]:
+        """Weights whose Jacobians pass through their own graphs: none."""
+        return ()
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many Jacobians it writes of each parameter."""
+        return Counter(self.params.values())
+
+    def without(self, names: Container[str]) -> "LayerCall":
+        """Leave parameters out."""
+        return replace(self, params={key: name for key, name in self.params.items() if name not in names})
+
+    def writers(self, s: Tensor, sums: object = None) -> Iterator[Writer]:
+        """Write the Jacobians."""
+        # s [C, *output]
+        yield Writer(self.label, tuple(self.params.values()), partial(self.jacobians, s))
 
     @property
     def x(self) -> Any:

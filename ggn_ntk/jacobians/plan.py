@@ -1,23 +1,23 @@
 """What is learnt by looking at a model once, and what is evaluated with it."""
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from torch import Tensor
+from torch import Size, Tensor
 
 from ggn_ntk.contraction.factored import Factored
 from ggn_ntk.jacobians.autograd import AutogradPass
 from ggn_ntk.jacobians.backward import BackwardPass, Parts, Step
+from ggn_ntk.jacobians.finding import find_uses
 from ggn_ntk.jacobians.layer_call import Recording
 from ggn_ntk.jacobians.layers import is_known, structure_problems
 from ggn_ntk.jacobians.recording import record
-from ggn_ntk.jacobians.sample_axes import SampleAxes, learn_sample_axes, locate, not_located
 from ggn_ntk.jacobians.sequential import SequentialPass
-from ggn_ntk.jacobians.trial import outside_of_calls
+from ggn_ntk.jacobians.uses import Uses, read
 from ggn_ntk.jacobians.verification import Alone, Verification, evaluate_alone
-from ggn_ntk.models.independence import check_shape
+from ggn_ntk.models.evaluation import check_output, check_shape
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.requirements import configuration_problems
 from ggn_ntk.problem.errors import (
@@ -42,14 +42,12 @@ class Plan:
     axes: OutputAxes  # the role of each output axis
     fallback: dict[str, str]  # parameters whose Jacobians rules do not give, with the reason
     cancelling: set[str]  # parameters whose Jacobian is far smaller than the terms that rules add up for it
-    # Where the samples are in each call of a layer; ``None`` for a Sequential model, where they are in front.
-    sample_axes: list[SampleAxes] | None
-    repeats: bool = True  # whether outputs of layers that are the same for all samples are repeated for each
+    uses: Uses | None  # where parameters are used; ``None`` for a Sequential model, whose layers tell
 
     @property
     def capture(self) -> str:
         """How the model is taken apart: a value of ``capture``."""
-        return "sequential" if self.sample_axes is None else "autograd"
+        return "sequential" if self.uses is None else "autograd"
 
     @property
     def covered(self) -> list[str]:
@@ -58,10 +56,9 @@ class Plan:
 
     def evaluate(self, inputs: Inputs) -> "Side":
         """Evaluate the model on samples."""
-        if self.sample_axes is None:
+        if self.uses is None:
             return Side(SequentialPass(_without(self.request, self.fallback), inputs))
-        recording = record(self.request, inputs, self.sample_axes if self.repeats else ())
-        return Side(AutogradPass(_without(self.request, self.fallback), locate(recording, self.sample_axes)))
+        return Side(_autograd_pass(self.request, inputs, self.uses, self.fallback))
 
 
 class Side:
@@ -123,26 +120,61 @@ def make_plan(request: Request, fallback: dict[str, str], *, everyone: bool) -> 
         raise UnsupportedModelError(problems)
     sequential = _is_sequential(request)
     stand_for_all = sum(request.sizes) == 1 or (sequential and not request.thorough and is_known(request))
-    alone = evaluate_alone(request, request.x1.stack(request.x2))
+    alone = evaluate_alone(request, request.x1.stack(request.x2), every=sequential)
     verification = Verification(request, alone, everyone=everyone or not stand_for_all)
     _refuse_writes(request)
     if sequential:
-        fallback = verification.try_rules(alone, None) | fallback
+        fallback = verification.try_rules(alone.recordings, None) | fallback
         try:
             backward: BackwardPass = SequentialPass(_without(request, fallback), alone.inputs)
         except UnsupportedRouteError:
             if request.capture != "auto":
                 raise
             return make_plan(replace(request, capture="autograd"), fallback, everyone=everyone)
-        sample_axes, repeats = None, False
+        uses = None
     else:
-        recording, sample_axes, repeats = _record_all(request, alone, verification)
-        fallback = outside_of_calls(request, recording) | verification.try_rules(alone, sample_axes) | fallback
-        fallback = not_located(recording) | fallback
-        backward = AutogradPass(_without(request, fallback), recording)
+        few = _few(request, alone, verification.out_shape)
+        uses = find_uses(few, request.params)
+        fallback = uses.problems | verification.try_rules(few[:1], uses) | fallback
+        autograd_pass = _autograd_pass(request, alone.inputs, uses, fallback)
+        backward, fallback = autograd_pass, autograd_pass.failures | fallback
     verification.see(backward.output)
-    plan = Plan(request, verification.axes, fallback, verification.cancelling, sample_axes, repeats)
+    plan = Plan(request, verification.axes, fallback, verification.cancelling, uses)
     return plan, Side(backward, verification)
+
+
+def _autograd_pass(request: Request, inputs: Inputs, uses: Uses, fallback: Container[str]) -> AutogradPass:
+    """Evaluate the model on some samples, and set up the way back."""
+    n, recording = len(inputs), record(request, inputs)
+    try:
+        calls = read(uses, recording)
+    except NotCapturedError:  # it computes something else than for the samples that were looked at
+        if n == 1:
+            inputs = inputs[[0, 0]]
+            recording = record(request, inputs)
+        twice = record(request, inputs[[*range(len(inputs))] * 2])
+        uses = find_uses([recording, twice], request.params)
+        calls = read(uses, recording)
+    check_output(recording.output, recording.n)
+    backward = AutogradPass(request.params, [call.without(fallback) for call in calls], recording.output, kept=n)
+    backward.failures |= {name: why for name, why in uses.problems.items() if name not in fallback}
+    return backward
+
+
+def _few(request: Request, alone: Alone, out_shape: Size) -> list[Recording]:
+    """Evaluate two samples, and three; or one, if the model takes no more at a time."""
+    n, sample = len(alone.inputs), alone.samples[0]
+    found = []
+    for count in (2, 3):
+        try:
+            recording = record(request, alone.inputs[[(sample + i) % n for i in range(count)]])
+            check_shape(recording.output, count, out_shape)
+        except Exception as error:
+            if n > 1 or is_out_of_memory(error):
+                raise
+            return alone.recordings
+        found.append(recording)
+    return found
 
 
 def _is_sequential(request: Request) -> bool:
@@ -162,35 +194,6 @@ def _refuse_writes(request: Request) -> None:
     if names:
         remedy = "Do so in a parametrization, before the call, or on a copy"
         raise UnsupportedRouteError([Problem(n, "its forward pass writes to it", remedy) for n in names], _ROUTE)
-
-
-def _record_all(request: Request, alone: Alone, verification: Verification) -> tuple[Recording, list[SampleAxes], bool]:
-    """Evaluate the model on all samples, and find them in each call of a layer."""
-    one, n = alone.recordings[0], len(alone.inputs)
-    try:
-        recording = record(request, alone.inputs, one.calls)
-        # What is the same for all samples by its shape alone may differ: then outputs do, once it is repeated.
-        repeats = not any(call.repeated for call in recording.calls) or verification.agrees(recording.output)
-    except NotCapturedError:
-        repeats = False
-    if not repeats:
-        recording = record(request, alone.inputs)
-    check_shape(recording.output, n, verification.out_shape)
-    sample_axes = learn_sample_axes(one, recording) if n > 1 else _axes_of_one(request, alone, verification)
-    return locate(recording, sample_axes), sample_axes, repeats
-
-
-def _axes_of_one(request: Request, alone: Alone, verification: Verification) -> list[SampleAxes]:
-    """Find a single sample in each call of a layer: by a pass of two of it, or else everything is about it."""
-    one = alone.recordings[0]
-    try:
-        twice = record(request, alone.inputs[[0, 0]])
-        check_shape(twice.output, 2, verification.out_shape)
-    except Exception as error:  # a model that takes one sample at a time
-        if is_out_of_memory(error):
-            raise
-        return [SampleAxes(call.module, None, 1, [], same=True, shape=call.shape) for call in one.calls]
-    return learn_sample_axes(one, twice)
 
 
 def _without(request: Request, names: Iterable[str]) -> Request:

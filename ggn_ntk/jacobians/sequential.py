@@ -18,7 +18,7 @@ from torch.nn import Module
 
 from ggn_ntk.contraction.factored import Factored
 from ggn_ntk.contraction.products import contract_into
-from ggn_ntk.jacobians.backward import Parts, Step, identity, written
+from ggn_ntk.jacobians.backward import Parts, Step, Writer, identity
 from ggn_ntk.jacobians.layers import REMEDY, Use, backpropagate, is_layer, jacobians, named_layers, tensors_of
 from ggn_ntk.memory.blocks import split
 from ggn_ntk.memory.budget import MemoryBudget
@@ -74,8 +74,7 @@ class SequentialPass:
         # s [C, N, *layer output] -> [C, N, *layer input]
         use = uses.pop()
         if use.params:
-            write = partial(jacobians, use, s)
-            yield from Step.standing(lambda: written(write, use.module, use.params, self.failures))
+            yield from Step.standing(partial(_writer(use, s).written, self.failures))
         if not _any_wanted(uses):
             return s
         # The Jacobians of a parameter that is used again wait, and keep ``s``: the pass goes on with a copy.
@@ -107,6 +106,12 @@ class SequentialPass:
             else:
                 yield from Step.standing(chain.pop(0).jacobians)
         return passed.ordered(_axes(passed.tensor)) if _any_wanted(uses) else s
+
+
+def _writer(use: Use, s: Tensor) -> Writer:
+    """Take what writes the Jacobians of a layer."""
+    # s [C, N, *layer output]
+    return Writer(type(use.module).__name__, tuple(use.params.values()), partial(jacobians, use, s))
 
 
 def _any_wanted(uses: list[Use]) -> bool:
@@ -173,7 +178,7 @@ class _Link:
 
     def _written(self, use: Use, s: Tensor) -> dict[str, Factored]:
         """Write the Jacobians of some samples; none where the rule failed for any."""
-        found = written(lambda: jacobians(use, s), use.module, use.params, self._failures)
+        found = _writer(use, s).written(self._failures)
         return {name: jacobian for name, jacobian in found.items() if name not in self._failures}
 
     def jacobians(self) -> dict[str, Factored]:

@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from ggn_ntk.jacobians.layer_call import LayerCall
+from ggn_ntk.jacobians.uses import Use
 from ggn_ntk.process.torch_internals import output_metadata
 
 
@@ -20,7 +21,7 @@ class Stage:
     """A part of the way back."""
 
     start: GradientEdge  # where it starts in the graph
-    calls: tuple[LayerCall, ...]  # the calls of layers on the way, those first that it passes last
+    calls: tuple[LayerCall | Use, ...]  # the calls of layers on the way, those first that it passes last
     end: tuple[GradientEdge, ...]  # where the next stage starts; empty for the last stage
 
     @property
@@ -29,7 +30,7 @@ class Stage:
         return sum(call.shape.numel() for call in self.calls)
 
 
-def stages(output: Tensor, calls: Sequence[LayerCall]) -> list[Stage]:
+def stages(output: Tensor, calls: Sequence[LayerCall | Use]) -> list[Stage]:
     """Divide the way back wherever all of it passes through one tensor."""
     if not calls:
         return []
@@ -37,7 +38,7 @@ def stages(output: Tensor, calls: Sequence[LayerCall]) -> list[Stage]:
     places = {node: place for place, node in enumerate(nodes)}
     waiting = sorted(calls, key=lambda call: places.get(call.edge.node, len(nodes)), reverse=True)
     found: list[Stage] = []
-    start, passed, reached = get_gradient_edge(output), list[LayerCall](), 0
+    start, passed, reached = get_gradient_edge(output), list[LayerCall | Use](), 0
     for place, node in enumerate(nodes):
         while waiting and waiting[-1].edge.node is node:
             passed.append(waiting.pop())

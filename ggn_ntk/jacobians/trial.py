@@ -1,9 +1,10 @@
-"""Rules, tried on one sample by itself: is each right, and is every use of a parameter the call of a layer with one?
+"""Rules, tried on few samples: is each right, and is every use of a parameter found?
 
 Both sides come from one forward pass, so that they differ by rounding alone.
 """
 
-from functools import reduce
+from collections.abc import Sequence
+from functools import partial, reduce
 from typing import NamedTuple
 
 import torch
@@ -12,9 +13,9 @@ from torch import Tensor
 from ggn_ntk.contraction.factored import Factored
 from ggn_ntk.contraction.vector_products import norm_of_sketch, sketched, sketched_sum
 from ggn_ntk.jacobians.autograd import pass_back
-from ggn_ntk.jacobians.backward import why_not
+from ggn_ntk.jacobians.backward import Writer
 from ggn_ntk.jacobians.layer_call import LayerCall, Recording
-from ggn_ntk.jacobians.recording import used_elsewhere
+from ggn_ntk.jacobians.uses import Sums, Use
 from ggn_ntk.models.autograd_graph import dense
 from ggn_ntk.models.comparison import all_finite, differing, norms, read
 from ggn_ntk.models.gradients import gradients
@@ -22,10 +23,9 @@ from ggn_ntk.models.rounding import rounding_of
 from ggn_ntk.problem.errors import NotFiniteError
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
-from ggn_ntk.rules.registry import rule_for
 
 #: What is said of a parameter whose rule is wrong.
-DIFFERS = "its Jacobian by the layer's rule differs from autograd's"
+DIFFERS = "its Jacobian by its rule differs from autograd's"
 
 # A sum over positions and uses cancels where the square of its norm is below this share of the sum of squares of its
 # terms' norms: then products of terms round to so many times as much of the kernel.
@@ -33,7 +33,7 @@ _CANCELS = 1 / 30
 
 
 class Trial(NamedTuple):
-    """What rules make of one sample, beside autograd."""
+    """What rules make of few samples, beside autograd."""
 
     # Autograd's gradient of ``sum v f`` for each wanted parameter, by name (see :func:`sketched`)
     expected: dict[str, Tensor]
@@ -41,26 +41,25 @@ class Trial(NamedTuple):
     cancelling: set[str]  # parameters whose gradient is far smaller than the terms that rules add up for it
 
 
-def try_rules(request: Request, recording: Recording, v: Tensor, tolerance: float) -> Trial:
-    """Compare rules with autograd on one sample."""
-    # v [1, *out]
-    failures = outside_of_calls(request, recording)
-    passed, expected = _gradients(request, recording, v)
+def try_rules(
+    request: Request, recording: Recording, calls: Sequence[LayerCall | Use], v: Tensor, tolerance: float
+) -> Trial:
+    """Compare rules with autograd on few samples."""
+    # v [N, *out]
+    failures = dict[str, str]()
+    passed, expected = _gradients(request, recording, calls, v)
     if not all_finite(expected.values()):
         raise NotFiniteError
-    actual, summed = dict[str, Tensor](), dict[str, list[Factored]]()
-    for call, s in zip(recording.calls, passed, strict=True):
-        try:
-            jacobians = {} if s is None else _jacobians(call, s.unsqueeze(0), 1)
-        except Exception as error:
-            failures |= dict.fromkeys(call.params.values(), why_not(error, call.module))
-            continue
+    actual, summed, sums = dict[str, Tensor](), dict[str, list[Factored]](), Sums(calls, request.params)
+    pairs = zip(calls, passed, strict=True)
+    for writer in (w for call, s in pairs if s is not None for w in call.writers(s.unsqueeze(0), sums)):
+        jacobians = writer._replace(write=partial(_checked, writer, len(v))).written(failures)
         for name, jacobian in jacobians.items():
-            product = sketched_sum(jacobian, v.new_ones(1, 1), request.params[name])
+            product = sketched_sum(jacobian, v.new_ones(1, len(v)), request.params[name])
             actual[name] = actual[name] + product if name in actual else product
             summed.setdefault(name, []).append(jacobian)
-        missing = (name for name in call.params.values() if name not in jacobians and s is not None)
-        failures |= dict.fromkeys(missing, f"the rule of {type(call.module).__name__} does not state its Jacobian")
+        missing = (name for name in writer.names if name not in jacobians and name not in failures)
+        failures |= dict.fromkeys(missing, f"the rule of {writer.label} does not state its Jacobian")
     actual |= {name: expected[name] for name in failures}
     rounding = rounding_of(request, recording.inputs, v, sketched)
     for name, size in differing(actual, expected, tolerance, rounding).items():
@@ -88,35 +87,19 @@ def _cancelling(
     return {name for name, size in zip(found, sizes, strict=True) if size**2 < least[name]}
 
 
-def outside_of_calls(request: Request, recording: Recording) -> dict[str, str]:
-    """Find the parameters that are used outside of recorded calls, and what is the matter with them, by name."""
-    elsewhere = used_elsewhere(recording)
-    owners = {id(p): module for module in request.model.modules() for p in module.parameters(recurse=False)}
-    found = {}
-    for name, p in request.params.items():
-        if id(p) in elsewhere:
-            owner = owners[id(p)]
-            kind = type(owner).__name__
-            if any(name in call.params.values() for call in recording.calls):
-                found[name] = f"it is also used outside of a call of {kind}"
-            elif rule_for(owner) is None:
-                found[name] = f"{kind} has no rule"
-            else:
-                found[name] = f"{kind} is not called as its rule has it, with its own parameters and forward"
-    return found
-
-
-def _jacobians(call: LayerCall, s: Tensor, n: int) -> dict[str, Factored]:
-    """Write the Jacobians of a call by name, and make sure that they are over N samples."""
-    jacobians = call.jacobians(s)
+def _checked(writer: Writer, n: int) -> dict[str, Factored]:
+    """Write Jacobians, and make sure that they are over N samples."""
+    jacobians = writer.write()
     for jacobian in jacobians.values():
         if jacobian.sizes["n"] != n:
             raise ValueError(f"its Jacobian is over {jacobian.sizes['n']} samples instead of {n}")
     return jacobians
 
 
-def _gradients(request: Request, recording: Recording, v: Tensor) -> tuple[list[Tensor | None], dict[str, Tensor]]:
+def _gradients(
+    request: Request, recording: Recording, calls: Sequence[LayerCall | Use], v: Tensor
+) -> tuple[list[Tensor | None], dict[str, Tensor]]:
     """Compute gradients in a graph that is kept."""
-    passed, found = pass_back(recording.output, recording.calls, v, list(request.params.values()))
+    passed, found = pass_back(recording.output, calls, v, list(request.params.values()))
     gradients = zip(request.params.items(), found, strict=True)
     return passed, {name: sketched(torch.zeros_like(p) if g is None else dense(g), p) for (name, p), g in gradients}

@@ -3,7 +3,7 @@
 For numbers v, ``sum v[n, c] J[c, n]`` from the Jacobians that rules write must be autograd's gradient of
 ``sum v[n, c] f[n, c]``. It is compared, parameter by parameter,
 
-- on a few samples, each by itself: is each rule right, and is every use of a parameter the call of a layer with one?
+- on a few samples, each by itself: is each rule right, and is every use of a parameter found?
 - on the Jacobians that are contracted, of all samples: do rules hold for each of them, is the axis of the samples
   found, did ``s`` pass back right, and do samples leave one another alone? Autograd's side comes from the samples in
   two halves (:mod:`ggn_ntk.models.independence`). Where all layers are known to act on each sample by itself, and
@@ -24,10 +24,10 @@ from ggn_ntk.contraction.factored import Factored
 from ggn_ntk.contraction.vector_products import sketched, sketched_sum
 from ggn_ntk.jacobians.layer_call import Recording
 from ggn_ntk.jacobians.recording import record
-from ggn_ntk.jacobians.sample_axes import SampleAxes, locate
 from ggn_ntk.jacobians.trial import DIFFERS, try_rules
+from ggn_ntk.jacobians.uses import Uses, read
 from ggn_ntk.memory.budget import resolve_axes
-from ggn_ntk.models.comparison import check_finite, cotangent, differing, gradient_tolerance, rows_differing
+from ggn_ntk.models.comparison import check_finite, cotangent, differing, gradient_tolerance
 from ggn_ntk.models.evaluation import check_output, check_shape
 from ggn_ntk.models.gradients import Parts, gradients, in_parts
 from ggn_ntk.models.independence import (
@@ -71,18 +71,19 @@ class Alone(NamedTuple):
     recordings: list[Recording]
 
 
-def evaluate_alone(request: Request, inputs: Inputs) -> Alone:
+def evaluate_alone(request: Request, inputs: Inputs, *, every: bool) -> Alone:
     """Evaluate a few samples by themselves, with the channels of images last in memory where no view objects."""
     entries, n = sum(p.numel() for p in request.params.values()), len(inputs)
-    samples = _choose(n, max(1, min(_ALONE, n // _SHARE, _MANY_ENTRIES // max(1, entries))), seed=0)
+    most = _ALONE if every else 1  # others are verified all
+    samples = _choose(n, max(1, min(most, n // _SHARE, _MANY_ENTRIES // max(1, entries))), seed=0)
     fast = inputs.map(channels_last)
     try:
-        first = record(request, fast[samples[:1]])
+        first = record(request, fast[samples[:1]], every=every)
     except RuntimeError as error:
         if is_out_of_memory(error) or all(x.ndim != 4 for x in inputs.tensors.values()):
             raise
-        fast, first = inputs, record(request, inputs[samples[:1]])
-    return Alone(fast, samples, [first, *(record(request, fast[[sample]]) for sample in samples[1:])])
+        fast, first = inputs, record(request, inputs[samples[:1]], every=every)
+    return Alone(fast, samples, [first, *(record(request, fast[[sample]], every=every) for sample in samples[1:])])
 
 
 class Verification:
@@ -128,11 +129,12 @@ class Verification:
         self._expected = self._halves[0].gradient
         check_finite(self._expected.values())
 
-    def try_rules(self, alone: "Alone", sample_axes: Sequence[SampleAxes] | None) -> dict[str, str]:
-        """Try the rules on the few samples: why they do not give the Jacobian of a parameter, by name."""
+    def try_rules(self, recordings: Sequence[Recording], uses: Uses | None) -> dict[str, str]:
+        """Try the rules on few samples: why they do not give the Jacobian of a parameter, by name."""
+        vs = self._v_alone.split(1) if uses is None else [self._v_of(recordings[0])]
         tried = [
-            try_rules(self._request, locate(recording, sample_axes), v, self._tolerance)
-            for recording, v in zip(alone.recordings, self._v_alone.split(1), strict=True)
+            try_rules(self._request, recording, read(uses, recording), v, self._tolerance)
+            for recording, v in zip(recordings, vs, strict=True)
         ]
         params = self._request.params
         self.cancelling = {name for trial in tried for name in trial.cancelling}
@@ -140,6 +142,15 @@ class Verification:
             self._expected = {name: torch.stack([trial.expected[name] for trial in tried]).sum(0) for name in params}
             self._weights = self._v_alone.reshape(len(self._few), -1).T
         return {name: why for trial in tried for name, why in trial.failures.items()}
+
+    def _v_of(self, recording: Recording) -> Tensor:
+        """Choose numbers for the outputs of some samples: those of the sample by itself, if all are this one."""
+        # -> [N, *out]
+        v = cotangent(recording.output, 1, recording.output.shape)
+        v[0] = self._v_alone[0]
+        if not self.everyone:
+            v[1:] = 0
+        return v
 
     def see(self, output: Tensor) -> None:
         """Compare the outputs of all samples in one batch with those by themselves and in halves."""
@@ -152,10 +163,6 @@ class Verification:
             compare_outputs(self._request, self.inputs, output, self._few, self._outputs)
         for halves in self._halves:
             compare_outputs(self._request, self.inputs, output, range(n), halves.outputs)
-
-    def agrees(self, output: Tensor) -> bool:
-        """Tell whether outputs of the few samples among all of them are those by themselves, but for rounding."""
-        return not rows_differing(output.detach()[self._few], self._outputs, self._tolerance).any()
 
     def begin(self, outputs: Tensor) -> None:
         """Start on some outputs."""

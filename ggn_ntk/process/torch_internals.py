@@ -104,6 +104,81 @@ def storage_id(tensor: Tensor) -> int:
 #: The shapes, dtypes and devices of what a node computed in the forward pass.
 output_metadata: Callable[[Node], tuple[Any, ...]] = attrgetter("_input_metadata")
 
+# Operations that rules know, by their nodes: a name for each, and its arguments in the order of the node's edges.
+_OPERATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
+    # Matrix products
+    "AddmmBackward0": ("addmm", ("self", "mat1", "mat2")),
+    "AddmvBackward0": ("addmv", ("self", "mat", "vec")),
+    "BaddbmmBackward0": ("baddbmm", ("self", "batch1", "batch2")),
+    "BmmBackward0": ("bmm", ("self", "mat2")),
+    "DotBackward0": ("dot", ("self", "tensor")),
+    "MmBackward0": ("mm", ("self", "mat2")),
+    "MvBackward0": ("mv", ("self", "vec")),
+    "TrilinearBackward0": ("trilinear", ("i1", "i2", "i3")),
+    # Layers
+    "ConvolutionBackward0": ("convolution", ("input", "weight", "bias")),
+    "EmbeddingBackward0": ("embedding", ("weight",)),
+    "EmbeddingBagBackward0": ("embedding_bag", ("weight", "per_sample_weights")),
+    "FusedRmsNormBackward0": ("rms_norm", ("input", "weight")),
+    "NativeBatchNormBackward0": ("batch_norm", ("input", "weight", "bias")),
+    "NativeGroupNormBackward0": ("group_norm", ("input", "weight", "bias")),
+    "NativeLayerNormBackward0": ("layer_norm", ("input", "weight", "bias")),
+    "PreluKernelBackward0": ("prelu", ("self", "weight")),
+    # Entry by entry, with broadcasting
+    "AddBackward0": ("add", ("self", "other")),
+    "AddcmulBackward0": ("addcmul", ("self", "tensor1", "tensor2")),
+    "DivBackward0": ("div", ("self", "other")),
+    "ExpandBackward0": ("expand", ("self",)),
+    "MaskedFillBackward0": ("masked_fill", ("self",)),
+    "MulBackward0": ("mul", ("self", "other")),
+    "RepeatBackward0": ("repeat", ("self",)),
+    "RsubBackward1": ("rsub", ("self",)),
+    "SubBackward0": ("sub", ("self", "other")),
+    "WhereBackward0": ("where", ("self", "other")),
+    # Entry by entry, of one argument
+    **dict.fromkeys(("CloneBackward0", "ToCopyBackward0", "AliasBackward0"), ("same", ("self",))),
+    **{
+        f"{name}Backward0": ("entrywise", ("self",))
+        for name in ("Abs", "Cos", "Exp", "Log", "Neg", "Pow", "Reciprocal", "Relu", "Rsqrt", "Sigmoid", "Sin")
+    },
+    **{f"{name}Backward0": ("entrywise", ("self",)) for name in ("Softplus", "Sqrt", "Tanh", "Clamp", "Expm1")},
+    # Entries in another order, and parts
+    "IndexBackward0": ("index", ("self",)),
+    "IndexSelectBackward0": ("index_select", ("self",)),
+    "PermuteBackward0": ("permute", ("self",)),
+    "SelectBackward0": ("select", ("self",)),
+    "SliceBackward0": ("slice", ("self",)),
+    "SplitBackward0": ("split", ("self",)),
+    "SplitWithSizesBackward0": ("split_with_sizes", ("self",)),
+    "UnbindBackward0": ("unbind", ("self",)),
+    "UnsafeSplitBackward0": ("split", ("self",)),
+    "TBackward0": ("t", ("self",)),
+    **dict.fromkeys(("TransposeBackward0", "TransposeBackward1"), ("transpose", ("self",))),
+    **{
+        f"{name}Backward{i}": ("reshape", ("self",))
+        for name in ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze")
+        for i in range(3)
+    },
+}
+
+
+def operation_of(node: Node) -> tuple[str, tuple[str, ...]]:
+    """Look up the name of an operation, and its arguments in the order of the node's edges; no name if unknown."""
+    return _OPERATIONS.get(node.name(), ("", ()))
+
+
+def saved(node: Node, name: str) -> Any:
+    """Look up what a node has saved of an operation's arguments and results."""
+    return _signed(getattr(node, f"_saved_{name}"))
+
+
+def _signed(value: Any) -> Any:
+    """Undo that nodes hold negative integers as unsigned ones."""
+    if isinstance(value, tuple):
+        return tuple(map(_signed, value))
+    return value - 2**64 if isinstance(value, int) and value >= 2**63 else value
+
+
 #: What the node is called that torch puts around modules with full backward hooks, such as BackPACK's.
 BACKWARD_HOOK = "BackwardHookFunctionBackward"
 

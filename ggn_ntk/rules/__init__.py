@@ -26,14 +26,14 @@ from ggn_ntk.rules.registry import (
 # Importing these registers their rules.
 from ggn_ntk.rules import (  # isort: skip
     activation,
-    attention,
     convolution,
+    elementwise,
     embedding,
     linear,
     normalization,
     pooling,
     shape,
-    third_party,
+    views,
 )
 
 __all__ = [

@@ -8,7 +8,7 @@ Letters: ``g`` groups; ``o``, ``i`` output and input channels of a group; ``x``,
 ``u``, ``v``, ``w`` places in the kernel.
 """
 
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from torch.nn import functional as F
 
 from ggn_ntk.contraction.factored import Factored
 from ggn_ntk.process.torch_internals import padding_of
+from ggn_ntk.rules.flow import jacobian
+from ggn_ntk.rules.linear_map import LinearMap, Operation, register_operation
 from ggn_ntk.rules.registry import (
     channels_last,
     register_backpropagation,
@@ -31,33 +33,72 @@ _CONV = {1: F.conv1d, 2: F.conv2d, 3: F.conv3d}
 _CONV_TRANSPOSE = {1: F.conv_transpose1d, 2: F.conv_transpose2d, 3: F.conv_transpose3d}
 
 
+class _Options(NamedTuple):
+    """What a convolution slides over its input, and how."""
+
+    kernel_size: tuple[int, ...]
+    stride: tuple[int, ...]
+    dilation: tuple[int, ...]
+    groups: int
+
+
+@register_operation("convolution")
+def convolution_map(op: Operation) -> LinearMap | None:
+    """Write a convolution, transposed or not, in its weight or bias."""
+    if op.argument == "input":
+        return None
+    if op.argument == "bias":
+        return _in_bias(op["groups"], len(op.output) - 2)
+    options = _Options(op.shape[2:], op["stride"], op["dilation"], op["groups"])
+    padding = [pad for amount in reversed(op["padding"]) for pad in (amount, amount)]
+    if op["transposed"]:
+        return _transposed_in_weight(options, op["input"], padding)
+    return _in_weight(options, F.pad(op["input"], padding), op.output[2:])
+
+
+def _in_weight(options: Any, x: Tensor, positions: Any) -> LinearMap:
+    """Write a convolution of a padded input in its weight."""
+    # x [N, I, *spatial]
+    p, k = _POSITIONS[: x.ndim - 2], _KERNEL[: x.ndim - 2]
+    windows = _windows(x, options, positions)  # [N, G, I / G, *kernel, *positions]
+    return LinearMap(("n", "go", *p), ("go", "i", *k), ((f"ngi{k}{p}", windows),))
+
+
+def _transposed_in_weight(options: Any, x: Tensor, padding: list[int]) -> LinearMap:
+    """Write a transposed convolution in its weight: input and output change places."""
+    # x [N, I, *positions]
+    # Each entry of the input is spread over a window of the output: here windows are views of the padded ``s``.
+    p, k = _POSITIONS[: x.ndim - 2], _KERNEL[: x.ndim - 2]
+
+    def spread(s: Tensor) -> Tensor:
+        # [C, N, O, *spatial] -> [C, N, G, O / G, *kernel, *positions]
+        windows = _windows(F.pad(stack_outputs(s), padding), options, x.shape[2:])
+        return windows.unflatten(0, (s.shape[1], s.shape[0])).transpose(0, 1)
+
+    operand = (f"ngi{p}", x.unflatten(1, (options.groups, -1)))
+    return LinearMap(("n", "g", "o", *k, *p), ("gi", "o", *k), (operand,), spread=spread)
+
+
 @register_rule(*_CONVOLUTIONS)
 def convolution(module: Any, x: Tensor, s: Tensor) -> dict[str, Factored]:
     """Write the Jacobians of a convolution."""
     # x [N, I, *spatial], s [C, N, O, *positions] -> [O, I / groups, *kernel]
-    windows = _windows(_pad(module, x), module, s.shape[3:])  # [N, G, I / G, *kernel, *positions]
-    p, k = _POSITIONS[: s.ndim - 3], _KERNEL[: s.ndim - 3]
-    s = s.unflatten(2, (module.groups, -1))  # [C, N, G, O / G, *positions]
-    return {
-        "weight": Factored(f"cngo{p},ngi{k}{p}->cngoi{k}", (s, windows)),
-        "bias": Factored(f"cngo{p}->cngo", (s,)),
-    }
+    bias = jacobian(_in_bias(module.groups, s.ndim - 3), s)
+    return {"weight": jacobian(_in_weight(module, _pad(module, x), s.shape[3:]), s), "bias": bias}
 
 
 @register_rule(*_TRANSPOSED)
 def transposed_convolution(module: Any, x: Tensor, s: Tensor) -> dict[str, Factored]:
-    """Write the Jacobians of a transposed convolution: input and output change places."""
+    """Write the Jacobians of a transposed convolution."""
     # x [N, I, *positions], s [C, N, O, *spatial] -> [I, O / groups, *kernel]
-    # Each entry of the input is spread over a window of the output: here windows are views of the padded ``s``.
-    p, k = _POSITIONS[: x.ndim - 2], _KERNEL[: x.ndim - 2]
     padding = [pad for amount in reversed(module.padding) for pad in (amount, amount)]
-    windows = _windows(F.pad(stack_outputs(s), padding), module, x.shape[2:])  # [N C, G, O / G, *kernel, *positions]
-    windows = windows.unflatten(0, (s.shape[1], s.shape[0])).transpose(0, 1)  # [C, N, ...]
-    s = s.unflatten(2, (module.groups, -1)).flatten(4)  # [C, N, G, O / G, all spatial axes]
-    return {
-        "weight": Factored(f"cngo{k}{p},ngi{p}->cngio{k}", (windows, x.unflatten(1, (module.groups, -1)))),
-        "bias": Factored("cngox->cngo", (s,)),
-    }
+    bias = jacobian(_in_bias(module.groups, s.ndim - 3), s)
+    return {"weight": jacobian(_transposed_in_weight(module, x, padding), s), "bias": bias}
+
+
+def _in_bias(groups: int, dimensions: int) -> LinearMap:
+    """Write a convolution in its bias, with channels split as for the weight."""
+    return LinearMap(("n", "go", *_POSITIONS[:dimensions]), ("go",), sizes=(("g", groups),))
 
 
 def _pad(module: Any, x: Tensor) -> Tensor:

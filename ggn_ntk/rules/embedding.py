@@ -8,7 +8,38 @@ from torch import Tensor, nn
 
 from ggn_ntk.contraction.factored import Factored
 from ggn_ntk.contraction.operand import OneHot
+from ggn_ntk.rules.linear_map import LinearMap, Operation, letter_of, register_operation
 from ggn_ntk.rules.registry import register_rule
+
+# How bags are reduced, as autograd's graph has it.
+_MEAN, _MAX = 1, 2
+
+
+@register_operation("embedding")
+def looked_up(op: Operation) -> LinearMap:
+    """Write rows of a table."""
+    tokens = op["indices"]
+    places = OneHot(tokens.masked_fill(tokens == op["padding_idx"], -1), op.shape[0])
+    own = tuple(map(letter_of, range(tokens.ndim)))
+    return LinearMap((*own, "y"), ("z", "y"), (("".join(own) + "z", places),))
+
+
+@register_operation("embedding_bag")
+def bag(op: Operation) -> LinearMap | None:
+    """Write sums, means or maxima over rows of a table, of bags of equal size."""
+    bags, size = op.output[0], len(op["indices"]) // max(1, op.output[0])
+    if op.argument != "weight" or not torch.equal(op["offsets"], torch.arange(bags, device=op["offsets"].device) * size):
+        return None
+    if op["mode"] == _MAX:  # each feature comes from a row of its own; none where a bag is nothing but padding
+        places = op["result3"].masked_fill((op["result2"] == 0).unsqueeze(1), -1)
+        return LinearMap(("a", "y"), ("z", "y"), (("ayz", OneHot(places, op.shape[0])),))
+    tokens = op["indices"].reshape(bags, size)
+    operands = [("abz", OneHot(tokens.masked_fill(tokens == op["padding_idx"], -1), op.shape[0]))]
+    if op["mode"] == _MEAN:  # over the tokens of a bag without its padding
+        operands.append(("a", op["result2"].clamp(min=1).to(op.dtype).reciprocal()))
+    if op["per_sample_weights"] is not None:
+        operands.append(("ab", op["per_sample_weights"].reshape(bags, size)))
+    return LinearMap(("a", "y"), ("z", "y"), tuple(operands))
 
 
 @register_rule(nn.Embedding)

@@ -1,9 +1,72 @@
-"""Linear layers. Letters: ``o``, ``i`` output and input features; ``p`` positions; ``j`` features of a second input."""
+"""Matrix products and linear layers. Letters: ``o``, ``i`` output and input features; ``p`` positions; ``j`` features of a second input."""
 
 from torch import Tensor, nn
 
 from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.rules.linear_map import LinearMap, Operation, register_operation
 from ggn_ntk.rules.registry import register_backpropagation, register_rule
+
+
+@register_operation("mm")
+def mm(op: Operation) -> LinearMap:
+    """Write a product of two matrices."""
+    return op.product(self="ak", mat2="kb", output="ab")
+
+
+@register_operation("bmm")
+def bmm(op: Operation) -> LinearMap:
+    """Write products of two batches of matrices."""
+    return op.product(self="gak", mat2="gkb", output="gab")
+
+
+@register_operation("mv")
+def mv(op: Operation) -> LinearMap:
+    """Write a product of a matrix and a vector."""
+    return op.product(self="ak", vec="k", output="a")
+
+
+@register_operation("dot")
+def dot(op: Operation) -> LinearMap:
+    """Write a product of two vectors."""
+    return op.product(self="k", tensor="k", output="")
+
+
+@register_operation("addmm")
+def addmm(op: Operation) -> LinearMap:
+    """Write a sum of a matrix and a product of two."""
+    return _sum(op, mat1="ak", mat2="kb", output="ab")
+
+
+@register_operation("addmv")
+def addmv(op: Operation) -> LinearMap:
+    """Write a sum of a vector and a product of a matrix and a vector."""
+    return _sum(op, mat="ak", vec="k", output="a")
+
+
+@register_operation("baddbmm")
+def baddbmm(op: Operation) -> LinearMap:
+    """Write a sum of a batch of matrices and products of two batches."""
+    return _sum(op, batch1="gak", batch2="gkb", output="gab")
+
+
+def _sum(op: Operation, **terms: str) -> LinearMap:
+    """Write ``beta * self + alpha * product``."""
+    if op.argument == "self":
+        return op.entrywise(factor=op["beta"])
+    return op.product(**terms)._replace(factor=op["alpha"])
+
+
+@register_operation("trilinear")
+def trilinear(op: Operation) -> LinearMap:
+    """Write a product of three arguments, each repeated along some axes, summed over others."""
+    names = ("i1", "i2", "i3")
+    absent = {name: op[f"expand{name[1]}"] for name in names}
+    letters = "abcdefgh"[: len(op.shape) + len(absent[op.argument])]
+    terms = {name: "".join(c for i, c in enumerate(letters) if i not in absent[name]) for name in names}
+    output = tuple(letter for i, letter in enumerate(letters) if i not in op["sumdim"])
+    return LinearMap(
+        output, tuple(terms[op.argument]), tuple((terms[name], op[name]) for name in names if name != op.argument)
+    )
 
 
 @register_rule(nn.Linear)

@@ -1,12 +1,63 @@
 """Normalisation layers with a learned scale. Letters: ``k`` features or channels; ``p`` positions."""
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.rules.linear_map import LinearMap, Operation, letter_of, register_operation
 from ggn_ntk.rules.registry import register_backpropagation, register_rule
+
+
+@register_operation("layer_norm")
+def layer_norm_map(op: Operation) -> LinearMap | None:
+    """Write a normalisation over trailing axes, in its scale or shift."""
+    return _scaled(op, lambda: (op["input"] - op["result1"]) * op["result2"])
+
+
+@register_operation("rms_norm")
+def rms_norm_map(op: Operation) -> LinearMap | None:
+    """Write a division by the root mean square over trailing axes, in its scale."""
+    return _scaled(op, lambda: op["input"] * op["result1"])
+
+
+@register_operation("group_norm")
+def group_norm_map(op: Operation) -> LinearMap | None:
+    """Write a normalisation over groups of channels, in its scale or shift."""
+
+    def normalized() -> Tensor:
+        x: Tensor = op["input"]
+        groups = x.reshape(op["N"], op["group"], -1)
+        return ((groups - op["result1"].unsqueeze(2)) * op["result2"].unsqueeze(2)).reshape(x.shape)
+
+    return _scaled(op, normalized, channels=True)
+
+
+@register_operation("batch_norm")
+def batch_norm_map(op: Operation) -> LinearMap | None:
+    """Write a normalisation of channels, by running statistics or the batch's, in its scale or shift."""
+
+    def normalized() -> Tensor:
+        if op["training"]:
+            mean, scale = op["result1"], op["result2"]
+        else:
+            mean, scale = op["running_mean"], (op["running_var"] + op["eps"]).rsqrt()
+        shape = (1, -1, *[1] * (len(op.output) - 2))
+        normalized: Tensor = (op["input"] - mean.reshape(shape)) * scale.reshape(shape)
+        return normalized
+
+    return _scaled(op, normalized, channels=True)
+
+
+def _scaled(op: Operation, normalized: Callable[[], Tensor], *, channels: bool = False) -> LinearMap | None:
+    """Write ``weight * normalized + bias``, along the trailing axes or that of channels."""
+    if op.argument == "input":
+        return None
+    factors = [normalized()] if op.argument == "weight" else []
+    written = op.entrywise(*factors)
+    return written._replace(argument=(letter_of(1),)) if channels else written
 
 
 def _scale_and_shift(normalized: Tensor, s: Tensor) -> dict[str, Factored]:

@@ -11,7 +11,7 @@ from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
-from torch import Size, Tensor, nn
+from torch import Tensor, nn
 from torch.nn import Module
 
 from ggn_ntk.contraction.factored import Factored
@@ -93,34 +93,9 @@ def _rule_by_name(name: str) -> Rule | None:
     return next((rule for pattern, rule in _RULES_BY_NAME.items() if fnmatchcase(name, pattern)), None)
 
 
-class Inner(NamedTuple):
-    """A product with a parameter inside of a layer, to which autograd passes ``s`` on its way through the layer."""
-
-    # Attention is one module, but its projection to queries, keys and values is a node of the graph: where autograd
-    # stops there, ``s`` of the projection comes without a backward pass of the rule's own.
-    params: tuple[str, ...]  # the names of its parameters on the layer
-    shape: Size  # shape of the product, of all samples
-    axis: int  # the axis of the samples
-    rule: Rule  # writes Jacobians from the layer, its input and ``s`` at the product, samples in front
-    outer_rule: Rule  # writes the Jacobians of the layer's other parameters as :func:`register_rule` has it
-
-
-_INNER: dict[Rule, Callable[[Any, Any], Inner | None]] = {}
-
-
-def register_inner(rule: Rule) -> Callable[[_F], _F]:
-    """Register where autograd meets parameters inside of layers, which saves their rule a way back of its own."""
-
-    def register(function: _F) -> _F:
-        _INNER[rule] = function
-        return function
-
-    return register
-
-
-def inner_of(rule: Rule, module: Module, x: Any) -> Inner | None:
-    """Look up where autograd meets parameters inside of a layer."""
-    return None if rule not in _INNER else _INNER[rule](module, x)
+def is_own(function: Callable[..., Any]) -> bool:
+    """Tell a rule of this package from one that a user has registered."""
+    return function.__module__.startswith(f"{__package__}.")
 
 
 class Backpropagation(NamedTuple):
@@ -174,7 +149,7 @@ def acts_on_each_sample(module: Module) -> bool:
     axis = module.dim if isinstance(module, nn.Unflatten) else getattr(module, "start_dim", 1)
     reshapes_samples = not (isinstance(axis, int) and axis >= 1)
     apart = isinstance(module, nn.MultiheadAttention) or reshapes_samples
-    return own and not apart and all(f.__module__.startswith(__package__ + ".") for f in registered)
+    return own and not apart and all(map(is_own, registered))
 
 
 def batched_vjp(module: Module, x: Tensor, s: Tensor) -> Tensor:

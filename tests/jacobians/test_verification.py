@@ -120,7 +120,7 @@ def test_a_rule_that_is_wrong_for_few_samples(capture, flagged):
     model = nn.Sequential(Half(), nn.Linear(4, 2)).double()
     x = torch.rand(200, 4).double()
     x[flagged, 0] = 2
-    with pytest.warns(RouteWarning, match="0.weight: its Jacobian by the layer's rule differs"):
+    with pytest.warns(RouteWarning, match="0.weight: its Jacobian by its rule differs"):
         kernel = empirical_ntk(model, x, compute="trace", capture=capture)
     assert_close(kernel, torch.einsum("nmcc->nm", jacobian_contraction(model, x)))
 

@@ -504,7 +504,7 @@ def test_a_rule_wrong_for_nine_of_200_samples(per_parameter, capture):
     build = seeded(lambda: nn.Sequential(Doubled(4, 5), nn.Tanh(), nn.Linear(5, 2)))
     x1, x2 = one_of_many(special=9), torch.randn(2, 4).double()
     expected = loop_kernel(build, x1, x2)
-    with pytest.warns(RouteWarning, match="0.weight.*its Jacobian by the layer's rule"):
+    with pytest.warns(RouteWarning, match="0.weight.*its Jacobian by its rule"):
         found = empirical_ntk(build(), x1, x2, capture=capture, per_parameter=per_parameter)
     assert_close(torch.stack(list(found.values())).sum(0) if per_parameter else found, expected)
 

@@ -1,0 +1,257 @@
+"""Finding the uses of parameters, in the graphs of some samples and of more, say of two and of three."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import replace
+from itertools import zip_longest
+
+import torch
+from torch import Size, Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from ggn_ntk.jacobians.layer_call import CallAxes, LayerCall, Recording, shape_of
+from ggn_ntk.jacobians.uses import Path, Site, Step, Uses, before
+from ggn_ntk.models.autograd_graph import graph_nodes
+from ggn_ntk.models.comparison import cotangent
+from ggn_ntk.problem.errors import NotCapturedError
+from ggn_ntk.process.torch_internals import output_metadata
+from ggn_ntk.rules.flow import Flow, SampleAxis
+from ggn_ntk.rules.linear_map import Operation
+
+# On how many paths a weight may lead to a parameter: all pairs of them are contracted.
+_PATHS = 4
+
+# Operations that only rearrange: a model that takes one sample at a time does not show where samples enter.
+_VIEWS = {"reshape", "t", "transpose", "permute", "same"}
+
+
+def find_uses(few: Sequence[Recording], params: Mapping[str, Tensor]) -> Uses:
+    """Find the uses of parameters in the graphs of some samples and of more; or of a single one."""
+    # Some should be two at least. Torch computes some things otherwise for one: its axis never lies between others.
+    some, more = few[0], few[-1]
+    calls = tuple(
+        (place, _axes(a, b, (some.n, more.n)))
+        for place, (a, b) in enumerate(zip(some.calls, more.calls, strict=False))
+        if a.module is b.module and a.shape != b.shape
+    )
+    return _Finding(some, more, calls, params).uses()
+
+
+class _Finding:
+    """The graphs of some samples and of more, side by side."""
+
+    def __init__(
+        self,
+        some: Recording,
+        more: Recording,
+        calls: tuple[tuple[int, CallAxes], ...],
+        params: Mapping[str, Tensor],
+    ) -> None:
+        """Walk through both graphs."""
+        self._some, self._calls, self._alone = some, calls, some is more
+        self._n = (some.n, more.n)
+        self._names = {id(p): name for name, p in params.items()}
+        self._called = {recording.calls[place].edge.node for recording in (some, more) for place, _ in calls}
+        sources = {c.edge.node: c.sources for recording in (some, more) for c in (recording.calls[p] for p, _ in calls)}
+        self._nodes: list[tuple[Node, Node]] = []
+        self._opaque = set[int]()
+        self._places: dict[Node, int] = {}
+        self._before: list[list[int]] = []
+        waiting = [(get_gradient_edge(some.output).node, get_gradient_edge(more.output).node)]
+        following: list[list[Node]] = []
+        while waiting:
+            a, b = waiting.pop()
+            if a in self._places:
+                continue
+            self._places[a] = len(self._nodes)
+            ours, theirs = before(a, sources), before(b, sources)
+            if a.name() != b.name() or len(ours) != len(theirs):
+                self._opaque.add(len(self._nodes))
+                ours = theirs = []
+            self._nodes.append((a, b))
+            following.append(ours)
+            waiting += reversed(list(zip(ours, theirs, strict=True)))
+        self._before = [[self._places[node] for node in nodes] for nodes in following]
+
+    def uses(self) -> Uses:
+        """Find the uses."""
+        problems: dict[str, str] = {}
+        reach = self._weights()
+        for place in self._opaque:
+            what = f"the graph of more samples differs at {self._nodes[place][0].name()}"
+            leaves = (id(getattr(node, "variable", None)) for node in graph_nodes(GradientEdge(self._nodes[place][0], 0)))
+            problems |= {self._names[leaf]: what for leaf in leaves if leaf in self._names}
+        sites = []
+        for place, (a, _) in enumerate(self._nodes):
+            if place in reach or place in self._opaque or a in self._called:
+                continue
+            entering = [
+                (Step(place, i), self._places[node], number)
+                for i, (node, number) in enumerate(a.next_functions)
+                if node is not None and reach.get(self._places[node])
+            ]
+            if entering:
+                sites += self._site(place, entering, reach, problems)
+        names = tuple("" if i in self._opaque else a.name() for i, (a, _) in enumerate(self._nodes))
+        return Uses(names, self._calls, tuple(self._with_rows(sites)), problems)
+
+    def _weights(self) -> dict[int, frozenset[str]]:
+        """Find the nodes that depend on no sample, with the parameters that each is computed from."""
+        reach: dict[int, frozenset[str]] = {}
+        for place in self._in_order():
+            a, b = self._nodes[place]
+            if place in self._opaque or a in self._called or any(i not in reach for i in self._before[place]):
+                continue
+            leaf = getattr(a, "variable", None)
+            if leaf is not None:
+                reach[place] = frozenset([self._names[id(leaf)]] if id(leaf) in self._names else [])
+            elif Operation(a, 0).kind in _VIEWS if self._alone else not _grows(a, b):
+                reach[place] = frozenset().union(*(reach[i] for i in self._before[place]))
+        return reach
+
+    def _in_order(self) -> Iterator[int]:
+        """List nodes behind those they are computed from."""
+        done, waiting = set[int](), [(0, False)]
+        while waiting:
+            place, last = waiting.pop()
+            if last:
+                yield place
+            elif place not in done:
+                done.add(place)
+                waiting.append((place, True))
+                waiting += [(i, False) for i in self._before[place] if i not in done]
+
+    def _site(
+        self,
+        place: int,
+        entering: Sequence[tuple[Step, int, int]],
+        reach: Mapping[int, frozenset[str]],
+        problems: dict[str, str],
+    ) -> Iterator[Site]:
+        """Look at an operation in which weights meet the samples."""
+        a, b = self._nodes[place]
+        shape = Size(output_metadata(a)[0].shape)
+        samples = SampleAxis(None) if self._alone else _samples(shape, Size(output_metadata(b)[0].shape), self._n)
+        paths, weights = list[tuple[str, Path]](), list[tuple[Step, tuple[str, ...]]]()
+        for step, weight, number in entering:
+            names = reach[weight]
+            try:
+                if samples is None:
+                    raise NotCapturedError(f"samples are not told apart in an output {list(shape)} of {Operation(a, 0).kind}")
+                self._try([step], samples)
+            except NotCapturedError as error:
+                problems |= dict.fromkeys(names, str(error))
+                continue
+            ways = {name: self._paths(step, samples, (weight, number), name, reach) for name in sorted(names)}
+            paths += [(name, path) for name, found in ways.items() for path in found]
+            passed = tuple(name for name, found in ways.items() if not found)
+            weights += [(step, passed)] if passed else []
+        if samples is not None and (paths or weights):
+            yield Site(place, samples, tuple(paths), tuple(weights))
+
+    def _paths(
+        self,
+        step: Step,
+        samples: SampleAxis,
+        weight: tuple[int, int],
+        name: str,
+        reach: Mapping[int, frozenset[str]],
+    ) -> list[Path]:
+        """List the paths from a use to a parameter, if there are few, and all steps are einsums."""
+        found, waiting = list[Path](), [((step,), *weight)]
+        while waiting:
+            path, place, output = waiting.pop()
+            node = self._nodes[place][0]
+            if getattr(node, "variable", None) is not None:
+                found.append(path)
+            for i, (other, k) in enumerate(node.next_functions):
+                if other is not None and name in reach[self._places[other]]:
+                    waiting.append(((*path, Step(place, i, output)), self._places[other], k))
+            if len(found) + len(waiting) > _PATHS:
+                return []
+        try:
+            for path in found:
+                self._try(path, samples)
+        except NotCapturedError:
+            return []
+        return found
+
+    def _try(self, path: Sequence[Step], samples: SampleAxis) -> None:
+        """Try whether all steps of a path are einsums."""
+        operations = [Operation(self._nodes[step.node][0], step.place, step.number) for step in path]
+        s = torch.zeros((), dtype=operations[0].dtype, device=operations[0].device).expand(1, *operations[0].output)
+        Flow.along(operations, s, samples)
+
+    def _with_rows(self, sites: Sequence[Site]) -> list[Site]:
+        """Find out how samples lie in axes that hold several entries of each."""
+        several = [site for site in sites if site.samples.inner > 1]
+        if not several:
+            return list(sites)
+        edges = [GradientEdge(self._nodes[site.node][0], 0) for site in several]
+        output: Tensor = self._some.output
+        v = cotangent(output, 0, output.shape)
+        touched = list[Tensor]()  # by each of the first two samples: which entries along the axis
+        for sample in range(2):
+            chosen = torch.zeros_like(v)
+            chosen[sample] = v[sample]
+            found = torch.autograd.grad(output, edges, chosen, retain_graph=True, allow_unused=True)
+            touched += [_touched(s, site.samples, v) for s, site in zip(found, several, strict=True)]
+        read = iter(torch.cat(touched).tolist())
+        marks = [[next(read) for _ in range(len(mask))] for mask in touched]
+        outer = {
+            site.node: _outer(first, second, len(v))
+            for site, first, second in zip(several, marks, marks[len(several) :], strict=False)
+        }
+        return [
+            replace(site, samples=_split(site.samples, outer[site.node])) if site.node in outer else site
+            for site in sites
+        ]
+
+
+def _grows(some: Node, more: Node) -> bool:
+    """Tell whether what an operation computes is larger for more samples."""
+    outputs = zip(output_metadata(some), output_metadata(more), strict=True)
+    return any(a.shape != b.shape for a, b in outputs)
+
+
+def _samples(some: Size, more: Size, n: tuple[int, int]) -> SampleAxis | None:
+    """Find the axis along which a tensor is longer for more samples."""
+    axes = [axis for axis, (a, b) in enumerate(zip(some, more, strict=False)) if a != b]
+    if len(some) != len(more) or len(axes) != 1 or n[0] * more[axes[0]] != n[1] * some[axes[0]]:
+        return None
+    return SampleAxis(axes[0], inner=some[axes[0]] // n[0])
+
+
+def _axes(some: LayerCall, more: LayerCall, n: tuple[int, int]) -> CallAxes:
+    """Find the samples in a call of a layer, and in its arguments."""
+    samples = _samples(some.shape, more.shape, n)
+    if samples is None or (samples.inner > 1 and samples.axis):
+        return CallAxes(None)
+    shapes = zip_longest(map(shape_of, some.args), map(shape_of, more.args), fillvalue=Size())
+    args = (_samples(a, b, n) for a, b in shapes)
+    return CallAxes(samples.axis, samples.inner, tuple(None if found is None else found.axis for found in args))
+
+
+def _touched(s: Tensor | None, samples: SampleAxis, like: Tensor) -> Tensor:
+    """Mark the entries along the axis of the samples that one of them has."""
+    # s [*output], like [N, *out] -> [N * entries of a sample]
+    if s is None:
+        return torch.zeros(len(like) * samples.inner, dtype=torch.bool, device=like.device)
+    assert samples.axis is not None
+    return (s != 0).movedim(samples.axis, 0).flatten(1).any(1)
+
+
+def _outer(first: Sequence[bool], second: Sequence[bool], n: int) -> int:
+    """Find how often N samples take turns along an axis, from the entries that each of the first two has."""
+    entries = len(first) // n
+    for outer in (d for d in range(1, entries + 1) if entries % d == 0):
+        owners = [place // (entries // outer) % n for place in range(len(first))]
+        ours = (owner for touched, owner in zip(first, owners, strict=True) if touched)
+        theirs = (owner for touched, owner in zip(second, owners, strict=True) if touched)
+        if not any(ours) and all(owner == 1 for owner in theirs):
+            return outer
+    return 1
+
+
+def _split(samples: SampleAxis, outer: int) -> SampleAxis:
+    """Split the entries of each sample along its axis."""
+    return samples._replace(outer=outer, inner=samples.inner // outer)

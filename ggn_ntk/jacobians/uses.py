@@ -1,0 +1,199 @@
+"""Uses of parameters, read off autograd's graph.
+
+A *use* is an operation in which a parameter meets the samples, or a *weight*: what is computed from parameters alone
+(masked, scaled, transposed, normalised). Which tensors depend on the samples shows in their shapes: these grow from two
+samples to three. From a use leads a path of operations to the parameter, all but the first on parameters alone. Where each
+is linear, or acts entry by entry, the parameter's Jacobian stays an einsum
+(:class:`ggn_ntk.rules.flow.Flow`). Otherwise that of the weight is formed, and passes through the weight's own graph.
+"""
+
+from collections import Counter, defaultdict
+from collections.abc import Callable, Container, Iterator, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+from torch import Size, Tensor
+from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
+
+from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.jacobians.backward import Writer
+from ggn_ntk.jacobians.layer_call import CallAxes, LayerCall, Recording
+from ggn_ntk.jacobians.weights import Weight
+from ggn_ntk.problem.errors import NotCapturedError
+from ggn_ntk.process.torch_internals import output_metadata
+from ggn_ntk.rules.flow import Flow, SampleAxis
+from ggn_ntk.rules.linear_map import Operation
+
+class Step(NamedTuple):
+    """An operation on a path: places in the order of the walk, of the argument, and of the output among several."""
+
+    node: int
+    place: int
+    number: int = 0
+
+
+#: From a use to a parameter.
+Path = tuple[Step, ...]
+
+
+@dataclass(frozen=True)
+class Site:
+    """An operation in which weights meet the samples."""
+
+    node: int  # its place in the order of the walk
+    samples: SampleAxis  # where the samples are in its output
+    paths: tuple[tuple[str, Path], ...]  # to parameters, by name
+    weights: tuple[tuple[Step, tuple[str, ...]], ...]  # arguments whose own graph leads to parameters, by name
+
+
+@dataclass(frozen=True)
+class Uses:
+    """Where parameters are used, as found in the graphs of two samples and of three."""
+
+    names: tuple[str, ...]  # of nodes, in the order of the walk; empty where the graphs differ from there on
+    calls: tuple[tuple[int, CallAxes], ...]  # which recorded calls of layers depend on samples, and where these are
+    sites: tuple[Site, ...]
+    problems: dict[str, str]  # why rules do not give the Jacobians of a parameter, by name
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """A site in the graph of some samples."""
+
+    site: Site
+    nodes: Sequence[Node]  # of the graph, in the order of the walk
+
+    @property
+    def edge(self) -> GradientEdge:
+        """Where its output is in the graph."""
+        return GradientEdge(self.nodes[self.site.node], 0)
+
+    @property
+    def shape(self) -> Size:
+        """Shape of its output."""
+        return Size(output_metadata(self.nodes[self.site.node])[0].shape)
+
+    @property
+    def label(self) -> str:
+        """What it is called in messages."""
+        return Operation(self.nodes[self.site.node], 0).kind
+
+    @property
+    def axis(self) -> int | None:
+        """The axis of the samples in its output."""
+        return self.site.samples.axis
+
+    @property
+    def counts(self) -> Counter[str]:
+        """How many Jacobians it writes of each parameter, those of weights apart."""
+        return Counter(name for name, _ in self.site.paths)
+
+    @property
+    def weights(self) -> list[Weight]:
+        """The weights whose Jacobians pass through their own graphs."""
+        found = []
+        for step, names in self.site.weights:
+            node, number = self.nodes[step.node].next_functions[step.place]
+            assert node is not None
+            found.append(Weight(GradientEdge(node, number), names))
+        return found
+
+    def without(self, names: Container[str]) -> "Use":
+        """Leave parameters out."""
+        paths = tuple((name, path) for name, path in self.site.paths if name not in names)
+        weights = [(step, tuple(n for n in own if n not in names)) for step, own in self.site.weights]
+        return replace(self, site=replace(self.site, paths=paths, weights=tuple(w for w in weights if w[1])))
+
+    def writers(self, s: Tensor, sums: "Sums") -> Iterator[Writer]:
+        """Write Jacobians: in several parts where a parameter has several, and of weights at the last of their uses."""
+        # s [C, *output]
+        remaining = list(self.site.paths)
+        while remaining:
+            part: dict[str, Path] = {}
+            remaining = [(name, path) for name, path in remaining if part.setdefault(name, path) is not path]
+            yield Writer(self.label, tuple(part), partial(self._written, part, s))
+        for (step, _), weight in zip(self.site.weights, self.weights, strict=True):
+            yield from sums.add(weight, partial(self._jacobian, (step,), s))
+
+    def _written(self, paths: dict[str, Path], s: Tensor) -> dict[str, Factored]:
+        """Write the Jacobians of parameters by name."""
+        return {name: self._jacobian(path, s) for name, path in paths.items()}
+
+    def _jacobian(self, path: Path, s: Tensor) -> Factored:
+        """Write the Jacobian with respect to what a path leads to."""
+        operations = [Operation(self.nodes[step.node], step.place, step.number) for step in path]
+        return Flow.along(operations, s, self.site.samples).jacobian(s.dtype)
+
+
+class Sums:
+    """Weights on a backward pass, whose Jacobians wait for the last of their uses."""
+
+    def __init__(self, calls: Sequence[LayerCall | Use], params: dict[str, Tensor]) -> None:
+        """Count the uses of each weight."""
+        self._params = params
+        weights = [weight for call in calls if isinstance(call, Use) for weight in call.weights]
+        self._left = Counter(weight.key for weight in weights)
+        self._waiting: dict[Any, list[Callable[[], Factored]]] = defaultdict(list)
+        #: How many Jacobians are written of each parameter.
+        self.counts = Counter(name for weight in {w.key: w for w in weights}.values() for name in weight.names)
+        for call in calls:
+            self.counts += call.counts
+
+    def waits(self, call: LayerCall | Use) -> bool:
+        """Tell whether Jacobians of a call wait for those of others, and with them ``s``."""
+        weights = call.weights if isinstance(call, Use) else []
+        return any(self.counts[name] > 1 for name in call.counts) or any(
+            self._left[weight.key] > 1 or self._waiting[weight.key] or self.counts[name] > 1
+            for weight in weights
+            for name in weight.names
+        )
+
+    def add(self, weight: Weight, write: Callable[[], Factored]) -> Iterator[Writer]:
+        """Add a use of a weight."""
+        waiting = self._waiting[weight.key]
+        waiting.append(write)
+        if len(waiting) == self._left[weight.key]:
+            uses = self._waiting.pop(weight.key)
+            label = weight.edge.node.name()
+            yield Writer(label, weight.names, lambda: weight.pass_back([write() for write in uses], self._params))
+
+
+def read(uses: Uses | None, recording: Recording) -> list[LayerCall | Use]:
+    """Find the uses of parameters in the graph of some samples; ``None`` where all are in calls with samples in front."""
+    if uses is None:
+        return [call.located(CallAxes(0, call.shape[0] // recording.n), recording.n) for call in recording.calls]
+    if any(place >= len(recording.calls) for place, _ in uses.calls):
+        raise other_graph()
+    calls = [recording.calls[place].located(axes, recording.n) for place, axes in uses.calls]
+    nodes = list(_walk(recording.output, calls, uses.names))
+    return [*calls, *(Use(site, nodes) for site in uses.sites)]
+
+
+def _walk(output: Tensor, calls: Sequence[LayerCall], names: Sequence[str]) -> Iterator[Node]:
+    """Walk through the graph of some samples as through those it was learnt from."""
+    sources = {call.edge.node: call.sources for call in calls}
+    seen, waiting, place = set[Node](), [get_gradient_edge(output).node], 0
+    while waiting:
+        node = waiting.pop()
+        if node in seen:
+            continue
+        seen.add(node)
+        if place >= len(names) or names[place] not in ("", node.name()):
+            raise other_graph()
+        if names[place]:
+            waiting += reversed(before(node, sources))
+        place += 1
+        yield node
+
+
+def before(node: Node, sources: dict[Node, tuple[Node, ...]]) -> list[Node]:
+    """List the nodes before a node; those before a call of a layer, which is taken as a whole."""
+    if node in sources:
+        return list(sources[node])
+    return [other for other, _ in node.next_functions if other is not None]
+
+
+def other_graph() -> NotCapturedError:
+    """Say that a model computes something else for other samples."""
+    return NotCapturedError("the graph of these samples is not that of one of them")
