@@ -216,9 +216,11 @@ def _grows(some: Node, more: Node) -> bool:
 def _samples(some: Size, more: Size, n: tuple[int, int]) -> SampleAxis | None:
     """Find the axis along which a tensor is longer for more samples."""
     axes = [axis for axis, (a, b) in enumerate(zip(some, more, strict=False)) if a != b]
-    if len(some) != len(more) or len(axes) != 1 or n[0] * more[axes[0]] != n[1] * some[axes[0]]:
+    if len(some) != len(more) or len(axes) != 1:
         return None
-    return SampleAxis(axes[0], inner=some[axes[0]] // n[0])
+    (axis,) = axes
+    entries = some[axis] // n[0]
+    return SampleAxis(axis, inner=entries) if (some[axis], more[axis]) == (n[0] * entries, n[1] * entries) else None
 
 
 def _axes(some: LayerCall, more: LayerCall, n: tuple[int, int]) -> CallAxes:

@@ -23,7 +23,7 @@ from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
 from ggn_ntk.process.torch_internals import has_global_hooks, parameters_of, version_of
 from ggn_ntk.process.transforms import is_transformed
-from ggn_ntk.rules.registry import Rule, is_own, rule_for
+from ggn_ntk.rules.registry import Rule, rule_for, users_rule_for
 
 
 def record(request: Request, inputs: Inputs, *, every: bool = False) -> Recording:
@@ -56,8 +56,9 @@ def hooked(
         for module in () if has_global_hooks() else request.model.modules():
             params = module.named_parameters(remove_duplicate=False)
             wanted = {key: names[id(p)] for key, p in params if id(p) in names}
-            rule = rule_for(module) if wanted and "forward" not in vars(module) else None
-            if rule is not None and (every or not is_own(rule)):
+            find = rule_for if every else users_rule_for
+            rule = find(module) if wanted and "forward" not in vars(module) else None
+            if rule is not None:
                 # In front of the user's hooks: what these make of the output is no longer the layer's.
                 hook = partial(_hook, take, rule, wanted, _own_parameters(module), thread)
                 handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))

@@ -75,6 +75,12 @@ class Use:
         return Size(output_metadata(self.nodes[self.site.node])[0].shape)
 
     @property
+    def n(self) -> int | None:
+        """The number of samples; ``None`` if its output is all about one."""
+        axis, outer, inner = self.site.samples
+        return None if axis is None else self.shape[axis] // (outer * inner)
+
+    @property
     def label(self) -> str:
         """What it is called in messages."""
         return Operation(self.nodes[self.site.node], 0).kind
@@ -167,7 +173,10 @@ def read(uses: Uses | None, recording: Recording) -> list[LayerCall | Use]:
         raise other_graph()
     calls = [recording.calls[place].located(axes, recording.n) for place, axes in uses.calls]
     nodes = list(_walk(recording.output, calls, uses.names))
-    return [*calls, *(Use(site, nodes) for site in uses.sites)]
+    found = [Use(site, nodes) for site in uses.sites]
+    if len(nodes) != len(uses.names) or any(use.n not in (None, recording.n) for use in found):
+        raise other_graph()
+    return [*calls, *found]
 
 
 def _walk(output: Tensor, calls: Sequence[LayerCall], names: Sequence[str]) -> Iterator[Node]:

@@ -19,7 +19,6 @@ from ggn_ntk.rules.registry import (
     batched_vjp,
     register_backpropagation,
     register_rule,
-    register_rule_by_name,
     rule_for,
 )
 
@@ -43,6 +42,5 @@ __all__ = [
     "batched_vjp",
     "register_backpropagation",
     "register_rule",
-    "register_rule_by_name",
     "rule_for",
 ]

@@ -89,8 +89,17 @@ class Operation:
         """Look up what was saved."""
         try:
             return saved(self.node, name)
-        except AttributeError as error:
-            raise NotCapturedError(f"autograd holds no {name} of {self.kind}") from error
+        except (AttributeError, RuntimeError) as error:  # in another release; or it was changed in place
+            raise NotCapturedError(f"autograd does not hold {name} of {self.kind}") from error
+
+    def passed(self, cotangent: Tensor) -> Tensor:
+        """Pass a cotangent from the output to the argument, as autograd does."""
+        try:
+            found: Any = self.node(cotangent)
+        except RuntimeError as error:  # what it needs was changed in place
+            raise NotCapturedError(f"autograd does not pass {self.kind}") from error
+        gradient: Tensor = found[self.place] if isinstance(found, tuple) else found
+        return gradient
 
     def product(self, /, **terms: str) -> LinearMap:
         """Write a product of two arguments, given their letters by name, and those of the ``output``."""

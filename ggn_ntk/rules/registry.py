@@ -6,8 +6,6 @@ Schoenholz: "Fast Finite Width Neural Tangent Kernel", ICML 2022). Here the stru
 """
 
 from collections.abc import Callable
-from fnmatch import fnmatchcase
-from functools import cache
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -22,7 +20,6 @@ _F = TypeVar("_F", bound=Callable[..., Any])
 Rule = Callable[[Any, Any, Tensor], dict[str, Factored]]
 
 _RULES: dict[type[Module], Rule] = {}
-_RULES_BY_NAME: dict[str, Rule] = {}  # by patterns of qualified names
 
 
 def register_rule(*layer_types: type[Module]) -> Callable[[_F], _F]:
@@ -53,27 +50,6 @@ def register_rule(*layer_types: type[Module]) -> Callable[[_F], _F]:
     return register
 
 
-def register_rule_by_name(*patterns: str) -> Callable[[_F], _F]:
-    """Register rules of layers whose package is not imported.
-
-    The decorated function is as for :func:`ggn_ntk.register_rule`. A rule that is registered for the type itself comes
-    first.
-
-    Args:
-        *patterns: Qualified names of the layers' exact types, in which ``*`` stands for anything.
-
-    Returns:
-        The decorator.
-    """
-
-    def register(rule: _F) -> _F:
-        _RULES_BY_NAME.update(dict.fromkeys(patterns, rule))
-        _rule_by_name.cache_clear()
-        return rule
-
-    return register
-
-
 def rule_for(module: Module) -> Rule | None:
     """Look up a layer's rule by its exact type.
 
@@ -83,19 +59,23 @@ def rule_for(module: Module) -> Rule | None:
     Returns:
         The function that was registered for it; ``None`` if there is none.
     """
-    kind = type(module)
-    return _RULES.get(kind) or _rule_by_name(f"{kind.__module__}.{kind.__qualname__}")
+    return _RULES.get(type(module))
 
 
-@cache
-def _rule_by_name(name: str) -> Rule | None:
-    """Look up the rule of a layer whose package may not be imported."""
-    return next((rule for pattern, rule in _RULES_BY_NAME.items() if fnmatchcase(name, pattern)), None)
+def users_rule_for(module: Module) -> Rule | None:
+    """Look up the rule that a user has registered for a layer; none where the rule is this package's, for torch's."""
+    rule = rule_for(module)
+    return None if rule is not None and _is_own(rule) and _is_torchs(type(module)) else rule
 
 
-def is_own(function: Callable[..., Any]) -> bool:
-    """Tell a rule of this package from one that a user has registered."""
+def _is_own(function: Callable[..., Any]) -> bool:
+    """Tell a function of this package from one that a user has registered."""
     return function.__module__.startswith(f"{__package__}.")
+
+
+def _is_torchs(kind: type[Module]) -> bool:
+    """Tell a layer of torch's."""
+    return kind.__module__.startswith("torch.nn.modules.")
 
 
 class Backpropagation(NamedTuple):
@@ -144,12 +124,12 @@ def acts_on_each_sample(module: Module) -> bool:
     # A rule or a function that a user has registered for one of torch's layers says nothing of its samples.
     known = [_RULES.get(kind), _BACKPROPAGATIONS[kind].function if kind in _BACKPROPAGATIONS else None]
     registered = [function for function in known if function is not None]
-    own = kind.__module__.startswith("torch.nn.modules.") and bool(registered)
+    own = _is_torchs(kind) and bool(registered)
     # Attention may have its samples anywhere. Reshaping may start at their axis; counted from behind, any may be it.
     axis = module.dim if isinstance(module, nn.Unflatten) else getattr(module, "start_dim", 1)
     reshapes_samples = not (isinstance(axis, int) and axis >= 1)
     apart = isinstance(module, nn.MultiheadAttention) or reshapes_samples
-    return own and not apart and all(map(is_own, registered))
+    return own and not apart and all(map(_is_own, registered))
 
 
 def batched_vjp(module: Module, x: Tensor, s: Tensor) -> Tensor:

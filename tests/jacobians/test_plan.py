@@ -41,8 +41,8 @@ def test_two_sides_that_were_evaluated_apart(case, compute):
         first, second = (plan.evaluate(x) for x in (request.x1, request.x2))
         kernel = between(request, plan, first, second)
     expected = jacobian_contraction(model, x1, x2, compute=compute, params=plan.covered, output=case.output)
-    # Gemma's norms compute in float32, and round differently in batches of other sizes.
-    assert_close(kernel, expected, scale=1e3 * expected if case.name == "gemma" else expected)
+    # Gemma's norms compute in float32.
+    assert_close(kernel, expected, scale=1e5 * expected if case.name == "gemma" else expected)
 
 
 @pytest.mark.parametrize("compute", COMPUTES)
@@ -97,8 +97,8 @@ class Scale(nn.Module):
         return x * self.weight
 
 
-def fails_for_two_samples(module, x, s):
-    if len(x) == 2:
+def fails_for_five_samples(module, x, s):
+    if len(x) == 5:
         raise ArithmeticError
     return {"weight": Factored("cnk,nk->cnk", (s, x))}
 
@@ -107,9 +107,9 @@ def fails_for_two_samples(module, x, s):
 @pytest.mark.parametrize("capture", ["sequential", "autograd"])
 def test_a_rule_that_fails_for_one_side_alone(capture, turned):
     """Its parameter is left out of the kernel, and named, whichever side it is."""
-    register_rule(Scale)(fails_for_two_samples)
+    register_rule(Scale)(fails_for_five_samples)
     model = nn.Sequential(nn.Linear(4, 5), Scale(), nn.Linear(5, 2)).double()
-    sets = [torch.randn(3, 4).double(), torch.randn(2, 4).double()]
+    sets = [torch.randn(3, 4).double(), torch.randn(5, 4).double()]
     x1, x2 = sets[::-1] if turned else sets
     request, plan = plan_for(model, x1, x2, capture=capture)
     with isolated(model), torch.no_grad():
