@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
+from math import prod
 
 import torch
 from torch import Size, Tensor
@@ -78,7 +79,9 @@ class _Finding:
         reach = self._weights()
         for place in self._opaque:
             what = f"the graph of more samples differs at {self._nodes[place][0].name()}"
-            leaves = (id(getattr(node, "variable", None)) for node in graph_nodes(GradientEdge(self._nodes[place][0], 0)))
+            leaves = (
+                id(getattr(node, "variable", None)) for node in graph_nodes(GradientEdge(self._nodes[place][0], 0))
+            )
             problems |= {self._names[leaf]: what for leaf in leaves if leaf in self._names}
         sites = []
         for place, (a, _) in enumerate(self._nodes):
@@ -128,15 +131,14 @@ class _Finding:
         problems: dict[str, str],
     ) -> Iterator[Site]:
         """Look at an operation in which weights meet the samples."""
-        a, b = self._nodes[place]
-        shape = Size(output_metadata(a)[0].shape)
-        samples = SampleAxis(None) if self._alone else _samples(shape, Size(output_metadata(b)[0].shape), self._n)
+        operation, samples = Operation(self._nodes[place][0], 0).kind, self._samples(place)
         paths, weights = list[tuple[str, Path]](), list[tuple[Step, tuple[str, ...]]]()
         for step, weight, number in entering:
             names = reach[weight]
             try:
                 if samples is None:
-                    raise NotCapturedError(f"samples are not told apart in an output {list(shape)} of {Operation(a, 0).kind}")
+                    what = f"an output {list(self._shape(place))} of {operation}"
+                    raise NotCapturedError(f"samples are not told apart in {what}")
                 self._try([step], samples)
             except NotCapturedError as error:
                 problems |= dict.fromkeys(names, str(error))
@@ -181,11 +183,45 @@ class _Finding:
         s = torch.zeros((), dtype=operations[0].dtype, device=operations[0].device).expand(1, *operations[0].output)
         Flow.along(operations, s, samples)
 
+    def _located(self) -> dict[int, SampleAxis]:
+        """Find samples in axes of several entries of each, where a view gives them an axis of their own."""
+        found: dict[int, SampleAxis] = {}
+        for place in reversed(list(self._in_order())):  # a view before what it is a view of, which may be one itself
+            view, samples = self._nodes[place][0], found.get(place, self._samples(place))
+            if samples is None or (samples.inner > 1 and place not in found):
+                continue
+            if Operation(view, 0).kind != "reshape" or view in self._called:
+                continue
+            ((node, number),) = view.next_functions
+            whole = self._places.get(node, 0) if node is not None else 0  # 0: the output
+            viewed = self._samples(whole)
+            if not whole or number or viewed is None or viewed.inner == 1:
+                continue
+            outer, rest = divmod(self._leading(place, samples), self._leading(whole, viewed))
+            if not rest and viewed.inner % outer == 0:
+                found[whole] = _split(viewed, outer)
+        return found
+
+    def _leading(self, place: int, samples: SampleAxis) -> int:
+        """Count how often all samples follow one another in a tensor."""
+        return prod(self._shape(place)[: samples.axis]) * samples.outer
+
+    def _shape(self, place: int) -> Size:
+        """Look up the shape of an output."""
+        return Size(output_metadata(self._nodes[place][0])[0].shape)
+
+    def _samples(self, place: int) -> SampleAxis | None:
+        """Find the samples in an output; they may turn out to take turns along their axis."""
+        more = Size(output_metadata(self._nodes[place][1])[0].shape)
+        return SampleAxis(None) if self._alone else _samples(self._shape(place), more, self._n)
+
     def _with_rows(self, sites: Sequence[Site]) -> list[Site]:
         """Find out how samples lie in axes that hold several entries of each."""
-        several = [site for site in sites if site.samples.inner > 1]
+        located = self._located() if any(site.samples.inner > 1 for site in sites) else {}
+        sites = [replace(site, samples=located.get(site.node, site.samples)) for site in sites]
+        several = [site for site in sites if site.samples.inner > 1 and site.node not in located]
         if not several:
-            return list(sites)
+            return sites
         edges = [GradientEdge(self._nodes[site.node][0], 0) for site in several]
         output: Tensor = self._some.output
         v = cotangent(output, 0, output.shape)
