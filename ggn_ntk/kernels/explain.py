@@ -273,7 +273,8 @@ def _costs(flops: float, memory: float) -> tuple[str, str]:
 
 def _contractions(request: Request, recorded: Recorded) -> Iterable[Contraction]:
     """Describe how each product of Jacobians is contracted."""
-    owners = {id(p): type(m).__name__ for m in uncompiled(request.model).modules() for p in m.parameters(recurse=False)}
+    modules = reversed(list(uncompiled(request.model).modules()))  # of several owners the first gives the name
+    owners = {id(p): type(m).__name__ for m in modules for p in m.parameters(recurse=False)}
     total, n1 = sum(request.sizes), request.n1
     rows, columns = slice(0, n1 or total), slice(n1 or 0, total)  # x1 and x2 among the stacked samples
     for (name, product), met in zip(recorded.products, recorded.met, strict=True):
