@@ -75,14 +75,14 @@ class _Finding:
 
     def uses(self) -> Uses:
         """Find the uses."""
-        problems: dict[str, str] = {}
+        problems: dict[str, tuple[str, int]] = {}  # what is wrong, and the node
         reach = self._weights()
         for place in self._opaque:
             what = f"the graph of more samples differs at {self._nodes[place][0].name()}"
             leaves = (
                 id(getattr(node, "variable", None)) for node in graph_nodes(GradientEdge(self._nodes[place][0], 0))
             )
-            problems |= {self._names[leaf]: what for leaf in leaves if leaf in self._names}
+            problems |= {self._names[leaf]: (what, place) for leaf in leaves if leaf in self._names}
         sites = []
         for place, (a, _) in enumerate(self._nodes):
             if place in reach or place in self._opaque or a in self._called:
@@ -95,7 +95,9 @@ class _Finding:
             if entering:
                 sites += self._site(place, entering, reach, problems)
         names = tuple("" if i in self._opaque else a.name() for i, (a, _) in enumerate(self._nodes))
-        return Uses(names, self._calls, tuple(self._with_rows(sites)), problems)
+        whys = {name: why for name, (why, _) in problems.items()}
+        refused = {name: place for name, (_, place) in problems.items()}
+        return Uses(names, self._calls, tuple(self._with_rows(sites)), whys, refused)
 
     def _weights(self) -> dict[int, frozenset[str]]:
         """Find the nodes that depend on no sample, with the parameters that each is computed from."""
@@ -128,7 +130,7 @@ class _Finding:
         place: int,
         entering: Sequence[tuple[Step, int, int]],
         reach: Mapping[int, frozenset[str]],
-        problems: dict[str, str],
+        problems: dict[str, tuple[str, int]],
     ) -> Iterator[Site]:
         """Look at an operation in which weights meet the samples."""
         operation, samples = Operation(self._nodes[place][0], 0).kind, self._samples(place)
@@ -141,7 +143,7 @@ class _Finding:
                     raise NotCapturedError(f"samples are not told apart in {what}")
                 self._try([step], samples)
             except NotCapturedError as error:
-                problems |= dict.fromkeys(names, str(error))
+                problems |= dict.fromkeys(names, (str(error), place))
                 continue
             ways = {name: self._paths(step, samples, (weight, number), name, reach) for name in sorted(names)}
             paths += [(name, path) for name, found in ways.items() for path in found]
