@@ -82,7 +82,7 @@ class _Finding:
             problems |= {self._names[leaf]: what for leaf in leaves if leaf in self._names}
         sites = []
         for place, (a, _) in enumerate(self._nodes):
-            if place in reach or place in self._opaque or a in self._called:
+            if place in reach or place in self._opaque or a in self._called or _is_empty(a):
                 continue
             entering = [
                 (Step(place, i), self._places[node], number)
@@ -211,6 +211,11 @@ def _grows(some: Node, more: Node) -> bool:
     """Tell whether what an operation computes is larger for more samples."""
     outputs = zip(output_metadata(some), output_metadata(more), strict=True)
     return any(a.shape != b.shape for a, b in outputs)
+
+
+def _is_empty(node: Node) -> bool:
+    """Tell whether an operation computes no numbers: Jacobians do not pass through it."""
+    return not any(Size(output.shape).numel() for output in output_metadata(node))
 
 
 def _samples(some: Size, more: Size, n: tuple[int, int]) -> SampleAxis | None:
