@@ -134,8 +134,9 @@ def make_plan(request: Request, fallback: dict[str, str], *, everyone: bool) -> 
         uses = None
     else:
         few = _few(request, alone, verification.out_shape)
+        _refuse_writes(request)
         uses = find_uses(few, request.params)
-        fallback = uses.problems | verification.try_rules(few[:1], uses) | fallback
+        fallback = verification.try_rules(few[:1], uses) | fallback
         autograd_pass = _autograd_pass(request, alone.inputs, uses, fallback)
         backward, fallback = autograd_pass, autograd_pass.failures | fallback
     verification.see(backward.output)

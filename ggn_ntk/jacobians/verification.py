@@ -132,8 +132,9 @@ class Verification:
     def try_rules(self, recordings: Sequence[Recording], uses: Uses | None) -> dict[str, str]:
         """Try the rules on few samples: why they do not give the Jacobian of a parameter, by name."""
         vs = self._v_alone.split(1) if uses is None else [self._v_of(recordings[0])]
+        problems = {} if uses is None else uses.problems
         tried = [
-            try_rules(self._request, recording, read(uses, recording), v, self._tolerance)
+            try_rules(self._request, recording, read(uses, recording), v, self._tolerance, problems)
             for recording, v in zip(recordings, vs, strict=True)
         ]
         params = self._request.params

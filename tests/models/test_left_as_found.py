@@ -199,6 +199,7 @@ def test_refusals_leave_parameters(method):
     [lambda x: bool((x[:, 0] > 2.9).any()), lambda x: not torch.is_grad_enabled(), lambda x: len(x) in (2, 20)],
     ids=["samples", "no_grad", "size"],
 )
+@pytest.mark.filterwarnings("ignore:method='auto' takes 'jacobian_contraction'")
 def test_parameters_that_a_model_writes_to_at_times(when, method):
     """Where the kernel is that of a function, it is right; else the model is refused."""
 
