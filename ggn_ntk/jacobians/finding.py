@@ -28,11 +28,15 @@ def find_uses(few: Sequence[Recording], params: Mapping[str, Tensor]) -> Uses:
     """Find the uses of parameters in the graphs of some samples and of more; or of a single one."""
     # Some should be two at least. Torch computes some things otherwise for one: its axis never lies between others.
     some, more = few[0], few[-1]
-    calls = tuple(
-        (place, _axes(a, b, (some.n, more.n)))
-        for place, (a, b) in enumerate(zip(some.calls, more.calls, strict=False))
-        if a.module is b.module and a.shape != b.shape
-    )
+    pairs = enumerate(zip(some.calls, more.calls, strict=False))
+    if some is more:  # an axis of length one may be that of the sample
+        calls = tuple((place, _in_front(call)) for place, (call, _) in pairs if call.shape[:1] == (1,))
+    else:
+        calls = tuple(
+            (place, _axes(a, b, (some.n, more.n)))
+            for place, (a, b) in pairs
+            if a.module is b.module and a.shape != b.shape
+        )
     return _Finding(some, more, calls, params).uses()
 
 
@@ -47,7 +51,7 @@ class _Finding:
         params: Mapping[str, Tensor],
     ) -> None:
         """Walk through both graphs."""
-        self._some, self._calls, self._alone = some, calls, some is more
+        self._some, self._alone = some, some is more
         self._n = (some.n, more.n)
         self._names = {id(p): name for name, p in params.items()}
         self._called = {recording.calls[place].edge.node for recording in (some, more) for place, _ in calls}
@@ -71,6 +75,8 @@ class _Finding:
             following.append(ours)
             waiting += reversed(list(zip(ours, theirs, strict=True)))
         self._before = [[self._places[node] for node in nodes] for nodes in following]
+        # The model's output does not depend on each call.
+        self._calls = tuple(call for call in calls if some.calls[call[0]].edge.node in self._places)
 
     def uses(self) -> Uses:
         """Find the uses."""
@@ -236,6 +242,11 @@ def _axes(some: LayerCall, more: LayerCall, n: tuple[int, int]) -> CallAxes:
     shapes = zip_longest(map(shape_of, some.args), map(shape_of, more.args), fillvalue=Size())
     args = (_samples(a, b, n) for a, b in shapes)
     return CallAxes(samples.axis, samples.inner, tuple(None if found is None else found.axis for found in args))
+
+
+def _in_front(call: LayerCall) -> CallAxes:
+    """Take the leading axis for that of a single sample."""
+    return CallAxes(0, args=tuple(0 if shape_of(x)[:1] == (1,) else None for x in call.args))
 
 
 def _touched(s: Tensor | None, samples: SampleAxis, like: Tensor) -> Tensor:

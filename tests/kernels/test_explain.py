@@ -51,18 +51,49 @@ def test_other_models():
     x = torch.randn(3, 5)
     explanation = explain(Residual(), x)
     assert (explanation.method, explanation.capture) == ("structured", "autograd")
-    assert [c.parameter for c in explanation.contractions] == [
-        f"{layer}.{name}" for layer in ("head", "second", "first") for name in ("weight", "bias")
-    ]
+    uses = [c.parameter.split(".") for c in explanation.contractions]
+    assert [layer for layer, _ in uses] == ["head", "head", "second", "second", "first", "first"]
+    assert [{name for _, name in uses[i : i + 2]} for i in (0, 2, 4)] == [{"weight", "bias"}] * 3
+
+
+def test_parameters_of_no_layer_are_covered():
+    explanation = explain(CustomParameter(), torch.randn(3, 5))
+    assert not explanation.fallback
+    assert explanation.covered == explanation.entries == 26
+    assert {"scale", "temperature"} <= {c.parameter for c in explanation.contractions}
+
+
+class Unknown(torch.autograd.Function):
+    """An operation for which there is no rule."""
+
+    @staticmethod
+    def forward(ctx, x, scale, shift):
+        ctx.save_for_backward(x, scale)
+        return x * scale + shift
+
+    @staticmethod
+    def backward(ctx, s):
+        x, scale = ctx.saved_tensors
+        return s * scale, (s * x).sum(0), s.sum(0)
+
+
+class Custom(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.layer = nn.Linear(5, 2)
+        self.scale, self.shift = nn.Parameter(torch.rand(2)), nn.Parameter(torch.rand(2))
+
+    def forward(self, x):
+        return Unknown.apply(self.layer(x), self.scale, self.shift)
 
 
 def test_the_fallback_is_printed():
-    explanation = explain(CustomParameter(), torch.randn(3, 5))
-    assert explanation.fallback == dict.fromkeys(["scale", "temperature"], "CustomParameter has no rule")
-    assert (explanation.covered, explanation.entries) == (22, 26)
+    explanation = explain(Custom(), torch.randn(3, 5))
+    assert explanation.fallback == dict.fromkeys(["scale", "shift"], "there is no rule for UnknownBackward")
+    assert (explanation.covered, explanation.entries) == (12, 16)
     assert str(explanation).splitlines()[-2:] == [
-        "  - scale: CustomParameter has no rule",
-        "  - temperature: CustomParameter has no rule",
+        "  - scale: there is no rule for UnknownBackward",
+        "  - shift: there is no rule for UnknownBackward",
     ]
 
 
