@@ -172,7 +172,7 @@ def test_hooks_of_the_user():
     assert_close(kernel, jacobian_contraction(model, x))
 
 
-@pytest.mark.parametrize("n", range(1, 8))
+@pytest.mark.parametrize("n", range(1, 10))
 def test_an_exception_half_way_changes_nothing(n):
     calls = 0
 
@@ -192,7 +192,7 @@ def test_an_exception_half_way_changes_nothing(n):
         except ArithmeticError:
             assert calls == n
         else:
-            assert calls < n or n == 5  # vmap need not go through the model
+            assert calls < n or n == 7  # vmap need not go through the model
 
 
 # ---------------------------------------------------------------- refusals

@@ -263,7 +263,11 @@ def _():
     added = torch.addmm(torch.ones(2, requires_grad=True), x, w.t(), alpha=3).grad_fn
     kind, arguments = torch_internals.operation_of(added)
     assert (kind, arguments) == ("addmm", ("self", "mat1", "mat2"))
-    assert [node and node.name() for node, _ in added.next_functions] == ["torch::autograd::AccumulateGrad", None, "TBackward0"]
+    assert [node and node.name() for node, _ in added.next_functions] == [
+        "torch::autograd::AccumulateGrad",
+        None,
+        "TBackward0",
+    ]
     assert torch_internals.saved(added, "alpha") == 3
     assert torch.equal(torch_internals.saved(added, "mat1"), x)
     assert torch_internals.operation_of(w.erfinv().grad_fn) == ("", ())
