@@ -353,10 +353,7 @@ MODELS = [
     ),
     Model("attention_weights_used", ViewedWeights, with_memory),
     Model("checkpointed", partial(Checkpointed, False), normal(5)),
-    *(
-        Model(kind.__name__, partial(Recurrent, kind), normal(3, 3))
-        for kind in (nn.LSTM, nn.GRU, nn.RNN)
-    ),
+    *(Model(kind.__name__, partial(Recurrent, kind), normal(3, 3)) for kind in (nn.LSTM, nn.GRU, nn.RNN)),
     Model("branches", Branches, one_outlier, n1=6),
     Model(
         "transformer_encoder",

@@ -1,13 +1,12 @@
 """Two sides walk back in lockstep, and what they yield is contracted layer by layer."""
 
-from collections import Counter
 from collections.abc import Callable, Collection, Container, Iterator
 from typing import Any, NamedTuple, Protocol
 
 from torch import Tensor
 
 from ggn_ntk.contraction.accumulator import Accumulator
-from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.contraction.factored import Jacobians
 from ggn_ntk.memory.budget import MemoryBudget, available
 from ggn_ntk.memory.chunks import Chunk, split_outputs
 from ggn_ntk.problem.output_axes import OutputAxes, Roles
@@ -16,18 +15,14 @@ from ggn_ntk.problem.output_axes import OutputAxes, Roles
 class Step(Protocol):
     """A layer on the way back."""
 
-    def jacobians(self) -> dict[str, Factored]:
-        """Write the Jacobians of its wanted parameters, by name."""
+    def jacobians(self) -> Jacobians:
+        """Write Jacobians, by name, of parameters that no layer before it uses."""
 
 
 class Side(Protocol):
     """Samples that a model was evaluated on together: outputs, and a backward pass that yields Jacobians."""
 
     output: Tensor  # the outputs ``[N, *out]``
-
-    @property
-    def counts(self) -> Counter[str]:
-        """How often each parameter is used."""
 
     @property
     def numel(self) -> int:
@@ -62,7 +57,7 @@ def contract(
     kernels: dict[str, Tensor] = {}
     chunks = _chunks(sides, wanted.axes)
     for number, chunk in enumerate(chunks, 1):
-        accumulator = make(chunk.roles, n1, wanted.per_parameter, first.counts, wanted.formed)
+        accumulator = make(chunk.roles, n1, wanted.per_parameter, wanted.formed)
         again = number < len(chunks)
         for steps in zip(*(side.steps(chunk.outputs, accumulator.parts, again=again) for side in sides), strict=True):
             accumulator.add(*(step.jacobians() for step in steps))

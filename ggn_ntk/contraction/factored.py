@@ -242,6 +242,10 @@ class Factored:
         return scattered(Operand(letters, _einsum(factors, letters)), hot, result)
 
 
+#: Jacobians by the names of parameters: each is the sum of several.
+Jacobians = dict[str, list[Factored]]
+
+
 def _einsum(operands: Sequence[Operand], result: str) -> Tensor:
     """Contract tensors, in their order."""
     return torch.einsum(f"{','.join(o.letters for o in operands)}->{result}", *(o.tensor for o in operands))

@@ -212,7 +212,7 @@ class EmpiricalNTK(BackpropExtension):
                 self._pass_on(call, stand_in, s)
         else:
             own(self, call.module, call.g_inp, call.g_out)
-            self._accumulator.add({str(id(p)): vars(p).pop(self.savefield) for p in call.params.values()})
+            self._accumulator.add({str(id(p)): [vars(p).pop(self.savefield)] for p in call.params.values()})
             self._keep_apart(call)
         self._check.add(call)
 
@@ -234,7 +234,7 @@ class EmpiricalNTK(BackpropExtension):
             rule = rule_for(call.module)
             assert rule is not None
             factored = rule(stand_in, call.inputs[0] if len(call.inputs) == 1 else call.inputs, s)
-            self._accumulator.add({str(id(p)): factored[name] for name, p in call.params.items()})
+            self._accumulator.add({str(id(p)): [factored[name]] for name, p in call.params.items()})
 
     def _pass_on(self, call: ModuleCall, stand_in: Any, s: Tensor) -> None:
         """Pass ``s`` on to a module's inputs."""

@@ -1,6 +1,6 @@
 """Backward passes by autograd: from the model's output to the outputs of layers, a stage at a time."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import Any
 
@@ -8,11 +8,12 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ggn_ntk.contraction.factored import Factored
-from ggn_ntk.jacobians.backward import Step, Writer, identity
+from ggn_ntk.contraction.factored import Jacobians
+from ggn_ntk.jacobians.backward import Step, identity
 from ggn_ntk.jacobians.layer_call import LayerCall
 from ggn_ntk.jacobians.stages import Stage, merged, stages
-from ggn_ntk.jacobians.uses import Sums, Use
+from ggn_ntk.jacobians.sums import Sums
+from ggn_ntk.jacobians.uses import Use
 from ggn_ntk.memory.budget import MemoryBudget
 from ggn_ntk.memory.buffers import ALIGNED, Buffer
 from ggn_ntk.problem.errors import is_out_of_memory
@@ -96,7 +97,6 @@ class AutogradPass:
 
     Attributes:
         output: The model's output ``[N, *out]``.
-        counts: How often each wanted parameter is used, by name.
         failures: Why the rule of a parameter's layer failed on the way, by name.
     """
 
@@ -104,10 +104,9 @@ class AutogradPass:
         self, params: dict[str, Tensor], calls: Sequence[LayerCall | Use], output: Tensor, *, kept: int
     ) -> None:
         """Set up; the first samples are ``kept``, and any others were evaluated for their company alone."""
-        wanted = [call for call in calls if call.counts or call.weights]
+        wanted = [call for call in calls if call.names or call.weights]
         self._params, self._calls, self._whole = params, wanted, output.detach()
         self._stages, self.output = stages(output, wanted), self._whole[:kept]
-        self.counts = Sums(wanted, params).counts
         self.failures: dict[str, str] = {}
 
     @property
@@ -121,23 +120,28 @@ class AutogradPass:
         """Pass ``s`` of some outputs back, a layer at a time; what is not needed ``again`` is freed on the way."""
         cotangents: Tensor | Sequence[Tensor] = identity(self._whole, outputs)
         size = MemoryBudget.of(self.output.device).passing // (self.output.element_size() * len(outputs))
-        divided, sums = merged(self._stages, size), Sums(self._calls, self._params)
+        divided, sums = merged(self._stages, size), sums_of(self._calls, self._params, self.failures)
         if not again:
             self._stages, self._calls = [], []
         numels = (len(outputs) * stage.numel + ALIGNED * len(stage.calls) for stage in divided)
         buffer = Buffer(max(numels, default=0))
         for stage in divided:
             # Jacobians that wait for other uses of their parameter keep ``s``.
-            waits = any(map(sums.waits, stage.calls))
+            waits = any(sums.several(call.names, call.weights) for call in stage.calls)
             found, cotangents = pull_back(stage, cotangents, Buffer(0) if waits else buffer)
             for call in reversed(stage.calls):
-                for writer in call.writers(found.pop(), sums):
-                    yield from Step.standing(partial(self._written, writer))
+                yield from Step.standing(partial(self._kept, partial(call.add_to, sums, found.pop())))
             buffer.clear()
 
-    def _written(self, writer: Writer) -> dict[str, Factored]:
+    def _kept(self, write: Callable[[], Jacobians]) -> Jacobians:
         """Write Jacobians of the samples that are kept."""
-        jacobians, kept = writer.written(self.failures), len(self.output)
+        jacobians, kept = write(), len(self.output)
         if kept == len(self._whole):
             return jacobians
-        return {name: jacobian.select_samples(range(kept)) for name, jacobian in jacobians.items()}
+        return {name: [part.select_samples(range(kept)) for part in parts] for name, parts in jacobians.items()}
+
+
+def sums_of(calls: Sequence[LayerCall | Use], params: dict[str, Tensor], failures: dict[str, str]) -> Sums:
+    """Set up for the Jacobians of some calls."""
+    weights = (weight for call in calls for weight in call.weights)
+    return Sums((name for call in calls for name in call.names), weights, params, failures)

@@ -1,13 +1,13 @@
 """The way back through a model: what all backward passes have in common."""
 
-from collections import Counter
 from collections.abc import Callable, Iterator
+from functools import cache
 from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
-from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.contraction.factored import Factored, Jacobians
 from ggn_ntk.contraction.products import Part
 from ggn_ntk.problem.errors import NotCapturedError, is_out_of_memory
 
@@ -23,7 +23,6 @@ class BackwardPass(Protocol):
     """An evaluation of a model, and its way back: once for every chunk of the outputs."""
 
     output: Tensor  # the model's output ``[N, *out]``
-    counts: Counter[str]  # how often each wanted parameter is used, by name
     failures: dict[str, str]  # why the rule of a parameter's layer failed on the way, by name
 
     @property
@@ -40,20 +39,20 @@ class Step:
     The pass owns ``s`` and goes on in the same memory: Jacobians can be written until then.
     """
 
-    def __init__(self, write: Callable[[], dict[str, Factored]]) -> None:
+    def __init__(self, write: Callable[[], Jacobians]) -> None:
         """Set up."""
-        self._write: Callable[[], dict[str, Factored]] | None = write
+        self._write: Callable[[], Jacobians] | None = write
 
-    def jacobians(self) -> dict[str, Factored]:
-        """Write the Jacobians of the layer's wanted parameters, by the names users know these by."""
+    def jacobians(self) -> Jacobians:
+        """Write Jacobians, by the names users know parameters by: of those that no layer before this one uses."""
         if self._write is None:
             raise RuntimeError("The backward pass has left this layer.")
         return self._write()
 
     @classmethod
-    def standing(cls, write: Callable[[], dict[str, Factored]]) -> Iterator["Step"]:
+    def standing(cls, write: Callable[[], Jacobians]) -> Iterator["Step"]:
         """Stand at a layer until the pass goes on."""
-        step = cls(write)
+        step = cls(cache(write))
         yield step
         step._write = None
 
@@ -75,9 +74,9 @@ class Writer(NamedTuple):
 
     label: str  # what it is called in messages
     names: tuple[str, ...]  # the parameters whose Jacobians it writes
-    write: Callable[[], dict[str, Factored]]
+    write: Callable[[], Jacobians]
 
-    def written(self, failures: dict[str, str]) -> dict[str, Factored]:
+    def written(self, failures: dict[str, str]) -> Jacobians:
         """Write Jacobians, or take down that a rule fails."""
         try:
             return self.write()

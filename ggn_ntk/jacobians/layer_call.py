@@ -1,6 +1,5 @@
 """One call of a layer: what its rule writes Jacobians from."""
 
-from collections import Counter
 from collections.abc import Callable, Container, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
@@ -11,8 +10,9 @@ from torch import Size, Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Module
 
-from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.contraction.factored import Jacobians
 from ggn_ntk.jacobians.backward import Writer
+from ggn_ntk.jacobians.sums import Sums
 from ggn_ntk.problem.errors import NotCapturedError
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.process.torch_internals import version_of
@@ -62,25 +62,25 @@ class LayerCall:
         return ()
 
     @property
-    def counts(self) -> Counter[str]:
-        """How many Jacobians it writes of each parameter."""
-        return Counter(self.params.values())
+    def names(self) -> tuple[str, ...]:
+        """The parameters whose Jacobians it writes."""
+        return tuple(self.params.values())
 
     def without(self, names: Container[str]) -> "LayerCall":
         """Leave parameters out."""
         return replace(self, params={key: name for key, name in self.params.items() if name not in names})
 
-    def writers(self, s: Tensor, sums: object = None) -> Iterator[Writer]:
-        """Write the Jacobians."""
+    def add_to(self, sums: Sums, s: Tensor) -> Jacobians:
+        """Write Jacobians: those of parameters whose last use it is."""
         # s [C, *output]
-        yield Writer(self.label, tuple(self.params.values()), partial(self.jacobians, s))
+        return sums.add(Writer(self.label, self.names, partial(self.jacobians, s)))
 
     @property
     def x(self) -> Any:
         """Its input; a tuple where it took several arguments."""
         return self.args[0] if len(self.args) == 1 else self.args
 
-    def jacobians(self, s: Tensor) -> dict[str, Factored]:
+    def jacobians(self, s: Tensor) -> Jacobians:
         """Write the Jacobians of the layer's wanted parameters."""
         # s [C, *output]
         if any(version_of(tensor) != version for tensor, version in self.versions):
@@ -88,7 +88,8 @@ class LayerCall:
         if self.axis is None:
             raise NotCapturedError(f"samples are not told apart in an output {list(self.shape)} of its layer")
         factored = self.rule(self.module, self.x, s.movedim(1 + self.axis, 1))
-        return {name: factored[key].split_samples(self.rows) for key, name in self.params.items() if key in factored}
+        present = {key: name for key, name in self.params.items() if key in factored}
+        return {name: [factored[key].split_samples(self.rows)] for key, name in present.items()}
 
 
 @dataclass(frozen=True, eq=False)

@@ -1,8 +1,7 @@
 """Where in a model parameters are used: the operations, and the modules in whose forward passes these ran."""
 
-from collections import Counter, defaultdict
-from collections.abc import Sequence
-from typing import Any, NamedTuple
+from collections import defaultdict
+from typing import NamedTuple
 
 from ggn_ntk.jacobians.layer_call import LayerCall
 from ggn_ntk.jacobians.layers import is_layer, named_layers
@@ -27,14 +26,10 @@ class Place(NamedTuple):
     module: str
 
 
-#: From where each Jacobian of a parameter is, by name, in the order of the way back: that of a weight from several places.
-Written = dict[str, list[tuple[Place, ...]]]
-
-
 class Places(NamedTuple):
     """Where parameters are used."""
 
-    written: Written
+    used: dict[str, list[Place]]  # each parameter, by name, in the order of the way back
     refused: dict[str, str]  # for parameters that no rule covers: the module of the operation that has none, by name
 
 
@@ -51,39 +46,22 @@ def find_places(plan: Plan, inputs: Inputs) -> Places:
         module = names[id(call.module)] if isinstance(call, LayerCall) else spans.module_of(call.edge.node)
         return Place(call.label, module)
 
-    def written(calls: Sequence[LayerCall | Use]) -> Written:
-        wanted = [call for call in calls if call.counts or call.weights]
-        ordered = [call for stage in stages(recording.output, wanted) for call in reversed(stage.calls)]
-        return _written([(call, place_of(call)) for call in ordered])
-
-    of_fallback = {name: found for name, found in written(calls).items() if name in plan.fallback}
+    used: dict[str, list[Place]] = defaultdict(list)
+    for stage in stages(recording.output, [call for call in calls if call.names or call.weights]):
+        for call in reversed(stage.calls):
+            for name in dict.fromkeys((*call.names, *(name for weight in call.weights for name in weight.names))):
+                used[name].append(place_of(call))
     nodes = list(walk(recording.output, [call for call in calls if isinstance(call, LayerCall)], uses.names))
     refused = {name: spans.module_of(nodes[place]) for name, place in uses.refused.items()}
-    return Places(written([call.without(plan.fallback) for call in calls]) | of_fallback, refused)
+    return Places(used, refused)
 
 
-def _of_layers(request: Request) -> Written:
+def _of_layers(request: Request) -> dict[str, list[Place]]:
     """List the layers of a Sequential model that use each parameter, from the last."""
     names: dict[int, str] = {id(p): name for name, p in request.params.items()}
-    found: Written = defaultdict(list)
+    found: dict[str, list[Place]] = defaultdict(list)
     for where, layer in reversed(list(named_layers(uncompiled(request.model)))):
         for p in layer.parameters(recurse=False) if is_layer(layer) else ():
             if id(p) in names:
-                found[names[id(p)]].append((Place(type(layer).__name__, where),))
-    return found
-
-
-def _written(calls: Sequence[tuple[LayerCall | Use, Place]]) -> Written:
-    """List the places behind each Jacobian that calls write, the last call first."""
-    found: Written = defaultdict(list)
-    left = Counter(weight.key for call, _ in calls for weight in call.weights)
-    waiting: dict[Any, list[Place]] = defaultdict(list)
-    for call, place in calls:
-        for name, count in call.counts.items():
-            found[name] += [(place,)] * count
-        for weight in call.weights:
-            waiting[weight.key].append(place)
-            if len(waiting[weight.key]) == left[weight.key]:
-                for name in weight.names:
-                    found[name].append(tuple(waiting[weight.key]))
+                found[names[id(p)]].append(Place(type(layer).__name__, where))
     return found

@@ -1,6 +1,5 @@
 """What is learnt by looking at a model once, and what is evaluated with it."""
 
-from collections import Counter
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
@@ -8,7 +7,7 @@ from typing import NamedTuple
 
 from torch import Size, Tensor
 
-from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.contraction.factored import Jacobians
 from ggn_ntk.jacobians.autograd import AutogradPass
 from ggn_ntk.jacobians.backward import BackwardPass, Parts, Step
 from ggn_ntk.jacobians.finding import find_uses
@@ -76,11 +75,6 @@ class Side:
         self.output = backward.output
 
     @property
-    def counts(self) -> Counter[str]:
-        """How often each parameter is used, by name."""
-        return self._backward.counts
-
-    @property
     def numel(self) -> int:
         """Numbers that ``s`` of one output holds where it is largest."""
         return self._backward.numel
@@ -106,8 +100,8 @@ class _VerifiedStep(NamedTuple):
     step: Step
     verification: Verification
 
-    def jacobians(self) -> dict[str, Factored]:
-        """Write the Jacobians of the layer's wanted parameters, by name."""
+    def jacobians(self) -> Jacobians:
+        """Write Jacobians by name."""
         jacobians = self.step.jacobians()
         self.verification.add(jacobians)
         return jacobians

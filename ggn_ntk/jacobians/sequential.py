@@ -6,8 +6,7 @@ is the same for all samples, and is kept once. Layers and their transposed Jacob
 """
 
 import string
-from collections import Counter
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from functools import partial
 from math import ceil
 from typing import Any
@@ -17,9 +16,10 @@ from torch import Tensor
 from torch.nn import Module
 
 from ggn_ntk.contraction.factored import Factored
-from ggn_ntk.contraction.products import contract_into
+from ggn_ntk.contraction.products import Part, contract_into
 from ggn_ntk.jacobians.backward import Parts, Step, Writer, identity
 from ggn_ntk.jacobians.layers import REMEDY, Use, backpropagate, is_layer, jacobians, named_layers, tensors_of
+from ggn_ntk.jacobians.sums import Sums
 from ggn_ntk.memory.blocks import split
 from ggn_ntk.memory.budget import MemoryBudget
 from ggn_ntk.memory.buffers import Joined
@@ -36,7 +36,6 @@ class SequentialPass:
 
     Attributes:
         output: The model's output ``[N, *out]``.
-        counts: How often each wanted parameter is used, by name.
         failures: Why the rule of a parameter's layer failed on the way, by name.
     """
 
@@ -49,7 +48,6 @@ class SequentialPass:
         if any(use.params and len(x) != len(inputs) for use in self._uses for x in tensors_of(use.x)):
             what = "the leading axis of a layer's input is not that of the samples"
             raise UnsupportedRouteError([Problem("", what, REMEDY)])
-        self.counts = Counter(name for use in self._uses for name in use.params.values())
         self.failures: dict[str, str] = {}
 
     @property
@@ -65,24 +63,30 @@ class SequentialPass:
         if not again:
             self._uses.clear()
         s = identity(self.output, outputs)
+        sums = Sums((name for use in uses for name in use.params.values()), (), {}, self.failures)
+
+        def parts_once(name: str, jacobian: Factored, n: int) -> list[Part] | None:
+            return None if sums.several([name]) else parts(name, jacobian, n)
+
         while _any_wanted(uses):
             blocks = _blocks(uses, s)
-            s = yield from (self._in_blocks(uses, s, blocks, parts) if len(blocks) > 1 else self._all(uses, s))
+            way = self._in_blocks(uses, s, blocks, parts_once, sums) if len(blocks) > 1 else self._all(uses, s, sums)
+            s = yield from way
 
-    def _all(self, uses: list[Use], s: Tensor) -> Generator[Step, None, Tensor]:
+    def _all(self, uses: list[Use], s: Tensor, sums: Sums) -> Generator[Step, None, Tensor]:
         """Pass ``s`` of all samples back through the last layer."""
         # s [C, N, *layer output] -> [C, N, *layer input]
         use = uses.pop()
         if use.params:
-            yield from Step.standing(partial(_writer(use, s).written, self.failures))
+            yield from Step.standing(partial(sums.add, _writer(use, partial(jacobians, use, s))))
         if not _any_wanted(uses):
             return s
         # The Jacobians of a parameter that is used again wait, and keep ``s``: the pass goes on with a copy.
-        waits = any(self.counts[name] > 1 for name in use.params.values()) and s.stride(1) != 0
+        waits = sums.several(use.params.values()) and s.stride(1) != 0
         return backpropagate(use, s.clone() if waits else s)
 
     def _in_blocks(
-        self, uses: list[Use], s: Tensor, blocks: list[slice], parts: Parts
+        self, uses: list[Use], s: Tensor, blocks: list[slice], parts: Parts, sums: Sums
     ) -> Generator[Step, None, Tensor]:
         """Pass ``s`` of one block of samples after the other back through a chain of layers."""
         # How many layers the chain has turns out at the first block: as many as let no more wait for the other blocks
@@ -101,17 +105,16 @@ class SequentialPass:
             if _any_wanted(uses):
                 passed.put(block, _axes(part), part)
         while chain:
-            if not chain[0].params:
-                chain.pop(0)
-            else:
-                yield from Step.standing(chain.pop(0).jacobians)
+            link = chain.pop(0)
+            if link.use.params:
+                yield from Step.standing(partial(sums.add, _writer(link.use, link.jacobians)))
         return passed.ordered(_axes(passed.tensor)) if _any_wanted(uses) else s
 
 
-def _writer(use: Use, s: Tensor) -> Writer:
+def _writer(use: Use, write: Callable[[], dict[str, Factored]]) -> Writer:
     """Take what writes the Jacobians of a layer."""
-    # s [C, N, *layer output]
-    return Writer(type(use.module).__name__, tuple(use.params.values()), partial(jacobians, use, s))
+    names = tuple(use.params.values())
+    return Writer(type(use.module).__name__, names, lambda: {name: [jacobian] for name, jacobian in write().items()})
 
 
 def _any_wanted(uses: list[Use]) -> bool:
@@ -143,8 +146,7 @@ class _Link:
 
     def __init__(self, use: Use, parts: Parts, failures: dict[str, str], *, passes_on: bool, n: int) -> None:
         """Set up."""
-        self.params = use.params
-        self._use, self._parts, self._passes_on, self._n = use, parts, passes_on, n
+        self.use, self._parts, self._passes_on, self._n = use, parts, passes_on, n
         self._failures = failures
         self._s = Joined(n)
         self._joined: dict[str, tuple[str, list[Joined]]] = {}
@@ -158,7 +160,7 @@ class _Link:
     def pass_back(self, block: slice, s: Tensor) -> Tensor:
         """Keep what the Jacobians need of a block, and pass ``s`` back."""
         # s [C, block, *layer output] -> [C, block, *layer input]
-        use = self._use.restrict(block)
+        use = self.use.restrict(block)
         if use.params:
             self._keep(block, s, self._written(use, s))
         return backpropagate(use, s) if self._passes_on else s
@@ -178,13 +180,13 @@ class _Link:
 
     def _written(self, use: Use, s: Tensor) -> dict[str, Factored]:
         """Write the Jacobians of some samples; none where the rule failed for any."""
-        found = _writer(use, s).written(self._failures)
-        return {name: jacobian for name, jacobian in found.items() if name not in self._failures}
+        found = _writer(use, partial(jacobians, use, s)).written(self._failures)
+        return {name: jacobian for name, (jacobian,) in found.items() if name not in self._failures}
 
     def jacobians(self) -> dict[str, Factored]:
         """Put the blocks together."""
         if self._s.numel > 0:
-            return self._written(self._use, self._s.ordered(_axes(self._s.tensor)))
+            return self._written(self.use, self._s.ordered(_axes(self._s.tensor)))
         return {
             name: Factored(f"{','.join(w.letters for w in wholes)}->{result}", tuple(w.tensor for w in wholes))
             for name, (result, wholes) in self._joined.items()

@@ -4,18 +4,18 @@ Both sides come from one forward pass, so that they differ by rounding alone.
 """
 
 from collections.abc import Sequence
-from functools import partial, reduce
+from functools import reduce
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.contraction.factored import Factored, Jacobians
 from ggn_ntk.contraction.vector_products import norm_of_sketch, sketched, sketched_sum
-from ggn_ntk.jacobians.autograd import pass_back
-from ggn_ntk.jacobians.backward import Writer
+from ggn_ntk.jacobians.autograd import pass_back, sums_of
+from ggn_ntk.jacobians.backward import FAILS
 from ggn_ntk.jacobians.layer_call import LayerCall, Recording
-from ggn_ntk.jacobians.uses import Sums, Use
+from ggn_ntk.jacobians.uses import Use
 from ggn_ntk.models.autograd_graph import dense
 from ggn_ntk.models.comparison import all_finite, differing, norms, read
 from ggn_ntk.models.gradients import gradients
@@ -55,24 +55,26 @@ def try_rules(
     passed, expected = _gradients(request, recording, calls, v)
     if not all_finite(expected.values()):
         raise NotFiniteError
-    actual, summed, sums = dict[str, Tensor](), dict[str, list[Factored]](), Sums(calls, request.params)
-    pairs = zip(calls, passed, strict=True)
-    for writer in (w for call, s in pairs if s is not None for w in call.writers(s.unsqueeze(0), sums)):
-        jacobians = writer._replace(write=partial(_checked, writer, len(v))).written(failures)
-        for name, jacobian in jacobians.items():
-            product = sketched_sum(jacobian, v.new_ones(1, len(v)), request.params[name])
-            actual[name] = actual[name] + product if name in actual else product
-            summed.setdefault(name, []).append(jacobian)
-        missing = (name for name in writer.names if name not in jacobians and name not in failures)
-        failures |= dict.fromkeys(missing, f"the rule of {writer.label} does not state its Jacobian")
+    sums = sums_of(calls, request.params, failures)
+    jacobians: Jacobians = {}
+    for call, s in zip(calls, passed, strict=True):
+        if s is not None:
+            jacobians |= call.add_to(sums, s.unsqueeze(0))
+    actual, weights = dict[str, Tensor](), v.new_ones(1, len(v))
+    for name, parts in jacobians.items():
+        over = {part.sizes["n"] for part in parts}
+        if over != {len(v)}:
+            failures[name] = f"{FAILS} (its Jacobian is over {min(over)} samples instead of {len(v)})"
+        else:
+            actual[name] = reduce(torch.add, (sketched_sum(part, weights, request.params[name]) for part in parts))
     actual |= {name: expected[name] for name in failures}
     rounding = rounding_of(request, recording.inputs, v, sketched)
     for name, size in differing(actual, expected, tolerance, rounding).items():
         failures[name] = f"{DIFFERS} (relative error {size:.1e})"
     terms = {
-        name: reduce(torch.add, map(Factored.squared_terms, jacobians))
-        for name, jacobians in summed.items()
-        if len(jacobians) > 1 or jacobians[0].adds_up
+        name: reduce(torch.add, map(Factored.squared_terms, jacobians[name]))
+        for name in actual.keys() & jacobians.keys()
+        if len(jacobians[name]) > 1 or jacobians[name][0].adds_up
     }
     return Trial(expected, failures, _cancelling(request, recording.inputs, v, expected, terms))
 
@@ -90,15 +92,6 @@ def _cancelling(
     _, exact = gradients(request, inputs, v)
     sizes = norms(exact[name] for name in found)
     return {name for name, size in zip(found, sizes, strict=True) if size**2 < least[name]}
-
-
-def _checked(writer: Writer, n: int) -> dict[str, Factored]:
-    """Write Jacobians, and make sure that they are over N samples."""
-    jacobians = writer.write()
-    for jacobian in jacobians.values():
-        if jacobian.sizes["n"] != n:
-            raise ValueError(f"its Jacobian is over {jacobian.sizes['n']} samples instead of {n}")
-    return jacobians
 
 
 def _gradients(

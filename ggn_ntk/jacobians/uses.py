@@ -7,18 +7,18 @@ is linear, or acts entry by entry, the parameter's Jacobian stays an einsum
 (:class:`ggn_ntk.rules.flow.Flow`). Otherwise that of the weight is formed, and passes through the weight's own graph.
 """
 
-from collections import Counter, defaultdict
-from collections.abc import Callable, Container, Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 from torch import Size, Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
-from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.contraction.factored import Factored, Jacobians
 from ggn_ntk.jacobians.backward import Writer
 from ggn_ntk.jacobians.layer_call import CallAxes, LayerCall, Recording
+from ggn_ntk.jacobians.sums import Sums
 from ggn_ntk.jacobians.weights import Weight
 from ggn_ntk.problem.errors import NotCapturedError
 from ggn_ntk.process.torch_internals import output_metadata
@@ -93,9 +93,9 @@ class Use:
         return self.site.samples.axis
 
     @property
-    def counts(self) -> Counter[str]:
-        """How many Jacobians it writes of each parameter, those of weights apart."""
-        return Counter(name for name, _ in self.site.paths)
+    def names(self) -> tuple[str, ...]:
+        """The parameters whose Jacobians it writes, those of weights apart."""
+        return tuple(dict.fromkeys(name for name, _ in self.site.paths))
 
     @property
     def weights(self) -> list[Weight]:
@@ -113,58 +113,25 @@ class Use:
         weights = [(path, tuple(n for n in own if n not in names)) for path, own in self.site.weights]
         return replace(self, site=replace(self.site, paths=paths, weights=tuple(w for w in weights if w[1])))
 
-    def writers(self, s: Tensor, sums: "Sums") -> Iterator[Writer]:
-        """Write Jacobians: in several parts where a parameter has several, and of weights at the last of their uses."""
+    def add_to(self, sums: Sums, s: Tensor) -> Jacobians:
+        """Write Jacobians: those of parameters whose last use it is."""
         # s [C, *output]
-        remaining = list(self.site.paths)
-        while remaining:
-            part: dict[str, Path] = {}
-            remaining = [(name, path) for name, path in remaining if part.setdefault(name, path) is not path]
-            yield Writer(self.label, tuple(part), partial(self._written, part, s))
+        complete = sums.add(Writer(self.label, self.names, partial(self._written, s))) if self.site.paths else {}
         for (path, _), weight in zip(self.site.weights, self.weights, strict=True):
-            yield from sums.add(weight, partial(self._jacobian, path, s))
+            complete |= sums.add_weight(weight, partial(self._jacobian, path, s))
+        return complete
 
-    def _written(self, paths: dict[str, Path], s: Tensor) -> dict[str, Factored]:
+    def _written(self, s: Tensor) -> Jacobians:
         """Write the Jacobians of parameters by name."""
-        return {name: self._jacobian(path, s) for name, path in paths.items()}
+        written: Jacobians = {name: [] for name in self.names}
+        for name, path in self.site.paths:
+            written[name].append(self._jacobian(path, s))
+        return written
 
     def _jacobian(self, path: Path, s: Tensor) -> Factored:
         """Write the Jacobian with respect to what a path leads to."""
         operations = [Operation(self.nodes[step.node], step.place, step.number) for step in path]
         return Flow.along(operations, s, self.site.samples).jacobian(s.dtype)
-
-
-class Sums:
-    """Weights on a backward pass, whose Jacobians wait for the last of their uses."""
-
-    def __init__(self, calls: Sequence[LayerCall | Use], params: dict[str, Tensor]) -> None:
-        """Count the uses of each weight."""
-        self._params = params
-        weights = [weight for call in calls if isinstance(call, Use) for weight in call.weights]
-        self._left = Counter(weight.key for weight in weights)
-        self._waiting: dict[Any, list[Callable[[], Factored]]] = defaultdict(list)
-        #: How many Jacobians are written of each parameter.
-        self.counts = Counter(name for weight in {w.key: w for w in weights}.values() for name in weight.names)
-        for call in calls:
-            self.counts += call.counts
-
-    def waits(self, call: LayerCall | Use) -> bool:
-        """Tell whether Jacobians of a call wait for those of others, and with them ``s``."""
-        weights = call.weights if isinstance(call, Use) else []
-        return any(self.counts[name] > 1 for name in call.counts) or any(
-            self._left[weight.key] > 1 or self._waiting[weight.key] or self.counts[name] > 1
-            for weight in weights
-            for name in weight.names
-        )
-
-    def add(self, weight: Weight, write: Callable[[], Factored]) -> Iterator[Writer]:
-        """Add a use of a weight."""
-        waiting = self._waiting[weight.key]
-        waiting.append(write)
-        if len(waiting) == self._left[weight.key]:
-            uses = self._waiting.pop(weight.key)
-            label = weight.edge.node.name()
-            yield Writer(label, weight.names, lambda: weight.pass_back([write() for write in uses], self._params))
 
 
 def read(uses: Uses | None, recording: Recording) -> list[LayerCall | Use]:

@@ -20,7 +20,7 @@ from typing import NamedTuple
 import torch
 from torch import Size, Tensor
 
-from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.contraction.factored import Jacobians
 from ggn_ntk.contraction.vector_products import sketched, sketched_sum
 from ggn_ntk.jacobians.layer_call import Recording
 from ggn_ntk.jacobians.recording import record
@@ -181,15 +181,16 @@ class Verification:
             self._weights_of_chunk = self._weights.index_select(0, chosen)
             self._weights = self._weights.index_fill(0, chosen, 0)
 
-    def add(self, jacobians: dict[str, Factored]) -> None:
-        """Take down one use of a layer."""
-        for name, jacobian in jacobians.items():
-            if self.everyone:
-                seen, weights = jacobian.pick(*self._picked), self._numbers[self._picked[1]].unsqueeze(0)
-            else:
-                seen, weights = jacobian.select_samples(self._few), self._weights_of_chunk
-            product = sketched_sum(seen, weights, self._request.params[name])
-            self._actual[name] = self._actual[name] + product if name in self._actual else product
+    def add(self, jacobians: Jacobians) -> None:
+        """Take down Jacobians of some parameters."""
+        for name, parts in jacobians.items():
+            for part in parts:
+                if self.everyone:
+                    seen, weights = part.pick(*self._picked), self._numbers[self._picked[1]].unsqueeze(0)
+                else:
+                    seen, weights = part.select_samples(self._few), self._weights_of_chunk
+                product = sketched_sum(seen, weights, self._request.params[name])
+                self._actual[name] = self._actual[name] + product if name in self._actual else product
 
     def judge(self, missed: Container[str]) -> dict[str, float]:
         """Compare what was taken down."""

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import GradientEdge
 
-from ggn_ntk.contraction.factored import Factored
-from ggn_ntk.contraction.uses import put_together
+from ggn_ntk.contraction.factored import Factored, Jacobians
+from ggn_ntk.contraction.uses import added_up
 from ggn_ntk.memory.blocks import split
 from ggn_ntk.memory.budget import MemoryBudget
 from ggn_ntk.problem.errors import is_out_of_memory
@@ -28,6 +28,11 @@ class Weight(NamedTuple):
         return self.edge.node, self.edge.output_nr
 
     @property
+    def label(self) -> str:
+        """What it is called in messages."""
+        return self.edge.node.name()
+
+    @property
     def shape(self) -> Sequence[int]:
         """Its shape."""
         shape: Sequence[int] = output_metadata(self.edge.node)[self.edge.output_nr].shape
@@ -37,10 +42,10 @@ class Weight(NamedTuple):
         """Count its entries and those of its parameters."""
         return prod(self.shape) + sum(params[name].numel() for name in self.names)
 
-    def pass_back(self, uses: Sequence[Factored], params: dict[str, Tensor]) -> dict[str, Factored]:
+    def pass_back(self, uses: Sequence[Factored], params: dict[str, Tensor]) -> Jacobians:
         """Write the Jacobians of its parameters, given its own of each use."""
         wanted = [params[name] for name in self.names]
-        formed = sum_of(uses)  # [C, N, entries of the weight]
+        formed = added_up(uses)  # [C, N, entries of the weight]
         c, n, _ = formed.shape
         cotangents = formed.reshape(c * n, *self.shape)
         size = self.numel(params) * formed.element_size()
@@ -49,7 +54,7 @@ class Weight(NamedTuple):
             for whole, part in zip(found, self._gradients(wanted, cotangents[block]), strict=True):
                 whole[block] = part.flatten(1)
         passed = zip(self.names, found, strict=True)
-        return {name: Factored("cnk->cnk", (jacobian.reshape(c, n, -1),)) for name, jacobian in passed}
+        return {name: [Factored("cnk->cnk", (jacobian.reshape(c, n, -1),))] for name, jacobian in passed}
 
     def _gradients(self, params: Sequence[Tensor], cotangents: Tensor) -> list[Tensor]:
         """Pass several cotangents through its graph, at once or, where ``vmap`` fails, one by one."""
@@ -66,10 +71,3 @@ class Weight(NamedTuple):
         """Pass a cotangent, or a batch of them, through its graph."""
         start: Any = self.edge
         return torch.autograd.grad(start, params, cotangents, retain_graph=True, is_grads_batched=batched)
-
-
-def sum_of(uses: Sequence[Factored]) -> Tensor:
-    """Form the Jacobian of several uses."""
-    # -> [C, N, P]
-    formed = [use.formed() for use in put_together(uses)]
-    return formed[0] if len(formed) == 1 else torch.stack(formed).sum(0)

@@ -3,7 +3,6 @@
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
-from itertools import chain
 from operator import attrgetter
 from typing import Any
 
@@ -242,7 +241,7 @@ def explain(
         fallback={name: _where(name, why, places) for name, why in plan.fallback.items()},
         entries=sum(entries.values()),
         covered=sum(size for name, size in entries.items() if name not in plan.fallback),
-        places={name: _flat(found) for name, found in places.written.items() if name not in plan.fallback},
+        places={name: tuple(found) for name, found in places.used.items() if name not in plan.fallback},
         depth=depth,
         sort=sort,
     )
@@ -252,13 +251,8 @@ def _where(name: str, why: str, places: Places) -> str:
     """Say in which modules a parameter is used for which there is no rule, or not the right one."""
     if name in places.refused:
         return f"{why}, in {_listed([places.refused[name]])}"
-    modules = [place.module for place in _flat(places.written.get(name, ()))]
+    modules = [place.module for place in places.used.get(name, ())]
     return f"{why}, in {_listed(modules)}" if modules else why
-
-
-def _flat(places: Iterable[tuple[Place, ...]]) -> tuple[Place, ...]:
-    """List all places behind several Jacobians."""
-    return tuple(chain.from_iterable(places))
 
 
 def _listed(names: Iterable[str]) -> str:
@@ -277,9 +271,9 @@ def _contractions(request: Request, recorded: Recorded) -> Iterable[Contraction]
     owners = {id(p): type(m).__name__ for m in modules for p in m.parameters(recurse=False)}
     total, n1 = sum(request.sizes), request.n1
     rows, columns = slice(0, n1 or total), slice(n1 or 0, total)  # x1 and x2 among the stacked samples
-    for (name, product), met in zip(recorded.products, recorded.met, strict=True):
+    for name, product in recorded.products:
         operands = looked_up(product.restrict(rows, columns), product.result)
-        places = _flat(recorded.places.written[name][use] for use in met)
+        places = recorded.places.used[name]
         info = path_of(operands, product.result, apart=product.apart)
         yield Contraction(
             parameter=name,

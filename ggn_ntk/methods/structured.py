@@ -108,19 +108,17 @@ class Recorded(NamedTuple):
 
     plan: Plan
     products: list[NamedEinsum]  # products of Jacobians, by names of parameters
-    met: list[tuple[int, ...]]  # for each, which of the parameter's Jacobians meet in it, in the order of the way back
     places: Places  # where in the model these come from
 
 
 def recorded_products(request: Request) -> Recorded:
     """List the products of Jacobians that :func:`structured_kernels` would contract."""
-    products, met = list[NamedEinsum](), list[tuple[int, ...]]()
+    products = list[NamedEinsum]()
 
     def record_all(plan: Plan, side: Side) -> None:
         products.clear()
-        met.clear()
-        _contracted(plan, side, partial(Recorder, products, met))
+        _contracted(plan, side, partial(Recorder, products))
 
     plan, side, _ = _verified(request, record_all)
     assert side.verification is not None
-    return Recorded(plan, products, met, find_places(plan, side.verification.inputs))
+    return Recorded(plan, products, find_places(plan, side.verification.inputs))

@@ -28,7 +28,9 @@ def looked_up(op: Operation) -> LinearMap:
 def bag(op: Operation) -> LinearMap | None:
     """Write sums, means or maxima over rows of a table, of bags of equal size."""
     bags, size = op.output[0], len(op["indices"]) // max(1, op.output[0])
-    if op.argument != "weight" or not torch.equal(op["offsets"], torch.arange(bags, device=op["offsets"].device) * size):
+    if op.argument != "weight" or not torch.equal(
+        op["offsets"], torch.arange(bags, device=op["offsets"].device) * size
+    ):
         return None
     if op["mode"] == _MAX:  # each feature comes from a row of its own; none where a bag is nothing but padding
         places = op["result3"].masked_fill((op["result2"] == 0).unsqueeze(1), -1)

@@ -25,7 +25,7 @@ class SampleAxis(NamedTuple):
     inner: int = 1
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Flow:
     """The Jacobian with respect to a tensor on the way, as an einsum."""
 
@@ -77,9 +77,7 @@ class Flow:
     def through(self, linear: LinearMap) -> "Flow":
         """Pass from the output of a linear map to its argument."""
         known = dict(linear.sizes) | {
-            letter: size
-            for term, operand in linear.operands
-            for letter, size in zip(term, operand.shape, strict=True)
+            letter: size for term, operand in linear.operands for letter, size in zip(term, operand.shape, strict=True)
         }
         flow, names = self, dict[str, str]()  # the letters here that stand for each of the map's
         for place, own in enumerate(linear.output):
@@ -104,7 +102,9 @@ class Flow:
 
     def jacobian(self, dtype: torch.dtype) -> Factored:
         """Write the Jacobian with respect to the tensor that was reached, in a parameter's dtype."""
-        operands = [o if o.hot or o.tensor.dtype == dtype else o._replace(tensor=o.tensor.to(dtype)) for o in self.operands]
+        operands = [
+            o if o.hot or o.tensor.dtype == dtype else o._replace(tensor=o.tensor.to(dtype)) for o in self.operands
+        ]
         if isinstance(self.factor, Tensor) or self.factor != 1:
             place = min((i for i, o in enumerate(operands) if not o.hot), key=lambda i: operands[i].tensor.numel())
             operands[place] = operands[place]._replace(tensor=operands[place].tensor * self.factor)

@@ -2,7 +2,6 @@
 
 import pytest
 from cases import CASES
-from torch import nn
 
 from ggn_ntk import register_rule
 from ggn_ntk.rules import registry
