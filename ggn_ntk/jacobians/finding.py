@@ -81,14 +81,14 @@ class _Finding:
 
     def uses(self) -> Uses:
         """Find the uses."""
-        problems: dict[str, str] = {}
+        problems: dict[str, tuple[str, int]] = {}  # what is wrong, and the node
         reach = self._weights()
         for place in self._opaque:
             what = f"the graph of more samples differs at {self._nodes[place][0].name()}"
             leaves = (
                 id(getattr(node, "variable", None)) for node in graph_nodes(GradientEdge(self._nodes[place][0], 0))
             )
-            problems |= {self._names[leaf]: what for leaf in leaves if leaf in self._names}
+            problems |= {self._names[leaf]: (what, place) for leaf in leaves if leaf in self._names}
         sites = []
         for place, (a, _) in enumerate(self._nodes):
             if place in reach or place in self._opaque or a in self._called or _is_empty(a):
@@ -101,7 +101,9 @@ class _Finding:
             if entering:
                 sites += self._site(place, entering, reach, problems)
         names = tuple("" if i in self._opaque else a.name() for i, (a, _) in enumerate(self._nodes))
-        return Uses(names, self._calls, tuple(self._with_rows(sites)), problems)
+        whys = {name: why for name, (why, _) in problems.items()}
+        refused = {name: place for name, (_, place) in problems.items()}
+        return Uses(names, self._calls, tuple(self._with_rows(sites)), whys, refused)
 
     def _weights(self) -> dict[int, frozenset[str]]:
         """Find the nodes that depend on no sample, with the parameters that each is computed from."""
@@ -136,23 +138,20 @@ class _Finding:
         place: int,
         entering: Sequence[tuple[Step, int, int]],
         reach: Mapping[int, frozenset[str]],
-        problems: dict[str, str],
+        problems: dict[str, tuple[str, int]],
     ) -> Iterator[Site]:
         """Look at an operation in which weights meet the samples."""
-        a, b = self._nodes[place]
-        shape = Size(output_metadata(a)[0].shape)
-        samples = SampleAxis(None) if self._alone else _samples(shape, Size(output_metadata(b)[0].shape), self._n)
+        operation, samples = Operation(self._nodes[place][0], 0).kind, self._samples(place)
         paths, weights = list[tuple[str, Path]](), list[tuple[Path, tuple[str, ...]]]()
         for step, weight, number in entering:
             names = reach[weight]
             try:
                 if samples is None:
-                    raise NotCapturedError(
-                        f"samples are not told apart in an output {list(shape)} of {Operation(a, 0).kind}"
-                    )
+                    what = f"an output {list(self._shape(place))} of {operation}"
+                    raise NotCapturedError(f"samples are not told apart in {what}")
                 self._try([step], samples)
             except NotCapturedError as error:
-                problems |= dict.fromkeys(names, str(error))
+                problems |= dict.fromkeys(names, (str(error), place))
                 continue
             ways = {name: self._paths(step, samples, (weight, number), name, reach) for name in sorted(names)}
             paths += [(name, path) for name, found in ways.items() for path in found]
@@ -204,7 +203,7 @@ class _Finding:
                 (i, self._places[other], k) for i, (other, k) in enumerate(node.next_functions) if other is not None
             ]
             following = [(i, other, k) for i, other, k in following if not reach[other].isdisjoint(names)]
-            if len(following) != 1 or self._numel(following[0][1:]) > self._numel((place, output)):
+            if len(following) != 1 or self._shape(*following[0][1:]).numel() > self._shape(place, output).numel():
                 return path
             ((i, place, k),) = following
             path, last = (*path, Step(self._places[node], i, output)), path
@@ -213,11 +212,6 @@ class _Finding:
             except NotCapturedError:
                 return last
             output = k
-
-    def _numel(self, edge: tuple[int, int]) -> int:
-        """Count the entries of what a node computes."""
-        place, output = edge
-        return Size(output_metadata(self._nodes[place][0])[output].shape).numel()
 
     def _try(self, path: Sequence[Step], samples: SampleAxis) -> None:
         """Try whether all steps of a path are einsums."""
@@ -228,9 +222,45 @@ class _Finding:
         except Exception as error:
             raise NotCapturedError(why_not(error, operations[0].kind)) from error
 
+    def _located(self) -> dict[int, SampleAxis]:
+        """Find samples in axes of several entries of each, where a view gives them an axis of their own."""
+        found: dict[int, SampleAxis] = {}
+        for place in reversed(list(self._in_order())):  # a view before what it is a view of, which may be one itself
+            view, samples = self._nodes[place][0], found.get(place, self._samples(place))
+            if samples is None or (samples.inner > 1 and place not in found):
+                continue
+            if Operation(view, 0).kind != "reshape" or view in self._called:
+                continue
+            ((node, number),) = view.next_functions
+            whole = self._places.get(node, 0) if node is not None else 0  # 0: the output
+            viewed = self._samples(whole)
+            if not whole or number or viewed is None or viewed.inner == 1:
+                continue
+            outer, rest = divmod(self._leading(place, samples), self._leading(whole, viewed))
+            if not rest and viewed.inner % outer == 0:
+                found[whole] = _split(viewed, outer)
+        return found
+
+    def _leading(self, place: int, samples: SampleAxis) -> int:
+        """Count how often all samples follow one another in a tensor."""
+        return self._shape(place)[: samples.axis].numel() * samples.outer
+
+    def _shape(self, place: int, number: int = 0) -> Size:
+        """Look up the shape of an output."""
+        return Size(output_metadata(self._nodes[place][0])[number].shape)
+
+    def _samples(self, place: int) -> SampleAxis | None:
+        """Find the samples in an output; they may turn out to take turns along their axis."""
+        more = Size(output_metadata(self._nodes[place][1])[0].shape)
+        return SampleAxis(None) if self._alone else _samples(self._shape(place), more, self._n)
+
     def _with_rows(self, sites: Sequence[Site]) -> list[Site]:
         """Find out how samples lie in axes that hold several entries of each."""
-        possible = {site.node: _divisors(site.samples.inner) for site in sites}
+        located = self._located() if any(site.samples.inner > 1 for site in sites) else {}
+        possible = {
+            site.node: [located[site.node].outer] if site.node in located else _divisors(site.samples.inner)
+            for site in sites
+        }
         # Where few entries reach the output (others are masked), two samples may leave it open.
         for which, recording in enumerate((self._some, self._more)):
             left = [site for site in sites if len(possible[site.node]) > 1]

@@ -56,6 +56,7 @@ class Uses:
     calls: tuple[tuple[int, CallAxes], ...]  # which recorded calls of layers depend on samples, and where these are
     sites: tuple[Site, ...]
     problems: dict[str, str]  # why rules do not give the Jacobians of a parameter, by name
+    refused: dict[str, int]  # the node at which that shows: its place in the order of the walk
 
 
 @dataclass(frozen=True, eq=False)
@@ -173,14 +174,14 @@ def read(uses: Uses | None, recording: Recording) -> list[LayerCall | Use]:
     if any(place >= len(recording.calls) for place, _ in uses.calls):
         raise other_graph()
     calls = [recording.calls[place].located(axes, recording.n) for place, axes in uses.calls]
-    nodes = list(_walk(recording.output, calls, uses.names))
+    nodes = list(walk(recording.output, calls, uses.names))
     found = [Use(site, nodes) for site in uses.sites]
     if len(nodes) != len(uses.names) or any(use.n not in (None, recording.n) for use in found):
         raise other_graph()
     return [*calls, *found]
 
 
-def _walk(output: Tensor, calls: Sequence[LayerCall], names: Sequence[str]) -> Iterator[Node]:
+def walk(output: Tensor, calls: Sequence[LayerCall], names: Sequence[str]) -> Iterator[Node]:
     """Walk through the graph of some samples as through those it was learnt from."""
     sources = {call.edge.node: call.sources for call in calls}
     seen, waiting, place = set[Node](), [get_gradient_edge(output).node], 0

@@ -8,7 +8,7 @@ cost no call of a Python function.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
@@ -169,7 +169,9 @@ def operation_of(node: Node) -> tuple[str, tuple[str, ...]]:
 
 def saved(node: Node, name: str) -> Any:
     """Look up what a node has saved of an operation's arguments and results."""
-    return _signed(getattr(node, f"_saved_{name}"))
+    value = _signed(getattr(node, f"_saved_{name}"))
+    # A number that torch has made a tensor of would give way to other dtypes: a view of it does not.
+    return value.view(()) if isinstance(value, Tensor) and not value.ndim else value
 
 
 def _signed(value: Any) -> Any:
@@ -178,6 +180,12 @@ def _signed(value: Any) -> Any:
         return tuple(map(_signed, value))
     return value - 2**64 if isinstance(value, int) and value >= 2**63 else value
 
+
+#: How many nodes this thread had recorded before a node: of those that are recorded later, more. Leaves have none.
+place_of: Callable[[Node], int] = methodcaller("_sequence_nr")
+
+#: How many nodes this thread has recorded.
+nodes_recorded: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 #: What the node is called that torch puts around modules with full backward hooks, such as BackPACK's.
 BACKWARD_HOOK = "BackwardHookFunctionBackward"

@@ -253,6 +253,22 @@ def _():
     assert len(torch_internals.output_metadata(torch.ones(2, requires_grad=True).unbind()[0].grad_fn)) == 2
 
 
+NUMBERS = ("torch.autograd.graph.Node._sequence_nr", "torch._C._autograd._get_sequence_nr")
+
+
+@part(*NUMBERS, used_by="models/spans.py")
+def _():
+    x = torch.ones(2, requires_grad=True)
+    first = torch_internals.nodes_recorded()
+    y = x * 2
+    second = torch_internals.nodes_recorded()
+    z = Recorded.apply(y, []).exp()
+    third = torch_internals.nodes_recorded()
+    before, _ = z.grad_fn.next_functions[0]
+    assert first <= torch_internals.place_of(y.grad_fn) < second
+    assert second <= torch_internals.place_of(before) < torch_internals.place_of(z.grad_fn) < third
+
+
 @part("torch.autograd.graph.Node._saved_", used_by="rules/")
 def _():
     x, w = torch.ones(4, 3), torch.ones(2, 3, requires_grad=True)
