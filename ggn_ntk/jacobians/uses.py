@@ -2,9 +2,9 @@
 
 A *use* is an operation in which a parameter meets the samples, or a *weight*: what is computed from parameters alone
 (masked, scaled, transposed, normalised). Which tensors depend on the samples shows in their shapes: these grow from two
-samples to three. From a use leads a path of operations to the parameter, all but the first on parameters alone. Where each
-is linear, or acts entry by entry, the parameter's Jacobian stays an einsum
-(:class:`ggn_ntk.rules.flow.Flow`). Otherwise that of the weight is formed, and passes through the weight's own graph.
+samples to three. From a use leads a path of operations to the parameter, all but the first on parameters alone. Where
+each is linear, or acts entry by entry, the parameter's Jacobian stays an einsum (:class:`ggn_ntk.rules.flow.Flow`).
+Otherwise that of the weight is formed, and passes through the weight's own graph.
 """
 
 from collections.abc import Container, Iterator, Sequence

@@ -357,7 +357,7 @@ class WithUnknown(nn.Module):
 def test_nothing_is_left_for_rules():
     model, x = WithUnknown().double(), torch.randn(3, 5).double()
     assert_close(empirical_ntk(model, x, method="structured"), jacobian_contraction(model, x))
-    assert explain(model, x).fallback == {"weight": "there is no rule for UnknownBackward"}
+    assert explain(model, x).fallback == {"weight": "there is no rule for UnknownBackward, in (model)"}
 
 
 def test_recurrent_layers_alone():

@@ -1,4 +1,4 @@
-"""Uses of parameters, read off autograd's graph: paths to a parameter, weights with a graph of their own, users' rules."""
+"""Uses of parameters, read off autograd's graph: paths to them, weights with graphs of their own, users' rules."""
 
 import pytest
 import torch
