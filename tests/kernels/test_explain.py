@@ -2,6 +2,7 @@
 
 import threading
 from collections import Counter
+from typing import ClassVar
 
 import pytest
 import torch
@@ -270,7 +271,7 @@ def hooks_of(model):
 class Hooked(Residual):
     """Takes down at each evaluation how many hooks a layer has; may fail where these are more than its own."""
 
-    seen = []  # not on the module, whose state is put back before each evaluation
+    seen: ClassVar = []  # not on the module, whose state is put back before each evaluation
 
     def __init__(self):
         super().__init__()
