@@ -15,6 +15,7 @@ from cases import CASES, Case
 from models import LARGE, MODELS
 from torch import Tensor, nn
 from torch.utils import backend_registration as backends
+from zoo import ZOO
 
 from ggn_ntk.memory import budget
 from ggn_ntk.models.comparison import TOLERANCES
@@ -34,7 +35,7 @@ ROUNDED_ON_CUDA = {"weight_norm", "hidden_Hardsigmoid", "hidden_Hardswish", "lla
 
 DATA = Path(__file__).parent / "data"
 
-NAMED = {case.name: case for case in (*CASES, *MODELS, *LARGE)}
+NAMED = {case.name: case for case in (*CASES, *MODELS, *LARGE, *ZOO)}
 
 # What may become of the axes of an output [N, C, H, W].
 ROLES = list(product(("kept", "traced", "diagonal"), repeat=3))

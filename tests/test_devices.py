@@ -231,17 +231,21 @@ def test_other_functions_refuse_wrappers(group, name):
 # ---------------------------------------------------------------- cuDNN
 
 
-class Noting(nn.Module):
-    """Takes down whether cuDNN is on when it is evaluated."""
+def fused():
+    return torch.backends.cudnn.enabled, torch.backends.mkldnn.enabled
 
-    seen: ClassVar[set[bool]] = set()
+
+class Noting(nn.Module):
+    """Takes down whether cuDNN and oneDNN are on when it is evaluated."""
+
+    seen: ClassVar[set[tuple[bool, bool]]] = set()
 
     def __init__(self, layer):
         super().__init__()
         self.layer, self.head = layer, nn.Linear(4, 2)
 
     def forward(self, x):
-        Noting.seen.add(torch.backends.cudnn.enabled)
+        Noting.seen.add(fused())
         h = self.layer(x)
         return self.head((h[0] if isinstance(h, tuple) else h)[:, -1])
 
@@ -253,21 +257,22 @@ SESSIONS += [partial(empirical_ntk, method=method, check=True) for method in MET
 
 
 @pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("before", [True, False])
+@pytest.mark.parametrize("before", [(True, True), (False, True), (True, False)])
 @pytest.mark.filterwarnings("ignore::ggn_ntk.RouteWarning")
-def test_cudnn_is_off_for_recurrent_layers_alone(layer, before, monkeypatch):
-    monkeypatch.setattr(torch.backends.cudnn, "enabled", before)
+def test_fused_recurrent_layers_are_off_for_these_alone(layer, before, monkeypatch):
+    for backend, enabled in zip((torch.backends.cudnn, torch.backends.mkldnn), before, strict=True):
+        monkeypatch.setattr(backend, "enabled", enabled)
     model, x = Noting(LAYERS[layer]()).double(), torch.randn(3, 2, 3).double()
     expected = kernel_of(model, x)
     for function in SESSIONS:
         Noting.seen.clear()
         found = function(model, x)
-        assert Noting.seen == {before and layer == "Linear"}
-        assert torch.backends.cudnn.enabled == before
+        assert Noting.seen == {before if layer == "Linear" else (False, False)}
+        assert fused() == before
         if getattr(function, "func", None) is empirical_ntk:
             assert_close(found, expected)
     model.head.register_forward_pre_hook(lambda *_: exec("raise ArithmeticError"))
     for function in SESSIONS:
         with pytest.raises(ArithmeticError):
             function(model, x)
-        assert torch.backends.cudnn.enabled == before
+        assert fused() == before

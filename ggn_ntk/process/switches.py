@@ -70,7 +70,7 @@ def process_switches(*, recurrent: bool) -> Iterator[None]:
     with ExitStack() as stack:
         stack.enter_context(_SWITCHES)
         if recurrent:
-            stack.enter_context(_WITHOUT_CUDNN)
+            stack.enter_context(_UNFUSED)
         if may_compile():
             stack.enter_context(_EAGER)
         here.sessions += 1
@@ -108,19 +108,22 @@ def _all_switches() -> Iterator[None]:
 
 
 @contextmanager
-def _cudnn_off() -> Iterator[None]:
-    """Turn cuDNN off, which does not differentiate recurrent layers in eval mode."""
-    before = torch.backends.cudnn.enabled
-    torch.backends.cudnn.enabled = False
+def _fused_recurrence_off() -> Iterator[None]:
+    """Turn off cuDNN, which cannot differentiate recurrent layers in eval mode, and oneDNN, which fuses their steps."""
+    backends: list[Any] = [torch.backends.cudnn, torch.backends.mkldnn]
+    before = [backend.enabled for backend in backends]
     try:
+        for backend in backends:
+            backend.enabled = False
         yield
     finally:
-        torch.backends.cudnn.enabled = before
+        for backend, value in zip(backends, before, strict=True):
+            backend.enabled = value
 
 
 _SWITCHES = Switch(_all_switches)
 _EAGER = Switch(lambda: torch.compiler.set_stance("force_eager"))
-_WITHOUT_CUDNN = Switch(_cudnn_off)
+_UNFUSED = Switch(_fused_recurrence_off)
 
 
 @contextmanager

@@ -169,7 +169,9 @@ def operation_of(node: Node) -> tuple[str, tuple[str, ...]]:
 
 def saved(node: Node, name: str) -> Any:
     """Look up what a node has saved of an operation's arguments and results."""
-    return _signed(getattr(node, f"_saved_{name}"))
+    value = _signed(getattr(node, f"_saved_{name}"))
+    # A number that torch has made a tensor of would give way to other dtypes: a view of it does not.
+    return value.view(()) if isinstance(value, Tensor) and not value.ndim else value
 
 
 def _signed(value: Any) -> Any:

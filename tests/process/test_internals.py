@@ -269,6 +269,26 @@ def _():
     assert second <= torch_internals.place_of(before) < torch_internals.place_of(z.grad_fn) < third
 
 
+@part("torch.autograd.graph.Node._saved_", used_by="rules/")
+def _():
+    x, w = torch.ones(4, 3), torch.ones(2, 3, requires_grad=True)
+    sliced = w[:, -2:].grad_fn
+    assert torch_internals.operation_of(sliced) == ("slice", ("self",))
+    # A negative integer is held as an unsigned one.
+    assert [torch_internals.saved(sliced, name) for name in ("dim", "start", "step")] == [1, -2, 1]
+    added = torch.addmm(torch.ones(2, requires_grad=True), x, w.t(), alpha=3).grad_fn
+    kind, arguments = torch_internals.operation_of(added)
+    assert (kind, arguments) == ("addmm", ("self", "mat1", "mat2"))
+    assert [node and node.name() for node, _ in added.next_functions] == [
+        "torch::autograd::AccumulateGrad",
+        None,
+        "TBackward0",
+    ]
+    assert torch_internals.saved(added, "alpha") == 3
+    assert torch.equal(torch_internals.saved(added, "mat1"), x)
+    assert torch_internals.operation_of(w.erfinv().grad_fn) == ("", ())
+
+
 @part("BackwardHookFunctionBackward", used_by="extensions/pass_check.py")
 def _():
     layers, inputs = [nn.Linear(2, 2), nn.ReLU()], []

@@ -51,16 +51,17 @@ def test_what_is_switched():
     b = torch.backends
 
     def settings():
-        return b.mha.get_fastpath_enabled(), b.cuda.flash_sdp_enabled(), b.cudnn.enabled, len(warnings.filters)
+        fast = b.mha.get_fastpath_enabled(), b.cuda.flash_sdp_enabled(), b.cudnn.enabled, b.mkldnn.enabled
+        return *fast, len(warnings.filters)
 
     before = settings()
     with process_switches(recurrent=True):
-        assert settings()[:3] == (False, False, False)
+        assert settings()[:4] == (False,) * 4
         with process_switches(recurrent=False):
             pass
-        assert settings()[:3] == (False, False, False)
+        assert settings()[:4] == (False,) * 4
         warnings.simplefilter("ignore", BytesWarning)
-    assert settings() == (*before[:3], before[3] + 1)
+    assert settings() == (*before[:4], before[4] + 1)
 
 
 @pytest.mark.skipif(not hasattr(torch.backends, "fp32_precision"), reason="this torch has the legacy flags only")

@@ -107,7 +107,7 @@ def process_state():
         "precision": precision(),
         "attention": (b.cuda.flash_sdp_enabled(), b.cuda.mem_efficient_sdp_enabled(), b.cuda.math_sdp_enabled()),
         "fast path": b.mha.get_fastpath_enabled(),
-        "cudnn": b.cudnn.enabled,
+        "fused recurrence": (b.cudnn.enabled, b.mkldnn.enabled),
         "stance": torch._dynamo.eval_frame._stance.stance,
         "filters": list(warnings.filters),
         "dtype": torch.get_default_dtype(),
