@@ -27,7 +27,7 @@ class Place(NamedTuple):
     module: str
 
 
-#: From where each Jacobian of a parameter is, by name, in the order of the way back: that of a weight from several places.
+#: The places behind each Jacobian of a parameter, by name, in the order of the way back; behind a weight may be several.
 Written = dict[str, list[tuple[Place, ...]]]
 
 
