@@ -27,7 +27,7 @@ class Place(NamedTuple):
     module: str
 
 
-#: The places behind each Jacobian of a parameter, by name, in the order of the way back; behind a weight may be several.
+#: The places behind each Jacobian of a parameter, by name, in order of the way back; behind a weight may be several.
 Written = dict[str, list[tuple[Place, ...]]]
 
 
