@@ -126,8 +126,9 @@ if curves["cheapest"][0] == curves[JACOBIANS][0] or curves["cheapest"][-1] != cu
 # ---------
 #
 # :func:`ggn_ntk.explain` shows the order that was found for each parameter of a network, without contracting anything.
-# Each step is an einsum, in which ``n`` and ``m`` stand for samples and ``c`` and ``d`` for outputs, as above. The
-# first convolution sees 32 x 32 pixels, the second 8 x 8 and the third 2 x 2.
+# Each step is an einsum, in which ``n`` and ``m`` stand for samples and ``c`` and ``d`` for outputs, as above. In front
+# of them are the layer that uses the parameter, and what all steps cost; ``sort="flops"`` would put the most costly
+# parameters first. The first convolution sees 32 x 32 pixels, the second 8 x 8 and the third 2 x 2.
 
 net = nn.Sequential(
     nn.Conv2d(3, 64, 3, padding=1),

@@ -41,8 +41,11 @@ def test_nngp(case, device):
 @on_others
 @pytest.mark.parametrize("case", ALL)
 def test_explain(case, device):
-    here, there = built(case, device)
-    assert str(explain(*there, output=case.output)) == str(explain(*here, output=case.output))
+    # Devices may reach one result by other operations, say a bias that is added by itself, in another layout.
+    here, there = (explain(*model, output=case.output) for model in built(case, device))
+    assert there.fallback == here.fallback
+    ours, theirs = (sorted((c.parameter, c.module, c.flops, c.memory) for c in e.contractions) for e in (here, there))
+    assert theirs == ours
 
 
 @on_others

@@ -89,7 +89,7 @@ class _Finding:
                 id(getattr(node, "variable", None)) for node in graph_nodes(GradientEdge(self._nodes[place][0], 0))
             )
             problems |= {self._names[leaf]: (what, place) for leaf in leaves if leaf in self._names}
-        sites = []
+        sites = list[Site]()
         for place, (a, _) in enumerate(self._nodes):
             if place in reach or place in self._opaque or a in self._called or _is_empty(a):
                 continue
@@ -169,7 +169,8 @@ class _Finding:
         reach: Mapping[int, frozenset[str]],
     ) -> list[Path]:
         """List the paths from a use to a parameter, if there are few, and all steps are einsums."""
-        found, waiting = list[Path](), [((step,), *weight)]
+        found = list[Path]()
+        waiting: list[tuple[Path, int, int]] = [((step,), *weight)]
         while waiting:
             path, place, output = waiting.pop()
             node = self._nodes[place][0]
@@ -330,7 +331,8 @@ def _touched(s: Tensor | None, samples: SampleAxis, like: Tensor) -> Tensor:
     if s is None:
         return torch.zeros(len(like) * samples.inner, dtype=torch.bool, device=like.device)
     assert samples.axis is not None
-    return (s != 0).movedim(samples.axis, 0).flatten(1).any(1)
+    touched = (s != 0).movedim(samples.axis, 0)
+    return touched.reshape(len(touched), -1).any(1)
 
 
 def _fits(marks: Sequence[Sequence[bool]], outer: int) -> bool:
