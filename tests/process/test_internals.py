@@ -253,6 +253,16 @@ def _():
     assert len(torch_internals.output_metadata(torch.ones(2, requires_grad=True).unbind()[0].grad_fn)) == 2
 
 
+@part("torch.autograd.graph.Node._saved_", used_by="rules/linear_map.py")  # names begin so: see test_operations
+def _():
+    parameter = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
+    node = parameter.select(-1, -1).grad_fn
+    assert torch_internals.operation_of(node) == ("select", ("self",))
+    assert (torch_internals.saved(node, "dim") % 2, torch_internals.saved(node, "index")) == (1, -1)
+    divisor = torch_internals.saved((parameter / 2.5).grad_fn, "other")
+    assert divisor.reciprocal().dtype == torch.float64  # as that of the number itself, which torch keeps, is not
+
+
 @part("BackwardHookFunctionBackward", used_by="extensions/pass_check.py")
 def _():
     layers, inputs = [nn.Linear(2, 2), nn.ReLU()], []
