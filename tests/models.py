@@ -283,7 +283,7 @@ class Checkpointed(nn.Module):
 
 
 class Recurrent(nn.Module):
-    """A recurrent classifier, whose weights have no rule."""
+    """A recurrent classifier, whose weights are used at each step."""
 
     def __init__(self, kind: type[nn.Module]) -> None:
         super().__init__()
@@ -324,18 +324,14 @@ class TiedModel(nn.Module):
         return self.model(tokens)
 
 
-RECURRENT = ("recurrent.weight_ih_l0", "recurrent.weight_hh_l0", "recurrent.bias_ih_l0", "recurrent.bias_hh_l0")
-PACKED = tuple(f"attention.{name}" for name in ("in_proj_weight", "in_proj_bias", "out_proj.weight", "out_proj.bias"))
-SEPARATE = tuple(f"attention.{name}_proj_weight" for name in "qkv")
-
 MODELS = [
-    Model("tied_as_many_positions_as_samples", TiedModel, tokens(4), n1=4, n2=4, missed=("model.position",)),
-    Model("tied_as_many_positions_as_all_samples", TiedModel, tokens(4), n1=3, n2=1, missed=("model.position",)),
+    Model("tied_as_many_positions_as_samples", TiedModel, tokens(4), n1=4, n2=4),
+    Model("tied_as_many_positions_as_all_samples", TiedModel, tokens(4), n1=3, n2=1),
     Model("shared_convolution", SharedConvolution, normal(3, 8, 8)),
     Model("called_thrice", CalledThrice, normal(3, 4)),
-    Model("used_functionally", UsedFunctionally, normal(5), missed=("layer.weight",)),
-    Model("scaled", Scaled, normal(5), missed=("scale",)),
-    Model("spectral_norm", spectral_norm, normal(5), missed=("0.bias", "0.parametrizations.weight.original")),
+    Model("used_functionally", UsedFunctionally, normal(5)),
+    Model("scaled", Scaled, normal(5)),
+    Model("spectral_norm", spectral_norm, normal(5)),
     Model("inplace_functions", InPlace, normal(5)),
     Model("frozen_backbone", FrozenBackbone, normal(5)),
     Model("masked", Masked, masked_inputs(3, 1, 2), missed=("layer.weight", "layer.bias")),
@@ -343,26 +339,25 @@ MODELS = [
     Model("masked_by_chance", Masked, masked_inputs(2, 1, 3), missed=("layer.weight", "layer.bias")),
     Model("masked_by_chance_as_samples", Masked, masked_inputs(1, 2, 0), missed=("layer.weight", "layer.bias")),
     Model("windows", Windows, normal(16)),
-    Model("sequence_first", SequenceFirst, tokens(4), missed=("position.weight",)),
-    Model("sequence_first_as_many_positions_as_samples", SequenceFirst, tokens(5), missed=("position.weight",)),
+    Model("sequence_first", SequenceFirst, tokens(4)),
+    Model("sequence_first_as_many_positions_as_samples", SequenceFirst, tokens(5)),
     Model("positions", Positions, tokens(4)),
     Model("positions_as_many_as_samples", Positions, tokens(5)),
-    Model("positions_uneven", UnevenPositions, tokens(4), missed=("position.weight",)),
+    Model("positions_uneven", UnevenPositions, tokens(4)),
     Model("cross_attention", CrossAttention, with_memory),
     Model("cross_attention_widths", partial(CrossAttention, kdim=6, vdim=6), with_memory),
     Model(
         "cross_attention_added_keys",
         partial(CrossAttention, add_bias_kv=True),
         with_memory,
-        missed=(*PACKED, "attention.bias_k", "attention.bias_v"),
     ),
     Model("attention_weights_used", ViewedWeights, with_memory),
     Model("checkpointed", partial(Checkpointed, False), normal(5)),
     *(
-        Model(kind.__name__, partial(Recurrent, kind), normal(3, 3), missed=RECURRENT)
+        Model(kind.__name__, partial(Recurrent, kind), normal(3, 3))
         for kind in (nn.LSTM, nn.GRU, nn.RNN)
     ),
-    Model("branches", Branches, one_outlier, n1=6, missed=("layer.weight",)),
+    Model("branches", Branches, one_outlier, n1=6),
     Model(
         "transformer_encoder",
         lambda: nn.TransformerEncoder(nn.TransformerEncoderLayer(8, 2, 16, batch_first=True), 2),
@@ -374,7 +369,6 @@ MODELS = [
         small_vit,
         normal(3, 8, 8),
         needs="torchvision",
-        missed=("class_token", "encoder.pos_embedding"),
     ),
     Model(
         "gpt2",
@@ -405,7 +399,6 @@ MODELS = [
         lambda n: {"pixel_values": torch.randn(n, 3, 8, 8)},
         output=logits,
         needs="transformers",
-        missed=("vit.embeddings.cls_token", "vit.embeddings.position_embeddings"),
     ),
     Model(
         "llama",

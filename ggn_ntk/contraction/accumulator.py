@@ -10,7 +10,7 @@ from ggn_ntk.contraction.accumulate import add_products
 from ggn_ntk.contraction.bias import join_biases
 from ggn_ntk.contraction.factored import Factored
 from ggn_ntk.contraction.products import NamedEinsum, Part, kernel_einsum, parts
-from ggn_ntk.contraction.uses import put_together
+from ggn_ntk.contraction.uses import grouped, put_together
 from ggn_ntk.problem.output_axes import Roles
 
 
@@ -86,10 +86,20 @@ def _on_both_sides(
 class Recorder(Accumulator):
     """Takes products of Jacobians down, with the shapes of their operands alone, instead of contracting them."""
 
-    def __init__(self, products: list[NamedEinsum], *args: Any) -> None:
-        """Set up, to append to a list."""
+    def __init__(self, products: list[NamedEinsum], met: list[tuple[int, ...]], *args: Any) -> None:
+        """Set up, to append to a list, and to one of which uses of the parameter meet in each product."""
         super().__init__(*args)
-        self._products = products
+        self._products, self._met = products, met
+        self._seen: dict[str, list[Factored]] = defaultdict(list)
+
+    def add(self, first: dict[str, Factored], second: dict[str, Factored] | None = None) -> None:
+        """Add one use of a layer."""
+        for name, jacobian in first.items():
+            self._seen[name].append(jacobian)
+            if len(self._seen[name]) >= self._counts[name]:
+                groups = grouped(self._seen.pop(name))
+                self._met += [tuple(sorted({*ours, *theirs})) for ours in groups for theirs in groups]
+        super().add(first, second)
 
     def parts(self, name: str, jacobian: Factored, n: int) -> None:
         """Keep operands apart: products of whole Jacobians are to be taken down."""

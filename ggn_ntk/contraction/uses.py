@@ -35,19 +35,32 @@ class _Form(NamedTuple):
 
 def put_together(uses: Iterable[Factored]) -> list[Factored]:
     """Write Jacobians of several uses of a parameter as those of fewer."""
+    summed = [use.sum_private_letters() for use in uses]
+    groups = ([summed[place] for place in places] for places in grouped(summed))
+    return [
+        group[0] if len(group) == 1 else _added(group) if _is_formed(group[0]) else _stacked(group) for group in groups
+    ]
+
+
+def grouped(uses: Sequence[Factored]) -> list[list[int]]:
+    """Group Jacobians of several uses by what is put together: their places."""
     # Jacobians that are formed are added up; uses of one form become one; others stay apart.
-    formed, apart = list[Factored](), list[Factored]()
-    groups: dict[_Form, list[Factored]] = defaultdict(list)
-    for use in (use.sum_private_letters() for use in uses):
+    formed, apart = list[int](), list[list[int]]()
+    groups: dict[_Form, list[int]] = defaultdict(list)
+    for place, use in enumerate(use.sum_private_letters() for use in uses):
         form = _form(use)
-        if len(use.labelled) == 1 and not use.labelled[0].hot:
-            formed.append(use)
+        if _is_formed(use):
+            formed.append(place)
         elif form is None:
-            apart.append(use)
+            apart.append([place])
         else:
-            groups[form].append(use)
-    stacked = (_stacked(form, group) if len(group) > 1 else group[0] for form, group in groups.items())
-    return [*apart, *stacked, *([_added(formed)] if formed else [])]
+            groups[form].append(place)
+    return [*apart, *groups.values(), *([formed] if formed else [])]
+
+
+def _is_formed(use: Factored) -> bool:
+    """Tell whether a Jacobian is a single tensor."""
+    return len(use.labelled) == 1 and not use.labelled[0].hot
 
 
 def _form(use: Factored) -> _Form | None:
@@ -80,8 +93,10 @@ def _order(use: Factored, operand: Operand) -> str:
     return "".join(letter for letter in use.result if letter in operand.letters) + _POSITION + operand.hot
 
 
-def _stacked(form: _Form, uses: Sequence[Factored]) -> Factored:
-    """Put the positions of several uses behind one another."""
+def _stacked(uses: Sequence[Factored]) -> Factored:
+    """Put the positions of several uses of one form behind one another."""
+    form = _form(uses[0])
+    assert form is not None
     operands: list[Operand] = []
     for place, term in enumerate(form.terms):
         tensor = _joined([_in_order(use, use.labelled[place]) for use in uses])

@@ -3,12 +3,12 @@
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from itertools import zip_longest
-from math import prod
 
 import torch
 from torch import Size, Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
+from ggn_ntk.jacobians.backward import why_not
 from ggn_ntk.jacobians.layer_call import CallAxes, LayerCall, Recording, shape_of
 from ggn_ntk.jacobians.uses import Path, Site, Step, Uses, before
 from ggn_ntk.models.autograd_graph import graph_nodes
@@ -29,11 +29,15 @@ def find_uses(few: Sequence[Recording], params: Mapping[str, Tensor]) -> Uses:
     """Find the uses of parameters in the graphs of some samples and of more; or of a single one."""
     # Some should be two at least. Torch computes some things otherwise for one: its axis never lies between others.
     some, more = few[0], few[-1]
-    calls = tuple(
-        (place, _axes(a, b, (some.n, more.n)))
-        for place, (a, b) in enumerate(zip(some.calls, more.calls, strict=False))
-        if a.module is b.module and a.shape != b.shape
-    )
+    pairs = enumerate(zip(some.calls, more.calls, strict=False))
+    if some is more:  # an axis of length one may be that of the sample
+        calls = tuple((place, _in_front(call)) for place, (call, _) in pairs if call.shape[:1] == (1,))
+    else:
+        calls = tuple(
+            (place, _axes(a, b, (some.n, more.n)))
+            for place, (a, b) in pairs
+            if a.module is b.module and a.shape != b.shape
+        )
     return _Finding(some, more, calls, params).uses()
 
 
@@ -48,7 +52,7 @@ class _Finding:
         params: Mapping[str, Tensor],
     ) -> None:
         """Walk through both graphs."""
-        self._some, self._calls, self._alone = some, calls, some is more
+        self._some, self._more, self._alone = some, more, some is more
         self._n = (some.n, more.n)
         self._names = {id(p): name for name, p in params.items()}
         self._called = {recording.calls[place].edge.node for recording in (some, more) for place, _ in calls}
@@ -72,20 +76,22 @@ class _Finding:
             following.append(ours)
             waiting += reversed(list(zip(ours, theirs, strict=True)))
         self._before = [[self._places[node] for node in nodes] for nodes in following]
+        # The model's output does not depend on each call.
+        self._calls = tuple(call for call in calls if some.calls[call[0]].edge.node in self._places)
 
     def uses(self) -> Uses:
         """Find the uses."""
-        problems: dict[str, str] = {}
+        problems: dict[str, tuple[str, int]] = {}  # what is wrong, and the node
         reach = self._weights()
         for place in self._opaque:
             what = f"the graph of more samples differs at {self._nodes[place][0].name()}"
             leaves = (
                 id(getattr(node, "variable", None)) for node in graph_nodes(GradientEdge(self._nodes[place][0], 0))
             )
-            problems |= {self._names[leaf]: what for leaf in leaves if leaf in self._names}
+            problems |= {self._names[leaf]: (what, place) for leaf in leaves if leaf in self._names}
         sites = []
         for place, (a, _) in enumerate(self._nodes):
-            if place in reach or place in self._opaque or a in self._called:
+            if place in reach or place in self._opaque or a in self._called or _is_empty(a):
                 continue
             entering = [
                 (Step(place, i), self._places[node], number)
@@ -95,7 +101,9 @@ class _Finding:
             if entering:
                 sites += self._site(place, entering, reach, problems)
         names = tuple("" if i in self._opaque else a.name() for i, (a, _) in enumerate(self._nodes))
-        return Uses(names, self._calls, tuple(self._with_rows(sites)), problems)
+        whys = {name: why for name, (why, _) in problems.items()}
+        refused = {name: place for name, (_, place) in problems.items()}
+        return Uses(names, self._calls, tuple(self._with_rows(sites)), whys, refused)
 
     def _weights(self) -> dict[int, frozenset[str]]:
         """Find the nodes that depend on no sample, with the parameters that each is computed from."""
@@ -105,7 +113,9 @@ class _Finding:
             if place in self._opaque or a in self._called or any(i not in reach for i in self._before[place]):
                 continue
             leaf = getattr(a, "variable", None)
-            if leaf is not None:
+            if _is_empty(a):
+                reach[place] = frozenset()  # no Jacobian passes through it
+            elif leaf is not None:
                 reach[place] = frozenset([self._names[id(leaf)]] if id(leaf) in self._names else [])
             elif Operation(a, 0).kind in _VIEWS if self._alone else not _grows(a, b):
                 reach[place] = frozenset().union(*(reach[i] for i in self._before[place]))
@@ -128,11 +138,11 @@ class _Finding:
         place: int,
         entering: Sequence[tuple[Step, int, int]],
         reach: Mapping[int, frozenset[str]],
-        problems: dict[str, str],
+        problems: dict[str, tuple[str, int]],
     ) -> Iterator[Site]:
         """Look at an operation in which weights meet the samples."""
         operation, samples = Operation(self._nodes[place][0], 0).kind, self._samples(place)
-        paths, weights = list[tuple[str, Path]](), list[tuple[Step, tuple[str, ...]]]()
+        paths, weights = list[tuple[str, Path]](), list[tuple[Path, tuple[str, ...]]]()
         for step, weight, number in entering:
             names = reach[weight]
             try:
@@ -141,12 +151,12 @@ class _Finding:
                     raise NotCapturedError(f"samples are not told apart in {what}")
                 self._try([step], samples)
             except NotCapturedError as error:
-                problems |= dict.fromkeys(names, str(error))
+                problems |= dict.fromkeys(names, (str(error), place))
                 continue
             ways = {name: self._paths(step, samples, (weight, number), name, reach) for name in sorted(names)}
             paths += [(name, path) for name, found in ways.items() for path in found]
             passed = tuple(name for name, found in ways.items() if not found)
-            weights += [(step, passed)] if passed else []
+            weights += [(self._extended((step,), samples, (weight, number), passed, reach), passed)] if passed else []
         if samples is not None and (paths or weights):
             yield Site(place, samples, tuple(paths), tuple(weights))
 
@@ -177,11 +187,40 @@ class _Finding:
             return []
         return found
 
+    def _extended(
+        self,
+        path: Path,
+        samples: SampleAxis,
+        weight: tuple[int, int],
+        names: Sequence[str],
+        reach: Mapping[int, frozenset[str]],
+    ) -> Path:
+        """Follow a weight back as far as steps are einsums, to where its uses meet: each may have a view of its own."""
+        place, output = weight
+        while True:
+            node = self._nodes[place][0]
+            following = [
+                (i, self._places[other], k) for i, (other, k) in enumerate(node.next_functions) if other is not None
+            ]
+            following = [(i, other, k) for i, other, k in following if not reach[other].isdisjoint(names)]
+            if len(following) != 1 or self._shape(*following[0][1:]).numel() > self._shape(place, output).numel():
+                return path
+            ((i, place, k),) = following
+            path, last = (*path, Step(self._places[node], i, output)), path
+            try:
+                self._try(path, samples)
+            except NotCapturedError:
+                return last
+            output = k
+
     def _try(self, path: Sequence[Step], samples: SampleAxis) -> None:
         """Try whether all steps of a path are einsums."""
         operations = [Operation(self._nodes[step.node][0], step.place, step.number) for step in path]
         s = torch.zeros((), dtype=operations[0].dtype, device=operations[0].device).expand(1, *operations[0].output)
-        Flow.along(operations, s, samples)
+        try:
+            Flow.along(operations, s, samples)
+        except Exception as error:
+            raise NotCapturedError(why_not(error, operations[0].kind)) from error
 
     def _located(self) -> dict[int, SampleAxis]:
         """Find samples in axes of several entries of each, where a view gives them an axis of their own."""
@@ -204,11 +243,11 @@ class _Finding:
 
     def _leading(self, place: int, samples: SampleAxis) -> int:
         """Count how often all samples follow one another in a tensor."""
-        return prod(self._shape(place)[: samples.axis]) * samples.outer
+        return self._shape(place)[: samples.axis].numel() * samples.outer
 
-    def _shape(self, place: int) -> Size:
+    def _shape(self, place: int, number: int = 0) -> Size:
         """Look up the shape of an output."""
-        return Size(output_metadata(self._nodes[place][0])[0].shape)
+        return Size(output_metadata(self._nodes[place][0])[number].shape)
 
     def _samples(self, place: int) -> SampleAxis | None:
         """Find the samples in an output; they may turn out to take turns along their axis."""
@@ -218,35 +257,46 @@ class _Finding:
     def _with_rows(self, sites: Sequence[Site]) -> list[Site]:
         """Find out how samples lie in axes that hold several entries of each."""
         located = self._located() if any(site.samples.inner > 1 for site in sites) else {}
-        sites = [replace(site, samples=located.get(site.node, site.samples)) for site in sites]
-        several = [site for site in sites if site.samples.inner > 1 and site.node not in located]
-        if not several:
-            return sites
-        edges = [GradientEdge(self._nodes[site.node][0], 0) for site in several]
-        output: Tensor = self._some.output
+        possible = {
+            site.node: [located[site.node].outer] if site.node in located else _divisors(site.samples.inner)
+            for site in sites
+        }
+        # Where few entries reach the output (others are masked), two samples may leave it open.
+        for which, recording in enumerate((self._some, self._more)):
+            left = [site for site in sites if len(possible[site.node]) > 1]
+            possible |= self._turns(which, recording, left, possible) if left else {}
+        return [replace(site, samples=_split(site.samples, next(iter(possible[site.node]), 1))) for site in sites]
+
+    def _turns(
+        self, which: int, recording: Recording, sites: Sequence[Site], possible: Mapping[int, Sequence[int]]
+    ) -> dict[int, list[int]]:
+        """Find how often samples may take turns along an axis, from the entries that pass a gradient to each."""
+        edges = [GradientEdge(self._nodes[site.node][which], 0) for site in sites]
+        output: Tensor = recording.output
         v = cotangent(output, 0, output.shape)
-        touched = list[Tensor]()  # by each of the first two samples: which entries along the axis
-        for sample in range(2):
+        touched = list[Tensor]()  # by one sample after the other: which entries along the axis
+        for sample in range(recording.n):
             chosen = torch.zeros_like(v)
             chosen[sample] = v[sample]
             found = torch.autograd.grad(output, edges, chosen, retain_graph=True, allow_unused=True)
-            touched += [_touched(s, site.samples, v) for s, site in zip(found, several, strict=True)]
+            touched += [_touched(s, site.samples, v) for s, site in zip(found, sites, strict=True)]
         read = iter(torch.cat(touched).tolist())
         marks = [[next(read) for _ in range(len(mask))] for mask in touched]
-        outer = {
-            site.node: _outer(first, second, len(v))
-            for site, first, second in zip(several, marks, marks[len(several) :], strict=False)
+        return {
+            site.node: [d for d in possible[site.node] if _fits(marks[i :: len(sites)], d)]
+            for i, site in enumerate(sites)
         }
-        return [
-            replace(site, samples=_split(site.samples, outer[site.node])) if site.node in outer else site
-            for site in sites
-        ]
 
 
 def _grows(some: Node, more: Node) -> bool:
     """Tell whether what an operation computes is larger for more samples."""
     outputs = zip(output_metadata(some), output_metadata(more), strict=True)
     return any(a.shape != b.shape for a, b in outputs)
+
+
+def _is_empty(node: Node) -> bool:
+    """Tell whether an operation computes no numbers: Jacobians do not pass through it."""
+    return not any(Size(output.shape).numel() for output in output_metadata(node))
 
 
 def _samples(some: Size, more: Size, n: tuple[int, int]) -> SampleAxis | None:
@@ -269,6 +319,11 @@ def _axes(some: LayerCall, more: LayerCall, n: tuple[int, int]) -> CallAxes:
     return CallAxes(samples.axis, samples.inner, tuple(None if found is None else found.axis for found in args))
 
 
+def _in_front(call: LayerCall) -> CallAxes:
+    """Take the leading axis for that of a single sample."""
+    return CallAxes(0, args=tuple(0 if shape_of(x)[:1] == (1,) else None for x in call.args))
+
+
 def _touched(s: Tensor | None, samples: SampleAxis, like: Tensor) -> Tensor:
     """Mark the entries along the axis of the samples that one of them has."""
     # s [*output], like [N, *out] -> [N * entries of a sample]
@@ -278,16 +333,16 @@ def _touched(s: Tensor | None, samples: SampleAxis, like: Tensor) -> Tensor:
     return (s != 0).movedim(samples.axis, 0).flatten(1).any(1)
 
 
-def _outer(first: Sequence[bool], second: Sequence[bool], n: int) -> int:
-    """Find how often N samples take turns along an axis, from the entries that each of the first two has."""
-    entries = len(first) // n
-    for outer in (d for d in range(1, entries + 1) if entries % d == 0):
-        owners = [place // (entries // outer) % n for place in range(len(first))]
-        ours = (owner for touched, owner in zip(first, owners, strict=True) if touched)
-        theirs = (owner for touched, owner in zip(second, owners, strict=True) if touched)
-        if not any(ours) and all(owner == 1 for owner in theirs):
-            return outer
-    return 1
+def _fits(marks: Sequence[Sequence[bool]], outer: int) -> bool:
+    """Tell whether samples may take turns so often along an axis, from the entries that each of them has."""
+    n, entries = len(marks), len(marks[0])
+    inner = entries // (n * outer)
+    return all(place // inner % n == sample for sample in range(n) for place in range(entries) if marks[sample][place])
+
+
+def _divisors(entries: int) -> list[int]:
+    """List how often samples may take turns along an axis with so many entries of each."""
+    return [d for d in range(1, entries + 1) if entries % d == 0]
 
 
 def _split(samples: SampleAxis, outer: int) -> SampleAxis:

@@ -1,7 +1,8 @@
 """What is learnt by looking at a model once, and what is evaluated with it."""
 
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -11,11 +12,11 @@ from ggn_ntk.contraction.factored import Factored
 from ggn_ntk.jacobians.autograd import AutogradPass
 from ggn_ntk.jacobians.backward import BackwardPass, Parts, Step
 from ggn_ntk.jacobians.finding import find_uses
-from ggn_ntk.jacobians.layer_call import Recording
+from ggn_ntk.jacobians.layer_call import LayerCall, Recording
 from ggn_ntk.jacobians.layers import is_known, structure_problems
 from ggn_ntk.jacobians.recording import record
 from ggn_ntk.jacobians.sequential import SequentialPass
-from ggn_ntk.jacobians.uses import Uses, read
+from ggn_ntk.jacobians.uses import Use, Uses, read
 from ggn_ntk.jacobians.verification import Alone, Verification, evaluate_alone
 from ggn_ntk.models.evaluation import check_output, check_shape
 from ggn_ntk.models.isolation import isolated
@@ -146,20 +147,28 @@ def make_plan(request: Request, fallback: dict[str, str], *, everyone: bool) -> 
 
 def _autograd_pass(request: Request, inputs: Inputs, uses: Uses, fallback: Container[str]) -> AutogradPass:
     """Evaluate the model on some samples, and set up the way back."""
-    n, recording = len(inputs), record(request, inputs)
-    try:
-        calls = read(uses, recording)
-    except NotCapturedError:  # it computes something else than for the samples that were looked at
-        if n == 1:
-            inputs = inputs[[0, 0]]
-            recording = record(request, inputs)
-        twice = record(request, inputs[[*range(len(inputs))] * 2])
-        uses = find_uses([recording, twice], request.params)
-        calls = read(uses, recording)
+    recording, uses, calls = recorded(request, inputs, uses)
     check_output(recording.output, recording.n)
-    backward = AutogradPass(request.params, [call.without(fallback) for call in calls], recording.output, kept=n)
+    wanted = [call.without(fallback) for call in calls]
+    backward = AutogradPass(request.params, wanted, recording.output, kept=len(inputs))
     backward.failures |= {name: why for name, why in uses.problems.items() if name not in fallback}
     return backward
+
+
+def recorded(
+    request: Request, inputs: Inputs, uses: Uses, within: Callable[[], AbstractContextManager[None]] = nullcontext
+) -> tuple[Recording, Uses, list[LayerCall | Use]]:
+    """Evaluate the model on some samples, and find the uses of parameters in their graph."""
+    recording = record(request, inputs, within=within)
+    try:
+        return recording, uses, read(uses, recording)
+    except NotCapturedError:  # it computes something else than for the samples that were looked at
+        if len(inputs) == 1:
+            inputs = inputs[[0, 0]]
+            recording = record(request, inputs, within=within)
+        twice = record(request, inputs[[*range(len(inputs))] * 2])
+        uses = find_uses([recording, twice], request.params)
+        return recording, uses, read(uses, recording)
 
 
 def _few(request: Request, alone: Alone, out_shape: Size) -> list[Recording]:

@@ -8,7 +8,7 @@ may be anything.
 import inspect
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from functools import partial
 from typing import Any
 
@@ -26,7 +26,13 @@ from ggn_ntk.process.transforms import is_transformed
 from ggn_ntk.rules.registry import Rule, rule_for, users_rule_for
 
 
-def record(request: Request, inputs: Inputs, *, every: bool = False) -> Recording:
+def record(
+    request: Request,
+    inputs: Inputs,
+    *,
+    every: bool = False,
+    within: Callable[[], AbstractContextManager[None]] = nullcontext,
+) -> Recording:
     """Evaluate the model, and record the calls of layers with a rule of the user's, or of ``every`` one with a rule."""
     calls: list[LayerCall] = []
 
@@ -38,9 +44,13 @@ def record(request: Request, inputs: Inputs, *, every: bool = False) -> Recordin
         calls.append(LayerCall(module, rule, args, get_gradient_edge(output), output.shape, params, sources, versions))
         return output.clone()  # so that the recorded output stays as it is where others work in place
 
+    @contextmanager
+    def recorded() -> Iterator[None]:
+        with within(), hooked(request, take, every=every):
+            yield
+
     with torch.enable_grad():
-        within = partial(hooked, request, take, every=every)
-        result = evaluate(request, None, inputs, inspect=runs_foreign_code(request), within=within)
+        result = evaluate(request, None, inputs, inspect=runs_foreign_code(request), within=recorded)
     return Recording(calls, result, inputs)
 
 

@@ -25,6 +25,7 @@ from ggn_ntk.process.torch_internals import output_metadata
 from ggn_ntk.rules.flow import Flow, SampleAxis
 from ggn_ntk.rules.linear_map import Operation
 
+
 class Step(NamedTuple):
     """An operation on a path: places in the order of the walk, of the argument, and of the output among several."""
 
@@ -44,7 +45,7 @@ class Site:
     node: int  # its place in the order of the walk
     samples: SampleAxis  # where the samples are in its output
     paths: tuple[tuple[str, Path], ...]  # to parameters, by name
-    weights: tuple[tuple[Step, tuple[str, ...]], ...]  # arguments whose own graph leads to parameters, by name
+    weights: tuple[tuple[Path, tuple[str, ...]], ...]  # to tensors whose own graph leads to parameters, by name
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Uses:
     calls: tuple[tuple[int, CallAxes], ...]  # which recorded calls of layers depend on samples, and where these are
     sites: tuple[Site, ...]
     problems: dict[str, str]  # why rules do not give the Jacobians of a parameter, by name
+    refused: dict[str, int]  # the node at which that shows: its place in the order of the walk
 
 
 @dataclass(frozen=True, eq=False)
@@ -99,7 +101,7 @@ class Use:
     def weights(self) -> list[Weight]:
         """The weights whose Jacobians pass through their own graphs."""
         found = []
-        for step, names in self.site.weights:
+        for (*_, step), names in self.site.weights:
             node, number = self.nodes[step.node].next_functions[step.place]
             assert node is not None
             found.append(Weight(GradientEdge(node, number), names))
@@ -108,7 +110,7 @@ class Use:
     def without(self, names: Container[str]) -> "Use":
         """Leave parameters out."""
         paths = tuple((name, path) for name, path in self.site.paths if name not in names)
-        weights = [(step, tuple(n for n in own if n not in names)) for step, own in self.site.weights]
+        weights = [(path, tuple(n for n in own if n not in names)) for path, own in self.site.weights]
         return replace(self, site=replace(self.site, paths=paths, weights=tuple(w for w in weights if w[1])))
 
     def writers(self, s: Tensor, sums: "Sums") -> Iterator[Writer]:
@@ -119,8 +121,8 @@ class Use:
             part: dict[str, Path] = {}
             remaining = [(name, path) for name, path in remaining if part.setdefault(name, path) is not path]
             yield Writer(self.label, tuple(part), partial(self._written, part, s))
-        for (step, _), weight in zip(self.site.weights, self.weights, strict=True):
-            yield from sums.add(weight, partial(self._jacobian, (step,), s))
+        for (path, _), weight in zip(self.site.weights, self.weights, strict=True):
+            yield from sums.add(weight, partial(self._jacobian, path, s))
 
     def _written(self, paths: dict[str, Path], s: Tensor) -> dict[str, Factored]:
         """Write the Jacobians of parameters by name."""
@@ -166,20 +168,20 @@ class Sums:
 
 
 def read(uses: Uses | None, recording: Recording) -> list[LayerCall | Use]:
-    """Find the uses of parameters in the graph of some samples; ``None`` where all are in calls with samples in front."""
+    """Find the uses of parameters in the graph of some samples; ``None``: all are calls with samples in front."""
     if uses is None:
         return [call.located(CallAxes(0, call.shape[0] // recording.n), recording.n) for call in recording.calls]
     if any(place >= len(recording.calls) for place, _ in uses.calls):
         raise other_graph()
     calls = [recording.calls[place].located(axes, recording.n) for place, axes in uses.calls]
-    nodes = list(_walk(recording.output, calls, uses.names))
+    nodes = list(walk(recording.output, calls, uses.names))
     found = [Use(site, nodes) for site in uses.sites]
     if len(nodes) != len(uses.names) or any(use.n not in (None, recording.n) for use in found):
         raise other_graph()
     return [*calls, *found]
 
 
-def _walk(output: Tensor, calls: Sequence[LayerCall], names: Sequence[str]) -> Iterator[Node]:
+def walk(output: Tensor, calls: Sequence[LayerCall], names: Sequence[str]) -> Iterator[Node]:
     """Walk through the graph of some samples as through those it was learnt from."""
     sources = {call.edge.node: call.sources for call in calls}
     seen, waiting, place = set[Node](), [get_gradient_edge(output).node], 0

@@ -1,7 +1,8 @@
 """Ask for a kernel; public here is what calls take and return."""
 
-from ggn_ntk.kernels.explain import Contraction, Explanation
+from ggn_ntk.jacobians.places import Place
+from ggn_ntk.kernels.explain import Contraction, Explanation, Row
 from ggn_ntk.kernels.ntk import Method
 from ggn_ntk.problem.errors import Problem
 
-__all__ = ["Contraction", "Explanation", "Method", "Problem"]
+__all__ = ["Contraction", "Explanation", "Method", "Place", "Problem", "Row"]

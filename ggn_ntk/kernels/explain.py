@@ -1,7 +1,10 @@
 """What the structured route does for a model, and what it costs."""
 
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from itertools import chain
+from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
@@ -9,14 +12,17 @@ from torch.nn import Module
 
 from ggn_ntk.contraction.einsum import path_of
 from ggn_ntk.contraction.one_hot import looked_up
-from ggn_ntk.contraction.products import NamedEinsum
-from ggn_ntk.methods.structured import recorded_products
+from ggn_ntk.jacobians.places import Place, Places
+from ggn_ntk.methods.structured import Recorded, recorded_products
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.problem.errors import Problem, UnsupportedRouteError
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request
 from ggn_ntk.process.torch_internals import uncompiled
 from ggn_ntk.process.transforms import outside_of_transforms
+
+# What rows are sorted by: values of ``sort``.
+_SORTS = ("flops", "memory")
 
 
 @dataclass(frozen=True)
@@ -25,7 +31,12 @@ class Contraction:
 
     Attributes:
         parameter: Its name.
-        layer: The type of its layer.
+        layer: The type of the module that it belongs to.
+        operation: The operations in which it meets the samples, such as ``addmm``, or the types of layers that are
+            taken as a whole.
+        module: Dotted names of the modules in whose forward passes these run. Where a parameter is tied or replaced in
+            a functional call, they are not the one that it belongs to.
+        uses: The number of uses that were put together.
         equation: The einsum of the kernel.
         order: The steps of the contraction, each an einsum.
         flops: Operations of all steps, a multiplication and an addition counted as two.
@@ -34,10 +45,47 @@ class Contraction:
 
     parameter: str
     layer: str
+    operation: str
+    module: str
+    uses: int
     equation: str
     order: tuple[str, ...]
     flops: float
     memory: float
+
+
+@dataclass(frozen=True)
+class Row:
+    """What a parameter, or those of a module, cost together.
+
+    Attributes:
+        parameters: Their names.
+        operation: The operations in which they meet the samples.
+        module: Dotted names of the modules in whose forward passes these run, cut at ``depth``.
+        uses: The number of uses of all of them.
+        flops: Operations of all contractions.
+        memory: Bytes of the largest intermediate result.
+        orders: The steps of each contraction.
+    """
+
+    parameters: tuple[str, ...]
+    operation: str
+    module: str
+    uses: int
+    flops: float
+    memory: float
+    orders: tuple[tuple[str, ...], ...]
+
+    def cells(self) -> tuple[str, ...]:
+        """Format the row.
+
+        Returns:
+            Its cells.
+        """
+        several, many = len(self.parameters) > 1, len(self.orders) > 1
+        name = f"{len(self.parameters)} parameters" if several else self.parameters[0]
+        order = "" if several else f"{len(self.orders)} contractions" if many else "; ".join(self.orders[0])
+        return (name, self.operation, self.module, str(self.uses), *_costs(self.flops, self.memory), order)
 
 
 @dataclass(frozen=True)
@@ -53,6 +101,10 @@ class Explanation:
         fallback: Why parameters are contracted from Jacobians of each sample, by name, where rules do not give them.
         entries: The number of entries of all parameters.
         covered: The number of entries of those that rules cover.
+        places: The operation and the module of each use of a parameter that rules cover, by name, from the output back.
+        depth: How many components of a module's name rows are summed by; ``None`` for a row for each parameter.
+        sort: What rows are sorted by, the largest first: ``"flops"`` or ``"memory"``; ``None`` for the order of the
+            way back.
     """
 
     method: str
@@ -62,6 +114,35 @@ class Explanation:
     fallback: dict[str, str] = field(default_factory=dict)
     entries: int = 0
     covered: int = 0
+    places: dict[str, tuple[Place, ...]] = field(default_factory=dict)
+    depth: int | None = None
+    sort: str | None = None
+
+    @property
+    def rows(self) -> tuple[Row, ...]:
+        """The rows of the table: contractions, summed by parameter or by module."""
+        groups: dict[Any, list[Contraction]] = defaultdict(list)
+        for c in self.contractions:
+            groups[c.parameter if self.depth is None else frozenset(self._modules(c.parameter))].append(c)
+        rows = map(self._row, groups.values())
+        return tuple(rows if self.sort is None else sorted(rows, key=attrgetter(self.sort), reverse=True))
+
+    def _row(self, contractions: Sequence[Contraction]) -> Row:
+        """Sum contractions."""
+        names = tuple(dict.fromkeys(c.parameter for c in contractions))
+        return Row(
+            names,
+            operation=_listed(place.operation for name in names for place in self.places[name]),
+            module=_listed(module for name in names for module in self._modules(name)),
+            uses=sum(len(self.places[name]) for name in names),
+            flops=sum(c.flops for c in contractions),
+            memory=max(c.memory for c in contractions),
+            orders=tuple(c.order for c in contractions),
+        )
+
+    def _modules(self, name: str) -> list[str]:
+        """List the modules that use a parameter, cut at the depth."""
+        return [".".join(place.module.split(".")[: self.depth]) for place in self.places[name]]
 
     def __str__(self) -> str:
         """Format as a table.
@@ -71,15 +152,14 @@ class Explanation:
         """
         if self.problems:
             return "\n".join([f"method: {self.method}, since:", *(f"  - {problem}" for problem in self.problems)])
-        rows = [("parameter", "layer", "GFLOP", "MB", "order of contraction")]
-        rows += [
-            (c.parameter, c.layer, f"{c.flops / 1e9:.3g}", f"{c.memory / 1e6:.3g}", "; ".join(c.order))
-            for c in self.contractions
+        rows: list[tuple[str, ...]] = [
+            ("parameter", "operation", "module", "uses", "GFLOP", "MB", "order of contraction")
         ]
+        rows += [row.cells() for row in self.rows]
         total, largest = sum(c.flops for c in self.contractions), max((c.memory for c in self.contractions), default=0)
-        rows.append(("total", "", f"{total / 1e9:.3g}", f"{largest / 1e6:.3g}", ""))
-        widths = [max(len(row[i]) for row in rows) for i in range(4)]
-        lines = ["  ".join([*(cell.ljust(w) for cell, w in zip(row, widths, strict=False)), row[4]]) for row in rows]
+        rows.append(("total", "", "", "", *_costs(total, largest), ""))
+        widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+        lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         covered = f"rules cover {self.covered} of {self.entries} parameter entries ({self.covered / self.entries:.1%})"
         head = [f"method: {self.method}, capture: {self.capture}; {covered}"]
         tail = ["", "contracted from Jacobians of each sample:"] if self.fallback else []
@@ -99,6 +179,8 @@ def explain(
     output: Callable[[Any], Tensor] | None = None,
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
+    depth: int | None = None,
+    sort: str | None = None,
 ) -> Explanation:
     """Tell how :func:`ggn_ntk.empirical_ntk` computes a kernel, without contracting it.
 
@@ -119,6 +201,10 @@ def explain(
         trace_axes: Output axes to sum at equal indices, counted without the sample axis; negative ones count from
             the last.
         diagonal_axes: Output axes to take at equal indices.
+        depth: Sums the rows of the table by so many components of the names of modules: 1 for the model's children, 0
+            for one row. What several modules use has a row of its own. ``None`` for a row for each parameter.
+        sort: Puts first the rows that cost most ``"flops"`` or ``"memory"``; ``None`` for the order from the output
+            back.
 
     Returns:
         The explanation.
@@ -131,38 +217,76 @@ def explain(
     """
     if method not in ("auto", "structured"):
         raise ValueError(f"method must be 'auto' or 'structured', the routes with a choice to explain, got {method!r}.")
+    if depth is not None and type(depth) is not int:
+        raise TypeError(f"depth must be an integer or None, got {type(depth).__name__}.")
+    if depth is not None and depth < 0:
+        raise ValueError(f"depth must be 0, 1, 2, ... or None, got {depth}.")
+    if sort is not None and sort not in _SORTS:
+        raise ValueError(f"sort must be one of {', '.join(map(repr, _SORTS))} or None, got {sort!r}.")
     axes = AxesRequest.parse(compute, trace_axes, diagonal_axes)
     request = Request.parse(model, x1, x2, axes, params=params, per_parameter=True, capture=capture, output=output)
     with outside_of_transforms(), isolated(request.model):
         try:
-            plan, products = recorded_products(request)
+            recorded = recorded_products(request)
         except UnsupportedRouteError as error:
             if method == "structured":
                 raise
             return Explanation("jacobian_contraction", problems=tuple(error.problems))
-        contractions = tuple(_contractions(request, products))
+        contractions = tuple(_contractions(request, recorded))
+    plan, places = recorded.plan, recorded.places
     entries = {name: p.numel() for name, p in request.params.items()}
     return Explanation(
         "structured",
         contractions,
         capture=plan.capture,
-        fallback=plan.fallback,
+        fallback={name: _where(name, why, places) for name, why in plan.fallback.items()},
         entries=sum(entries.values()),
         covered=sum(size for name, size in entries.items() if name not in plan.fallback),
+        places={name: _flat(found) for name, found in places.written.items() if name not in plan.fallback},
+        depth=depth,
+        sort=sort,
     )
 
 
-def _contractions(request: Request, products: Iterable[NamedEinsum]) -> Iterable[Contraction]:
+def _where(name: str, why: str, places: Places) -> str:
+    """Say in which modules a parameter is used for which there is no rule, or not the right one."""
+    if name in places.refused:
+        return f"{why}, in {_listed([places.refused[name]])}"
+    modules = [place.module for place in _flat(places.written.get(name, ()))]
+    return f"{why}, in {_listed(modules)}" if modules else why
+
+
+def _flat(places: Iterable[tuple[Place, ...]]) -> tuple[Place, ...]:
+    """List all places behind several Jacobians."""
+    return tuple(chain.from_iterable(places))
+
+
+def _listed(names: Iterable[str]) -> str:
+    """List names once each."""
+    return ", ".join(dict.fromkeys(name or "(model)" for name in names))
+
+
+def _costs(flops: float, memory: float) -> tuple[str, str]:
+    """Format operations and bytes."""
+    return f"{flops / 1e9:.3g}", f"{memory / 1e6:.3g}"
+
+
+def _contractions(request: Request, recorded: Recorded) -> Iterable[Contraction]:
     """Describe how each product of Jacobians is contracted."""
-    owners = {id(p): type(m).__name__ for m in uncompiled(request.model).modules() for p in m.parameters(recurse=False)}
+    modules = reversed(list(uncompiled(request.model).modules()))  # of several owners the first gives the name
+    owners = {id(p): type(m).__name__ for m in modules for p in m.parameters(recurse=False)}
     total, n1 = sum(request.sizes), request.n1
     rows, columns = slice(0, n1 or total), slice(n1 or 0, total)  # x1 and x2 among the stacked samples
-    for name, product in products:
+    for (name, product), met in zip(recorded.products, recorded.met, strict=True):
         operands = looked_up(product.restrict(rows, columns), product.result)
+        places = _flat(recorded.places.written[name][use] for use in met)
         info = path_of(operands, product.result, apart=product.apart)
         yield Contraction(
             parameter=name,
             layer=owners[id(request.params[name])],
+            operation=_listed(place.operation for place in places),
+            module=_listed(place.module for place in places),
+            uses=len(places),
             equation=info.eq,
             order=tuple(step[2] for step in info.contraction_list),
             flops=float(info.opt_cost),

@@ -13,7 +13,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from itertools import chain
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ from ggn_ntk.contraction.accumulator import Accumulator, Recorder
 from ggn_ntk.contraction.contract import Wanted, contract
 from ggn_ntk.contraction.products import NamedEinsum
 from ggn_ntk.jacobians.backward import FAILS
+from ggn_ntk.jacobians.places import Places, find_places
 from ggn_ntk.jacobians.plan import Plan, Side, make_plan
 from ggn_ntk.jacobians.trial import DIFFERS
 from ggn_ntk.memory.budget import MemoryBudget
@@ -102,13 +103,24 @@ def _groups(plan: Plan, output: Tensor) -> list[dict[str, Tensor]]:
     return groups
 
 
-def recorded_products(request: Request) -> tuple[Plan, list[NamedEinsum]]:
-    """List the products of Jacobians that :func:`structured_kernels` would contract, by names of parameters."""
-    products: list[NamedEinsum] = []
+class Recorded(NamedTuple):
+    """What :func:`structured_kernels` would contract."""
+
+    plan: Plan
+    products: list[NamedEinsum]  # products of Jacobians, by names of parameters
+    met: list[tuple[int, ...]]  # for each, which of the parameter's Jacobians meet in it, in the order of the way back
+    places: Places  # where in the model these come from
+
+
+def recorded_products(request: Request) -> Recorded:
+    """List the products of Jacobians that :func:`structured_kernels` would contract."""
+    products, met = list[NamedEinsum](), list[tuple[int, ...]]()
 
     def record_all(plan: Plan, side: Side) -> None:
         products.clear()
-        _contracted(plan, side, partial(Recorder, products))
+        met.clear()
+        _contracted(plan, side, partial(Recorder, products, met))
 
-    plan, *_ = _verified(request, record_all)
-    return plan, products
+    plan, side, _ = _verified(request, record_all)
+    assert side.verification is not None
+    return Recorded(plan, products, met, find_places(plan, side.verification.inputs))

@@ -8,7 +8,7 @@ cost no call of a Python function.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
-from operator import attrgetter
+from operator import attrgetter, methodcaller
 from typing import Any
 
 import torch
@@ -181,6 +181,12 @@ def _signed(value: Any) -> Any:
         return tuple(map(_signed, value))
     return value - 2**64 if isinstance(value, int) and value >= 2**63 else value
 
+
+#: How many nodes this thread had recorded before a node: of those that are recorded later, more. Leaves have none.
+place_of: Callable[[Node], int] = methodcaller("_sequence_nr")
+
+#: How many nodes this thread has recorded.
+nodes_recorded: Callable[[], int] = torch._C._autograd._get_sequence_nr
 
 #: What the node is called that torch puts around modules with full backward hooks, such as BackPACK's.
 BACKWARD_HOOK = "BackwardHookFunctionBackward"

@@ -6,25 +6,31 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
 
-from ggn_ntk import empirical_ntk
+from ggn_ntk import empirical_ntk, register_rule
 from ggn_ntk.jacobians import autograd
+from ggn_ntk.jacobians.finding import find_uses
 from ggn_ntk.jacobians.recording import record
-from ggn_ntk.jacobians.sample_axes import locate
 from ggn_ntk.jacobians.stages import merged
 from ggn_ntk.jacobians.stages import stages as divide
+from ggn_ntk.jacobians.uses import read
 from ggn_ntk.memory.buffers import Buffer
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request
 from ggn_ntk.reference import jacobian_contraction
+from ggn_ntk.rules import rule_for
+
+
+class OfAUser(nn.Linear):
+    """A layer of a user's, whose calls are recorded if a rule is registered for it."""
 
 
 class Branches(nn.Module):
     """Layers in a random graph: each takes the sum of results before it."""
 
-    def __init__(self, inputs):
+    def __init__(self, inputs, layer=nn.Linear):
         super().__init__()
         self.inputs = inputs
-        self.layers = nn.ModuleList(nn.Linear(3, 3) for _ in inputs)
+        self.layers = nn.ModuleList(layer(3, 3) for _ in inputs)
 
     def forward(self, x):
         results = [x]
@@ -32,36 +38,46 @@ class Branches(nn.Module):
             results.append(torch.tanh(layer(sum(results[place] for place in places))))
         return results[-1]
 
-    def names(self, calls):
-        return [next(i for i, layer in enumerate(self.layers) if layer is call.module) for call in calls]
+    def used(self):
+        """Which layers the output depends on."""
+        found, waiting = set(), [len(self.inputs)]
+        while waiting:
+            place = waiting.pop() - 1
+            if place >= 0 and place not in found:
+                found.add(place)
+                waiting += self.inputs[place]
+        return sorted(found)
 
 
 def stages_of(model, x):
-    """Record a model and divide its way back."""
+    """Evaluate a model, find the uses of its parameters, and divide its way back."""
     request = Request.parse(model, x, None, AxesRequest("full", (), ()), params=None, per_parameter=False)
-    recording = locate(record(request, request.x1), None)
-    used = [c for c, s in zip(recording.calls, passed(recording, x), strict=True) if s is not None]
-    return recording, divide(recording.output, used)
+    few = [record(request, request.x1[[i % len(x) for i in range(n)]]) for n in (2, 3)]
+    recording = record(request, request.x1)
+    calls = read(find_uses(few, request.params), recording)
+    return recording, calls, divide(recording.output, calls)
 
 
-def passed(recording, x):
-    return autograd.pass_back(recording.output, recording.calls, torch.ones_like(recording.output))[0]
+def names(calls):
+    """The layers of uses."""
+    found = [{int(name.split(".")[1]) for name in call.counts} for call in calls]
+    return [place for (place,) in found]
 
 
 def test_a_sequence_is_divided_behind_each_layer():
     model = Branches([{0}, {1}, {2}])
-    _, stages = stages_of(model, torch.randn(2, 3))
-    assert [model.names(stage.calls) for stage in stages] == [[2], [1], [0]]
+    *_, stages = stages_of(model, torch.randn(2, 3))
+    assert [names(stage.calls) for stage in stages] == [[2], [1], [0]]
 
 
 def test_a_residual_block_is_one_stage():
     model = Branches([{0}, {1}, {2}, {1, 3}, {4}])
-    _, stages = stages_of(model, torch.randn(2, 3))
-    assert [model.names(stage.calls) for stage in stages] == [[4], [3], [1, 2], [0]]
+    *_, stages = stages_of(model, torch.randn(2, 3))
+    assert [names(stage.calls) for stage in stages] == [[4], [3], [1, 2], [0]]
 
 
 def test_stages_are_joined_up_to_a_size():
-    _, stages = stages_of(Branches([{0}, {1}, {2}, {1, 3}, {4}]), torch.randn(2, 3))
+    *_, stages = stages_of(Branches([{0}, {1}, {2}, {1, 3}, {4}]), torch.randn(2, 3))
     assert [stage.numel for stage in stages] == [6, 6, 12, 6]
     for size, expected in [(0, [6, 6, 12, 6]), (12, [12, 12, 6]), (18, [12, 18]), (100, [30])]:
         joined = merged(stages, size)
@@ -75,10 +91,12 @@ graphs = st.integers(1, 7).flatmap(
 
 
 @settings(deadline=None)
-@given(inputs=graphs)
-def test_cotangents_pass_stages_of_any_graph(inputs):
-    model, x = Branches(inputs).double(), torch.randn(2, 3).double()
-    recording, stages = stages_of(model, x)
+@given(inputs=graphs, layer=st.sampled_from([nn.Linear, OfAUser]))
+def test_cotangents_pass_stages_of_any_graph(inputs, layer):
+    register_rule(OfAUser)(rule_for(nn.Linear(1, 1)))
+    model, x = Branches(inputs, layer).double(), torch.randn(2, 3).double()
+    recording, calls, stages = stages_of(model, x)
+    assert len(recording.calls) == len(inputs) * (layer is OfAUser)
     several = torch.randn(4, *recording.output.shape).double()
     cotangents, buffer = several, Buffer(20)
     for stage in stages:
@@ -87,8 +105,7 @@ def test_cotangents_pass_stages_of_any_graph(inputs):
         for call, s in zip(stage.calls, found, strict=True):
             whole = [autograd.pass_back(recording.output, [call], v)[0][0] for v in several]
             torch.testing.assert_close(s, torch.stack(whole))
-    used = [c for c, s in zip(recording.calls, passed(recording, x), strict=True) if s is not None]
-    assert sorted(model.names([call for stage in stages for call in stage.calls])) == model.names(used)
+    assert sorted(names([call for stage in stages for call in stage.calls])) == sorted(names(calls)) == model.used()
     assert_close(empirical_ntk(model, x, capture="autograd"), jacobian_contraction(model, x))
 
 

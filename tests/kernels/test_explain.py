@@ -1,11 +1,16 @@
 """What explain says is what the route does."""
 
+import threading
+from collections import Counter
+
 import pytest
 import torch
-from cases import BY_NAME, CustomParameter, Residual, mlp
+from cases import BY_NAME, CustomParameter, Residual, TiedTransformer, mlp
 from torch import nn
 
 from ggn_ntk import UnsupportedModelError, explain
+from ggn_ntk.kernels import Place
+from ggn_ntk.process.torch_internals import forward_hooks
 
 
 def wide_mlp():
@@ -42,8 +47,9 @@ def test_uses_of_one_form_are_contracted_together():
 def test_printed():
     printed = str(explain(mlp(nn.Tanh)(), torch.randn(3, 5), compute="trace")).splitlines()
     assert printed[0] == "method: structured, capture: sequential; rules cover 79 of 79 parameter entries (100.0%)"
-    assert printed[1].split() == ["parameter", "layer", "GFLOP", "MB", "order", "of", "contraction"]
-    assert printed[2].startswith("4.weight   Linear")
+    columns = ["parameter", "operation", "module", "uses", "GFLOP", "MB", "order", "of", "contraction"]
+    assert printed[1].split() == columns
+    assert printed[2].startswith("4.weight   Linear     4       1 ")
     assert printed[-1].startswith("total")
 
 
@@ -51,19 +57,40 @@ def test_other_models():
     x = torch.randn(3, 5)
     explanation = explain(Residual(), x)
     assert (explanation.method, explanation.capture) == ("structured", "autograd")
-    assert [c.parameter for c in explanation.contractions] == [
-        f"{layer}.{name}" for layer in ("head", "second", "first") for name in ("weight", "bias")
+    assert [(c.parameter, c.layer, c.operation, c.module, c.uses) for c in explanation.contractions] == [
+        (f"{layer}.{name}", "Linear", "addmm", layer, 1)
+        for layer in ("head", "second", "first")
+        for name in ("bias", "weight")
     ]
+
+
+class Powers(nn.Module):
+    """Powers with exponents of its own, for which there is no rule."""
+
+    def __init__(self):
+        super().__init__()
+        self.exponents = nn.Parameter(torch.rand(5))
+
+    def forward(self, x):
+        return (1 + x**2) ** self.exponents
 
 
 def test_the_fallback_is_printed():
-    explanation = explain(CustomParameter(), torch.randn(3, 5))
-    assert explanation.fallback == dict.fromkeys(["scale", "temperature"], "CustomParameter has no rule")
-    assert (explanation.covered, explanation.entries) == (22, 26)
-    assert str(explanation).splitlines()[-2:] == [
-        "  - scale: CustomParameter has no rule",
-        "  - temperature: CustomParameter has no rule",
-    ]
+    model = nn.ModuleDict({"powers": Powers(), "block": nn.Sequential(nn.Linear(5, 5), Powers())})
+    model.forward = lambda x: model.block(model.powers(x))
+    explanation = explain(model, torch.randn(3, 5))
+    why = {f"{name}.exponents": f"there is no rule for PowBackward1, in {name}" for name in ("block.1", "powers")}
+    assert explanation.fallback == why
+    assert (explanation.covered, explanation.entries) == (30, 40)
+    printed = str(explanation).splitlines()
+    assert printed[0].endswith("; rules cover 30 of 40 parameter entries (75.0%)")
+    assert printed[-2:] == [f"  - {name}: {reason}" for name, reason in explanation.fallback.items()]
+
+
+def test_parameters_without_a_layer_are_used_in_the_model_itself():
+    rows = {row.parameters[0]: row for row in explain(CustomParameter(), torch.randn(3, 5)).rows}
+    assert (rows["scale"].operation, rows["scale"].module) == ("mul", "(model)")
+    assert explain(CustomParameter(), torch.randn(3, 5)).places["temperature"] == (Place("div", ""),)
 
 
 def test_models_that_take_another_route():
@@ -93,3 +120,217 @@ def test_compute_is_all_axes_in_one_role(capture):
 def test_params_are_selected():
     explanation = explain(wide_mlp(), torch.randn(3, 300), params=["0.bias"])
     assert [c.parameter for c in explanation.contractions] == ["0.bias"]
+
+
+# ---------------------------------------------------------------- where parameters are used
+
+
+def used(explanation):
+    return {name: [tuple(place) for place in places] for name, places in explanation.places.items()}
+
+
+def test_tied_weights_are_used_in_two_modules():
+    model, x = TiedTransformer().eval(), torch.randint(7, (3, 4))
+    explanation = explain(model, x)
+    assert used(explanation)["embedding.weight"] == [("mm", "head"), ("embedding", "embedding")]
+    pairs = [c for c in explanation.contractions if c.parameter == "embedding.weight"]
+    assert {c.layer for c in pairs} == {"Embedding"}
+    assert Counter((c.operation, c.module, c.uses) for c in pairs) == {
+        ("mm", "head", 1): 1,
+        ("embedding", "embedding", 1): 1,
+        ("mm, embedding", "head, embedding", 2): 2,
+    }
+    row = explanation.rows[-1]
+    assert row.parameters == ("embedding.weight",)
+    assert (row.operation, row.module, row.uses) == ("mm, embedding", "head, embedding", 2)
+    assert row.flops == sum(c.flops for c in pairs)
+    assert row.memory == max(c.memory for c in pairs)
+    # out_proj is never called: attention takes its weight
+    assert used(explanation)["block.self_attn.out_proj.weight"] == [("addmm", "block.self_attn")]
+    assert used(explanation)["position"] == [("add", "")]
+
+
+class Lent(nn.Module):
+    """Calls one layer with the parameters of another."""
+
+    def __init__(self):
+        super().__init__()
+        self.kept, self.lent, self.head = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.head(torch.func.functional_call(self.lent, dict(self.kept.named_parameters()), (x,)).tanh())
+
+
+def test_a_functional_call_runs_in_the_module_that_is_called():
+    explanation = explain(Lent(), torch.randn(3, 4))
+    assert used(explanation)["kept.weight"] == [("addmm", "lent")]
+    assert "lent.weight" not in used(explanation)
+
+
+def test_a_module_that_runs_several_times_is_listed_once():
+    layer = nn.Linear(4, 4)
+    model = nn.Sequential(layer, nn.Tanh(), layer, nn.Tanh(), nn.Linear(4, 2))
+    model.forward = lambda x: model[4](model[0](model[0](x).tanh()).tanh())
+    (c,) = (c for c in explain(model, torch.randn(3, 4)).contractions if c.parameter == "0.weight")
+    assert (c.operation, c.module, c.uses) == ("addmm", "0", 2)
+    del model.forward
+    (c,) = (c for c in explain(model, torch.randn(3, 4)).contractions if c.parameter == "0.weight")
+    assert (c.operation, c.module, c.uses) == ("Linear", "2, 0", 2)
+
+
+def test_layers_of_a_sequential_model_are_named_by_their_types():
+    model, x, _ = BY_NAME["tied_embedding"].build()
+    assert used(explain(model, x)) == {"0.weight": [("Linear", "2"), ("Embedding", "0")]}
+    model = nn.Sequential(nn.Sequential(nn.Linear(5, 4), nn.Tanh()), nn.Linear(4, 2))
+    assert [(c.operation, c.module, c.uses) for c in explain(model, torch.randn(3, 5)).contractions] == [
+        ("Linear", module, 1) for module in ("1", "1", "0.0", "0.0")
+    ]
+
+
+class Gru(nn.Module):
+    """A classifier of sequences."""
+
+    def __init__(self):
+        super().__init__()
+        self.gru, self.head = nn.GRU(4, 5, batch_first=True), nn.Linear(5, 2)
+
+    def forward(self, x):
+        return self.head(self.gru(x)[0][:, -1])
+
+
+def test_steps_of_a_recurrent_layer_are_put_together():
+    explanation = explain(Gru(), torch.randn(3, 6, 4))
+    assert not explanation.fallback
+    (c,) = (c for c in explanation.contractions if c.parameter == "gru.weight_hh_l0")
+    assert (c.layer, c.operation, c.module, c.uses) == ("GRU", "addmm", "gru", 6)
+
+
+def test_weights_that_are_computed_are_used_where_they_meet_samples():
+    model = nn.Sequential(nn.Linear(4, 4), nn.Tanh(), nn.utils.parametrizations.weight_norm(nn.Linear(4, 2)))
+    places = used(explain(model, torch.randn(3, 4), capture="autograd"))
+    for name in ("original0", "original1"):
+        assert places[f"2.parametrizations.weight.{name}"] == [("addmm", "2")]
+
+
+# ---------------------------------------------------------------- rows
+
+
+def test_rows_are_summed_by_module():
+    model, x = TiedTransformer().eval(), torch.randint(7, (3, 4))
+    explanation = explain(model, x, depth=1)
+    assert [row.module for row in explanation.rows] == ["block", "(model)", "head, embedding"]
+    block = explanation.rows[0]
+    own = [c for c in explanation.contractions if c.module.startswith("block.")]
+    assert (len(block.parameters), block.uses) == (12, 12)
+    assert block.flops == sum(c.flops for c in own)
+    assert block.memory == max(c.memory for c in own)
+    printed = str(explanation).splitlines()
+    assert printed[2].startswith("12 parameters     layer_norm, addmm, add, mm  block ")
+    assert len(printed) == 2 + 3 + 1
+    assert [row.module for row in explain(model, x, depth=2).rows][:2] == ["block.norm2", "block.linear2"]
+    (row,) = explain(model, x, depth=0).rows
+    assert row.flops == sum(c.flops for c in explanation.contractions)
+    assert (len(row.parameters), row.uses, row.module) == (14, 15, "(model)")
+
+
+@pytest.mark.parametrize("depth", [None, 1])
+@pytest.mark.parametrize("sort", ["flops", "memory"])
+def test_the_most_costly_come_first(sort, depth):
+    x = torch.randn(6, 300)
+    plain, ordered = explain(wide_mlp(), x, depth=depth), explain(wide_mlp(), x, depth=depth, sort=sort)
+    costs = [getattr(row, sort) for row in ordered.rows]
+    assert costs == sorted(costs, reverse=True)
+    assert set(ordered.rows) == set(plain.rows)
+    assert ordered.contractions == plain.contractions
+    assert [row.module for row in plain.rows][::-1] == sorted(row.module for row in plain.rows)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ({"depth": -1}, ValueError, r"depth must be 0, 1, 2, ... or None, got -1\."),
+        ({"depth": "1"}, TypeError, r"depth must be an integer or None, got str\."),
+        ({"depth": True}, TypeError, r"depth must be an integer or None, got bool\."),
+        ({"sort": "time"}, ValueError, r"sort must be one of 'flops', 'memory' or None, got 'time'\."),
+        ({"sort": 1}, ValueError, r"sort must be one of 'flops', 'memory' or None, got 1\."),
+    ],
+)
+def test_arguments_of_rows(arguments, error, message):
+    with pytest.raises(error, match=message):
+        explain(wide_mlp(), torch.randn(3, 300), **arguments)
+
+
+# ---------------------------------------------------------------- the model is left as it was
+
+
+def hooks_of(model):
+    return [dict(hooks) for module in model.modules() for hooks in forward_hooks(module)]
+
+
+class Hooked(Residual):
+    """Takes down at each evaluation how many hooks a layer has; may fail where these are more than its own."""
+
+    seen = []  # not on the module, whose state is put back before each evaluation
+
+    def __init__(self):
+        super().__init__()
+        self.fails = False
+
+    def forward(self, x):
+        self.seen.append([len(hooks) for hooks in forward_hooks(self.first)])
+        if self.fails and self.seen[-1] == [2, 2]:
+            raise ArithmeticError("it fails")
+        return super().forward(x)
+
+
+def test_hooks_are_left_as_found():
+    model, x, calls = Hooked(), torch.randn(3, 5), set()
+    model.first.register_forward_pre_hook(lambda module, args: calls.add("before"))
+    model.first.register_forward_hook(lambda module, args, output: calls.add("behind"))
+    found = hooks_of(model)
+    model.seen.clear()
+    assert used(explain(model, x))["first.weight"] == [("addmm", "first")]
+    assert model.seen.count([2, 2]) == 1  # modules are noted in an evaluation of its own
+    assert model.seen.count([1, 1]) == len(model.seen) - 1
+    assert calls == {"before", "behind"}
+    assert hooks_of(model) == found
+    model.fails = True
+    with pytest.raises(ArithmeticError, match="it fails"):
+        explain(model, x)
+    assert model.seen[-1] == [2, 2]
+    assert hooks_of(model) == found
+
+
+class Catching(nn.Module):
+    """Goes on where a layer fails."""
+
+    def __init__(self):
+        super().__init__()
+        self.failing, self.head = nn.Linear(4, 4), nn.Linear(5, 2)
+        self.scale = nn.Parameter(torch.rand(5))
+
+    def forward(self, x):
+        try:
+            x = self.failing(x)
+        except RuntimeError:
+            x = x * self.scale
+        return self.head(x)
+
+
+def test_a_call_that_fails_ends_there():
+    assert used(explain(Catching(), torch.randn(3, 5)))["scale"] == [("mul", "")]
+
+
+class Beside(Residual):
+    """Has another thread call a layer meanwhile."""
+
+    def forward(self, x):
+        other = threading.Thread(target=self.second, args=(torch.ones(1, 6),))
+        other.start()
+        other.join()
+        return super().forward(x)
+
+
+def test_calls_of_other_threads_are_not_noted():
+    places = used(explain(Beside(), torch.randn(3, 5)))
+    assert places == used(explain(Residual(), torch.randn(3, 5)))

@@ -311,9 +311,9 @@ def test_explanations_hold_no_tensors(build, monkeypatch):
     recorded = []
 
     def recording(request):
-        prepared, products = recorded_products(request)
-        recorded.extend(products)
-        return prepared, products
+        found = recorded_products(request)
+        recorded.extend(found.products)
+        return found
 
     monkeypatch.setattr(sys.modules["ggn_ntk.kernels.explain"], "recorded_products", recording)
     x = torch.randn(4, 3) if build is network else torch.randint(5, (4, 3))

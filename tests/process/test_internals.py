@@ -253,14 +253,42 @@ def _():
     assert len(torch_internals.output_metadata(torch.ones(2, requires_grad=True).unbind()[0].grad_fn)) == 2
 
 
-@part("torch.autograd.graph.Node._saved_", used_by="rules/linear_map.py")  # names begin so: see test_operations
+NUMBERS = ("torch.autograd.graph.Node._sequence_nr", "torch._C._autograd._get_sequence_nr")
+
+
+@part(*NUMBERS, used_by="models/spans.py")
 def _():
-    parameter = torch.ones(2, 3, dtype=torch.float64, requires_grad=True)
-    node = parameter.select(-1, -1).grad_fn
-    assert torch_internals.operation_of(node) == ("select", ("self",))
-    assert (torch_internals.saved(node, "dim") % 2, torch_internals.saved(node, "index")) == (1, -1)
-    divisor = torch_internals.saved((parameter / 2.5).grad_fn, "other")
-    assert divisor.reciprocal().dtype == torch.float64  # as that of the number itself, which torch keeps, is not
+    x = torch.ones(2, requires_grad=True)
+    first = torch_internals.nodes_recorded()
+    y = x * 2
+    second = torch_internals.nodes_recorded()
+    z = Recorded.apply(y, []).exp()
+    third = torch_internals.nodes_recorded()
+    before, _ = z.grad_fn.next_functions[0]
+    assert first <= torch_internals.place_of(y.grad_fn) < second
+    assert second <= torch_internals.place_of(before) < torch_internals.place_of(z.grad_fn) < third
+
+
+@part("torch.autograd.graph.Node._saved_", used_by="rules/")
+def _():
+    x, w = torch.ones(4, 3), torch.ones(2, 3, requires_grad=True)
+    sliced = w[:, -2:].grad_fn
+    assert torch_internals.operation_of(sliced) == ("slice", ("self",))
+    # A negative integer is held as an unsigned one.
+    assert [torch_internals.saved(sliced, name) for name in ("dim", "start", "step")] == [1, -2, 1]
+    added = torch.addmm(torch.ones(2, requires_grad=True), x, w.t(), alpha=3).grad_fn
+    kind, arguments = torch_internals.operation_of(added)
+    assert (kind, arguments) == ("addmm", ("self", "mat1", "mat2"))
+    assert [node and node.name() for node, _ in added.next_functions] == [
+        "torch::autograd::AccumulateGrad",
+        None,
+        "TBackward0",
+    ]
+    assert torch_internals.saved(added, "alpha") == 3
+    assert torch.equal(torch_internals.saved(added, "mat1"), x)
+    assert torch_internals.operation_of(w.erfinv().grad_fn) == ("", ())
+    quotient = w.double().div(2.5).grad_fn  # what torch makes of a number gives way to other dtypes
+    assert torch_internals.saved(quotient, "other").reciprocal().dtype == torch.float64
 
 
 @part("BackwardHookFunctionBackward", used_by="extensions/pass_check.py")
