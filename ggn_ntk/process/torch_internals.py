@@ -139,9 +139,10 @@ _OPERATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     **dict.fromkeys(("CloneBackward0", "ToCopyBackward0", "AliasBackward0"), ("same", ("self",))),
     **{
         f"{name}Backward0": ("entrywise", ("self",))
-        for name in ("Abs", "Cos", "Exp", "Log", "Neg", "Pow", "Reciprocal", "Relu", "Rsqrt", "Sigmoid", "Sin")
+        for name in ("Abs", "Cos", "Exp", "Expm1", "Log", "Neg", "Pow", "Reciprocal", "Relu", "Rsqrt", "Sigmoid", "Sin")
     },
-    **{f"{name}Backward0": ("entrywise", ("self",)) for name in ("Softplus", "Sqrt", "Tanh", "Clamp", "Expm1")},
+    **{f"{name}Backward0": ("entrywise", ("self",)) for name in ("ClampMax", "ClampMin", "Softplus", "Sqrt", "Tanh")},
+    "ClampBackward1": ("entrywise", ("self",)),  # between numbers
     # Entries in another order, and parts
     "IndexBackward0": ("index", ("self",)),
     "IndexSelectBackward0": ("index_select", ("self",)),
@@ -150,15 +151,15 @@ _OPERATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "SliceBackward0": ("slice", ("self",)),
     "SplitBackward0": ("split", ("self",)),
     "SplitWithSizesBackward0": ("split_with_sizes", ("self",)),
+    "TBackward0": ("t", ("self",)),
+    "TransposeBackward0": ("transpose", ("self",)),
     "UnbindBackward0": ("unbind", ("self",)),
     "UnsafeSplitBackward0": ("split", ("self",)),
-    "TBackward0": ("t", ("self",)),
-    **dict.fromkeys(("TransposeBackward0", "TransposeBackward1"), ("transpose", ("self",))),
+    "UnsafeSplitWithSizesBackward0": ("split_with_sizes", ("self",)),
+    **{f"{name}Backward0": ("reshape", ("self",)) for name in ("ReshapeAlias", "UnsafeView", "Unsqueeze", "View")},
     **{
-        f"{name}Backward{i}": ("reshape", ("self",))
-        for name in ("View", "UnsafeView", "ReshapeAlias", "Unsqueeze", "Squeeze")
-        for i in range(3)
-    },
+        f"SqueezeBackward{i}": ("reshape", ("self",)) for i in range(3)
+    },  # of all axes of length one, of one, of several
 }
 
 

@@ -28,7 +28,7 @@ def mul(op: Operation) -> LinearMap:
 @register_operation("div")
 def div(op: Operation) -> LinearMap:
     """Write ``self / other``."""
-    other: Tensor = op["other"]
+    other: Tensor = op["other"].to(op.dtype)  # which may be a whole number
     return op.entrywise(other.reciprocal() if op.argument == "self" else -op["self"] / other.square())
 
 

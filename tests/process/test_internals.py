@@ -287,6 +287,8 @@ def _():
     assert torch_internals.saved(added, "alpha") == 3
     assert torch.equal(torch_internals.saved(added, "mat1"), x)
     assert torch_internals.operation_of(w.erfinv().grad_fn) == ("", ())
+    quotient = w.double().div(2.5).grad_fn  # what torch makes of a number gives way to other dtypes
+    assert torch_internals.saved(quotient, "other").reciprocal().dtype == torch.float64
 
 
 @part("BackwardHookFunctionBackward", used_by="extensions/pass_check.py")

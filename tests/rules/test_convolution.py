@@ -34,9 +34,14 @@ def convolutions(draw):
 
 
 @settings(deadline=None, max_examples=80)
-@given(drawn=convolutions(), compute=st.sampled_from(COMPUTES), symmetric=st.booleans())
+@given(
+    drawn=convolutions(),
+    compute=st.sampled_from(COMPUTES),
+    symmetric=st.booleans(),
+    capture=st.sampled_from(["sequential", "autograd"]),
+)
 @pytest.mark.filterwarnings("ignore:Using padding='same' with even kernel lengths")
-def test_convolutions_of_any_geometry(drawn, compute, symmetric):
+def test_convolutions_of_any_geometry(drawn, compute, symmetric, capture):
     layer, groups, spatial = drawn
     torch.manual_seed(0)
     model = nn.Sequential(layer(1, 2), nn.Tanh(), nn.Flatten()).double()
@@ -48,5 +53,5 @@ def test_convolutions_of_any_geometry(drawn, compute, symmetric):
     assume(0 < outputs <= 200)
     model.append(nn.Linear(outputs, 2).double())
     x2 = None if symmetric else x2
-    kernel = empirical_ntk(model, x1, x2, compute=compute, method="structured")
+    kernel = empirical_ntk(model, x1, x2, compute=compute, method="structured", capture=capture)
     assert_close(kernel, jacobian_contraction(model, x1, x2, compute=compute))
