@@ -81,7 +81,8 @@ def _pass_stage(stage: Stage, cotangents: Tensor, *, batched: bool = False) -> t
 def _room(call: LayerCall | Use, part: Tensor, k: int, buffer: Buffer) -> Tensor:
     """Make room for the cotangents of a layer's output."""
     # -> [K, *output]
-    axes = sorted(range(part.ndim), key=lambda axis: (axis != call.axis, -part.stride(axis)))
+    strides = part.stride()
+    axes = sorted(range(part.ndim), key=lambda axis: (axis != call.axis, -strides[axis]))
     if not axes:  # a single number
         return buffer.take([k], part)
     channels = part.shape[axes[-1]]

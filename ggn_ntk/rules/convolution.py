@@ -73,7 +73,7 @@ def _transposed_in_weight(options: Any, x: Tensor, padding: list[int]) -> Linear
     def spread(s: Tensor) -> Tensor:
         # [C, N, O, *spatial] -> [C, N, G, O / G, *kernel, *positions]
         windows = _windows(F.pad(stack_outputs(s), padding), options, x.shape[2:])
-        return windows.unflatten(0, (s.shape[1], s.shape[0])).transpose(0, 1)
+        return unstack_outputs(windows, like=s)
 
     operand = (f"ngi{p}", x.unflatten(1, (options.groups, -1)))
     return LinearMap(("n", "g", "o", *k, *p), ("gi", "o", *k), (operand,), spread=spread)

@@ -1,4 +1,7 @@
-"""Matrix products and linear layers. Letters: ``o``, ``i`` output and input features; ``p`` positions; ``j`` features of a second input."""
+"""Matrix products and linear layers.
+
+Letters: ``o``, ``i`` output and input features; ``p`` positions; ``j`` features of a second input.
+"""
 
 from torch import Tensor, nn
 

@@ -95,7 +95,8 @@ class Operation:
     def passed(self, cotangent: Tensor) -> Tensor:
         """Pass a cotangent from the output to the argument, as autograd does."""
         try:
-            found: Any = self.node(cotangent)
+            node: Any = self.node
+            found = node(cotangent)
         except RuntimeError as error:  # what it needs was changed in place
             raise NotCapturedError(f"autograd does not pass {self.kind}") from error
         gradient: Tensor = found[self.place] if isinstance(found, tuple) else found

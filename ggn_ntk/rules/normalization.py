@@ -29,8 +29,9 @@ def group_norm_map(op: Operation) -> LinearMap | None:
 
     def normalized() -> Tensor:
         x: Tensor = op["input"]
-        groups = x.reshape(op["N"], op["group"], -1)
-        return ((groups - op["result1"].unsqueeze(2)) * op["result2"].unsqueeze(2)).reshape(x.shape)
+        mean, scale = (op[name].unsqueeze(2) for name in ("result1", "result2"))
+        normalized: Tensor = ((x.reshape(op["N"], op["group"], -1) - mean) * scale).reshape(x.shape)
+        return normalized
 
     return _scaled(op, normalized, channels=True)
 

@@ -80,4 +80,5 @@ def _taken(op: Operation, axis: int, places: Tensor) -> LinearMap:
 
 def _axis(op: Operation) -> int:
     """Look up the axis along which entries are taken."""
-    return op["dim"] % len(op.shape)
+    axis: int = op["dim"] % len(op.shape)
+    return axis
