@@ -8,7 +8,7 @@ uses, and what cancels between them can be made to do so before it is squared.
 
 import string
 from collections import defaultdict
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Sequence
 from math import prod
 from typing import NamedTuple
 
@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ggn_ntk.contraction.factored import Factored
-from ggn_ntk.contraction.operand import Operand
+from ggn_ntk.contraction.operand import Operand, memory_of
 from ggn_ntk.memory.budget import MemoryBudget
 
 # The letter of positions: all letters that are summed, merged.
@@ -27,8 +27,10 @@ class _Form(NamedTuple):
     """What uses have in common that can be put together."""
 
     # The letters of each operand: those of the result in its order, then the position, then that of one-hot vectors.
-    # They are named by their place in the result, since rules may differ in letters.
+    # They are named by their place in the result, since rules may differ in letters. An operand of the weight's alone
+    # has no position.
     terms: tuple[str, ...]
+    same: tuple[Hashable, ...]  # which numbers operands of the weight's alone hold; ``None`` for others
     result: str  # the letters of the Jacobian
     sizes: tuple[int, ...]  # their sizes
 
@@ -62,12 +64,18 @@ def _form(use: Factored) -> _Form | None:
     summed, sizes = _summed(use), use.sizes
     letters = "cn" + string.ascii_lowercase.replace("c", "").replace("n", "")
     names = dict(zip(use.result, letters, strict=False)) | {_POSITION: _POSITION}
-    # Every operand must have all positions, or they cannot be merged to one axis.
-    if any(not set(summed) <= set(o.letters) or _grows(o) for o in use.labelled):
+    # Every operand of the samples must have all positions, or they cannot be merged to one axis.
+    alone = [set(o.letters).isdisjoint({*summed, "c", "n"}) for o in use.labelled]
+    of_samples = [o for o, constant in zip(use.labelled, alone, strict=True) if not constant]
+    if any(not set(summed) <= set(o.letters) or _grows(o) for o in of_samples):
         return None
-    terms = tuple("".join(names[letter] for letter in _order(use, o)) for o in use.labelled)
-    result = "".join(names[letter] for letter in use.result)
-    return _Form(terms, result, tuple(sizes[letter] for letter in use.result))
+    orders = (_order(use, o, "" if constant else _POSITION) for o, constant in zip(use.labelled, alone, strict=True))
+    return _Form(
+        terms=tuple("".join(names[letter] for letter in order) for order in orders),
+        same=tuple(memory_of(o.tensor) if constant else None for o, constant in zip(use.labelled, alone, strict=True)),
+        result="".join(names[letter] for letter in use.result),
+        sizes=tuple(sizes[letter] for letter in use.result),
+    )
 
 
 def _grows(operand: Operand) -> bool:
@@ -82,18 +90,22 @@ def _summed(use: Factored) -> list[str]:
     return [letter for letter in dict.fromkeys("".join(use.terms)) if letter not in use.result]
 
 
-def _order(use: Factored, operand: Operand) -> str:
+def _order(use: Factored, operand: Operand, position: str) -> str:
     """Order the letters of an operand as those of the result; the position comes behind, and one-hot vectors last."""
-    return "".join(letter for letter in use.result if letter in operand.letters) + _POSITION + operand.hot
+    return "".join(letter for letter in use.result if letter in operand.letters) + position + operand.hot
 
 
 def _stacked(form: _Form, uses: Sequence[Factored]) -> Factored:
     """Put the positions of several uses behind one another."""
     operands: list[Operand] = []
     for place, term in enumerate(form.terms):
-        tensor = _joined([_in_order(use, use.labelled[place]) for use in uses])
-        letters, position, hot = term.partition(_POSITION)
-        operands.append(Operand(letters + position, tensor, hot=hot, size=uses[0].labelled[place].size))
+        of_first = uses[0].labelled[place]
+        letters = term[: len(term) - len(of_first.hot)]
+        if _POSITION in term:
+            tensor = _joined([_in_order(use, use.labelled[place]) for use in uses])
+        else:
+            tensor = of_first.aligned("".join(letter for letter in uses[0].result if letter in of_first.letters))
+        operands.append(Operand(letters, tensor, hot=term[len(letters) :], size=of_first.size))
     return Factored.of(operands, form.result)
 
 
