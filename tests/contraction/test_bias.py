@@ -73,7 +73,8 @@ def test_sequences_are_contracted_with_joined_biases(capture, compute, monkeypat
     doubled, kernel_einsum = [], accumulator.kernel_einsum
 
     def count(first, *args):
-        doubled.append(first.equation)
+        letters = (letter for letter in dict.fromkeys(first.result + first.equation) if letter.isalpha())
+        doubled.append(first.equation.translate(str.maketrans(dict(zip(letters, "cnoip", strict=False)))))
         return kernel_einsum(first, *args)
 
     monkeypatch.setattr(accumulator, "kernel_einsum", count)

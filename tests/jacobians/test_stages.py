@@ -60,7 +60,7 @@ def stages_of(model, x):
 
 def names(calls):
     """The layers of uses."""
-    found = [{int(name.split(".")[1]) for name in call.counts} for call in calls]
+    found = [{int(name.split(".")[1]) for name in call.names} for call in calls]
     return [place for (place,) in found]
 
 

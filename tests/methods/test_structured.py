@@ -66,7 +66,7 @@ def test_blocks_of_samples_wait_as_jacobians_or_as_s(monkeypatch):
     monkeypatch.setattr(sequential._Link, "_keep", lambda link, *args: put(link, *args) or kept.append(link))
     model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Flatten(), nn.Linear(72, 2), nn.ReLU(), nn.Linear(2, 2))
     empirical_ntk(model, torch.randn(2, 1, 8, 8), torch.randn(3, 1, 8, 8), method="structured")
-    by_layer = {type(link._use.module): link for link in kept}
+    by_layer = {type(link.use.module): link for link in kept}
     assert by_layer[nn.Linear]._s.numel == 2 * 5 * 2  # [C, N, O]: less than a Jacobian
     assert by_layer[nn.Conv2d]._s.numel == 0
     assert by_layer[nn.Conv2d].waiting == 2 * 5 * (2 * 9 + 2)  # the Jacobians of weight and bias
