@@ -49,9 +49,9 @@ class Sums:
                 complete[name] = put_together(uses) if len(uses) > 1 else uses
         return complete
 
-    def add_weight(self, weight: Weight, write: Callable[[], Factored]) -> Jacobians:
+    def add_weight(self, weight: Weight, write: Callable[[], list[Factored]]) -> Jacobians:
         """Take a use of a weight."""
-        own = Writer(weight.label, weight.names, lambda: {"": [write()]}).written(self._failures)
+        own = Writer(weight.label, weight.names, lambda: {"": write()}).written(self._failures)
         uses = self._put(weight.key, own.get("", []))
         if self._left[weight.key]:
             return {}

@@ -118,20 +118,20 @@ class Use:
         # s [C, *output]
         complete = sums.add(Writer(self.label, self.names, partial(self._written, s))) if self.site.paths else {}
         for (path, _), weight in zip(self.site.weights, self.weights, strict=True):
-            complete |= sums.add_weight(weight, partial(self._jacobian, path, s))
+            complete |= sums.add_weight(weight, partial(self._jacobians, path, s))
         return complete
 
     def _written(self, s: Tensor) -> Jacobians:
         """Write the Jacobians of parameters by name."""
         written: Jacobians = {name: [] for name in self.names}
         for name, path in self.site.paths:
-            written[name].append(self._jacobian(path, s))
+            written[name] += self._jacobians(path, s)
         return written
 
-    def _jacobian(self, path: Path, s: Tensor) -> Factored:
-        """Write the Jacobian with respect to what a path leads to."""
+    def _jacobians(self, path: Path, s: Tensor) -> list[Factored]:
+        """Write the Jacobian with respect to what a path leads to, as a sum."""
         operations = [Operation(self.nodes[step.node], step.place, step.number) for step in path]
-        return Flow.along(operations, s, self.site.samples).jacobian(s.dtype)
+        return [flow.jacobian(s.dtype) for flow in Flow.along(operations, s, self.site.samples)]
 
 
 def read(uses: Uses | None, recording: Recording) -> list[LayerCall | Use]:

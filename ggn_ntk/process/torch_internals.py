@@ -115,6 +115,7 @@ _OPERATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "MmBackward0": ("mm", ("self", "mat2")),
     "MvBackward0": ("mv", ("self", "vec")),
     "TrilinearBackward0": ("trilinear", ("i1", "i2", "i3")),
+    "VdotBackward0": ("vdot", ("self", "other")),
     # Layers
     "ConvolutionBackward0": ("convolution", ("input", "weight", "bias")),
     "EmbeddingBackward0": ("embedding", ("weight",)),
@@ -124,6 +125,7 @@ _OPERATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "NativeGroupNormBackward0": ("group_norm", ("input", "weight", "bias")),
     "NativeLayerNormBackward0": ("layer_norm", ("input", "weight", "bias")),
     "PreluKernelBackward0": ("prelu", ("self", "weight")),
+    "WeightNormInterfaceBackward0": ("weight_norm", ("v", "g")),
     # Entry by entry, with broadcasting
     "AddBackward0": ("add", ("self", "other")),
     "AddcmulBackward0": ("addcmul", ("self", "tensor1", "tensor2")),
@@ -143,6 +145,12 @@ _OPERATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     },
     **{f"{name}Backward0": ("entrywise", ("self",)) for name in ("ClampMax", "ClampMin", "Softplus", "Sqrt", "Tanh")},
     "ClampBackward1": ("entrywise", ("self",)),  # between numbers
+    # Entries that become one
+    **{
+        f"{name}Backward{number}": ("reduction", ("self",))
+        for name, number in (("LinalgVectorNorm", 0), ("Mean", 1), ("Std", 0), ("Sum", 1), ("Var", 0))
+    },
+    **dict.fromkeys(("MeanBackward0", "SumBackward0"), ("reduction_of_all", ("self",))),
     # Entries in another order, and parts
     "IndexBackward0": ("index", ("self",)),
     "IndexSelectBackward0": ("index_select", ("self",)),

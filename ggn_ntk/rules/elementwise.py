@@ -66,6 +66,20 @@ def entrywise(op: Operation) -> LinearMap:
         return op.entrywise(op.passed(torch.ones(op.output, dtype=op.dtype, device=op.device)))
 
 
+@register_operation("reduction", "reduction_of_all")
+def reduction(op: Operation) -> LinearMap:
+    """Write a number of several entries each, say a sum or a norm: its derivative is what autograd makes of ones."""
+    every = tuple(range(len(op.shape)))
+    axes = op["dim"] if op.kind == "reduction" else every
+    reduced = {axis % len(every) for axis in axes or every}
+    letters = tuple(map(letter_of, every))
+    with torch.no_grad():
+        derivative = op.passed(torch.ones(op.output, dtype=op.dtype, device=op.device))
+    keeps = len(op.output) == len(every)
+    output = ("" if axis in reduced else letter for axis, letter in enumerate(letters) if keeps or axis not in reduced)
+    return LinearMap(tuple(output), letters, (("".join(letters), derivative),))
+
+
 @register_operation("prelu")
 def prelu(op: Operation) -> LinearMap | None:
     """Write ``self where self > 0 else weight * self``."""

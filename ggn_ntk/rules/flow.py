@@ -52,17 +52,23 @@ class Flow:
         return cls((Operand("c" + "".join(letters[place] for place in kept), tensor),), axes)
 
     @classmethod
-    def along(cls, path: Sequence[Operation], s: Tensor, samples: SampleAxis) -> "Flow":
+    def along(cls, path: Sequence[Operation], s: Tensor, samples: SampleAxis) -> "list[Flow]":
         """Pass ``s`` from the output of an operation that the samples enter along a path, to the last argument."""
-        # s [C, *output]
-        linear = path[0].map()
-        flow = cls.start(s if linear.spread is None else linear.spread(s), samples).through(linear)
+        # s [C, *output] -> Jacobians that are to be added up
+        flows = [
+            cls.start(s if linear.spread is None else linear.spread(s), samples).through(linear)
+            for linear in path[0].maps()
+        ]
         for operation in path[1:]:
-            linear = operation.map()
-            if linear.spread is not None:
+            maps = operation.maps()
+            if any(linear.spread is not None for linear in maps):
                 raise NotCapturedError(f"{operation.kind} of parameters alone has no rule")
-            flow = flow.reshaped(operation.shape) if linear.keeps_order else flow.through(linear)
-        return flow
+            flows = [
+                flow.reshaped(operation.shape) if linear.keeps_order else flow.through(linear)
+                for flow in flows
+                for linear in maps
+            ]
+        return flows
 
     @property
     def sizes(self) -> dict[str, int]:

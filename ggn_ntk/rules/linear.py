@@ -34,6 +34,12 @@ def dot(op: Operation) -> LinearMap:
     return op.product(self="k", tensor="k", output="")
 
 
+@register_operation("vdot")
+def vdot(op: Operation) -> LinearMap:
+    """Write a product of two vectors of real numbers."""
+    return op.product(self="k", other="k", output="")
+
+
 @register_operation("addmm")
 def addmm(op: Operation) -> LinearMap:
     """Write a sum of a matrix and a product of two."""

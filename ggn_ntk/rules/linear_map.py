@@ -122,13 +122,13 @@ class Operation:
             operands.append(("".join(axes), tensor.reshape([tensor.shape[axis] for axis in kept])))
         return LinearMap(letters, _broadcast(letters, self.shape), tuple(operands), factor)
 
-    def map(self) -> LinearMap:
-        """Write the operation as a linear map."""
+    def maps(self) -> list[LinearMap]:
+        """Write the operation as a sum of linear maps."""
         rule = _OPERATIONS.get(self.kind)
-        linear = None if rule is None else rule(self)
-        if linear is None:
+        found = None if rule is None else rule(self)
+        if found is None:
             raise NotCapturedError(f"there is no rule for {self}")
-        return linear
+        return [found] if isinstance(found, LinearMap) else found
 
     def __str__(self) -> str:
         """Name the operation, and the argument."""
@@ -147,7 +147,7 @@ def _broadcast(letters: tuple[str, ...], shape: Size) -> tuple[str, ...]:
     )
 
 
-_OPERATIONS: dict[str, Callable[[Operation], LinearMap | None]] = {}
+_OPERATIONS: dict[str, Callable[[Operation], LinearMap | list[LinearMap] | None]] = {}
 
 
 def register_operation(*kinds: str) -> Callable[[_F], _F]:

@@ -37,19 +37,61 @@ def group_norm_map(op: Operation) -> LinearMap | None:
 
 
 @register_operation("batch_norm")
-def batch_norm_map(op: Operation) -> LinearMap | None:
-    """Write a normalisation of channels, by running statistics or the batch's, in its scale or shift."""
+def batch_norm_map(op: Operation) -> LinearMap | list[LinearMap] | None:
+    """Write a normalisation of channels, by running statistics or those of its input."""
+    return _normalized_input(op) if op.argument == "input" else _scaled(op, lambda: _normalized(op), channels=True)
 
-    def normalized() -> Tensor:
-        if op["training"]:
-            mean, scale = op["result1"], op["result2"]
-        else:
-            mean, scale = op["running_mean"], (op["running_var"] + op["eps"]).rsqrt()
-        shape = (1, -1, *[1] * (len(op.output) - 2))
-        normalized: Tensor = (op["input"] - mean.reshape(shape)) * scale.reshape(shape)
-        return normalized
 
-    return _scaled(op, normalized, channels=True)
+def _normalized(op: Operation) -> Tensor:
+    """Normalise channels."""
+    shape = (1, -1, *[1] * (len(op.output) - 2))
+    mean, scale = (t.reshape(shape) for t in _statistics(op))
+    normalized: Tensor = (op["input"] - mean) * scale
+    return normalized
+
+
+def _statistics(op: Operation) -> tuple[Tensor, Tensor]:
+    """Look up the mean of each channel, and one over its standard deviation."""
+    if op["training"]:
+        return op["result1"], op["result2"]
+    return op["running_mean"], (op["running_var"] + op["eps"]).rsqrt()
+
+
+@register_operation("weight_norm")
+def weight_norm(op: Operation) -> LinearMap | list[LinearMap]:
+    """Write ``v g / norm of v``, the norm over all axes but one."""
+    v, scale = op["v"], op["g"] / op["result1"]
+    unit = v / op["result1"]
+    if op.argument == "g":
+        return op.entrywise(unit)
+    return [op.entrywise(scale), _across(op, op["dim"], -scale, unit, unit)]
+
+
+def _normalized_input(op: Operation) -> LinearMap | list[LinearMap]:
+    """Write a normalisation of channels in what is normalised: their mean and their norm do not pass."""
+    x: Tensor = op["input"]
+    shape = (1, -1, *[1] * (x.ndim - 2))
+    weight = x.new_ones(x.shape[1]) if op["weight"] is None else op["weight"]
+    scale = (weight * _statistics(op)[1]).reshape(shape)
+    if not op["training"]:
+        return op.entrywise(scale)
+    mean = -scale * x.shape[1] / x.numel()
+    ones = x.new_ones(()).expand(x.shape)
+    return [
+        op.entrywise(scale),
+        _across(op, 1, mean, None, ones),
+        _across(op, 1, mean, _normalized(op), _normalized(op)),
+    ]
+
+
+def _across(op: Operation, axis: int, factor: Tensor, output: Tensor | None, argument: Tensor) -> LinearMap:
+    """Write a product of the output and one of the argument, which have but one axis in common."""
+    # factor has this axis alone, others of length one
+    letters = [letter_of(i) for i in range(len(op.shape))]
+    others = [letter if i == axis else letter.upper() for i, letter in enumerate(letters)]
+    operands = [(letters[axis], factor.flatten()), ("".join(others), argument)]
+    operands += [] if output is None else [("".join(letters), output)]
+    return LinearMap(tuple(letters), tuple(others), tuple(operands))
 
 
 def _scaled(op: Operation, normalized: Callable[[], Tensor], *, channels: bool = False) -> LinearMap | None:
