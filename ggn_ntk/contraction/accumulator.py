@@ -1,16 +1,22 @@
 """Kernels, added up from the Jacobians of one layer after the other."""
 
 from collections.abc import Callable, Container, Sequence
+from math import prod
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ggn_ntk.contraction.accumulate import add_products
 from ggn_ntk.contraction.bias import join_biases
 from ggn_ntk.contraction.factored import Factored, Jacobians
-from ggn_ntk.contraction.products import NamedEinsum, Part, kernel_einsum, parts
+from ggn_ntk.contraction.one_hot import cost
+from ggn_ntk.contraction.products import KernelEinsum, NamedEinsum, Part, kernel_einsum, parts
 from ggn_ntk.contraction.uses import added_up
 from ggn_ntk.problem.output_axes import Roles
+
+# How many numbers Jacobians may hold that are formed because it is cheaper.
+_LARGEST = 2**26
 
 
 class Accumulator:
@@ -38,9 +44,12 @@ class Accumulator:
             if len(ours) == len(theirs) == 1 and not (formed or self.per_parameter):
                 once.append((ours[0], theirs[0]))  # may be joined with another, whose kernels are added up anyway
                 continue
-            if formed:  # what cancels between them is to do so before it is squared
+            pairs = [kernel_einsum(a, b, self.roles, formed=formed) for a in ours for b in theirs]
+            # What cancels between several is to do so before it is squared.
+            if len(pairs) > 1 and (formed or self._are_cheaper_as_one(ours, theirs, pairs)):
                 ours, theirs = _on_both_sides(_one, ours, theirs)
-            products += [(key, kernel_einsum(a, b, self.roles, formed=formed)) for a in ours for b in theirs]
+                pairs = [kernel_einsum(ours[0], theirs[0], self.roles, formed=formed)]
+            products += [(key, pair) for pair in pairs]
         ours, theirs = _on_both_sides(join_biases, [a for a, _ in once], [b for _, b in once])
         if [a.equation for a in ours] != [b.equation for b in theirs]:  # it pays for one of the two sets alone
             ours, theirs = ([use[side] for use in once] for side in (0, 1))
@@ -48,6 +57,17 @@ class Accumulator:
         if products:
             sets = [next(iter(jacobians.values()))[0].sizes["n"] for jacobians in (first, second) if jacobians]
             self._contract(products, *sets)
+
+    def _are_cheaper_as_one(
+        self, ours: Sequence[Factored], theirs: Sequence[Factored], pairs: Sequence[KernelEinsum]
+    ) -> bool:
+        """Tell whether it takes fewer operations to form the sum of several Jacobians than to contract all pairs."""
+        sums = [_shape_of_one(jacobians) for jacobians in (ours, theirs)]
+        if sum(one.operands[0].shape.numel() for one in sums) > _LARGEST:
+            return False
+        together = kernel_einsum(*sums, self.roles)
+        forming = sum(cost(jacobian.labelled, jacobian.result) for jacobian in {*ours, *theirs})
+        return forming + cost(together.operands, together.result) < sum(cost(p.operands, p.result) for p in pairs)
 
     def _contract(self, products: list[NamedEinsum], n: int, m: int | None = None) -> None:
         """Contract products of Jacobians of N samples with themselves, or with those of M others."""
@@ -66,6 +86,14 @@ def _on_both_sides(
     same = all(a is b for a, b in zip(ours, theirs, strict=False)) and len(ours) == len(theirs)
     rewritten = rewrite(ours)
     return rewritten, rewritten if same else rewrite(theirs)
+
+
+def _shape_of_one(jacobians: Sequence[Factored]) -> Factored:
+    """Write the sum of Jacobians as one, without its numbers."""
+    some = jacobians[0]
+    return Factored(
+        "cnk->cnk", (torch.empty(some.sizes["c"], some.sizes["n"], prod(some.parameter_sizes), device="meta"),)
+    )
 
 
 def _one(jacobians: Sequence[Factored]) -> list[Factored]:
