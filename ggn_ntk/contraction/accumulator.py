@@ -62,10 +62,10 @@ class Accumulator:
         self, ours: Sequence[Factored], theirs: Sequence[Factored], pairs: Sequence[KernelEinsum]
     ) -> bool:
         """Tell whether it takes fewer operations to form the sum of several Jacobians than to contract all pairs."""
-        sums = [_shape_of_one(jacobians) for jacobians in (ours, theirs)]
-        if sum(one.operands[0].shape.numel() for one in sums) > _LARGEST:
+        ours_as_one, theirs_as_one = _shape_of_one(ours), _shape_of_one(theirs)
+        if max(one.operands[0].shape.numel() for one in (ours_as_one, theirs_as_one)) > _LARGEST:
             return False
-        together = kernel_einsum(*sums, self.roles)
+        together = kernel_einsum(ours_as_one, theirs_as_one, self.roles)
         forming = sum(cost(jacobian.labelled, jacobian.result) for jacobian in {*ours, *theirs})
         return forming + cost(together.operands, together.result) < sum(cost(p.operands, p.result) for p in pairs)
 
