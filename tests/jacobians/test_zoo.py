@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from conftest import NAMED, assert_close, oracle_sum
+from conftest import DEVICES, NAMED, assert_close, oracle_sum
 from models import each
 from zoo import ZOO
 
@@ -49,3 +49,15 @@ def test_a_sample_of_layers(case, dtype):
     params = ["conv1.weight", "bn1.bias", "layer2.0.downsample.0.weight", "layer3.1.bn2.weight", "fc.weight", "fc.bias"]
     kernel = empirical_ntk(model, x1, x2, params=params, compute="trace")
     assert_close(kernel, jacobian_contraction(model.double(), x1.double(), x2.double(), params=params, compute="trace"))
+
+
+@pytest.mark.parametrize("device", DEVICES[1:], indirect=True)
+@pytest.mark.parametrize("case", each(ZOO))
+def test_other_devices(case, device):
+    if case.name == "peft_dora" and device == "pretend":
+        pytest.skip("torch.eye has no shape there")
+    dtype = torch.float32 if case.rounds or device == "cuda" else torch.float64
+    model, x1, x2 = case.build(dtype, device)
+    kernel = empirical_ntk(model, x1, x2, compute="trace", output=case.output)
+    assert kernel.device.type == device
+    assert_close(kernel, oracle_sum(case, False, "trace"))
