@@ -62,8 +62,8 @@ ntk = empirical_ntk(resnet, x1, x2)
 print(f"ResNet, [N1, N2, C, C]: {list(ntk.shape)}")
 
 # %%
-# ``explain`` says how each parameter is contracted, and which no rule covers: these, and only these, are contracted from
-# Jacobians of each sample. Here there are none: the scales belong to no layer of torch's, but rules know products.
+# ``explain`` says how each parameter is contracted, and which no rule covers: these, and only these, are contracted
+# from Jacobians of each sample. Here there are none: the scales belong to no layer of torch's, but rules know products.
 
 explanation = explain(resnet, x1, x2)
 print(f"capture: {explanation.capture}")
