@@ -1,10 +1,12 @@
 """What the benchmarks compute, count and report; not how long it takes."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 
-from benchmarks import check, contenders, plan
+from benchmarks import by_hand, check, contenders, plan
 from benchmarks.environment import slug
 from benchmarks.failures import OUT_OF_MEMORY, describe
 from benchmarks.floor import floor
@@ -149,3 +151,17 @@ def test_report_of_two_commits(tmp_path):
 def test_folders_are_named_by_device_version_and_date():
     assert slug(ENVIRONMENT) == "a-cpu-tm-2-cores-torch-2.6.0-2026-01-31"
     assert slug({**ENVIRONMENT, "GPU": "NVIDIA H200"}) == "nvidia-h200-torch-2.6.0-2026-01-31"
+
+
+def test_models_beside_loops_by_hand(monkeypatch):
+    case = by_hand.Case(lambda: by_hand._Unrolled(3, 2), lambda: torch.randn(4, 5, 8))
+    residuals = [
+        by_hand.Case(partial(kind, 4), lambda: torch.randn(4, 2)) for kind in by_hand._Residual.__subclasses__()
+    ]
+    monkeypatch.setattr(by_hand, "CASES", {"unrolled": case, "residual": residuals[0]})
+    results = {name: by_hand.measure(name, 1) for name in by_hand.CASES}
+    for result in results.values():
+        assert result["error"] < 1e-5
+        assert result["covered"] == 1
+        assert len(result["seconds"]) == 4
+    assert by_hand.table(results).splitlines()[2].startswith("| unrolled | 100.0% | 0.")
