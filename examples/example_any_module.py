@@ -2,12 +2,13 @@ r"""
 Any module: a ResNet and a small GPT
 ====================================
 
-The structured route writes each layer's Jacobian as a product of the layer's input and of the output Jacobian that is
-passed back to it, and contracts only the block of the kernel that was asked for. This needs no ``nn.Sequential``: in
-any module, hooks record the calls of layers, and autograd passes the Jacobians back.
+The structured route writes the Jacobian of each parameter as a product of what the parameter meets and of the output
+Jacobian that is passed back to it, and contracts only the block of the kernel that was asked for. This needs no
+``nn.Sequential``: in any module, autograd's graph shows where parameters are used, and autograd passes the Jacobians
+back.
 
-What hooks cannot see is found by verification, which compares every parameter with plain autograd. This example looks
-at what it finds, and at kernels layer by layer.
+Verification compares every parameter with plain autograd. This example looks at what rules cover, and at kernels layer
+by layer.
 """
 
 import matplotlib.pyplot as plt
@@ -61,8 +62,8 @@ ntk = empirical_ntk(resnet, x1, x2)
 print(f"ResNet, [N1, N2, C, C]: {list(ntk.shape)}")
 
 # %%
-# ``explain`` says how each parameter is contracted, and what verification found: the scales have no rule, so these, and
-# only these, are contracted from Jacobians of each sample. The kernel is exact all the same.
+# ``explain`` says how each parameter is contracted, and which no rule covers: these, and only these, are contracted
+# from Jacobians of each sample. Here there are none: the scales belong to no layer of torch's, but rules know products.
 
 explanation = explain(resnet, x1, x2)
 print(f"capture: {explanation.capture}")
@@ -117,7 +118,8 @@ explanation = explain(gpt, tokens, compute="trace", output=last)
 print(f"GPT, covered by rules: {explanation.covered / explanation.entries:.0%}")
 
 # %%
-# The table is used twice, so its Jacobian is a sum, and its kernel has cross-terms: four products.
+# The table is used twice, so its Jacobian is a sum, and its kernel has cross-terms. Here it is cheaper to form that sum
+# than to contract four pairs of uses: one product is left.
 
 for contraction in explanation.contractions:
     if contraction.parameter == "token.weight":

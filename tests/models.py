@@ -235,7 +235,7 @@ class Positions(nn.Module):
 
 
 class UnevenPositions(Positions):
-    """The same where a look-up that is repeated for each sample would change the result."""
+    """The same, with a sum over the positions, which would be one over samples if there were an axis for these."""
 
     def forward(self, tokens: Tensor) -> Tensor:
         position = self.position(torch.arange(tokens.shape[1], device=tokens.device))

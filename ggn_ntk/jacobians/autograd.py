@@ -1,4 +1,4 @@
-"""Backward passes by autograd: from the model's output to the outputs of layers, a stage at a time."""
+"""Backward passes by autograd: from the model's output to the uses of parameters, a stage at a time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
@@ -28,7 +28,7 @@ def pass_back(
     batched: bool = False,
     allow_unused: bool = True,
 ) -> tuple[list[Tensor | None], tuple[Tensor | None, ...]]:
-    """Pass cotangents back to layers."""
+    """Pass cotangents back to uses."""
     # batched [K, ...] -> [*output]
     inputs: Any = [*(call.edge for call in calls), *others]
     if not inputs or (isinstance(start, Tensor) and not start.requires_grad):
@@ -44,7 +44,7 @@ def pass_back(
 def pull_back(
     stage: Stage, cotangents: Tensor | Sequence[Tensor], buffer: Buffer
 ) -> tuple[list[Tensor], Tensor | Sequence[Tensor]]:
-    """Pass several cotangents back, at once where layers are small, and one by one where ``vmap`` fails."""
+    """Pass several cotangents back, at once where outputs are small, and one by one where ``vmap`` fails."""
     # cotangents [K, ...] -> [K, *output]
     if stage.numel < len(stage.calls) * _one_by_one(cotangents[0]):
         try:
@@ -67,7 +67,7 @@ def pull_back(
 
 
 def _one_by_one(like: Tensor) -> float:
-    """Look up from how many numbers in the output of a layer on cotangents pass back one by one."""
+    """Look up from how many numbers in the output of a use on cotangents pass back one by one."""
     return MemoryBudget.of(like.device).one_by_one / like.element_size()
 
 
@@ -79,7 +79,7 @@ def _pass_stage(stage: Stage, cotangents: Tensor, *, batched: bool = False) -> t
 
 
 def _room(call: LayerCall | Use, part: Tensor, k: int, buffer: Buffer) -> Tensor:
-    """Make room for the cotangents of a layer's output."""
+    """Make room for the cotangents of the output of a use."""
     # -> [K, *output]
     strides = part.stride()
     axes = sorted(range(part.ndim), key=lambda axis: (axis != call.axis, -strides[axis]))
@@ -98,7 +98,7 @@ class AutogradPass:
 
     Attributes:
         output: The model's output ``[N, *out]``.
-        failures: Why the rule of a parameter's layer failed on the way, by name.
+        failures: Why the rule of a parameter failed on the way, by name.
     """
 
     def __init__(
@@ -115,10 +115,10 @@ class AutogradPass:
         """Numbers that ``s`` of one output holds where it is largest, or the Jacobian of a weight."""
         weights = {w.key: w for call in self._calls for w in call.weights}.values()
         formed = (len(self._whole) * w.numel(self._params) for w in weights)
-        return max((1, *(stage.numel for stage in self._stages), *formed))  # a layer's output may be empty
+        return max((1, *(stage.numel for stage in self._stages), *formed))  # an output may be empty
 
     def steps(self, outputs: Tensor, parts: object, *, again: bool) -> Iterator[Step]:
-        """Pass ``s`` of some outputs back, a layer at a time; what is not needed ``again`` is freed on the way."""
+        """Pass ``s`` of some outputs back, a use at a time; what is not needed ``again`` is freed on the way."""
         cotangents: Tensor | Sequence[Tensor] = identity(self._whole, outputs)
         size = MemoryBudget.of(self.output.device).passing // (self.output.element_size() * len(outputs))
         divided, sums = merged(self._stages, size), sums_of(self._calls, self._params, self.failures)

@@ -12,7 +12,7 @@ from ggn_ntk.contraction.products import Part
 from ggn_ntk.problem.errors import NotCapturedError, is_out_of_memory
 
 #: What is said of a parameter whose rule raises an error.
-FAILS = "the rule of its layer fails"
+FAILS = "its rule fails"
 
 #: Takes a parameter's name, its Jacobian of some samples and the number of all; groups the operands by what can
 #: be contracted for these samples by themselves (``None`` where nothing can).
@@ -23,18 +23,18 @@ class BackwardPass(Protocol):
     """An evaluation of a model, and its way back: once for every chunk of the outputs."""
 
     output: Tensor  # the model's output ``[N, *out]``
-    failures: dict[str, str]  # why the rule of a parameter's layer failed on the way, by name
+    failures: dict[str, str]  # why the rule of a parameter failed on the way, by name
 
     @property
     def numel(self) -> int:
         """Numbers that ``s`` of one output holds where it is largest."""
 
     def steps(self, outputs: Tensor, parts: Parts, *, again: bool) -> Iterator["Step"]:
-        """Pass ``s`` of some outputs back, a layer at a time; what is not needed ``again`` is freed on the way."""
+        """Pass ``s`` of some outputs back, a use at a time; what is not needed ``again`` is freed on the way."""
 
 
 class Step:
-    """A layer on the way back.
+    """A use of parameters on the way back, say a layer.
 
     The pass owns ``s`` and goes on in the same memory: Jacobians can be written until then.
     """
@@ -44,14 +44,14 @@ class Step:
         self._write: Callable[[], Jacobians] | None = write
 
     def jacobians(self) -> Jacobians:
-        """Write Jacobians, by the names users know parameters by: of those that no layer before this one uses."""
+        """Write Jacobians, by the names users know parameters by: of those that are not used before it."""
         if self._write is None:
-            raise RuntimeError("The backward pass has left this layer.")
+            raise RuntimeError("The backward pass has left this use.")
         return self._write()
 
     @classmethod
     def standing(cls, write: Callable[[], Jacobians]) -> Iterator["Step"]:
-        """Stand at a layer until the pass goes on."""
+        """Stand at a use until the pass goes on."""
         step = cls(cache(write))
         yield step
         step._write = None
@@ -77,11 +77,12 @@ class Writer(NamedTuple):
     write: Callable[[], Jacobians]
 
     def written(self, failures: dict[str, str]) -> Jacobians:
-        """Write Jacobians, or take down that a rule fails."""
+        """Write Jacobians, or take down that a rule fails; an earlier reason stays."""
         try:
             return self.write()
         except Exception as error:
-            failures.update(dict.fromkeys(self.names, why_not(error, self.label)))
+            why = why_not(error, self.label)
+            failures.update({name: why for name in self.names if name not in failures})
             return {}
 
 

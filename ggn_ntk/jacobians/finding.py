@@ -141,7 +141,7 @@ class _Finding:
         problems: dict[str, tuple[str, int]],
     ) -> Iterator[Site]:
         """Look at an operation in which weights meet the samples."""
-        operation, samples = Operation(self._nodes[place][0], 0).kind, self._samples(place)
+        operation, samples = Operation(self._nodes[place][0], 0).label, self._samples(place)
         paths, weights = list[tuple[str, Path]](), list[tuple[Path, tuple[str, ...]]]()
         for step, weight, number in entering:
             names = reach[weight]
@@ -221,7 +221,7 @@ class _Finding:
         try:
             Flow.along(operations, s, samples)
         except Exception as error:
-            raise NotCapturedError(why_not(error, operations[0].kind)) from error
+            raise NotCapturedError(why_not(error, operations[0].label)) from error
 
     def _located(self) -> dict[int, SampleAxis]:
         """Find samples in axes of several entries of each, where a view gives them an axis of their own."""

@@ -43,7 +43,7 @@ class LayerCall:
     axis: int | None = None  # the axis of the samples in the output; ``None`` where it is not known
     rows: int = 1  # how many entries of that axis, one behind the other, belong to a sample
 
-    def located(self, axes: "CallAxes", n: int) -> "LayerCall":
+    def located(self, axes: CallAxes, n: int) -> "LayerCall":
         """Find N samples, and put them in front of its arguments."""
         if axes.axis is None or self.shape[axes.axis : axes.axis + 1] != (n * axes.rows,):
             return self

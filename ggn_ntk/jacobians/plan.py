@@ -81,11 +81,11 @@ class Side:
 
     @property
     def failures(self) -> dict[str, str]:
-        """Why the rule of a parameter's layer failed on the way back, by name."""
+        """Why the rule of a parameter failed on the way back, by name."""
         return self._backward.failures
 
     def steps(self, outputs: Tensor, parts: Parts, *, again: bool) -> "Iterator[Step | _VerifiedStep]":
-        """Pass some outputs back, a layer at a time; ``again``: and others later."""
+        """Pass some outputs back, a use at a time; ``again``: and others later."""
         # outputs [C], their places in [*out], flattened
         steps = self._backward.steps(outputs, parts, again=again)
         if self.verification is None:
@@ -95,7 +95,7 @@ class Side:
 
 
 class _VerifiedStep(NamedTuple):
-    """A layer on the way back, whose Jacobians are shown to a verification."""
+    """A use on the way back, whose Jacobians are shown to a verification."""
 
     step: Step
     verification: Verification

@@ -1,8 +1,8 @@
-"""The calls of layers, recorded in a forward pass, for any ``nn.Module`` whose samples do not interact.
+"""A forward pass in a graph, and the calls of layers that are taken as a whole.
 
-Forward hooks record the input and output of each call of a layer that has a rule and wanted parameters; then autograd
-passes all output basis vectors back to the recorded outputs (:mod:`ggn_ntk.jacobians.autograd`). The rest of the model
-may be anything.
+Where parameters are used shows in the graph (:mod:`ggn_ntk.jacobians.finding`), but not how a rule of the user's sees a
+layer: forward hooks record the input and output of each of its calls. Of a Sequential model's layers, whose rules are
+tried before they are used, they record all that have a rule.
 """
 
 import inspect

@@ -36,7 +36,7 @@ class SequentialPass:
 
     Attributes:
         output: The model's output ``[N, *out]``.
-        failures: Why the rule of a parameter's layer failed on the way, by name.
+        failures: Why the rule of a parameter failed on the way, by name.
     """
 
     def __init__(self, request: Request, inputs: Inputs) -> None:

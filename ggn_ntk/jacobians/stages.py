@@ -1,8 +1,8 @@
 """The way back through autograd's graph, divided wherever all of it passes through one tensor.
 
 Where a residual block ends, or a layer of a sequence, all that lies before is reached through one tensor. There the way
-back is divided: the cotangents of all outputs pass one stage, its layers are contracted, and from where it ends they
-pass the next. So ``s`` of one stage is in memory at a time, not that of all layers.
+back is divided: the cotangents of all outputs pass one stage, its uses of parameters are contracted, and from where it
+ends they pass the next. So ``s`` of one stage is in memory at a time, not that of all uses.
 """
 
 from collections.abc import Collection, Sequence
@@ -21,7 +21,7 @@ class Stage:
     """A part of the way back."""
 
     start: GradientEdge  # where it starts in the graph
-    calls: tuple[LayerCall | Use, ...]  # the calls of layers on the way, those first that it passes last
+    calls: tuple[LayerCall | Use, ...]  # on the way, those first that it passes last
     end: tuple[GradientEdge, ...]  # where the next stage starts; empty for the last stage
 
     @property

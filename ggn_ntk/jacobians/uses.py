@@ -85,7 +85,7 @@ class Use:
     @property
     def label(self) -> str:
         """What it is called in messages."""
-        return Operation(self.nodes[self.site.node], 0).kind
+        return Operation(self.nodes[self.site.node], 0).label
 
     @property
     def axis(self) -> int | None:

@@ -3,7 +3,7 @@
 For numbers v, ``sum v[n, c] J[c, n]`` from the Jacobians that rules write must be autograd's gradient of
 ``sum v[n, c] f[n, c]``. It is compared, parameter by parameter,
 
-- on a few samples, each by itself: is each rule right, and is every use of a parameter found?
+- on a few samples, in the graph that uses were found in, or each by itself: is each rule right, and is every use found?
 - on the Jacobians that are contracted, of all samples: do rules hold for each of them, is the axis of the samples
   found, did ``s`` pass back right, and do samples leave one another alone? Autograd's side comes from the samples in
   two halves (:mod:`ggn_ntk.models.independence`). Where all layers are known to act on each sample by itself, and

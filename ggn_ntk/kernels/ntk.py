@@ -26,7 +26,7 @@ class Method(str, Enum):
     """The routes to the kernel.
 
     - ``structured``: one pass back through the layers, contracting only the x1-x2 block of each in the cheapest
-      order; parameters without a layer that has a rule by their Jacobians. For any model; fastest and leanest.
+      order; parameters that no rule covers by their Jacobians. For any model; fastest and leanest.
     - ``vivit``: GGN Gram matrices from one backward pass. For Sequential models of the layers that ViViT knows.
       Contracts all (N1 + N2)^2 pairs to use N1 N2 of them.
     - ``jacobian_contraction``: ``torch.func`` Jacobians of both sets, contracted. For any model. Holds the
@@ -99,8 +99,8 @@ def empirical_ntk(
         check: Compare a small random block with an independent ``torch.func`` computation, and look for samples that
             influence one another in as many ways as tell every pair of them apart.
         capture: How the structured route takes the model apart: ``"sequential"`` walks through a Sequential model layer
-            by layer, as the BackPACK extension does; ``"autograd"`` records the layers of any model. ``"auto"`` takes
-            the first where it can. Another value forces the structured route.
+            by layer, as the BackPACK extension does; ``"autograd"`` finds in the graph of any model where
+            parameters are used. ``"auto"`` takes the first where it can. Another value forces the structured route.
         output: Turns what the model returns into the tensor ``[N, *out]`` to differentiate, say
             ``lambda out: out.logits``.
         trace_axes: Output axes to sum at equal indices, counted without the sample axis (of ``[N, C, H, W]``, the

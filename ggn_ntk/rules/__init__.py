@@ -1,8 +1,10 @@
-"""Rules: what a layer's parameter Jacobians are, and how a Jacobian passes back through a layer.
+"""Rules: what parameter Jacobians are, and how a Jacobian passes back through a layer.
 
-A parameter rule writes the Jacobian of the network's outputs with respect to each parameter of one layer as an
-unevaluated einsum of the layer's input and of the backpropagated Jacobian ``s``. It says what the Jacobian is, not how
-to contract it. A layer is one function in a file of this package::
+Operations, as autograd's graph has them, are written as linear maps (:mod:`ggn_ntk.rules.linear_map`). Layers of a
+Sequential model, and those with a rule of the user's, are taken as a whole: a parameter rule writes the Jacobian of the
+network's outputs with respect to each parameter of one layer as an unevaluated einsum of the layer's input and of the
+backpropagated Jacobian ``s``. It says what the Jacobian is, not how to contract it. A layer is one function in a file
+of this package::
 
     @register_rule(nn.Linear)
     def linear(module, x, s):

@@ -57,6 +57,11 @@ class Operation:
         return operation_of(self.node)[0]
 
     @property
+    def label(self) -> str:
+        """What it is called in messages."""
+        return self.kind or self.node.name()
+
+    @property
     def argument(self) -> str:
         """The name of the argument."""
         return operation_of(self.node)[1][self.place]
@@ -132,7 +137,7 @@ class Operation:
 
     def __str__(self) -> str:
         """Name the operation, and the argument."""
-        return f"{self.argument} of {self.kind}" if self.kind else self.node.name()
+        return f"{self.argument} of {self.label}" if self.kind else self.label
 
 
 def letter_of(axis: int) -> str:

@@ -125,11 +125,10 @@ def acts_on_each_sample(module: Module) -> bool:
     known = [_RULES.get(kind), _BACKPROPAGATIONS[kind].function if kind in _BACKPROPAGATIONS else None]
     registered = [function for function in known if function is not None]
     own = _is_torchs(kind) and bool(registered)
-    # Attention may have its samples anywhere. Reshaping may start at their axis; counted from behind, any may be it.
+    # Reshaping may start at the axis of the samples; counted from behind, any may be it.
     axis = module.dim if isinstance(module, nn.Unflatten) else getattr(module, "start_dim", 1)
     reshapes_samples = not (isinstance(axis, int) and axis >= 1)
-    apart = isinstance(module, nn.MultiheadAttention) or reshapes_samples
-    return own and not apart and all(map(_is_own, registered))
+    return own and not reshapes_samples and all(map(_is_own, registered))
 
 
 def batched_vjp(module: Module, x: Tensor, s: Tensor) -> Tensor:

@@ -84,7 +84,7 @@ def test_what_a_pass_has_left_is_an_error(capture):
         steps = list(side.steps(torch.arange(2), lambda *args: None, again=False))
         assert len(steps) == 2
         for step in steps:
-            with pytest.raises(RuntimeError, match="has left this layer"):
+            with pytest.raises(RuntimeError, match="has left this use"):
                 step.jacobians()
 
 
