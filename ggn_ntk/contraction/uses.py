@@ -65,7 +65,7 @@ def _form(use: Factored) -> _Form | None:
     letters = "cn" + string.ascii_lowercase.replace("c", "").replace("n", "")
     names = dict(zip(use.result, letters, strict=False)) | {_POSITION: _POSITION}
     # Every operand of the samples must have all positions, or they cannot be merged to one axis.
-    alone = [set(o.letters).isdisjoint({*summed, "c", "n"}) for o in use.labelled]
+    alone = [set(o.term).isdisjoint({*summed, "c", "n"}) for o in use.labelled]
     of_samples = [o for o, constant in zip(use.labelled, alone, strict=True) if not constant]
     if any(not set(summed) <= set(o.letters) or _grows(o) for o in of_samples):
         return None

@@ -112,10 +112,12 @@ class AutogradPass:
 
     @property
     def numel(self) -> int:
-        """Numbers that ``s`` of one output holds where it is largest, or the Jacobian of a weight."""
+        """Numbers that ``s`` of one output holds where it is largest, or as it waits; or the Jacobian of a weight."""
         weights = {w.key: w for call in self._calls for w in call.weights}.values()
         formed = (len(self._whole) * w.numel(self._params) for w in weights)
-        return max((1, *(stage.numel for stage in self._stages), *formed))  # an output may be empty
+        sums = sums_of(self._calls, self._params, self.failures)
+        waiting = sum(stage.numel for stage in self._stages if _waits(stage, sums))
+        return max((1, waiting, *(stage.numel for stage in self._stages), *formed))  # an output may be empty
 
     def steps(self, outputs: Tensor, parts: object, *, again: bool) -> Iterator[Step]:
         """Pass ``s`` of some outputs back, a use at a time; what is not needed ``again`` is freed on the way."""
@@ -127,9 +129,7 @@ class AutogradPass:
         numels = (len(outputs) * stage.numel + ALIGNED * len(stage.calls) for stage in divided)
         buffer = Buffer(max(numels, default=0))
         for stage in divided:
-            # Jacobians that wait for other uses of their parameter keep ``s``.
-            waits = any(sums.several(call.names, call.weights) for call in stage.calls)
-            found, cotangents = pull_back(stage, cotangents, Buffer(0) if waits else buffer)
+            found, cotangents = pull_back(stage, cotangents, Buffer(0) if _waits(stage, sums) else buffer)
             for call in reversed(stage.calls):
                 yield from Step.standing(partial(self._kept, partial(call.add_to, sums, found.pop())))
             buffer.clear()
@@ -140,6 +140,11 @@ class AutogradPass:
         if kept == len(self._whole):
             return jacobians
         return {name: [part.select_samples(range(kept)) for part in parts] for name, parts in jacobians.items()}
+
+
+def _waits(stage: Stage, sums: Sums) -> bool:
+    """Tell whether Jacobians of a stage wait for other uses of their parameters, and keep ``s``."""
+    return any(sums.several(call.names, call.weights) for call in stage.calls)
 
 
 def sums_of(calls: Sequence[LayerCall | Use], params: dict[str, Tensor], failures: dict[str, str]) -> Sums:

@@ -21,6 +21,9 @@ from ggn_ntk.rules.linear_map import Operation
 # On how many paths a weight may lead to a parameter: all pairs of them are contracted.
 _PATHS = 4
 
+# Of how many samples gradients tell how these take turns along an axis.
+_FEW = 3
+
 # Operations that only rearrange: a model that takes one sample at a time does not show where samples enter.
 _VIEWS = {"reshape", "t", "transpose", "permute", "same"}
 
@@ -150,10 +153,10 @@ class _Finding:
                     what = f"an output {list(self._shape(place))} of {operation}"
                     raise NotCapturedError(f"samples are not told apart in {what}")
                 self._try([step], samples)
-            except NotCapturedError as error:
-                problems |= dict.fromkeys(names, (str(error), place))
+                ways = {name: self._paths(step, samples, (weight, number), name, reach) for name in sorted(names)}
+            except Exception as error:
+                problems |= dict.fromkeys(names, (why_not(error, operation), place))
                 continue
-            ways = {name: self._paths(step, samples, (weight, number), name, reach) for name in sorted(names)}
             paths += [(name, path) for name, found in ways.items() for path in found]
             passed = tuple(name for name, found in ways.items() if not found)
             weights += [(self._extended((step,), samples, (weight, number), passed, reach), passed)] if passed else []
@@ -218,10 +221,7 @@ class _Finding:
         """Try whether all steps of a path are einsums."""
         operations = [Operation(self._nodes[step.node][0], step.place, step.number) for step in path]
         s = torch.zeros((), dtype=operations[0].dtype, device=operations[0].device).expand(1, *operations[0].output)
-        try:
-            Flow.along(operations, s, samples)
-        except Exception as error:
-            raise NotCapturedError(why_not(error, operations[0].label)) from error
+        Flow.along(operations, s, samples)
 
     def _located(self) -> dict[int, SampleAxis]:
         """Find samples in axes of several entries of each, where a view gives them an axis of their own."""
@@ -275,18 +275,22 @@ class _Finding:
         edges = [GradientEdge(self._nodes[site.node][which], 0) for site in sites]
         output: Tensor = recording.output
         v = cotangent(output, 0, output.shape)
+        samples = sorted({*range(min(recording.n, _FEW)), recording.n - 1})
         touched = list[Tensor]()  # by one sample after the other: which entries along the axis
-        for sample in range(recording.n):
+        for sample in samples:
             chosen = torch.zeros_like(v)
             chosen[sample] = v[sample]
             found = torch.autograd.grad(output, edges, chosen, retain_graph=True, allow_unused=True)
             touched += [_touched(s, site.samples, v) for s, site in zip(found, sites, strict=True)]
         read = iter(torch.cat(touched).tolist())
-        marks = [[next(read) for _ in range(len(mask))] for mask in touched]
-        return {
-            site.node: [d for d in possible[site.node] if _fits(marks[i :: len(sites)], d)]
-            for i, site in enumerate(sites)
-        }
+        marks = [[place for place in range(len(mask)) if next(read)] for mask in touched]
+
+        def fits(site: int, outer: int) -> bool:
+            inner = sites[site].samples.inner // outer
+            of_samples = zip(samples, marks[site :: len(sites)], strict=True)
+            return all(place // inner % recording.n == sample for sample, places in of_samples for place in places)
+
+        return {site.node: [d for d in possible[site.node] if fits(i, d)] for i, site in enumerate(sites)}
 
 
 def _grows(some: Node, more: Node) -> bool:
@@ -333,13 +337,6 @@ def _touched(s: Tensor | None, samples: SampleAxis, like: Tensor) -> Tensor:
     assert samples.axis is not None
     touched = (s != 0).movedim(samples.axis, 0)
     return touched.reshape(len(touched), -1).any(1)
-
-
-def _fits(marks: Sequence[Sequence[bool]], outer: int) -> bool:
-    """Tell whether samples may take turns so often along an axis, from the entries that each of them has."""
-    n, entries = len(marks), len(marks[0])
-    inner = entries // (n * outer)
-    return all(place // inner % n == sample for sample in range(n) for place in range(entries) if marks[sample][place])
 
 
 def _divisors(entries: int) -> list[int]:

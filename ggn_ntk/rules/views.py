@@ -62,7 +62,7 @@ def index_select(op: Operation) -> LinearMap:
 def index(op: Operation) -> LinearMap | None:
     """Write rows of a table."""
     places, *others = op["indices"]
-    if places is None or any(other is not None for other in others) or places.dtype == torch.bool:
+    if places is None or any(other is not None for other in others) or places.dtype in (torch.bool, torch.uint8):
         return None
     places = torch.where(places < 0, places + op.shape[0], places)
     own = tuple(letter_of(axis) for axis in range(places.ndim))

@@ -63,11 +63,11 @@ PATHS = {
     ),
     "expanded": (lambda x, w, v: x * v.expand(len(x), -1) + w[0], {"w": 1, "v": 1}),
     "an outer product": (lambda x, w, v: x @ (w * torch.outer(v, v)), {"w": 1, "v": 0}),
-    "normalised": (lambda x, w, v: x @ F.normalize(w, dim=1) + v, {"w": 0, "v": 1}),
+    "normalised": (lambda x, w, v: x @ F.normalize(w, dim=1) + v, {"w": 2, "v": 1}),
     "softmax": (lambda x, w, v: x @ w.softmax(1) * v.softmax(0), {"w": 0, "v": 0}),
     "two normalised weights, one of them twice": (
         lambda x, w, v: (x @ w.softmax(1)).tanh() @ F.normalize(w, dim=0) + v,
-        {"w": 0, "v": 1},
+        {"w": 2, "v": 1},
     ),
 }
 

@@ -170,6 +170,26 @@ WEIGHTS: dict[str, list[Callable[[], Tensor]]] = {
             "tanh",
         )
     },
+    "LinalgVectorNormBackward0": [
+        lambda: F.normalize(p(3, 4)),
+        lambda: p(2, 3, 4).norm(dim=(0, 2)),
+        lambda: p(3).norm(),
+    ],
+    "MeanBackward0": [lambda: p(3, 4) - p(3, 4).mean()],
+    "MeanBackward1": [lambda: p(3, 4).mean(-1), lambda: p(2, 3, 4).mean((0, 1), keepdim=True)],
+    "StdBackward0": [lambda: p(3, 4).std(1), lambda: p(4) / p(4).std()],
+    "SumBackward0": [lambda: p(3, 4) * p(3).sum()],
+    "SumBackward1": [lambda: p(3, 4).sum(0), lambda: p(2, 3, 4).sum((1, -1))],
+    "VarBackward0": [lambda: p(3, 4).var(1, correction=0, keepdim=True)],
+    "VdotBackward0": [lambda: p(3, 4) * torch.vdot(x(3), p(3))],
+    "NativeBatchNormBackward0": [
+        lambda: F.batch_norm(p(2, 3, 4), None, None, p(3), p(3), training=True, eps=0.1),
+        lambda: F.batch_norm(p(1, 3, 4), x(3), x(3).exp(), training=False).reshape(3, 4),
+    ],
+    "WeightNormInterfaceBackward0": [
+        lambda: aten._weight_norm_interface(p(3, 4), p(3, 1))[0],
+        lambda: aten._weight_norm_interface(p(2, 3, 4), p(1, 1, 4), 2)[0],
+    ],
     "IndexBackward0": [lambda: p(6, 3)[torch.tensor([0, -1, 3, 3])], lambda: p(6, 3)[torch.tensor([[0, 1], [2, 1]])]],
     "IndexSelectBackward0": [lambda: p(6, 3).index_select(0, ids(4)), lambda: p(3, 5).index_select(-1, ids(4))],
     "PermuteBackward0": [lambda: p(2, 3, 4).permute(2, 0, -2), lambda: p(3, 4).T],
@@ -229,8 +249,9 @@ def compare(site: Node, samples: SampleAxis) -> list[Operation]:
     s = x(C, *shape)
     found, passed = {}, list[Operation]()
     for path, parameter in paths(site):
-        jacobian = Flow.along(path, s, samples).jacobian(parameter.dtype).formed()
-        found[parameter] = found[parameter] + jacobian if parameter in found else jacobian
+        for flow in Flow.along(path, s, samples):
+            jacobian = flow.jacobian(parameter.dtype).formed()
+            found[parameter] = found[parameter] + jacobian if parameter in found else jacobian
         passed += path
     masks = torch.ones(1, *shape, dtype=torch.float64)
     if samples.axis is not None:  # [N, *output]: which entries belong to a sample
