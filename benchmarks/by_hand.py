@@ -11,6 +11,7 @@ import statistics
 import time
 import warnings
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -215,7 +216,8 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     explained = explain(model, x)
     contenders: dict[str, Callable[[], Any]] = {_OURS: lambda: empirical_ntk(model, x)}
     if not case.plain and not name.endswith("mlp"):
-        contenders |= {_MAPPED: lambda: _mapped(model, x), _LOOP: lambda: _looped(model, x)}
+        copy = deepcopy(model)  # torch.func may leave weights of recurrent layers replaced where it fails
+        contenders |= {_MAPPED: lambda: _mapped(copy, x), _LOOP: lambda: _looped(model, x)}
         contenders |= {_CONTRACTION: lambda: empirical_ntk(model, x, method="jacobian_contraction")}
     seconds: dict[str, list[float]] = {}
     kernels: dict[str, Tensor] = {}
