@@ -130,14 +130,19 @@ def _albert() -> nn.Module:
         "num_attention_heads": 4,
     }
     config = AlbertConfig(vocab_size=200, num_hidden_layers=12, **sizes)
-    model = AlbertForSequenceClassification(config)
-    model.forward = _logits(model.forward)
-    return model
+    return _Logits(AlbertForSequenceClassification(config))
 
 
-def _logits(forward: Callable[..., Any]) -> Callable[[Tensor], Any]:
-    """Take the logits of what a model returns."""
-    return lambda tokens: forward(input_ids=tokens).logits
+class _Logits(nn.Module):
+    """The logits of what a language model returns."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        logits: Tensor = self.model(input_ids=tokens).logits
+        return logits
 
 
 def _nf_resnet() -> nn.Module:
