@@ -87,6 +87,7 @@ def _room(call: LayerCall | Use, part: Tensor, k: int, buffer: Buffer) -> Tensor
         return buffer.take([k], part)
     channels = part.shape[axes[-1]]
     place = max(1, part.ndim - 1) if part.numel() > part.shape[axes[0]] * channels**2 else 1
+    place = 0 if call.rows > 1 else place  # outside of rows that belong to a sample, which are one run then
     axes.insert(place, part.ndim)
     sizes = [*part.shape, k]
     room = buffer.take([sizes[axis] for axis in axes], part)

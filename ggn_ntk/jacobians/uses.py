@@ -93,6 +93,11 @@ class Use:
         return self.site.samples.axis
 
     @property
+    def rows(self) -> int:
+        """How many entries of that axis, one behind the other, belong to a sample."""
+        return self.site.samples.inner
+
+    @property
     def names(self) -> tuple[str, ...]:
         """The parameters whose Jacobians it writes, those of weights apart."""
         return tuple(dict.fromkeys(name for name, _ in self.site.paths))
