@@ -44,11 +44,12 @@ class Accumulator:
             if len(ours) == len(theirs) == 1 and not (formed or self.per_parameter):
                 once.append((ours[0], theirs[0]))  # may be joined with another, whose kernels are added up anyway
                 continue
-            pairs = [kernel_einsum(a, b, self.roles, formed=formed) for a in ours for b in theirs]
-            # What cancels between several is to do so before it is squared.
-            if len(pairs) > 1 and (formed or self._are_cheaper_as_one(ours, theirs, pairs)):
+            if formed:  # what cancels between several is to do so before it is squared
                 ours, theirs = _on_both_sides(_one, ours, theirs)
-                pairs = [kernel_einsum(ours[0], theirs[0], self.roles, formed=formed)]
+            pairs = [kernel_einsum(a, b, self.roles, formed=formed) for a in ours for b in theirs]
+            if len(pairs) > 1 and self._are_cheaper_as_one(ours, theirs, pairs):
+                ours, theirs = _on_both_sides(_one, ours, theirs)
+                pairs = [kernel_einsum(ours[0], theirs[0], self.roles)]
             products += [(key, pair) for pair in pairs]
         ours, theirs = _on_both_sides(join_biases, [a for a, _ in once], [b for _, b in once])
         if [a.equation for a in ours] != [b.equation for b in theirs]:  # it pays for one of the two sets alone

@@ -179,4 +179,4 @@ def before(node: Node, sources: dict[Node, tuple[Node, ...]]) -> list[Node]:
 
 def other_graph() -> NotCapturedError:
     """Say that a model computes something else for other samples."""
-    return NotCapturedError("the graph of these samples is not that of one of them")
+    return NotCapturedError("the graph of these samples is not that of those in which uses were found")

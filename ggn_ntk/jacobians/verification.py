@@ -7,8 +7,8 @@ For numbers v, ``sum v[n, c] J[c, n]`` from the Jacobians that rules write must 
 - on the Jacobians that are contracted, of all samples: do rules hold for each of them, is the axis of the samples
   found, did ``s`` pass back right, and do samples leave one another alone? Autograd's side comes from the samples in
   two halves (:mod:`ggn_ntk.models.independence`). Where all layers are known to act on each sample by itself, and
-  nothing but torch and this library runs between them, a few samples stand for all: the rest would take up to half of
-  the kernel's time.
+  nothing but torch and this library runs between them, a few samples stand for all: the rest may take longer than
+  the kernel.
 
 In the first, both sides come from one forward pass, so that they differ by rounding alone. In the second, rounding may
 take a unit to the other side of a kink; what differs is compared once more with a gradient from a batch of all samples.

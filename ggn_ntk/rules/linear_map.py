@@ -5,7 +5,7 @@ that matter are linear, or entry by entry::
 
     @register_operation("mm")
     def mm(op):
-        return op.product("ak", "kb", "ab")
+        return op.product(self="ak", mat2="kb", output="ab")
 
 An operation is one function, which writes the output as an einsum of the argument and of what was saved.
 """

@@ -76,11 +76,11 @@ def _normalized_input(op: Operation) -> LinearMap | list[LinearMap]:
     if not op["training"]:
         return op.entrywise(scale)
     mean = -scale * x.shape[1] / x.numel()
-    ones = x.new_ones(()).expand(x.shape)
+    ones, normalized = x.new_ones(()).expand(x.shape), _normalized(op)
     return [
         op.entrywise(scale),
         _across(op, 1, mean, None, ones),
-        _across(op, 1, mean, _normalized(op), _normalized(op)),
+        _across(op, 1, mean, normalized, normalized),
     ]
 
 
