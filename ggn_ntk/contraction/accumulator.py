@@ -1,5 +1,6 @@
 """Kernels, added up from the Jacobians of one layer after the other."""
 
+from collections import defaultdict
 from collections.abc import Callable, Container, Sequence
 from math import prod
 from typing import Any
@@ -20,11 +21,11 @@ _LARGEST = 2**26
 
 
 class Accumulator:
-    """Sums kernels over parameters, which are known by name, or ``""`` for their sum."""
+    """Sums kernels over parameters, by the name of the group that they belong to."""
 
-    def __init__(self, roles: Roles, n1: int | None, per_parameter: bool, formed: Container[str] = ()) -> None:
+    def __init__(self, roles: Roles, n1: int | None, group: Callable[[str], str], formed: Container[str] = ()) -> None:
         """Set up for Jacobians of N1 samples and those behind them; of one set, with itself, if N1 is ``None``."""
-        self.roles, self.n1, self.per_parameter = roles, n1, per_parameter
+        self.roles, self.n1, self._group = roles, n1, group
         self._formed = formed  # whose Jacobians are formed before x1 meets x2: products of their terms would round
         self.kernels: dict[str, Tensor] = {}
 
@@ -35,14 +36,14 @@ class Accumulator:
 
     def add(self, first: Jacobians, second: Jacobians | None = None) -> None:
         """Add Jacobians of some parameters, and those of x2 if it was evaluated by itself."""
-        once, products = list[tuple[Factored, Factored]](), list[NamedEinsum]()
+        once, products = defaultdict[str, list[tuple[Factored, Factored]]](list), list[NamedEinsum]()
         for name, ours in first.items():
             if second is not None and name not in second:  # its rule failed there: the parameter falls back
                 continue
             theirs = ours if second is None else second[name]
-            key, formed = name if self.per_parameter else "", name in self._formed
-            if len(ours) == len(theirs) == 1 and not (formed or self.per_parameter):
-                once.append((ours[0], theirs[0]))  # may be joined with another, whose kernels are added up anyway
+            key, formed = self._group(name), name in self._formed
+            if len(ours) == len(theirs) == 1 and not formed:
+                once[key].append((ours[0], theirs[0]))  # may be joined with another, whose kernels are added up anyway
                 continue
             if formed:  # what cancels between several is to do so before it is squared
                 ours, theirs = _on_both_sides(_one, ours, theirs)
@@ -51,10 +52,11 @@ class Accumulator:
                 ours, theirs = _on_both_sides(_one, ours, theirs)
                 pairs = [kernel_einsum(ours[0], theirs[0], self.roles)]
             products += [(key, pair) for pair in pairs]
-        ours, theirs = _on_both_sides(join_biases, [a for a, _ in once], [b for _, b in once])
-        if [a.equation for a in ours] != [b.equation for b in theirs]:  # it pays for one of the two sets alone
-            ours, theirs = ([use[side] for use in once] for side in (0, 1))
-        products += [("", kernel_einsum(a, b, self.roles)) for a, b in zip(ours, theirs, strict=True)]
+        for key, uses in once.items():
+            ours, theirs = _on_both_sides(join_biases, [a for a, _ in uses], [b for _, b in uses])
+            if [a.equation for a in ours] != [b.equation for b in theirs]:  # it pays for one of the two sets alone
+                ours, theirs = ([use[side] for use in uses] for side in (0, 1))
+            products += [(key, kernel_einsum(a, b, self.roles)) for a, b in zip(ours, theirs, strict=True)]
         if products:
             sets = [next(iter(jacobians.values()))[0].sizes["n"] for jacobians in (first, second) if jacobians]
             self._contract(products, *sets)

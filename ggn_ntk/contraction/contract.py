@@ -36,7 +36,7 @@ class Wanted(NamedTuple):
     """What is wanted of the kernels."""
 
     axes: OutputAxes  # the role of each output axis
-    per_parameter: bool  # whether kernels of parameters are kept apart
+    group: Callable[[str], str]  # the name of the kernel that a parameter counts for
     params: Collection[str]  # parameters that have a kernel, also where nothing uses them
     formed: Container[str] = ()  # parameters whose Jacobians are formed before x1 meets x2
 
@@ -49,7 +49,7 @@ def contract(
     n1: int | None = None,
     make: Callable[..., Accumulator] = Accumulator,
 ) -> dict[str, Tensor]:
-    """Compute the kernels between two sides, by name of the parameter (empty for their sum)."""
+    """Compute the kernels between two sides, by name."""
     # One side with itself is the symmetric case; or x1 and x2 are the first N1 samples and the others of one side,
     # which is faster than to evaluate them one after the other.
     # -> [N1, N2, E, F, F]
@@ -57,7 +57,7 @@ def contract(
     kernels: dict[str, Tensor] = {}
     chunks = _chunks(sides, wanted.axes)
     for number, chunk in enumerate(chunks, 1):
-        accumulator = make(chunk.roles, n1, wanted.per_parameter, wanted.formed)
+        accumulator = make(chunk.roles, n1, wanted.group, wanted.formed)
         again = number < len(chunks)
         for steps in zip(*(side.steps(chunk.outputs, accumulator.parts, again=again) for side in sides), strict=True):
             accumulator.add(*(step.jacobians() for step in steps))
@@ -65,8 +65,8 @@ def contract(
     n, m = len(first.output), len(second.output)
     samples = (n, m) if n1 is None else (n1, n - n1)
     for name in wanted.params:
-        key = name if wanted.per_parameter else ""
-        if key not in kernels:  # nothing uses the parameter
+        key = wanted.group(name)
+        if key not in kernels:  # nothing uses its parameters
             kernels[key] = first.output.new_zeros(*samples, *wanted.axes.roles.kernel)
     return kernels
 

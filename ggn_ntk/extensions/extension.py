@@ -85,18 +85,20 @@ class EmpiricalNTK(BackpropExtension):
             per_parameter: Also store each parameter's kernel as its attribute ``empirical_ntk``.
 
         Raises:
-            TypeError: If ``n1`` is not an integer.
+            TypeError: If ``n1`` is not an integer, or ``per_parameter`` not ``True`` or ``False``.
             ValueError: If ``compute`` is not one of these.
         """
         super().__init__(savefield="empirical_ntk", module_exts={})
         self._requested = AxesRequest.parse(compute)
         check_integer(n1)
+        if not isinstance(per_parameter, bool):  # there are no kernels of modules here
+            raise TypeError(f"per_parameter must be True or False, got {per_parameter!r}.")
         self.n1, self.compute, self.per_parameter = n1, compute, per_parameter
         self._pass_id: int | None = None
         self._check: PassCheck | None = None
         self._axes = OutputAxes(Size())
         self._seen: dict[str, Tensor] = {}
-        self._accumulator = Accumulator(self._axes.roles, n1, per_parameter)
+        self._accumulator = Accumulator(self._axes.roles, n1, self._group)
         self._ended = False
 
     def expects_backpropagation_quantities(self) -> bool:
@@ -138,6 +140,10 @@ class EmpiricalNTK(BackpropExtension):
             raise RuntimeError("No kernel: no extended module of the pass has a parameter that requires a gradient.")
         return self._finished(torch.stack(list(self._accumulator.kernels.values())).sum(0))
 
+    def _group(self, name: str) -> str:
+        """Name the kernel that a parameter counts for."""
+        return name if self.per_parameter else ""
+
     def _finished(self, kernel: Tensor) -> Tensor:
         """Bring a kernel to the layout of the public API."""
         # kernel [N1, N2, E, F, F]
@@ -176,7 +182,7 @@ class EmpiricalNTK(BackpropExtension):
             check_split(self.n1, len(loss.input0))
         self._pass_id, self._check = pass_id, check
         self._axes = self._requested.resolve(loss.input0.shape[1:])
-        self._accumulator = Accumulator(self._axes.roles, self.n1, self.per_parameter)
+        self._accumulator = Accumulator(self._axes.roles, self.n1, self._group)
         self._save(loss.input0, identity(loss.input0))
         after_backward_pass(self._finish)
 

@@ -173,7 +173,7 @@ def explain(
     *,
     compute: str = "full",
     method: str = "auto",
-    params: Iterable[str] | None = None,
+    params: str | Iterable[str] | None = None,
     capture: str = "auto",
     output: Callable[[Any], Tensor] | None = None,
     trace_axes: int | Iterable[int] | None = None,
@@ -194,7 +194,7 @@ def explain(
         x2: N2 samples, or ``None`` for x1.
         compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
         method: ``"structured"``, or ``"auto"``: then a model that the structured route does not support is no error.
-        params: Names of the parameters to sum over; ``None`` for all that require a gradient.
+        params: The parameters to sum over, as for :func:`ggn_ntk.empirical_ntk`.
         capture: How to take the model apart, as for :func:`ggn_ntk.empirical_ntk`.
         output: Turns what the model returns into a tensor, as for :func:`ggn_ntk.empirical_ntk`.
         trace_axes: Output axes to sum at equal indices, counted without the sample axis; negative ones count from

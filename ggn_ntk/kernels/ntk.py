@@ -70,8 +70,8 @@ def empirical_ntk(
     *,
     compute: str = "full",
     method: str = "auto",
-    params: Iterable[str] | None = None,
-    per_parameter: bool = False,
+    params: str | Iterable[str] | None = None,
+    per_parameter: bool | str = False,
     check: bool = False,
     capture: str = "auto",
     output: Callable[[Any], Tensor] | None = None,
@@ -93,9 +93,13 @@ def empirical_ntk(
             ``(n, c) <-> (m, d)``.
         compute: ``"full"``, ``"diagonal"`` (entries with c = d) or ``"trace"`` (their sum over c).
         method: ``"auto"`` or another value of :class:`ggn_ntk.kernels.Method`, which says when each wins.
-        params: Names of the parameters to sum over, as in ``model.named_parameters()``; a tied parameter counts
-            once. ``None`` for all that require a gradient.
-        per_parameter: Return one kernel for each parameter, by name, instead of their sum.
+        params: The parameters to sum over: an entry, or several, each a name as in ``model.named_parameters()``, a
+            glob (``"encoder.layer.*.bias"``, as in :mod:`fnmatch`), or the dotted name of a module, for all that are in
+            it. Globs and modules leave frozen parameters out; to name one is an error. A tied parameter counts once.
+            ``None`` for all that require a gradient.
+        per_parameter: Return kernels by name instead of their sum: one for each parameter, or, for ``"module"``, one
+            for each module, summed over the parameters that are its own and not of a module inside it. The model's own
+            are under ``""``; what several modules share counts for the first.
         check: Compare a small random block with an independent ``torch.func`` computation, and look for samples that
             influence one another in as many ways as tell every pair of them apart.
         capture: How the structured route takes the model apart: ``"sequential"`` walks through a Sequential model layer
@@ -111,7 +115,7 @@ def empirical_ntk(
     Returns:
         ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]`` for a model with outputs ``[N, *out]``; with
         axes, ``[N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]``; or a dict of such
-        kernels. In the widest dtype of the parameters, or each in its own, on the model's device, without a graph.
+        kernels. Each in the widest dtype of the parameters it sums over, on the model's device, without a graph.
 
     Warns:
         RouteWarning: If another route or a slower way is taken, with the reason.
@@ -205,7 +209,7 @@ def _compare_with_oracle(
     for (name, kernel), error in zip(expecteds.items(), errors, strict=True):
         tolerance, differs = TOLERANCES[kernel.dtype], Difference(error, scale)
         if not differs.within(tolerance) and not error <= _rounding_of_kernel(block, axes, math.sqrt(scale)):
-            of = f" of parameter {name!r}" if name else ""
+            of = f" of {'module' if request.per_parameter == 'module' else 'parameter'} {name!r}" if name else ""
             raise NTKMismatchError(
                 f"The kernel{of} by method={method.value!r} differs from the oracle's on samples {rows} of x1 and "
                 f"{columns} of x2: relative error {differs.relative:.1e}, above {tolerance:.0e} for {kernel.dtype}."

@@ -77,7 +77,7 @@ def empirical_kernels(
     *,
     compute: str = "full",
     method: str = "auto",
-    params: Iterable[str] | None = None,
+    params: str | Iterable[str] | None = None,
     check: bool = False,
     capture: str = "auto",
     output: Callable[[Any], Tensor] | None = None,
@@ -94,7 +94,7 @@ def empirical_kernels(
         x2: N2 samples; ``None`` for x1.
         compute: ``"full"``, ``"diagonal"`` or ``"trace"``, of both kernels.
         method: The route to the NTK.
-        params: Names of the parameters that the NTK sums over.
+        params: The parameters that the NTK sums over.
         check: Compare a block of the NTK with an independent computation.
         capture: How the structured route takes the model apart.
         output: Turns what the model returns into the tensor ``[N, *out]`` of which both kernels are.
@@ -159,7 +159,7 @@ def _checked_outputs(request: Request) -> Tensor:
         raise UnsupportedModelError(problems)
     shape, inputs = look(request), request.x1.stack(request.x2)
     axes = request.axes.resolve(shape)
-    check_result((len(request.x1), len(request.second), *axes.roles.kernel), list(inputs.tensors.values()), False)
+    check_result((len(request.x1), len(request.second), *axes.roles.kernel), list(inputs.tensors.values()), 1)
     output = evaluate_checked(request, inputs, shape)
     compare_alone(request, inputs, output)
     if not output.isfinite().any():

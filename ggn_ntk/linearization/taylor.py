@@ -29,6 +29,7 @@ from ggn_ntk.models.evaluation import evaluate, primals_of
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request, check_picks, check_wrappers
+from ggn_ntk.problem.selection import selected
 from ggn_ntk.process.switches import without_checkpoints
 from ggn_ntk.process.torch_internals import COMPILED_PREFIX, backward_hooks, uncompiled
 from ggn_ntk.process.transforms import is_transformed
@@ -37,7 +38,7 @@ from ggn_ntk.process.turns import alone_with
 
 def linearize(
     model: Module,
-    params: Iterable[str] | Mapping[str, Tensor] | None = None,
+    params: str | Iterable[str] | Mapping[str, Tensor] | None = None,
     *,
     output: Callable[[Any], Tensor] | None = None,
 ) -> "TaylorExpansion":
@@ -64,7 +65,7 @@ def linearize(
 def taylor_expand(
     model: Module,
     degree: int,
-    params: Iterable[str] | Mapping[str, Tensor] | None = None,
+    params: str | Iterable[str] | Mapping[str, Tensor] | None = None,
     *,
     output: Callable[[Any], Tensor] | None = None,
 ) -> "TaylorExpansion":
@@ -78,8 +79,9 @@ def taylor_expand(
         model: Any module whose forward pass draws no random numbers. It is copied: what happens to it later, training
             included, does not move the expansion point.
         degree: The degree k; 0 for the model itself at θ0.
-        params: Which parameters to expand in: their names, or a mapping from names to values, which are then the
-            expansion point. The others are held constant. ``None`` for all, at the model's values.
+        params: Which parameters to expand in: an entry, or several, each a name, a glob or the dotted name of a module,
+            as for :func:`ggn_ntk.empirical_ntk` but with frozen ones; or a mapping from names to values, which are then
+            the expansion point. The others are held constant. ``None`` for all, at the model's values.
         output: Turns what the model returns into the tensor ``[N, *out]`` to expand, say ``lambda out: out.logits``.
 
     Returns:
@@ -104,7 +106,7 @@ class TaylorExpansion:
         self,
         model: Module,
         degree: int,
-        params: Iterable[str] | Mapping[str, Tensor] | None = None,
+        params: str | Iterable[str] | Mapping[str, Tensor] | None = None,
         *,
         output: Callable[[Any], Tensor] | None = None,
     ) -> None:
@@ -191,7 +193,7 @@ class TaylorExpansion:
             self._verified.clear()  # earlier samples were looked at with another pushforward
         self._verified.update(seen)
 
-    def _choose(self, params: Iterable[str] | Mapping[str, Tensor] | None) -> Parameters:
+    def _choose(self, params: str | Iterable[str] | Mapping[str, Tensor] | None) -> Parameters:
         """Look up the parameters to expand in, and put the values that are given into the snapshot."""
         known = dict(self._model.named_parameters())
         if params is None:
@@ -199,12 +201,9 @@ class TaylorExpansion:
             if not chosen:
                 raise ValueError("model has no parameters to expand in.")
         else:
-            if isinstance(params, str) or not isinstance(params, Iterable):
-                raise TypeError(
-                    "params must be an iterable of parameter names or a mapping from names to tensors, "
-                    f"got {type(params).__name__}."
-                )
-            names = [self._first_name("params", name) for name in params]
+            given = [params] if isinstance(params, str) else params
+            plain = map(_plain, given) if isinstance(given, Iterable) else given
+            names = [self._names[name] for _, found in selected(plain, self._names) for name in found]
             if not names:
                 raise ValueError("params is empty: name at least one parameter, or pass None for all.")
             chosen = {name: known[name] for name in names}
@@ -241,12 +240,17 @@ class TaylorExpansion:
 
     def _first_name(self, argument: str, name: Any) -> str:
         """Look up the first name of a parameter."""
-        plain = name.removeprefix(COMPILED_PREFIX) if isinstance(name, str) else name
+        plain = _plain(name)
         if plain not in self._names:
             raise ValueError(
                 f"{argument} names {name!r}, which the model does not have. It has: {', '.join(self._names)}."
             )
         return self._names[plain]
+
+
+def _plain(name: Any) -> Any:
+    """Leave out of a name what compiling puts before it."""
+    return name.removeprefix(COMPILED_PREFIX) if isinstance(name, str) else name
 
 
 def _snapshot(model: Module) -> Module:

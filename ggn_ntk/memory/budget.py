@@ -102,15 +102,15 @@ def resolve_axes(request: Request, out_shape: Size) -> OutputAxes:
     # out_shape [*out]
     axes = request.axes.resolve(out_shape)
     samples = len(request.x1), len(request.second)
-    check_result((*samples, *axes.roles.kernel), list(request.params.values()), request.per_parameter)
+    check_result((*samples, *axes.roles.kernel), list(request.params.values()), len(request.grouped()))
     return axes
 
 
-def check_result(shape: Sequence[int], params: Sequence[Tensor], per_parameter: bool) -> None:
-    """Refuse a kernel that cannot fit into memory, before any work."""
+def check_result(shape: Sequence[int], params: Sequence[Tensor], count: int) -> None:
+    """Refuse kernels that cannot fit into memory, before any work."""
     if not params:
         return
-    size = prod(shape) * max(p.element_size() for p in params) * (len(params) if per_parameter else 1)
+    size = prod(shape) * max(p.element_size() for p in params) * count
     device = params[0].device
     free = available(device) if size > 2**26 else None  # asking takes longer than such a kernel matters
     if free is not None and size > free:

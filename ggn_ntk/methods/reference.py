@@ -35,8 +35,8 @@ def jacobian_contraction(
     x2: Any = None,
     *,
     compute: str = "full",
-    params: Iterable[str] | None = None,
-    per_parameter: bool = False,
+    params: str | Iterable[str] | None = None,
+    per_parameter: bool | str = False,
     output: Callable[[Any], Tensor] | None = None,
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
@@ -54,8 +54,8 @@ def jacobian_contraction(
             (``model(**x1)``) of tensors that share their leading axis; float32 or float64 where real.
         x2: N2 samples like x1, or ``None`` for x1.
         compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
-        params: Names of the parameters to sum over; ``None`` for all that require a gradient.
-        per_parameter: Return one kernel for each parameter, by name.
+        params: The parameters to sum over, as for :func:`ggn_ntk.empirical_ntk`.
+        per_parameter: Return one kernel for each parameter, or each ``"module"``, by name.
         output: Turns what the model returns into a tensor ``[N, *out]``.
         trace_axes: Output axes to sum at equal indices, counted without the sample axis; negative ones count from
             the last.
@@ -84,8 +84,8 @@ def ntk_vector_products(
     x2: Any = None,
     *,
     compute: str = "full",
-    params: Iterable[str] | None = None,
-    per_parameter: bool = False,
+    params: str | Iterable[str] | None = None,
+    per_parameter: bool | str = False,
     output: Callable[[Any], Tensor] | None = None,
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
@@ -105,8 +105,8 @@ def ntk_vector_products(
             (``model(**x1)``) of tensors that share their leading axis; float32 or float64 where real.
         x2: N2 samples like x1, or ``None`` for x1.
         compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
-        params: Names of the parameters to sum over; ``None`` for all that require a gradient.
-        per_parameter: Return one kernel for each parameter, by name, each by products of its own.
+        params: The parameters to sum over, as for :func:`ggn_ntk.empirical_ntk`.
+        per_parameter: Return one kernel for each parameter, or each ``"module"``, by name, each by products of its own.
         output: Turns what the model returns into a tensor ``[N, *out]``.
         trace_axes: Output axes to sum at equal indices, counted without the sample axis; negative ones count from
             the last.
@@ -142,13 +142,13 @@ def product_kernels(request: Request) -> Computed:
 
 
 def contract_jacobians(request: Request, axes: OutputAxes, checked: Checked) -> Iterator[tuple[str, Tensor]]:
-    """Contract Jacobians, parameter by parameter. Call it inside ``isolated(request.model)``."""
+    """Contract Jacobians, parameter by parameter, for kernels by name. Call it inside ``isolated(request.model)``."""
     # -> [N1, N2, E, F, F]
     first, second = all_jacobians(request, checked)
     for name, jacobian in first.items():
         kernel = einsum("necfp,medfp->nmfecd", axes.arrange(jacobian), axes.arrange(second[name]))
         # A trace as a sum of T inner products rounds less than as one long inner product.
-        yield name, kernel.sum(2)
+        yield request.groups[name], kernel.sum(2)
 
 
 def multiply_vectors(
@@ -157,9 +157,9 @@ def multiply_vectors(
     """Compute kernels by NTK-vector products. Call it inside ``isolated(request.model)``."""
     # -> [N1, N2, E, F, F]
     if request.per_parameter:
-        for name, param in request.params.items():
-            part = replace(request, params={name: param}, per_parameter=False)
-            yield from multiply_vectors(part, axes, checked)
+        for group, params in request.grouped():
+            part = replace(request, params=params, per_parameter=False)
+            yield from ((group, kernel) for _, kernel in multiply_vectors(part, axes, checked))
         return
     kernel, why = None, "it gets products with vectors wrong"
     try:
@@ -178,7 +178,7 @@ def multiply_vectors(
         warn(f"{what}, since torch.func does not go through the model ({why}).", RouteWarning)
         yield from contract_jacobians(request, axes, checked or check_model(request))
     else:
-        yield next(iter(request.params)), kernel
+        yield "", kernel
 
 
 def _products_agree(request: Request, tolerance: float, out_shape: Size, sample: Inputs) -> bool:

@@ -73,7 +73,7 @@ def _contracted(plan: Plan, side: Side, make: Callable[..., Accumulator] = Accum
     """Contract x1 with x2, which are one side, or its two parts."""
     request = plan.request
     formed = request.params if request.jacobians_first else plan.cancelling
-    wanted = Wanted(plan.axes, request.per_parameter, plan.covered, formed)
+    wanted = Wanted(plan.axes, request.groups.__getitem__, plan.covered, formed)
     return contract(side, side, wanted, n1=request.n1, make=make)
 
 

@@ -46,8 +46,8 @@ def empirical_ntk_vivit(
     x2: Any = None,
     *,
     compute: str = "full",
-    params: Iterable[str] | None = None,
-    per_parameter: bool = False,
+    params: str | Iterable[str] | None = None,
+    per_parameter: bool | str = False,
     output: Callable[[Any], Tensor] | None = None,
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
@@ -64,8 +64,8 @@ def empirical_ntk_vivit(
         x1: N1 samples, a tensor ``[N1, ...]`` of the model's dtype (float32 or float64) on its device.
         x2: N2 samples, or ``None`` for x1.
         compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
-        params: Names of the parameters to sum over; ``None`` for all that require a gradient.
-        per_parameter: Return one kernel for each parameter, by name.
+        params: The parameters to sum over, as for :func:`ggn_ntk.empirical_ntk`.
+        per_parameter: Return one kernel for each parameter, or each ``"module"``, by name.
         output: As for :func:`ggn_ntk.empirical_ntk`. ViViT takes the last layer's output alone, so that anything but
             ``None`` is refused, by an error that lists it among the problems of the model.
         trace_axes: Output axes to sum at equal indices, counted without the sample axis; negative ones count from
@@ -128,7 +128,7 @@ def _gram_kernels(request: Request, axes: OutputAxes) -> Computed:
         extension = _NamingViViT(twin)
         for number, group in enumerate(groups):
             chosen = extended(Slicing((slice(None), group)))(flat) if several else flat
-            for name, gram in _backward(extended, params, extension, request.per_parameter, chosen, several):
+            for name, gram in _backward(extended, params, extension, request.groups, chosen, several):
                 block = kernel_block(gram, request.n1, 2)  # [N1, N2, 1, F, F]
                 if name not in kernels:
                     kernels[name] = block.new_zeros(*block.shape[:2], *axes.roles.kernel)
@@ -140,19 +140,19 @@ def _backward(
     extended: Callable[[Module], Module],
     params: dict[str, Parameter],
     extension: ViViTGGNExact,
-    per_parameter: bool,
+    groups: dict[str, str],
     output: Tensor,
     retain_graph: bool,
 ) -> Iterator[tuple[str, Tensor]]:
-    """Run one backward pass with ViViT, for Gram matrices by parameter or their sum."""
+    """Run one backward pass with ViViT, for Gram matrices by the name of the kernel."""
     # output [N, C] -> [C, N, C, N]
-    hook = _GramsByParameter() if per_parameter else GramSum()
+    hook = _GramsByParameter() if any(groups.values()) else GramSum()
     loss_func = extended(MSELoss(reduction="sum"))
     with backpack(extension, extension_hook=hook, retain_graph=retain_graph):
         loss = loss_func(output, torch.zeros_like(output))  # the target plays no part in the Hessian
         torch.autograd.grad(loss, list(params.values()), retain_graph=retain_graph)
     if isinstance(hook, _GramsByParameter):
-        yield from ((name, hook.grams[id(p)]) for name, p in params.items())
+        yield from ((groups[name], hook.grams[id(p)]) for name, p in params.items())
     else:
         assert hook.gram is not None
         yield "", hook.gram

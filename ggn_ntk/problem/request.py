@@ -1,11 +1,11 @@
 """What a call asks for: its arguments, checked and brought to one form."""
 
 import operator
-from collections.abc import Callable, Iterable
+from collections import defaultdict
+from collections.abc import Callable, ItemsView, Iterable
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
-from difflib import get_close_matches
-from functools import reduce
+from functools import cached_property, reduce
 from typing import Any, SupportsIndex
 
 import torch
@@ -14,10 +14,10 @@ from torch.jit import ScriptModule
 from torch.nn import DataParallel, Module
 from torch.nn.parallel import DistributedDataParallel
 
-from ggn_ntk.problem.errors import listed
 from ggn_ntk.problem.inputs import Inputs, check_alike, kind_of, parse_inputs
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.result import finish, sum_kernels
+from ggn_ntk.problem.selection import selected
 from ggn_ntk.process.torch_internals import tree_leaves
 from ggn_ntk.process.transforms import is_wrapped, outside_of_transforms
 from ggn_ntk.process.turns import alone_with
@@ -34,7 +34,9 @@ class Request:
     x2: Inputs | None  # N2 samples, or ``None`` for x1 itself
     axes: AxesRequest  # what is asked for about output axes
     params: dict[str, Tensor]  # the parameters the kernel sums over, by the name the user knows them by
-    per_parameter: bool  # whether one kernel per parameter is wanted instead of their sum
+    per_parameter: (
+        bool | str
+    )  # whether one kernel for each parameter, or each ``"module"``, is wanted instead of the sum
     # Turns what the model returns into the tensor ``[N, *out]``; ``None`` where it is that tensor
     output: Callable[[Any], Tensor] | None = None
     chunk_size: int | None = None  # how many samples or vectors ``vmap`` takes at once; ``None`` for all
@@ -54,8 +56,8 @@ class Request:
         x2: Any,
         axes: AxesRequest,
         *,
-        params: Iterable[str] | None,
-        per_parameter: bool,
+        params: str | Iterable[str] | None,
+        per_parameter: bool | str,
         output: Callable[[Any], Tensor] | None = None,
         chunk_size: int | None = None,
         capture: str = "auto",
@@ -68,8 +70,7 @@ class Request:
         if capture not in CAPTURES:
             raise ValueError(f"capture must be one of {', '.join(map(repr, CAPTURES))}, got {capture!r}.")
         check_picks(output)
-        if not isinstance(per_parameter, bool):
-            raise TypeError(f"per_parameter must be True or False, got {kind_of(per_parameter)}.")
+        check_per_parameter(per_parameter)
         if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
             raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}.")
         with nullcontext() if transforms else outside_of_transforms(), alone_with(model):
@@ -107,6 +108,22 @@ class Request:
         """How many samples there are in x1, and in x2 if it is another set."""
         return [len(x) for x in (self.x1, self.x2) if x is not None]
 
+    @cached_property
+    def groups(self) -> dict[str, str]:
+        """The kernel that each parameter counts for, by names: its own, its module's, or ``""`` for the one of all."""
+        if self.per_parameter != "module":
+            return {name: name if self.per_parameter else "" for name in self.params}
+        modules = reversed(list(self.model.named_modules()))  # of several owners the first counts
+        owners = {id(p): name for name, module in modules for p in module.parameters(recurse=False)}
+        return {name: owners[id(p)] for name, p in self.params.items()}
+
+    def grouped(self) -> ItemsView[str, dict[str, Tensor]]:
+        """List the kernels that are wanted, each with the parameters that it is summed over."""
+        found = defaultdict[str, dict[str, Tensor]](dict)
+        for name, p in self.params.items():
+            found[self.groups[name]][name] = p
+        return found.items()
+
     def label(self, sample: int) -> str:
         """Name a sample in a message, by its place among those of x1 and x2."""
         return f"x1[{sample}]" if sample < len(self.x1) else f"x2[{sample - len(self.x1)}]"
@@ -120,18 +137,26 @@ class Request:
     def assemble(self, kernels: Iterable[tuple[str, Tensor]], axes: OutputAxes) -> Tensor | dict[str, Tensor]:
         """Bring what a route computed to the layout of the public API."""
         # kernels [N1, N2, E, F, F] -> [N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]
-        sums = sum_kernels(kernels, self.per_parameter)
-        dtypes = {name: p.dtype for name, p in self.params.items()}
-        if not self.per_parameter:
-            dtype = reduce(torch.promote_types, dtypes.values())
-            return finish(sums[""], axes, self.symmetric).to(dtype)
-        return {name: finish(sums[name], axes, self.symmetric).to(dtype) for name, dtype in dtypes.items()}
+        sums = sum_kernels(kernels)
+        dtypes = {
+            group: reduce(torch.promote_types, (p.dtype for p in params.values())) for group, params in self.grouped()
+        }
+        found = {group: finish(sums[group], axes, self.symmetric).to(dtype) for group, dtype in dtypes.items()}
+        return found if self.per_parameter else found[""]
 
 
 def check_picks(output: Any) -> None:
     """Refuse what cannot pick a tensor from what a model returns."""
     if output is not None and not callable(output):
         raise TypeError(f"output must be a callable or None, got {kind_of(output)}.")
+
+
+def check_per_parameter(per_parameter: Any) -> None:
+    """Refuse what does not say which kernels are kept apart."""
+    if not isinstance(per_parameter, bool) and per_parameter != "module":
+        got = repr(per_parameter) if isinstance(per_parameter, str) else kind_of(per_parameter)
+        error = ValueError if isinstance(per_parameter, str) else TypeError
+        raise error(f"per_parameter must be True, False or 'module', got {got}.")
 
 
 def check_wrappers(model: Module) -> None:
@@ -148,34 +173,24 @@ def check_wrappers(model: Module) -> None:
             )
 
 
-def _parse_params(model: Module, names: Iterable[str] | None) -> dict[str, Tensor]:
+def _parse_params(model: Module, entries: str | Iterable[str] | None) -> dict[str, Tensor]:
     """Look up the parameters a kernel sums over."""
-    if names is None:
+    if entries is None:
         return {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if isinstance(names, str) or not isinstance(names, Iterable):
-        raise TypeError(f"params must be an iterable of parameter names, e.g. ['0.weight'], got {kind_of(names)}.")
     known = dict(model.named_parameters(remove_duplicate=False))
     if isinstance(model, DistributedDataParallel):
         known |= dict(model.module.named_parameters(remove_duplicate=False))
-    params: dict[str, Tensor] = {}
-    for name in names:
-        if not isinstance(name, str):
-            raise TypeError(f"params must hold names of parameters, got {kind_of(name)}.")
-        if name not in known:
-            raise ValueError(f"params names {name!r}, which the model does not have. {_suggestions(name, list(known))}")
-        if not known[name].requires_grad:
-            raise ValueError(f"params names {name!r}, which is frozen. Call requires_grad_() on it, or leave it out.")
-        if not any(known[name] is p for p in params.values()):
-            params[name] = known[name]
+    params = dict[int, tuple[str, Tensor]]()  # by identity: a tied parameter counts once
+    for entry, names in selected(entries, known):
+        wanted = [name for name in names if known[name].requires_grad]
+        if not wanted:
+            what = "which is frozen" if names == [entry] else "of which all parameters are frozen"
+            raise ValueError(f"params names {entry!r}, {what}. Call requires_grad_() on it, or leave it out.")
+        for name in wanted:
+            params.setdefault(id(known[name]), (name, known[name]))
     if not params:
         raise ValueError("params is empty: name at least one parameter, or pass None for all that require a gradient.")
-    return params
-
-
-def _suggestions(name: str, known: list[str]) -> str:
-    """List the names that exist, and those that are close to a wrong one."""
-    close = get_close_matches(name, known, n=4, cutoff=0.5)
-    return f"It has: {listed(known)}" + (f"; close are: {', '.join(close)}." if close else ".")
+    return dict(params.values())
 
 
 def check_integer(n1: Any) -> None:

@@ -17,7 +17,7 @@ class Computed(NamedTuple):
     """The kernels of a route, before they get the layout of the public API."""
 
     axes: OutputAxes  # the role of each output axis
-    # Names of parameters (empty for their sum, or for a part of it) and kernels ``[N1, N2, E, F, F]``
+    # Kernels, or summands of them, by their names in ``Request.groups``, each ``[N1, N2, E, F, F]``
     kernels: Iterable[tuple[str, Tensor]]
     # The model's output for all samples, x2's behind x1's, ``[N1 + N2, ...]``; ``None`` where the route has not
     # evaluated them together
@@ -30,11 +30,10 @@ def transpose(kernel: Tensor) -> Tensor:
     return kernel.transpose(0, 1).transpose(3, 4)
 
 
-def sum_kernels(kernels: Iterable[tuple[str, Tensor]], per_parameter: bool) -> dict[str, Tensor]:
-    """Sum kernels by name, or all of them, in the widest of their dtypes, in place where the dtype allows."""
+def sum_kernels(kernels: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
+    """Sum kernels by name, in the widest of their dtypes, in place where the dtype allows."""
     sums: dict[str, Tensor] = {}
-    for name, kernel in kernels:
-        key = name if per_parameter else ""
+    for key, kernel in kernels:
         if key in sums and torch.can_cast(kernel.dtype, sums[key].dtype):
             sums[key] += kernel
         else:

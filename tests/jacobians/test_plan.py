@@ -27,7 +27,7 @@ def plan_for(model, x1, x2, compute="full", output=None, capture="auto"):
 def between(request, plan, *sides):
     """The kernel between two sides, of the parameters that do not fall back."""
     first, second = sides if len(sides) == 2 else sides * 2
-    wanted = Wanted(plan.axes, False, plan.covered, plan.cancelling)
+    wanted = Wanted(plan.axes, plan.request.groups.__getitem__, plan.covered, plan.cancelling)
     return request.assemble(contract(first, second, wanted).items(), plan.axes)
 
 

@@ -260,6 +260,12 @@ def test_params_chooses_what_to_expand_in():
     assert torch.allclose(some(other, x), taylor_expand(model, 2)(alone, x))
 
 
+@pytest.mark.parametrize("params", ["0", "0.*", ["0.bias", "[02].weight", "0"]])
+def test_params_chooses_by_glob_and_module(params):
+    model = tied_mlp().requires_grad_(False)
+    assert taylor_expand(model, 1, params).point.keys() == {"0.weight", "0.bias"}
+
+
 def test_params_as_a_mapping_is_the_point():
     model, x, other = mlp(nn.Tanh)(), torch.randn(3, 5), mlp(nn.Tanh)()
     new, point = moved(parameters(model), direction(model)), parameters(other)
@@ -442,7 +448,7 @@ def test_refused_models(model, message):
         ({"degree": True}, TypeError, "degree must be an integer, got bool"),
         ({"degree": -1}, ValueError, "degree must not be negative, got -1"),
         ({"output": "logits"}, TypeError, "output must be a callable or None, got str"),
-        ({"params": "0.weight"}, TypeError, "params must be an iterable of parameter names or a mapping .*, got str"),
+        ({"params": 3}, TypeError, "params must hold names of parameters, globs or names of modules, .*, got int"),
         ({"params": []}, ValueError, "params is empty"),
         ({"params": ["7.weight"]}, ValueError, "params names '7.weight', which the model does not have. It has: 0.we"),
         ({"params": {"0.bias": 1.0}}, TypeError, r"params\['0.bias'\] must be a tensor, got float"),
