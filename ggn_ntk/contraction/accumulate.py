@@ -14,11 +14,14 @@ import torch
 from torch import Tensor
 
 from ggn_ntk.contraction.einsum import Memo, contract_to_last, path_of, step
-from ggn_ntk.contraction.one_hot import looked_up
+from ggn_ntk.contraction.one_hot import cost, looked_up
 from ggn_ntk.contraction.products import KernelEinsum, NamedEinsum
 from ggn_ntk.memory.blocks import split
 from ggn_ntk.memory.budget import MemoryBudget
 from ggn_ntk.problem.result import transpose
+
+# Into how many blocks the samples of a symmetric kernel may be divided, and how many operations take as long as a call.
+_DIVISIONS, _CALL = range(1, 5), 2**22
 
 
 def add_products(
@@ -42,9 +45,8 @@ def add_products(
     sizes = {"n": n, "m": m}
     size = _block_size(products, sizes, budget)
     rows, columns = split(n, size.rows), split(m, size.columns)
-    if symmetric:  # the more blocks, the fewer pairs are computed twice; but small products are slow
-        most = max(ceil(n / 4), ceil(64 / shape[-1]))
-        rows = columns = split(n, min(most, size.rows, size.columns))
+    if symmetric:
+        rows = columns = split(n, min(ceil(n / _divisions(products)), size.rows, size.columns))
     memo = Memo(symmetric, keep_copies=size.pairs < size.columns, most=budget.columns)
     for column in columns:
         for row in rows:
@@ -98,6 +100,15 @@ def _accumulate(block: Tensor, large: Tensor, other: Tensor | int) -> None:
 def _write(block: Tensor, large: Tensor, other: Tensor | int) -> None:
     """Write a product to a block of a kernel that holds no numbers yet."""
     torch.mul(large.expand(block.shape), other, out=block)
+
+
+def _divisions(products: Sequence[NamedEinsum]) -> int:
+    """Choose into how many blocks the samples of a symmetric kernel are divided."""
+    # The more blocks, the fewer pairs are computed twice: of k times k blocks k (k + 1) / 2 are. But each step of each
+    # is a call.
+    operations = sum(cost(product.operands, product.result) for _, product in products)
+    calls = sum(len(product.operands) - 1 for _, product in products)
+    return min(_DIVISIONS, key=lambda k: operations * (k + 1) / (2 * k) + calls * _CALL * k * (k + 1) / 2)
 
 
 class _BlockSize(NamedTuple):

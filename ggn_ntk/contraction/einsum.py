@@ -27,6 +27,9 @@ _EXHAUSTIVE = 6
 # _PARTIAL numbers, so that large results are split less.
 _LONG, _PARTIAL = 2**14, 2**22
 
+# Letters of a kernel: its samples and outputs.
+_RESULT = "nmecd"
+
 
 class Memo:
     """Intermediate results, kept for as long as something may use them again."""
@@ -203,7 +206,21 @@ def as_matrices(a: Operand, b: Operand, needed: set[str]) -> Matrices:
     batch = [letter for letter in (larger if outer else a).by_stride() if letter in shared]
     rows = [letter for letter in first.by_stride() if letter not in second.letters]
     columns = [letter for letter in second.by_stride() if letter not in (*first.letters, *outer)]
-    return Matrices(first, second, batch, rows, summed, columns)
+    later = _summed_later(first, second, rows, columns)
+    rows, columns = ([letter for letter in side if letter not in later] for side in (rows, columns))
+    return Matrices(first, second, [*later, *batch], rows, summed, columns)
+
+
+def _summed_later(first: Operand, second: Operand, rows: list[str], columns: list[str]) -> list[str]:
+    """Find letters of a product of x1 with x2 that had better be a batch: positions, over which it is summed later."""
+    # That sum is one of products entry by entry, with another such product. It is fastest outside of all samples. To
+    # have positions there both factors are repeated; that must not be more than what the product holds.
+    if not {"n", "m"} <= {*rows, *columns}:
+        return []
+    later = [letter for letter in (*rows, *columns) if letter not in _RESULT]
+    sizes = first.sizes | second.sizes
+    repeated = sum(f.tensor.numel() * prod(sizes[x] for x in later if x not in f.letters) for f in (first, second))
+    return later if repeated <= prod(sizes[letter] for letter in (*rows, *columns)) else []
 
 
 def _outer_rows(larger: Operand, smaller: Operand, summed: list[str]) -> list[str]:

@@ -15,6 +15,7 @@ from ggn_ntk.problem.errors import Problem, UnsupportedModelError
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
 from ggn_ntk.process.torch_internals import tree_map
+from ggn_ntk.process.transforms import AutogradInside, is_transformed
 
 #: What to do about a sample axis that is lost for some numbers of samples.
 SHAPE_REMEDY = "Keep the sample axis also for a single sample (say squeeze(-1), not squeeze())"
@@ -39,7 +40,8 @@ def evaluate(
             # Copies, so that a model that writes to its inputs leaves the user's alone.
             x = inputs.map(torch.clone if jitter is None else lambda t: _jittered(t, jitter))
             x = x.map(_widened) if request.widened else x
-            with session.evaluation(values, inspect=inspect), within():
+            inside = AutogradInside() if is_transformed() else nullcontext()
+            with session.evaluation(values, inspect=inspect), within(), inside:
                 result = request.model(*x.args, **x.kwargs)
                 return result if request.output is None else request.output(result)
 

@@ -55,7 +55,7 @@ class Inspection(TorchDispatchMode):
         if draws and _draws(func, args, kwargs):
             raise UnsupportedModelError([DRAWS])
         # Parameters are backed up before they are written to, also through a view.
-        for tensor in tree_leaves([args[i] if i < len(args) else kwargs.get(name) for i, name in written]):
+        for tensor in _leaves(tuple(args[i] if i < len(args) else kwargs.get(name) for i, name in written)):
             param, values = self._params.get(storage_of(tensor) if isinstance(tensor, Tensor) else 0, (None, None))
             if param is not None and param not in self._written:
                 self._written[param] = param.detach().clone() if values is None else values
@@ -75,8 +75,13 @@ def in_low_precision(dtypes: Iterable[torch.dtype]) -> Problem:
 
 def _dtypes(values: Any) -> set[torch.dtype]:
     """List the dtypes of the real numbers in tensors."""
-    tensors = (x for x in tree_leaves(values) if isinstance(x, Tensor))
+    tensors = (x for x in _leaves(values) if isinstance(x, Tensor))
     return {x.dtype.to_real() for x in tensors if x.is_floating_point() or x.is_complex()}
+
+
+def _leaves(values: Any) -> Iterable[Any]:
+    """List the entries of nested containers; of a tensor, and of none, without a walk."""
+    return (values,) if isinstance(values, Tensor) else tree_leaves(values) if values else ()
 
 
 class OwnGenerator(TorchDispatchMode):

@@ -235,6 +235,22 @@ is_wrapped_tensor: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_w
 #: A context outside of the transforms of ``torch.func`` that are under way; there have to be some.
 without_transforms = pyfunctorch.temporarily_clear_interpreter_stack
 
+#: A context outside of the innermost of them.
+without_innermost = pyfunctorch.temporarily_pop_interpreter_stack
+
+#: A context in which ``requires_grad_()`` may be called inside of a transform that differentiates.
+may_require_gradients = eager_transforms.enable_inplace_requires_grad
+
+# Tensors that stand for one sample inside of ``vmap``: whether one is such a tensor, that of all samples behind it, the
+# place of their axis in that, and the way back, with the level of the transform.
+is_sample: Callable[[Tensor], bool] = torch._C._functorch.is_batchedtensor
+samples_behind: Callable[[Tensor], Tensor] = torch._C._functorch.get_unwrapped
+sample_axis: Callable[[Tensor], int] = torch._C._functorch.maybe_get_bdim
+as_sample: Callable[[Tensor, int, int], Tensor] = torch._C._functorch._add_batch_dim
+
+#: Whether a tensor is followed by a transform that differentiates.
+is_differentiated: Callable[[Tensor], bool] = torch._C._functorch.is_gradtrackingtensor
+
 # What a checkpoint that is not reentrant calls around its function, in torch 2.6 and 2.14.
 _CHECKPOINT_GENERATORS = (
     "_checkpoint_without_reentrant_generator",

@@ -7,6 +7,7 @@ from cases import BY_NAME, mlp
 from conftest import COMPUTES, assert_close, kernel_of, loop_jacobians, oracle_sum
 from torch import nn
 from torch.nn import functional as F
+from zoo import Residual
 
 from ggn_ntk import RouteWarning
 from ggn_ntk.methods import reference, sample_jacobians
@@ -54,6 +55,16 @@ def test_output_picks_a_tensor(function):
     kernel = function(model, x, output=lambda out: out["logits"].reshape(-1, 3, 1))
     assert kernel.shape == (3, 3, 3, 1, 3, 1)
     assert_close(kernel.squeeze(), jacobian_contraction(model.layer, x))
+
+
+@each_function
+def test_derivatives_inside_of_the_model_are_mapped_over_samples(function, forbid):
+    forbid("_loop_jacobians")
+    torch.manual_seed(0)
+    model, x1, x2 = Residual().double(), torch.randn(3, 2).double(), torch.randn(2, 2).double()
+    first, second = (loop_jacobians(model, x) for x in (x1, x2))
+    expected = sum(torch.einsum("ncp,mdp->nmcd", first[name].flatten(2), second[name].flatten(2)) for name in first)
+    assert_close(function(model, x1, x2), expected)
 
 
 @each_function

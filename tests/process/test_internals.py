@@ -395,6 +395,31 @@ def _():
     assert torch_internals.transform_level() is None
 
 
+SAMPLES = ("_add_batch_dim", "get_unwrapped", "is_batchedtensor", "is_gradtrackingtensor", "maybe_get_bdim")
+
+
+@part(*(f"torch._C._functorch.{name}" for name in SAMPLES), used_by="process/transforms.py")
+def _():
+    def look(x):
+        assert torch_internals.is_sample(x)
+        assert torch_internals.sample_axis(x) == 1
+        assert torch_internals.samples_behind(x) is whole
+        with torch_internals.without_innermost():
+            assert torch_internals.transform_level() is None
+        return torch_internals.as_sample(2 * whole, 1, torch_internals.transform_level())
+
+    whole = torch.randn(2, 3)
+    torch.testing.assert_close(torch.func.vmap(look, 1)(whole), 2 * whole.T)
+
+    def differentiate(x):
+        assert torch_internals.is_differentiated(x)
+        with torch_internals.may_require_gradients(True):
+            y = (2 * x).detach().requires_grad_()
+        return torch.autograd.grad((y**2).sum(), y, create_graph=True)[0].sum() + x.sum()
+
+    assert torch.func.grad(differentiate)(whole).shape == whole.shape
+
+
 @part("torch._functorch.eager_transforms.jvp_increment_nesting", used_by="process/switches.py")
 def _():
     original, entered = torch_internals.jvp_nesting(), []
