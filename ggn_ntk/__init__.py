@@ -17,6 +17,7 @@ from ggn_ntk.problem.errors import (
     UnsupportedModelError,
     UnsupportedRouteError,
 )
+from ggn_ntk.problem.inputs import shared
 from ggn_ntk.problem.result import EmpiricalKernels
 from ggn_ntk.rules import Factored, register_rule
 
@@ -50,6 +51,7 @@ __all__ = [
     "reference",
     "register_rule",
     "rules",
+    "shared",
     "spectrum",
     "taylor_expand",
     "training",

@@ -41,7 +41,8 @@ def vivit_problems(request: Request) -> list[Problem]:
     problems = []
     if request.output is not None:
         problems.append(Problem("", "what it returns is not its last layer's output (output=)", OTHER_METHOD))
-    if len(request.x1.args) != 1 or not request.x1.args[0].is_floating_point():
+    args = request.x1.positional
+    if args is None or len(args) != 1 or not args[0].is_floating_point():
         problems.append(Problem("", "ViViT takes one input tensor of real numbers", OTHER_METHOD))
     owners: dict[int, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):

@@ -18,8 +18,8 @@ REMEDY = "Use capture='autograd' ('auto' does)"
 
 def structure_problems(request: Request) -> Iterator[Problem]:
     """Find what keeps a model from being taken apart into layers."""
-    if request.x1.kwargs:
-        yield Problem("", "it is called with keyword arguments, which layers do not pass on", REMEDY)
+    if request.x1.positional is None:
+        yield Problem("", "it is called with something else than tensors [N, ...] by position", REMEDY)
     if request.output is not None:
         yield Problem("", "what it returns is not its last layer's output (output=)", REMEDY)
     wanted = {id(p) for p in request.params.values()}

@@ -198,7 +198,8 @@ class _Link:
 def _forward(request: Request, inputs: Inputs) -> tuple[list[Use], Any]:
     """Evaluate the model on all samples and record the input of each layer."""
     names = {id(p): name for name, p in request.params.items()}
-    args = inputs.args
+    args = inputs.positional
+    assert args is not None
     uses: list[Use] = []
     for name, layer in named_layers(uncompiled(request.model)):
         if not is_layer(layer):

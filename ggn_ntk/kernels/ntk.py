@@ -86,11 +86,12 @@ def empirical_ntk(
 
     Args:
         model: Any module whose samples do not influence one another, in float32 or float64.
-        x1: N1 samples: a tensor ``[N1, ...]``, a tuple (called as ``model(*x1)``) or a mapping
-            (``model(**x1)``) of tensors that share their leading axis, on the model's device, and of its
-            dtype where real.
-        x2: N2 samples like x1. ``None`` means x1: half the work, and a kernel that is exactly symmetric under
-            ``(n, c) <-> (m, d)``.
+        x1: N1 samples: a tensor ``[N1, ...]``, a tuple (called as ``model(*x1)``) or a mapping (``model(**x1)``) of
+            tensors that share their leading axis, on the model's device, and of its dtype where real. In lists, tuples,
+            mappings and dataclasses, if the model takes them; beside entries that are no tensors, and what
+            :func:`ggn_ntk.shared` marks as the same for all samples.
+        x2: N2 samples like x1, which share what those do. ``None`` means x1: half the work, and a kernel that is
+            exactly symmetric under ``(n, c) <-> (m, d)``.
         compute: ``"full"``, ``"diagonal"`` (entries with c = d) or ``"trace"`` (their sum over c).
         method: ``"auto"`` or another value of :class:`ggn_ntk.kernels.Method`, which says when each wins.
         params: The parameters to sum over: an entry, or several, each a name as in ``model.named_parameters()``, a

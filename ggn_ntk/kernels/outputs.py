@@ -45,8 +45,7 @@ def nngp(
 
     Args:
         model: Any module whose samples do not influence one another, in float32 or float64. It needs no parameter.
-        x1: N1 samples: a tensor ``[N1, ...]``, a tuple (called as ``model(*x1)``) or a mapping (``model(**x1)``) of
-            tensors that share their leading axis, on the model's device, and of its dtype where real.
+        x1: N1 samples ``[N1, ...]``, as for :func:`ggn_ntk.empirical_ntk`.
         x2: N2 samples like x1. ``None`` means x1, with a kernel that is exactly symmetric under
             ``(n, c) <-> (m, d)``.
         compute: ``"full"``, ``"diagonal"`` (entries with c = d) or ``"trace"`` (their sum over c).

@@ -59,15 +59,23 @@ def _double_vjp(
     return values, pushforward(tangents)[0]
 
 
-def fingerprints(inputs: Inputs) -> list[tuple[int, ...]]:
+def fingerprints(inputs: Inputs) -> list[tuple[Any, ...]]:
+    """Tell samples apart by numbers of their bits, and by what they share."""
+    shared = tuple(
+        (label, *_sums(x.to_dense().unsqueeze(0)).tolist(), x.shape) if isinstance(x, Tensor) else (label, repr(x))
+        for label, x in inputs.constants.items()
+    )
+    rows = torch.stack([_sums(x) for x in inputs.tensors.values()], dim=1)
+    return [(*row, *shared, *inputs.kinds.items()) for row in rows.tolist()]
+
+
+def _sums(x: Tensor) -> Tensor:
     """Sum the bits of each sample, in words, with random weights: a sample that differs has another sum."""
-    sums = []
-    for x in inputs.tensors.values():
-        rows = x.detach().reshape(len(x), -1).contiguous()
-        word = next(w for w in (torch.int64, torch.int32, torch.int16, torch.uint8) if not rows.itemsize % w.itemsize)
-        words = (torch.view_as_real(rows) if rows.is_complex() else rows).view(word).reshape(len(x), -1).long()
-        sums.append((words * _weights(words.shape[1], words.device)).sum(1))
-    return [tuple(row) for row in torch.stack(sums, dim=1).tolist()]
+    # x [N, ...] -> [N]
+    rows = x.detach().reshape(len(x), -1).contiguous()
+    word = next(w for w in (torch.int64, torch.int32, torch.int16, torch.uint8) if not rows.itemsize % w.itemsize)
+    words = (torch.view_as_real(rows) if rows.is_complex() else rows).view(word).reshape(len(x), -1).long()
+    return (words * _weights(words.shape[1], words.device)).sum(1)
 
 
 @lru_cache(maxsize=8)

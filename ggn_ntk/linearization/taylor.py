@@ -136,7 +136,7 @@ class TaylorExpansion:
         self._params = self._choose(params)
         self._output = output
         self._pushforward: Pushforward | None = None  # the one that gets the samples right that were looked at
-        self._verified: set[tuple[int, ...]] = set()  # fingerprints of these samples
+        self._verified: set[tuple[Any, ...]] = set()  # fingerprints of these samples
 
     @property
     def point(self) -> Parameters:
@@ -149,8 +149,8 @@ class TaylorExpansion:
         Args:
             new_params: The parameters θ: a mapping like ``dict(model.named_parameters())``, in which those left out
                 stay at θ0, or a model of the same architecture. Those not expanded in are not looked at.
-            x: N samples: a tensor ``[N, ...]``, a tuple (the model is called as ``model(*x)``) or a mapping
-                (``model(**x)``). They are constants: no gradient flows to them.
+            x: N samples ``[N, ...]``, as for :func:`ggn_ntk.empirical_ntk`. They are constants: no gradient flows to
+                them, and one that requires a gradient is refused.
 
         Returns:
             ``[N, *out]``, in the dtype and on the device of the model's output, differentiable with respect to

@@ -16,7 +16,7 @@ from torch.func import jvp, vjp, vmap
 from torch.nn import Module
 
 from ggn_ntk.methods.computation import compute as _compute
-from ggn_ntk.methods.sample_jacobians import all_jacobians, finest, first_line, over_samples, sample_output
+from ggn_ntk.methods.sample_jacobians import all_jacobians, finest, first_line, sample_output
 from ggn_ntk.models.comparison import GRADIENT_TOLERANCES, KINKS, Difference, cotangent, difference, total_norm
 from ggn_ntk.models.evaluation import evaluate, primals_of
 from ggn_ntk.models.gradients import gradients
@@ -50,8 +50,7 @@ def jacobian_contraction(
 
     Args:
         model: Any module whose samples do not influence one another.
-        x1: N1 samples: a tensor ``[N1, ...]``, a tuple (called as ``model(*x1)``) or a mapping
-            (``model(**x1)``) of tensors that share their leading axis; float32 or float64 where real.
+        x1: N1 samples ``[N1, ...]``, as for :func:`ggn_ntk.empirical_ntk`; float32 or float64 where real.
         x2: N2 samples like x1, or ``None`` for x1.
         compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
         params: The parameters to sum over, as for :func:`ggn_ntk.empirical_ntk`.
@@ -101,8 +100,7 @@ def ntk_vector_products(
 
     Args:
         model: Any module whose samples do not influence one another.
-        x1: N1 samples: a tensor ``[N1, ...]``, a tuple (called as ``model(*x1)``) or a mapping
-            (``model(**x1)``) of tensors that share their leading axis; float32 or float64 where real.
+        x1: N1 samples ``[N1, ...]``, as for :func:`ggn_ntk.empirical_ntk`; float32 or float64 where real.
         x2: N2 samples like x1, or ``None`` for x1.
         compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
         params: The parameters to sum over, as for :func:`ggn_ntk.empirical_ntk`.
@@ -276,7 +274,7 @@ def _column(request: Request, axes: OutputAxes, x1: Inputs, y: Inputs) -> Tensor
 
     def product(basis_vector: Tensor) -> Tensor:
         (gradient,) = pullback(basis_vector)
-        products = axes.arrange(over_samples(lambda x: _pushforward(request, x, gradient), x1))
+        products = axes.arrange(x1.over_samples(lambda x: _pushforward(request, x, gradient)))
         return einsum("necf,ef->nc", products, axes.arrange(basis_vector.unsqueeze(0))[0].sum(1))
 
     basis = torch.eye(len(output), dtype=output.dtype, device=output.device)

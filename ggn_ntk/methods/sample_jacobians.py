@@ -3,13 +3,11 @@
 Letters in shapes: N samples, C outputs, P entries of a parameter.
 """
 
-from collections.abc import Callable
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch.func import jacrev, vmap
+from torch.func import jacrev
 
 from ggn_ntk.models.autograd_graph import precisions
 from ggn_ntk.models.comparison import GRADIENT_TOLERANCES, KINKS, difference, differing, is_coarse
@@ -57,18 +55,12 @@ def sample_output(request: Request, primals: dict[str, Tensor], sample: Inputs) 
     return output.flatten()
 
 
-def over_samples(function: Callable[[Inputs], Any], inputs: Inputs, chunk_size: int | None = None) -> Any:
-    """Map a function over samples with ``vmap``."""
-    mapped = vmap(lambda args, kwargs: function(Inputs(args, kwargs)), chunk_size=chunk_size)
-    return mapped(inputs.args, inputs.kwargs)
-
-
 def _jacobians(request: Request, inputs: Inputs) -> dict[str, Tensor]:
     """Compute the Jacobians of all samples by ``vmap``, by name."""
     # -> [N, C, P]
     jacobian = jacrev(lambda primals, sample: sample_output(request, primals, sample))
     primals = primals_of(request)
-    jacobians = over_samples(lambda x: jacobian(primals, x), inputs, request.chunk_size)
+    jacobians = inputs.over_samples(lambda x: jacobian(primals, x), request.chunk_size)
     return {name: j.reshape(*j.shape[:2], -1) for name, j in jacobians.items()}
 
 

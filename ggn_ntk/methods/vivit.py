@@ -101,7 +101,7 @@ def _compare_kernels(request: Request, out_shape: Size) -> Iterator[Problem]:
     # drawn at random, so that nothing special about the user's samples hides a difference.
     # out_shape [*out]
     sample = request.x1[:1].map(lambda x: cotangent(x, seed=0))
-    v = cotangent(sample.args[0], 1, Size([1, *out_shape]))
+    v = cotangent(next(iter(sample.tensors.values())), 1, Size([1, *out_shape]))
     expected = {name: gradient.square().sum() for name, gradient in gradients(request, sample, v)[1].items()}
     check_finite(expected.values())
     flat, of_sample = v.flatten(), replace(request, x1=sample, x2=None, per_parameter=True)
@@ -114,7 +114,7 @@ def _compare_kernels(request: Request, out_shape: Size) -> Iterator[Problem]:
 
 def _gram_kernels(request: Request, axes: OutputAxes) -> Computed:
     """Compute kernels from Gram matrices, on a twin of the model."""
-    samples = request.x1.stack(request.x2).args[0]
+    (samples,) = request.x1.stack(request.x2).tensors.values()
     params: dict[str, Parameter] = {}
     twin = _twin(uncompiled(request.model), {id(p): name for name, p in request.params.items()}, params)
     kernels: dict[str, Tensor] = {}

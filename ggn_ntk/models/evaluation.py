@@ -36,13 +36,16 @@ def evaluate(
     with isolated(request.model) as session:
         values = _stand_ins(request, session, primals, jitter)
 
+        def copied(x: Tensor) -> Tensor:
+            x = x.clone() if jitter is None else _jittered(x, jitter)
+            return _widened(x) if request.widened else x
+
         def call(within: Callable[[], AbstractContextManager[None]] = nullcontext) -> Any:
             # Copies, so that a model that writes to its inputs leaves the user's alone.
-            x = inputs.map(torch.clone if jitter is None else lambda t: _jittered(t, jitter))
-            x = x.map(_widened) if request.widened else x
+            args, kwargs = inputs.arguments(copied)
             inside = AutogradInside() if is_transformed() else nullcontext()
             with session.evaluation(values, inspect=inspect), within(), inside:
-                result = request.model(*x.args, **x.kwargs)
+                result = request.model(*args, **kwargs)
                 return result if request.output is None else request.output(result)
 
         if inspect:

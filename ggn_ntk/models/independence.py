@@ -13,11 +13,9 @@ of one size, in which one half stays in its place and the rest is exchanged.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Size, Tensor
-from torch.func import vmap
 
 from ggn_ntk.memory.budget import resolve_axes
 from ggn_ntk.models.comparison import (
@@ -134,13 +132,9 @@ def compare_alone(request: Request, inputs: Inputs, output: Tensor) -> None:
 
 def _mapped(request: Request, inputs: Inputs, shape: Size) -> Tensor | None:
     """Map the model over samples, each by itself; ``None`` where ``vmap`` does not go through it."""
-
-    def evaluate_one(args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> Any:
-        return evaluate(request, None, Inputs(args, kwargs).map(lambda x: x.unsqueeze(0)))
-
     try:
         with torch.no_grad():
-            outputs = vmap(evaluate_one)(inputs.args, inputs.kwargs)
+            outputs = inputs.over_samples(lambda x: evaluate(request, None, x.map(lambda t: t.unsqueeze(0))))
     except Exception as error:
         if is_out_of_memory(error):
             raise

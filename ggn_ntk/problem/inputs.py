@@ -1,15 +1,19 @@
-"""The samples of a call, checked and brought to one form."""
+"""The samples of a call, checked and brought to one form: tensors ``[N, ...]`` by label, and what goes around them."""
 
-from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+import copy
+import dataclasses
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 from torch.nn import Module
 
 _WRAPPER = """
-Values that all samples share, and inputs in other structures, go into a wrapper that takes tensors [N, ...] alone, say:
+What is in another form goes into a wrapper that takes tensors [N, ...] and makes it of them, say:
 
     class Wrapper(torch.nn.Module):
         def __init__(self, model):
@@ -19,31 +23,78 @@ Values that all samples share, and inputs in other structures, go into a wrapper
         def forward(self, x):
             return self.model({call})
 
-    {function}(Wrapper(model), x1)"""
+    empirical_ntk(Wrapper(model), x1)"""
+
+# Puts entries, by their label, in the places of those that a structure was read with.
+_Build = Callable[[dict[str, Any]], Any]
+
+
+@dataclass(frozen=True, eq=False)
+class Shared:
+    """What :func:`shared` has marked."""
+
+    value: Any  # the same for every sample
+
+
+def shared(value: Any) -> Shared:
+    """Mark a part of a model's inputs as the same for every sample.
+
+    Say the points at which a DeepONet evaluates all functions (Lu, Jin, Pang, Zhang, Karniadakis: "Learning nonlinear
+    operators via DeepONet based on the universal approximation theorem of operators", Nature Machine Intelligence,
+    2021), as in ``empirical_ntk(model, {"u": u, "points": shared(points)})``: the model is called with ``points`` as
+    they are, however many samples it is called with.
+
+    Args:
+        value: A tensor ``[...]`` of any shape, on the model's device and of its dtype where real; or lists, tuples,
+            mappings and dataclasses of such tensors.
+
+    Returns:
+        The value, marked: to be put in the place of a tensor ``[N, ...]`` in ``x1`` and ``x2``.
+
+    Raises:
+        TypeError: If there is no tensor in the value: anything else is shared without a mark.
+    """
+    if not any(isinstance(entry, Tensor) for _, entry in entries_of(value)):
+        raise TypeError(f"value must be a tensor or hold tensors, got {kind_of(value)}: pass it on without shared().")
+    return Shared(value)
 
 
 @dataclass(frozen=True, eq=False)
 class Inputs:
-    """N samples, as the arguments of a model: it is called as ``model(*args, **kwargs)``."""
+    """N samples, as the arguments of a model."""
 
-    args: tuple[Tensor, ...]  # positional arguments, each ``[N, ...]``
-    kwargs: dict[str, Tensor]  # keyword arguments, each ``[N, ...]``
+    tensors: dict[str, Tensor]  # of samples, each ``[N, ...]``, by the label in a message: ``""`` or ``"['mask'][0]"``
+    constants: dict[str, Any]  # what all samples share: tensors, and entries that are none, by label
+    kinds: dict[str, type]  # of the structures that hold these, by label
+    build: _Build  # makes the arguments ``(args, kwargs)`` of entries by label
 
     def __len__(self) -> int:
         """Return the number of samples N."""
         return len(next(iter(self.tensors.values())))
 
     @property
-    def tensors(self) -> dict[str, Tensor]:
-        """The tensors by their label in a message: ``""``, ``"[1]"`` or ``"['mask']"``."""
-        if len(self.args) == 1:
-            return {"": self.args[0]}
-        return {f"[{i}]": x for i, x in enumerate(self.args)} | {f"[{k!r}]": x for k, x in self.kwargs.items()}
+    def positional(self) -> tuple[Tensor, ...] | None:
+        """The arguments, if they are tensors of samples, all of them positional."""
+        args, kwargs = self.build(self.tensors | dict.fromkeys(self.constants))
+        return args if not kwargs and all(isinstance(x, Tensor) for x in args) else None
+
+    def arguments(self, copied: Callable[[Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """Make positional and keyword arguments for one call of the model, with copies of all tensors."""
+        entries = self.tensors | self.constants
+        args, kwargs = self.build({k: copied(x) if isinstance(x, Tensor) else x for k, x in entries.items()})
+        return args, kwargs
 
     def map(self, function: Callable[..., Tensor], *others: "Inputs") -> "Inputs":
-        """Apply a function to each tensor, together with those in its place in other inputs."""
-        args = tuple(function(*xs) for xs in zip(self.args, *(o.args for o in others), strict=True))
-        return Inputs(args, {k: function(x, *(o.kwargs[k] for o in others)) for k, x in self.kwargs.items()})
+        """Apply a function to each tensor of samples, together with those in its place in other inputs."""
+        return self._with({k: function(x, *(o.tensors[k] for o in others)) for k, x in self.tensors.items()})
+
+    def over_samples(self, function: Callable[["Inputs"], Any], chunk_size: int | None = None) -> Any:
+        """Map a function over samples with ``vmap``."""
+        return vmap(lambda tensors: function(self._with(tensors)), chunk_size=chunk_size)(self.tensors)
+
+    def _with(self, tensors: dict[str, Tensor]) -> "Inputs":
+        """Put other tensors in the places of those of samples."""
+        return replace(self, tensors=tensors)
 
     def __getitem__(self, index: slice | list[int] | Tensor) -> "Inputs":
         """Select samples."""
@@ -65,37 +116,129 @@ def kind_of(value: Any) -> str:
 
 def parse_inputs(x: Any, argument: str, model: Module) -> Inputs:
     """Bring one set of inputs to the form of positional and keyword arguments, and check it against the model."""
-    if isinstance(x, Tensor):
-        inputs = Inputs((x,), {})
-    elif isinstance(x, tuple):
-        inputs = Inputs(x, {})
-    elif isinstance(x, Mapping):
-        inputs = Inputs((), dict(x))
-    else:
-        raise TypeError(
-            f"{argument} must be a tensor [N, ...], a tuple of tensors (called as model(*{argument})) or a mapping "
-            f"of tensors (called as model(**{argument})), got {kind_of(x)}.{_wrapper('[x]')}"
-        )
+    inputs = _read(x, argument)
     _check_tensors(inputs, argument, model)
     with torch.inference_mode(False):  # tensors of inference mode take no part in a graph: copies do
-        return inputs.map(lambda t: t.clone() if t.is_inference() else t.detach())
+        inputs = inputs.map(_plain)
+        constants = {k: _plain(c) if isinstance(c, Tensor) else c for k, c in inputs.constants.items()}
+        return replace(inputs, constants=constants)
 
 
-def _wrapper(call: str) -> str:
-    """Show how to wrap a model that takes something else than tensors of samples."""
-    return _WRAPPER.format(call=call, function="empirical_ntk")
+def _plain(tensor: Tensor) -> Tensor:
+    """Take a tensor out of its graph, and out of inference mode."""
+    return tensor.clone() if tensor.is_inference() else tensor.detach()
+
+
+def entries_of(x: Any, label: str = "") -> Iterator[tuple[str, Any]]:
+    """List what a structure holds, with labels: itself, if it is none."""
+    if isinstance(x, Shared):
+        yield from entries_of(x.value, label)
+    elif (parts := _parts(x)) is None:
+        yield label, x
+    else:
+        for suffix, part in parts.items():
+            yield from entries_of(part, label + suffix)
+
+
+def _parts(x: Any) -> dict[str, Any] | None:
+    """List the parts of a structure by what their labels end with; ``None`` for an entry."""
+    if isinstance(x, Tensor | type):
+        return None
+    if isinstance(x, list | tuple):
+        return {f"[{i}]": part for i, part in enumerate(x)}
+    if _is_mapping(x):
+        return {f"[{key!r}]": part for key, part in dict(x).items()}
+    if dataclasses.is_dataclass(x):
+        parts = {f".{f.name}": getattr(x, f.name) for f in dataclasses.fields(x) if hasattr(x, f.name)}
+        # Settings are passed on as they are, whatever else they hold.
+        return parts if any(isinstance(entry, Tensor) for _, entry in entries_of([*parts.values()])) else None
+    return None
+
+
+def _is_mapping(x: Any) -> bool:
+    """Tell whether ``**`` takes a value apart."""
+    return hasattr(x, "keys") and hasattr(x, "__getitem__")
+
+
+def _rebuilt(x: Any, parts: list[Any]) -> Any:
+    """Make a structure like another of other parts."""
+    if isinstance(x, tuple):
+        return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
+    if dataclasses.is_dataclass(x) and not _is_mapping(x):
+        # What it holds besides its fields may come of these: a copy would keep what came of others.
+        new = object.__new__(type(x))
+        for field, part in zip((f for f in dataclasses.fields(x) if hasattr(x, f.name)), parts, strict=True):
+            object.__setattr__(new, field.name, part)
+        return new
+    new = copy.copy(x)
+    for key, part in zip(dict(x) if _is_mapping(x) else range(len(x)), parts, strict=True):
+        new[key] = part
+    return new
+
+
+def _read(x: Any, argument: str) -> Inputs:
+    """Take the entries out of a set of inputs."""
+    tensors, constants, kinds = dict[str, Tensor](), dict[str, Any](), dict[str, type]()
+
+    def read(x: Any, label: str, constant: bool = False) -> _Build:
+        if isinstance(x, Shared):
+            return read(x.value, label, constant=True)
+        parts = _parts(x)
+        if parts is None:
+            (tensors if isinstance(x, Tensor) and not constant else constants)[label] = x
+            return lambda entries: entries[label]
+        kinds[label] = type(x)
+        try:
+            _rebuilt(x, [*parts.values()])
+        except Exception as error:
+            what = f"{argument}{label} is of the type {kind_of(x)}, which cannot be made anew with some of the samples"
+            raise TypeError(f"{what} ({error}): pass a tuple, a list or a dict.") from error
+        builds = [read(part, label + suffix, constant) for suffix, part in parts.items()]
+        return lambda entries: _rebuilt(x, [build(entries) for build in builds])
+
+    if isinstance(x, Tensor | Shared):
+        build = read(x, "")
+        return Inputs(tensors, constants, kinds, lambda entries: ((build(entries),), {}))
+    if isinstance(x, tuple):
+        build = read(tuple(x), "")
+        return Inputs(tensors, constants, kinds, lambda entries: (build(entries), {}))
+    if _is_mapping(x) and not isinstance(x, type):
+        kwargs = dict(x)
+        if not all(isinstance(key, str) for key in kwargs):
+            raise TypeError(f"The keys of {argument} must be strings, the names of the model's arguments.")
+        build = read(kwargs, "")
+        return Inputs(tensors, constants, kinds, lambda entries: ((), build(entries)))
+    raise TypeError(
+        f"{argument} must be a tensor [N, ...], a tuple (called as model(*{argument})) or a mapping (called as "
+        f"model(**{argument})), got {kind_of(x)}.{_remedy(x, argument)}"
+    )
+
+
+def _remedy(x: Any, argument: str) -> str:
+    """Show how to pass what is neither a tensor nor a tuple nor a mapping."""
+    if isinstance(x, list):
+        return f" Pass ({argument},) for model({argument}), or tuple({argument}) for model(*{argument})."
+    if _parts(x) is not None:
+        return f" Pass ({argument},) for model({argument})."
+    if _is_array(x):
+        return f" Pass torch.as_tensor({argument})."
+    return "" if isinstance(x, bool | int | float | str | type | None) else _WRAPPER.format(call=f"{kind_of(x)}(x)")
+
+
+def _is_array(x: Any) -> bool:
+    """Tell whether a value holds numbers along axes, as tensors do, but is none."""
+    return not isinstance(x, Tensor | type) and getattr(x, "ndim", 0) != 0
 
 
 def _check_tensors(inputs: Inputs, argument: str, model: Module) -> None:
     """Check that inputs are tensors with one common leading axis, of the model's dtype and device."""
-    if not all(isinstance(key, str) for key in inputs.kwargs):
-        raise TypeError(f"The keys of {argument} must be strings, the names of the model's arguments.")
-    if not inputs.args and not inputs.kwargs:
-        raise ValueError(f"{argument} is empty: it must hold at least one tensor.")
+    for label, entry in inputs.constants.items():
+        if _is_array(entry):
+            what = f"{argument}{label}"
+            raise TypeError(f"{what} must be a tensor, got {kind_of(entry)}. Pass torch.as_tensor({what}).")
+    if not inputs.tensors:
+        raise ValueError(f"{argument} is empty: it must hold at least one tensor [N, ...], which is not shared.")
     for label, tensor in inputs.tensors.items():
-        if not isinstance(tensor, Tensor):
-            call = _call_with(label, tensor)
-            raise TypeError(f"{argument}{label} must be a tensor, got {kind_of(tensor)}.{_wrapper(call)}")
         if tensor.is_nested:
             raise ValueError(f"{argument}{label} is a nested tensor: pass padded samples with a mask.")
         if tensor.layout is not torch.strided:
@@ -103,35 +246,35 @@ def _check_tensors(inputs: Inputs, argument: str, model: Module) -> None:
                 f"{argument}{label} is of layout {tensor.layout}: pass a dense tensor, {argument}{label}.to_dense()."
             )
         if tensor.ndim == 0:
-            raise ValueError(f"{argument}{label} has no axes: its leading axis must hold the samples.")
+            remedy = f"Is it the same for all? Pass shared({argument}{label})." if len(inputs.tensors) > 1 else ""
+            raise ValueError(f"{argument}{label} has no axes: its leading axis must hold the samples. {remedy}".strip())
     sizes = {label: len(tensor) for label, tensor in inputs.tensors.items()}
     if len(set(sizes.values())) > 1:
         listed = ", ".join(f"{argument}{label}: {size}" for label, size in sizes.items())
+        ((usual, _),) = Counter(sizes.values()).most_common(1)
+        others = " and ".join(f"shared({argument}{label})" for label, size in sizes.items() if size != usual)
         raise ValueError(
-            f"The tensors of {argument} must share their leading axis, the samples, got {listed}."
-            f"{_wrapper('x, shared')}"
+            f"The tensors of {argument} must share their leading axis, the samples, got {listed}. What is the same for "
+            f"all samples is passed as such, say {others}, with `from ggn_ntk import shared`."
         )
     if 0 in sizes.values():
         raise ValueError(f"{argument} has no samples: its leading axis is empty.")
     _check_like_model(inputs, argument, model)
 
 
-def _call_with(label: str, value: Any) -> str:
-    """Write the arguments of a call with a tensor x and a value that is no tensor, if it is short."""
-    if isinstance(value, Mapping):
-        return "{" + ", ".join(f"{key!r}: x" for key in value) + "}"
-    if isinstance(value, list | tuple):
-        return "[" + ", ".join("x" for _ in value) + "]"
-    name = label.strip("[]'")
-    shown = repr(value) if isinstance(value, bool | int | float | str | None) else "..."
-    return f"x, {name}={shown}" if name.isidentifier() else f"x, {shown}"
-
-
 def _check_like_model(inputs: Inputs, argument: str, model: Module) -> None:
-    """Check that inputs are on the model's device and, where real, of its dtype."""
+    """Check that inputs have no graph, and are on the model's device and, where real, of its dtype."""
     params = list(model.parameters())
     devices, dtypes = {p.device for p in params}, {p.dtype for p in params if not p.is_complex()}
-    for label, tensor in inputs.tensors.items():
+    for label, tensor in (inputs.tensors | inputs.constants).items():
+        if not isinstance(tensor, Tensor):
+            continue
+        if tensor.requires_grad:
+            raise ValueError(
+                f"{argument}{label} requires a gradient, but what is computed carries no graph to inputs: pass "
+                f"{argument}{label}.detach(). For kernels that are differentiable in inputs and parameters, call "
+                "ggn_ntk.reference.jacobian_contraction(..., create_graph=True)."
+            )
         if devices and tensor.device not in devices:
             raise ValueError(
                 f"{argument}{label} is on {tensor.device}, the model's parameters on {_sorted(devices)}. "
@@ -151,12 +294,13 @@ def _sorted(values: Iterable[Any]) -> str:
 
 def check_alike(x1: Inputs, x2: Inputs) -> None:
     """Check that two sets of inputs differ in nothing but the number of samples."""
-    if len(x1.args) != len(x2.args) or x1.kwargs.keys() != x2.kwargs.keys():
+    if x1.tensors.keys() != x2.tensors.keys() or x1.constants.keys() != x2.constants.keys() or x1.kinds != x2.kinds:
         raise ValueError(
-            f"x2 must hold the same tensors as x1, got {len(x2.args)} positional and keys {sorted(x2.kwargs)} "
-            f"against {len(x1.args)} positional and keys {sorted(x1.kwargs)}."
+            f"x2 must hold the same entries as x1, in the same structure and shared alike, got {_described(x2)} "
+            f"against {_described(x1)}."
         )
-    for (label, a), b in zip(x1.tensors.items(), x2.tensors.values(), strict=True):
+    for label, a in x1.tensors.items():
+        b = x2.tensors[label]
         for what, first, second in [
             ("shape behind the sample axis", list(a.shape[1:]), list(b.shape[1:])),
             ("dtype", a.dtype, b.dtype),
@@ -164,3 +308,26 @@ def check_alike(x1: Inputs, x2: Inputs) -> None:
         ]:
             if first != second:
                 raise ValueError(f"x2{label} must have the {what} of x1{label}: {first}, got {second}.")
+    for label, constant in x1.constants.items():
+        if not _equal(constant, x2.constants[label]):
+            raise ValueError(
+                f"x2{label} must be equal to x1{label}, which all samples share: pass the same value in both. What "
+                "differs from sample to sample is passed as a tensor [N, ...]."
+            )
+
+
+def _described(inputs: Inputs) -> str:
+    """List what inputs hold."""
+    tensors = [label or "a tensor" for label in inputs.tensors]
+    constants = [f"{label} (shared)" for label in inputs.constants]
+    structures = [f"{label} ({kind.__name__})" for label, kind in inputs.kinds.items() if label]
+    return ", ".join([*tensors, *constants, *structures])
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Tell whether two constants are the same."""
+    if a is b:
+        return True
+    if isinstance(a, Tensor) and isinstance(b, Tensor):
+        return (a.dtype, a.device, a.layout) == (b.dtype, b.device, b.layout) and torch.equal(a, b)
+    return type(a) is type(b) and bool(a == b)

@@ -14,11 +14,10 @@ from torch.jit import ScriptModule
 from torch.nn import DataParallel, Module
 from torch.nn.parallel import DistributedDataParallel
 
-from ggn_ntk.problem.inputs import Inputs, check_alike, kind_of, parse_inputs
+from ggn_ntk.problem.inputs import Inputs, check_alike, entries_of, kind_of, parse_inputs
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.result import finish, sum_kernels
 from ggn_ntk.problem.selection import selected
-from ggn_ntk.process.torch_internals import tree_leaves
 from ggn_ntk.process.transforms import is_wrapped, outside_of_transforms
 from ggn_ntk.process.turns import alone_with
 
@@ -74,7 +73,7 @@ class Request:
         if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
             raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}.")
         with nullcontext() if transforms else outside_of_transforms(), alone_with(model):
-            if not transforms and any(map(is_wrapped, (*tree_leaves((x1, x2)), *model.parameters()))):
+            if not transforms and any(map(is_wrapped, (*(x for _, x in entries_of((x1, x2))), *model.parameters()))):
                 raise ValueError(
                     "x1, x2 or a parameter is what a torch.func transform makes of a tensor: compute kernels outside."
                 )

@@ -1,14 +1,20 @@
 """What x1 and x2 may be, and what of the process a call relies on."""
 
+import importlib
 import re
 import sys
 import textwrap
+from collections import OrderedDict, UserDict
+from collections.abc import Mapping
+from dataclasses import dataclass, is_dataclass
 from functools import partial
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 import pytest
 import torch
 from backpack import backpack, extend
-from conftest import METHODS, assert_close, kernel_of, loop_jacobians
+from conftest import METHODS, assert_close, call, kernel_of, loop_jacobians
 from torch import Tensor, nn
 
 from ggn_ntk import (
@@ -19,6 +25,8 @@ from ggn_ntk import (
     explain,
     linearize,
     nngp,
+    shared,
+    taylor_expand,
 )
 from ggn_ntk.methods.structured import recorded_products
 from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
@@ -28,88 +36,293 @@ FUNCTIONS = [empirical_ntk, jacobian_contraction, ntk_vector_products, explain, 
 X = torch.randn(6, 3, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
 
 
-class Taking(nn.Module):
-    """A layer on an input of any structure, scaled by what else is given."""
+class Operator(nn.Module):
+    """Multiplies features of samples with features of points, which come in any structure."""
 
     def __init__(self):
         super().__init__()
-        self.layer = nn.Linear(3, 2).double()
+        self.branch, self.trunk = nn.Linear(3, 4), nn.Linear(1, 4)
 
-    def forward(self, x, grid=None, flag=True, scale=1):
+    def forward(self, x, grid=None, scale=1, flag=True, mode=None):
+        if grid is None and not isinstance(x, Tensor):
+            x, grid = x.values() if isinstance(x, Mapping) else vars(x).values() if is_dataclass(x) else x
         while not isinstance(x, Tensor):
-            x = x["a"] if isinstance(x, dict) else x[0]
-        h = self.layer(x) * (2 if flag else 1) * (3 if scale == "three" else scale)
-        return h if grid is None else h + h * grid.sum()
+            x = x["x"] if isinstance(x, dict) else x[0]
+        grid = grid["points"][0] if isinstance(grid, dict) else grid
+        h = self.branch(x).tanh() * (2 if flag else 1) * (3 if mode == "three" else scale)
+        return h[:, :2] if grid is None else h @ self.trunk(grid).tanh().T
+
+
+@dataclass(frozen=True)
+class Batch:
+    x: Tensor
+    grid: Any
+
+
+class Pair(NamedTuple):
+    x: Tensor
+    grid: Any
 
 
 # ---------------------------------------------------------------- structures
 
-# What is given, the call that the message shows, and what the wrapper's constants are where it shows ellipses.
+GRID = torch.linspace(-1, 1, 7, dtype=torch.float64).unsqueeze(1)
+
+# Inputs of samples x, with something that marks what they share.
+FORMS = {
+    "flag": lambda x, mark: {"x": x, "flag": False},
+    "none": lambda x, mark: (x, None),
+    "text": lambda x, mark: {"x": x, "scale": 2.5, "mode": "three"},
+    "tuple": lambda x, mark: (x, mark(GRID), 2.5, False, "three"),
+    "mapping": lambda x, mark: {"grid": mark(GRID), "x": x, "mode": None},
+    "mapping_in_tuple": lambda x, mark: ({"x": x, "grid": mark(GRID)},),
+    "list": lambda x, mark: ([x, mark(GRID)],),
+    "tuple_in_tuple": lambda x, mark: ((x, mark(GRID)), None, 2.5),
+    "named_tuple": lambda x, mark: (Pair(x, mark(GRID)),),
+    "dataclass": lambda x, mark: {"x": Batch(x, mark(GRID))},
+    "ordered": lambda x, mark: (OrderedDict(x=x, grid=mark(GRID)),),
+    "user_dict": lambda x, mark: UserDict(x=x, grid=mark(GRID)),
+    "nested": lambda x, mark: {"x": [{"x": (x,)}], "grid": mark(GRID)},
+    "shared_structure": lambda x, mark: (x, mark({"points": [GRID]})),
+}
+
+
+def unmarked(value):
+    return value
+
+
+class Plain(nn.Module):
+    """The model on a tensor of samples."""
+
+    def __init__(self, model, form):
+        super().__init__()
+        self.model, self.form = model, form
+
+    def forward(self, x):
+        return call(self.model, self.form(x, unmarked))
+
+
+@pytest.fixture(params=FORMS)
+def form(request):
+    return FORMS[request.param]
+
+
+@pytest.mark.parametrize("method", [*ROUTES, "autograd"])
+def test_structures(form, method):
+    model, chosen = Operator().double(), {"capture": method} if method == "autograd" else {"method": method}
+    kernel = empirical_ntk(model, form(X, shared), form(X[:2] + 1, shared), check=True, **chosen)
+    assert_close(kernel, kernel_of(Plain(model, form), X, X[:2] + 1))
+    symmetric = empirical_ntk(model, form(X, shared), compute="trace", **chosen)
+    assert_close(symmetric, kernel_of(Plain(model, form), X).diagonal(dim1=2, dim2=3).sum(-1))
+
+
+def test_structures_in_all_other_functions(form):
+    model, plain = Operator().double(), Plain(Operator().double(), form)
+    plain.model = model
+    given, outputs = form(X, shared), plain(X).detach()
+    assert_close(nngp(model, given, form(X[:2], shared)), torch.einsum("nc,md->nmcd", outputs, outputs[:2]))
+    assert_close(empirical_kernels(model, given).ntk, kernel_of(plain, X))
+    assert explain(model, given).covered == explain(plain, X).covered
+    new = {name: p.detach() + 0.1 for name, p in model.named_parameters()}
+    for expand in (linearize, partial(taylor_expand, degree=2)):
+        expected = expand(plain)({f"model.{name}": p for name, p in new.items()}, X)
+        assert_close(expand(model)(new, given), expected)
+
+
+def test_structures_on_devices(form, device):
+    model = Operator().double()
+    expected = kernel_of(Plain(model, form), X, X[:2])
+    on_device = [form(x.to(device), lambda value: shared(moved(value, device))) for x in (X, X[:2])]
+    for method in ("structured", "jacobian_contraction"):
+        assert_close(empirical_ntk(model.to(device), *on_device, method=method).cpu(), expected)
+
+
+def moved(value, device):
+    return value.to(device) if isinstance(value, Tensor) else {"points": [value["points"][0].to(device)]}
+
+
+def test_batches_of_hugging_face():
+    """As a tokenizer returns them, and as models do."""
+    transformers = pytest.importorskip("transformers")
+    outputs = importlib.import_module("transformers.modeling_outputs")
+    model = Operator().double()
+    expected = kernel_of(Plain(model, FORMS["tuple_in_tuple"]), X) / 2.5**2
+    for given in (
+        transformers.BatchEncoding({"x": X, "grid": shared(GRID)}),
+        (transformers.BatchEncoding({"x": X, "grid": shared(GRID)}),),
+        (outputs.BaseModelOutput(last_hidden_state=X, hidden_states=shared(GRID)),),
+    ):
+        assert_close(empirical_ntk(model, given), expected)
+
+
+class Mapped:
+    """Neither a dict nor registered as a mapping, but what ``**`` takes."""
+
+    def __init__(self, **entries):
+        self.entries = entries
+
+    def keys(self):
+        return self.entries.keys()
+
+    def __getitem__(self, key):
+        return self.entries[key]
+
+
+def test_anything_that_is_taken_apart_like_a_mapping():
+    model = Operator().double()
+    kernel = empirical_ntk(model, Mapped(x=X, grid=shared(GRID)), {"grid": shared(GRID.clone()), "x": X[:2]})
+    assert_close(kernel, kernel_of(Plain(model, FORMS["mapping"]), X, X[:2]))
+
+
+class Careless(Operator):
+    """Writes to what it is given."""
+
+    def forward(self, batch, names):
+        grid = batch.pop("grid")
+        names.append(str(batch))
+        return super().forward(batch["x"].mul_(2), grid.add_(1))
+
+
+@pytest.mark.parametrize("method", ROUTES)
+def test_what_a_model_writes_to_is_a_copy(method):
+    class Careful(Operator):
+        def forward(self, x):
+            return super().forward(2 * x, GRID + 1)
+
+    model, x, grid, names = Careless().double(), X.clone(), GRID.clone(), ["a"]
+    batch = {"x": x, "grid": shared(grid)}
+    careful = Careful().double()
+    careful.load_state_dict(model.state_dict())
+    assert_close(empirical_ntk(model, (batch, names), method=method), kernel_of(careful, X))
+    assert list(batch) == ["x", "grid"]
+    assert names == ["a"]
+    assert torch.equal(x, X)
+    assert torch.equal(grid, GRID)
+
+
+def test_layers_one_by_one_take_tensors_by_position_alone():
+    """Where a Sequential model takes anything else, it is taken apart in the graph."""
+
+    class First(nn.Module):
+        def forward(self, batch):
+            return batch["x"]
+
+    model = nn.Sequential(First(), nn.Linear(3, 2), nn.Tanh()).double()
+    given = ({"x": X},)
+    assert_close(empirical_ntk(model, given), kernel_of(model[1:], X))
+    for options in ({"capture": "sequential"}, {"method": "vivit"}):
+        with pytest.raises(UnsupportedModelError, match=r"something else than tensors|ViViT takes one input tensor"):
+            empirical_ntk(model, given, **options)
+
+
+def test_settings_are_passed_on_as_they_are():
+    """Also where they are dataclasses that hold more than their fields."""
+
+    @dataclass
+    class Settings:
+        scale: float
+
+        def __post_init__(self):
+            self.doubled = 2 * self.scale
+
+    class Configured(Operator):
+        def forward(self, x, settings):
+            return super().forward(x, scale=settings.doubled)
+
+    model, settings = Configured().double(), Settings(1.5)
+    expected = kernel_of(Plain(model, lambda x, mark: (x, settings)), X)
+    assert_close(empirical_ntk(model, (X, settings), (X, Settings(1.5))), expected)
+
+
+# ---------------------------------------------------------------- what is refused
+
+
+class Points:
+    """Of no structure that is known."""
+
+    def __init__(self, x):
+        self.x = x
+
+
+class OfPoints(Operator):
+    def forward(self, points):
+        return super().forward(points.x)
+
+
+def test_what_is_of_no_known_structure_is_refused_with_a_wrapper_that_works():
+    model = OfPoints().double()
+    for function in FUNCTIONS:
+        with pytest.raises(TypeError, match=r"x1 must be a tensor .*, got Points") as info:
+            function(model, Points(X))
+    code = textwrap.dedent(str(info.value).partition("say:\n\n")[2])
+    scope = {"torch": torch, "Points": Points, "empirical_ntk": lambda model, x: model(x), "model": model, "x1": X}
+    exec(code.replace("empirical_ntk(", "result = empirical_ntk("), scope)
+    assert torch.equal(scope["result"], model(Points(X)))
+    assert_close(empirical_ntk(scope["Wrapper"](model), X), kernel_of(scope["Wrapper"](model), X))
+
+
 REFUSED = [
-    ((X, False), "self.model(x, False)"),
-    ((X, None), "self.model(x, None)"),
-    ({"x": X, "flag": False}, "self.model(x, flag=False)"),
-    ({"x": X, "grid": None}, "self.model(x, grid=None)"),
-    ({"x": X, "scale": 2.5}, "self.model(x, scale=2.5)"),
-    ({"x": X, "scale": "three"}, "self.model(x, scale='three')"),
-    (([X, X],), "self.model([x, x])"),
-    (((X,),), "self.model([x])"),
-    (({"a": X},), "self.model({'a': x})"),
-    ([X], "self.model([x])"),
+    ([X], TypeError, r"got list\. Pass \(x1,\) for model\(x1\), or tuple\(x1\) for model\(\*x1\)\.$"),
+    (Batch(X, None), TypeError, r"got Batch\. Pass \(x1,\) for model\(x1\)\.$"),
+    (X.numpy(), TypeError, r"got ndarray\. Pass torch\.as_tensor\(x1\)\.$"),
+    (3.0, TypeError, r"got float\.$"),
+    (dict, TypeError, r"got the class dict\.$"),
+    ((X, {"mask": X.numpy()}), TypeError, r"x1\[1\]\['mask'\] must be .* got ndarray\. Pass torch\.as_tensor"),
+    ((MappingProxyType({"x": X}),), TypeError, r"x1\[0\] is of the type mappingproxy.*pass a tuple, a list or a dict"),
+    (shared(X), ValueError, r"x1 is empty: .* one tensor \[N, \.\.\.\], which is not shared"),
+    ({"x": None, "flag": True}, ValueError, "x1 is empty"),
+    ((X, GRID), ValueError, r"got x1\[0\]: 6, x1\[1\]: 7\..*shared\(x1\[1\]\)"),
+    ({"x": [GRID, X, X]}, ValueError, r"shared\(x1\['x'\]\[0\]\)"),
+    ((X, torch.tensor(2.0)), ValueError, r"x1\[1\] has no axes.*shared\(x1\[1\]\)"),
+    ((X, shared(GRID.float())), ValueError, r"x1\[1\] is torch\.float32, the model's"),
+    ((X, shared(GRID.to("meta"))), ValueError, r"x1\[1\] is on meta"),
+    (X.clone().requires_grad_(), ValueError, r"x1 requires a gradient.*x1\.detach\(\).*create_graph=True"),
+    ((X, shared([GRID.clone().requires_grad_()])), ValueError, r"x1\[1\]\[0\] requires a gradient"),
 ]
 
 
-def wrapper_in(message):
-    """Run the wrapper that a message shows."""
-    code = textwrap.dedent(message.partition("say:\n\n")[2])
-    scope = {"torch": torch}
-    exec(code.partition("empirical_ntk(")[0], scope)
-    return scope["Wrapper"], code
-
-
-@pytest.mark.parametrize(("x", "called"), REFUSED, ids=[called for _, called in REFUSED])
-@pytest.mark.parametrize("second", [False, True], ids=["x1", "x2"])
-def test_what_is_no_tensor_is_refused_with_a_wrapper_that_works(x, called, second):
-    model = Taking()
+@pytest.mark.parametrize(("x", "error", "message"), REFUSED, ids=range(len(REFUSED)))
+def test_what_is_refused_with_what_to_do(x, error, message):
     for function in FUNCTIONS:
-        with pytest.raises(TypeError, match=re.escape(called)) as info:
-            function(model, *((X, x) if second else (x,)))
-    wrapper, code = wrapper_in(str(info.value))
-    assert str(info.value).startswith("x2" if second else "x1")
-    assert re.fullmatch(r"empirical_ntk\(Wrapper\(model\), x[12](, x2)?\)", code.splitlines()[-1])
-    given = {"flag": x.get("flag", True), "scale": x.get("scale", 1)} if isinstance(x, dict) else {}
-    given |= {"grid": x[1]} if isinstance(x, tuple) and len(x) == 2 and x[1] is not None else {}
-    wrapped = wrapper(model)
-    if "grid" not in given:
-        assert torch.equal(wrapped(X), model(X, **given))
-        assert_close(empirical_ntk(wrapped, X), kernel_of(wrapped, X))
+        with pytest.raises(error, match=message):
+            function(Operator().double(), x)
+        with pytest.raises(error, match=message.replace("x1", "x2")):
+            function(Operator().double(), X, x)
+    with pytest.raises(error, match=message):
+        linearize(Operator().double())(dict(Operator().double().named_parameters()), x)
 
 
-@pytest.mark.parametrize("x", [(X, torch.randn(9, 1)), {"x": X, "grid": torch.randn(9, 1)}], ids=["tuple", "mapping"])
-def test_constants_that_samples_share_are_refused_with_a_wrapper(x):
+@pytest.mark.parametrize("value", [None, 3, [], X.numpy(), Tensor])
+def test_what_is_no_tensor_needs_no_mark(value):
+    with pytest.raises(TypeError, match=r"value must be a tensor or hold tensors, got .*without shared"):
+        shared(value)
+
+
+DIFFERENT = [
+    ((X, shared(GRID)), (X, shared(GRID + 1)), r"x2\[1\] must be equal to x1\[1\], which all samples share"),
+    ({"x": X, "flag": True}, {"x": X, "flag": False}, r"x2\['flag'\] must be equal to x1\['flag'\]"),
+    ({"x": X, "scale": 1}, {"x": X, "scale": True}, r"x2\['scale'\] must be equal"),
+    ({"x": X, "flag": True}, {"x": X}, r"same entries as x1.* got \['x'\] against \['x'\], \['flag'\] \(shared\)"),
+    (([X],), ((X,),), r"the same entries as x1.* \[0\] \(tuple\) against .* \[0\] \(list\)"),
+    ((X, X), (X, shared(X)), r"\[1\] \(shared\) against \[0\], \[1\]"),
+]
+
+
+@pytest.mark.parametrize(("x1", "x2", "message"), DIFFERENT, ids=range(len(DIFFERENT)))
+def test_what_samples_share_is_the_same_in_both_sets(x1, x2, message):
     for function in FUNCTIONS:
-        with pytest.raises(ValueError, match="must share their leading axis, the samples") as info:
-            function(Taking(), x)
-    wrapper, _ = wrapper_in(str(info.value))
-    assert issubclass(wrapper, nn.Module)
-    assert "shared" in str(info.value)
+        with pytest.raises(ValueError, match=message):
+            function(Operator().double(), x1, x2)
 
 
-def test_the_wrapper_of_a_shared_constant():
-    """Written as the message has it."""
-
-    class Wrapper(nn.Module):
-        def __init__(self, model, shared):
-            super().__init__()
-            self.model = model
-            self.register_buffer("shared", shared)
-
-        def forward(self, x):
-            return self.model(x, self.shared)
-
-    model = Wrapper(Taking(), torch.randn(9, 1).double())
-    for method in ROUTES:
-        assert_close(empirical_ntk(model, X, X[:2], method=method), kernel_of(model, X, X[:2]))
+def test_expansions_look_at_samples_anew_where_what_they_share_has_changed():
+    expansion = linearize(Operator().double())
+    new = {name: p + 0.1 for name, p in expansion.point.items()}
+    for given in ({"x": X, "flag": True}, {"x": X, "flag": False}, (X, shared(GRID)), (X, shared(GRID + 1)), (X, None)):
+        before = len(expansion._verified)
+        for _ in range(2):
+            expansion(new, given)
+            assert len(expansion._verified) == before + 6
 
 
 @pytest.mark.parametrize(
@@ -140,9 +353,9 @@ def test_the_wrapper_of_a_shared_constant():
 def test_bad_tensors(made, error, message):
     for function in FUNCTIONS:
         with pytest.raises(error, match=message):
-            function(Taking(), made())
+            function(Operator().double(), made())
     with pytest.raises(error, match=message):
-        linearize(Taking())(dict(Taking().named_parameters()), made())
+        linearize(Operator().double())(dict(Operator().double().named_parameters()), made())
 
 
 # ---------------------------------------------------------------- models that take one sample at a time

@@ -49,7 +49,7 @@ def model():
         ({"params": ["0.weights"]}, ValueError, "params names '0.weights', .* close are: 0.weight"),
         ({"x1": [1.0]}, TypeError, r"x1 must be a tensor \[N, ...\], a tuple .* or a mapping .*, got list"),
         ({"x1": None}, TypeError, "x1 must be a tensor .*, got NoneType"),
-        ({"x1": (X, 3)}, TypeError, r"x1\[1\] must be a tensor, got int"),
+        ({"x1": (X, X.numpy())}, TypeError, r"x1\[1\] must be a tensor, got ndarray\. Pass torch\.as_tensor\(x1\[1\]"),
         ({"x1": ()}, ValueError, "x1 is empty: it must hold at least one tensor"),
         ({"x1": {}}, ValueError, "x1 is empty"),
         ({"x1": torch.tensor(1.0)}, ValueError, "x1 has no axes: its leading axis must hold the samples"),
@@ -60,8 +60,8 @@ def model():
         ({"x1": X.to("meta")}, ValueError, "x1 is on meta, the model's parameters on cpu"),
         ({"x2": X[:, :4]}, ValueError, r"x2 must have the shape behind the sample axis of x1: \[5\], got \[4\]"),
         ({"x2": X.int()}, ValueError, "x2 must have the dtype of x1: torch.float32, got torch.int32"),
-        ({"x2": (X, X)}, ValueError, "x2 must hold the same tensors as x1, got 2 positional"),
-        ({"x2": {"input": X}}, ValueError, r"x2 must hold the same tensors as x1, .* keys \['input'\]"),
+        ({"x2": (X, X)}, ValueError, r"x2 must hold the same entries as x1, .*got \[0\], \[1\] .*against a tensor"),
+        ({"x2": {"input": X}}, ValueError, r"x2 must hold the same entries as x1, .*got \['input'\]"),
     ],
     ids=str,
 )
@@ -165,10 +165,7 @@ def test_mapping_of_another_type_than_dict():
 
 
 @pytest.mark.parametrize("method", ["vivit", "jacobian_contraction", "ntk_vector_products"])
-def test_inputs_that_are_not_contiguous_or_need_gradients(model, method):
+def test_inputs_that_are_not_contiguous(model, method):
     x = torch.randn(5, 6).T[::2]
     expected = empirical_ntk(model, x.contiguous(), method=method)
     torch.testing.assert_close(empirical_ntk(model, x, method=method), expected)
-    kernel = empirical_ntk(model, x.clone().requires_grad_(), method=method)
-    assert not kernel.requires_grad
-    torch.testing.assert_close(kernel, expected)
