@@ -52,6 +52,11 @@ class OutputAxes:
         return tuple(axis for axis in self.kept if axis not in self.diagonal)
 
     @property
+    def kernel_shape(self) -> Size:
+        """The shape of a kernel behind its two sample axes."""
+        return Size([self.out_shape[axis] for axis in (*self.kept, *self.free)])
+
+    @property
     def roles(self) -> Roles:
         """The number of outputs in each role."""
         return Roles(*(prod(self.out_shape[axis] for axis in axes) for axes in (self.diagonal, self.free, self.traced)))
@@ -71,10 +76,20 @@ class OutputAxes:
     def separate(self, kernel: Tensor) -> Tensor:
         """Give each output axis an axis of its own."""
         # kernel [N1, N2, E, F, F] -> [N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]
+        sizes = [self.out_shape[axis] for axis in (*self.diagonal, *self.free, *self.free)]
+        return kernel.reshape(*kernel.shape[:2], *sizes).permute(0, 1, *(2 + axis for axis in self._order))
+
+    def merge(self, kernel: Tensor) -> Tensor:
+        """Undo :meth:`separate`."""
+        # kernel [N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)] -> [N1, N2, E, F, F]
+        places = [2 + self._order.index(axis) for axis in range(len(self._order))]
+        return kernel.permute(0, 1, *places).reshape(*kernel.shape[:2], *self.roles.kernel)
+
+    @property
+    def _order(self) -> list[int]:
+        """The places of a kernel's output axes among the merged ones, diagonal, free of x1 and free of x2."""
         merged = [*self.diagonal, *self.free]
-        sizes = [self.out_shape[axis] for axis in (*merged, *self.free)]
-        order = [*(merged.index(axis) for axis in self.kept), *range(len(merged), len(sizes))]
-        return kernel.reshape(*kernel.shape[:2], *sizes).permute(0, 1, *(2 + axis for axis in order))
+        return [*(merged.index(axis) for axis in self.kept), *range(len(merged), len(merged) + len(self.free))]
 
 
 @dataclass(frozen=True)

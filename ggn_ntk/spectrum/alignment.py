@@ -1,12 +1,20 @@
 """How well kernels align with targets and with each other."""
 
+from collections.abc import Iterable
+
 import torch
 from torch import Tensor
 
-from ggn_ntk.spectrum.matrix import check_kernel, flatten, symmetric_matrix
+from ggn_ntk.spectrum.matrix import check_entries, find_axes, symmetric_matrices, symmetric_matrix, to_columns
 
 
-def kernel_target_alignment(kernel: Tensor, y: Tensor) -> float:
+def kernel_target_alignment(
+    kernel: Tensor,
+    y: Tensor,
+    *,
+    trace_axes: int | Iterable[int] | None = None,
+    diagonal_axes: int | Iterable[int] | None = None,
+) -> float:
     """Compute the alignment of a kernel with targets.
 
     ``<K, y y^T> / (|K| |y y^T|)``, with Frobenius products and norms (Cristianini, Shawe-Taylor, Elisseeff, Kandola:
@@ -14,9 +22,12 @@ def kernel_target_alignment(kernel: Tensor, y: Tensor) -> float:
     :func:`centered_kernel_alignment` with y y^T.
 
     Args:
-        kernel: ``[N, N, *out, *out]``, where y y^T pairs samples and outputs, or ``[N, N]``, where it pairs samples and
-            sums over outputs.
+        kernel: ``[N, N, *out, *out]``, where y y^T pairs samples and outputs; ``[N, N]``, where it pairs samples and
+            sums over outputs; or any other kernel: y y^T is traced and diagonal along the same axes.
         y: Targets ``[N, *out]``: real numbers, so one-hot for classes.
+        trace_axes: The output axes that the kernel is traced along, as for :func:`ggn_ntk.empirical_ntk`.
+        diagonal_axes: The output axes that the kernel is diagonal along. With both ``None``, the shape tells a full, a
+            diagonal and a trace kernel apart.
 
     Returns:
         The alignment, between 0 and 1 for a positive semi-definite kernel.
@@ -25,13 +36,11 @@ def kernel_target_alignment(kernel: Tensor, y: Tensor) -> float:
         TypeError: If an argument is not a real tensor.
         ValueError: If a shape does not fit, the kernel is not symmetric, or either is zero.
     """
-    matrix = symmetric_matrix(kernel, "kernel")
     if not isinstance(y, Tensor) or not y.is_floating_point():
         raise TypeError("y must be a tensor of real numbers; for classes, torch.nn.functional.one_hot(y).to(dtype).")
-    if y.ndim == 0 or kernel.shape not in (y.shape[:1] * 2, y.shape[:1] * 2 + y.shape[1:] * 2):
-        raise ValueError(f"y must have shape [N, *out] for the kernel {list(kernel.shape)}, got {list(y.shape)}.")
-    columns = y.detach().double().reshape(len(matrix), -1)
-    return _cosine(matrix, columns @ columns.T, "kernel and y")
+    axes = find_axes(kernel, "kernel", y, "y", trace_axes, diagonal_axes)
+    columns = to_columns(y.detach(), axes)
+    return _cosine(symmetric_matrices(kernel, "kernel", axes), columns @ columns.mT, "kernel and y")
 
 
 def centered_kernel_alignment(kernel1: Tensor, kernel2: Tensor) -> float:
@@ -66,7 +75,7 @@ def relative_kernel_change(before: Tensor, after: Tensor) -> float:
     the learning of features (Chizat, Oyallon, Bach: "On Lazy Training in Differentiable Programming", NeurIPS 2019).
 
     Args:
-        before: A kernel of any kind: ``[N1, N2, *out, *out]``, ``[N1, N2]``.
+        before: A kernel of any kind, ``[N1, N2, ...]``.
         after: A kernel of the same shape.
 
     Returns:
@@ -76,12 +85,12 @@ def relative_kernel_change(before: Tensor, after: Tensor) -> float:
         TypeError: If an argument is not a real tensor.
         ValueError: If the shapes differ, or the kernel before is zero.
     """
-    first, second = flatten(check_kernel(before, "before")), flatten(check_kernel(after, "after"))
+    first, second = check_entries(before, "before").double(), check_entries(after, "after").double()
     _check_same_shape("before", before, "after", after)
-    norm = torch.linalg.matrix_norm(first)
+    norm = torch.linalg.vector_norm(first)
     if norm == 0:
         raise ValueError("before is zero, so there is no relative change.")
-    return float(torch.linalg.matrix_norm(second - first) / norm)
+    return float(torch.linalg.vector_norm(second - first) / norm)
 
 
 def _check_same_shape(argument1: str, kernel1: Tensor, argument2: str, kernel2: Tensor) -> None:
@@ -100,8 +109,8 @@ def _centred(matrix: Tensor, n: int) -> Tensor:
 
 
 def _cosine(first: Tensor, second: Tensor, what: str) -> float:
-    """Compute the cosine of the angle between two matrices, in the Frobenius product."""
-    norms = torch.linalg.matrix_norm(first) * torch.linalg.matrix_norm(second)
+    """Compute the cosine of the angle between matrices, in the Frobenius product."""
+    norms = torch.linalg.vector_norm(first) * torch.linalg.vector_norm(second)
     if norms == 0:
         raise ValueError(f"{what} must not be zero: there is no angle to measure.")
     return float((first * second).sum() / norms)

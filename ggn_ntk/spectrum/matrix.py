@@ -1,6 +1,13 @@
-"""Kernels as symmetric matrices: flattened, checked, and decomposed in float64."""
+"""Kernels as symmetric matrices: flattened, checked, and decomposed in float64.
+
+With E diagonal, F free and T traced outputs (:mod:`ggn_ntk.problem.output_axes`), a kernel is E matrices
+``[N1 F, N2 F]`` with rows ``(n, c)`` and columns ``(m, d)``, one for each diagonal output, and outputs are columns
+``[E, N F, T]`` that they multiply: traced outputs share a matrix. A full kernel is one matrix, and all outputs are one
+column.
+"""
 
 import math
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,59 +15,127 @@ import torch
 from torch import Tensor
 
 from ggn_ntk.problem.errors import warn
+from ggn_ntk.problem.output_axes import COMPUTES, AxesRequest, OutputAxes
 
 
 class IllConditionedWarning(UserWarning):
     """A kernel is singular up to rounding, and what was computed from it depends on how that is handled."""
 
 
-def check_kernel(kernel: Any, argument: str) -> Tensor:
-    """Refuse what cannot be a kernel; detach it from its graph."""
-    if not isinstance(kernel, Tensor) or not kernel.is_floating_point():
-        kind = kernel.dtype if isinstance(kernel, Tensor) else type(kernel).__name__
+def check_real(tensor: Any, argument: str) -> Tensor:
+    """Refuse what is not a tensor of real numbers; detach it from its graph."""
+    if not isinstance(tensor, Tensor) or not tensor.is_floating_point():
+        kind = tensor.dtype if isinstance(tensor, Tensor) else type(tensor).__name__
         raise TypeError(f"{argument} must be a tensor of real numbers, got {kind}.")
-    out = kernel.shape[2:]
-    half = len(out) // 2
-    if kernel.ndim < 2 or out[:half] != out[half:] or kernel.numel() == 0:
-        raise ValueError(
-            f"{argument} must have shape [N1, N2] or [N1, N2, *out, *out] and not be empty, got {list(kernel.shape)}."
-        )
-    if not kernel.isfinite().all():
+    real: Tensor = tensor.detach()
+    return real
+
+
+def check_entries(kernel: Any, argument: str) -> Tensor:
+    """Refuse what cannot be a kernel of any kind; detach it from its graph."""
+    entries = check_real(kernel, argument)
+    if entries.ndim < 2 or entries.numel() == 0:
+        raise ValueError(f"{argument} must have shape [N1, N2, ...] and not be empty, got {list(entries.shape)}.")
+    if not entries.isfinite().all():
         raise ValueError(f"{argument} holds numbers that are not finite.")
-    return kernel.detach()
+    return entries
 
 
-def flatten(kernel: Tensor) -> Tensor:
-    """Turn a kernel into a matrix in float64."""
-    # kernel [N1, N2, *out, *out] -> [N1 C, N2 C], rows (n, c) and columns (m, d)
-    n1, n2, *out = kernel.shape
-    c = math.prod(out[: len(out) // 2])
-    return kernel.double().reshape(n1, n2, c, c).transpose(1, 2).reshape(n1 * c, n2 * c)
+def check_kernel(kernel: Any, argument: str) -> Tensor:
+    """Refuse what cannot be a kernel that pairs all output axes it has; detach it from its graph."""
+    entries = check_entries(kernel, argument)
+    if entries.shape[2:] != _paired_axes(entries).kernel_shape:
+        raise ValueError(f"{argument} must have shape [N1, N2] or [N1, N2, *out, *out], got {list(entries.shape)}.")
+    return entries
 
 
-def unflatten(matrix: Tensor, shape: torch.Size) -> Tensor:
+def find_axes(
+    kernel: Any,
+    argument: str,
+    y: Tensor,
+    y_argument: str,
+    trace_axes: int | Iterable[int] | None,
+    diagonal_axes: int | Iterable[int] | None,
+) -> OutputAxes:
+    """Find the roles of output axes in a training set's kernel: as stated, or of the ``compute`` with this shape."""
+    # kernel [N, N, ...], y [N, *out]
+    shape = list(check_entries(kernel, argument).shape)
+    stated = trace_axes is not None or diagonal_axes is not None
+    computes = ("full",) if stated else COMPUTES
+    requests = [AxesRequest.parse(compute, trace_axes, diagonal_axes) for compute in computes]
+    if y.ndim == 0:
+        raise ValueError(f"{y_argument} must have shape [N, *out], got [].")
+    candidates = [request.resolve(y.shape[1:]) for request in requests]
+    shapes = [[len(y), len(y), *axes.kernel_shape] for axes in candidates]
+    if shape not in shapes:
+        accepted = " or ".join(dict.fromkeys(map(str, shapes)))
+        remedy = (
+            "" if stated else " Other axes that are traced or diagonal are stated in trace_axes= and diagonal_axes=."
+        )
+        raise ValueError(
+            f"{argument} must have shape {accepted} for {y_argument} of shape {list(y.shape)}, got {shape}.{remedy}"
+        )
+    return candidates[shapes.index(shape)]
+
+
+def flatten(kernel: Tensor, axes: OutputAxes) -> Tensor:
+    """Turn a kernel into matrices in float64, without its graph."""
+    # kernel [N1, N2, *axes.kernel_shape] -> [E, N1 F, N2 F]
+    blocks = torch.einsum("nmecd->encmd", axes.merge(kernel.detach().double()))
+    return blocks.flatten(3).flatten(1, 2)
+
+
+def unflatten(matrices: Tensor, axes: OutputAxes) -> Tensor:
     """Undo :func:`flatten`."""
-    # matrix [N1 C, N2 C], shape [N1, N2, *out, *out]
-    n1, n2, *out = shape
-    c = math.prod(out[: len(out) // 2])
-    return matrix.reshape(n1, c, n2, c).transpose(1, 2).reshape(shape)
+    # matrices [..., E, N1 F, N2 F] -> [..., N1, N2, *axes.kernel_shape]
+    blocks = matrices.unflatten(-1, (-1, axes.roles.free)).unflatten(-3, (-1, axes.roles.free))
+    merged = torch.einsum("...encmd->...nmecd", blocks)
+    kernels = axes.separate(merged.flatten(0, -5))  # the leading axes and N1 are one
+    return kernels.reshape(*merged.shape[:-3], *axes.kernel_shape)
+
+
+def to_columns(f: Tensor, axes: OutputAxes) -> Tensor:
+    """Turn outputs into columns in float64."""
+    # f [N, *out] -> [E, N F, T]
+    return torch.einsum("neft->enft", axes.arrange(f.double().reshape(len(f), -1))).flatten(1, 2)
+
+
+def from_columns(columns: Tensor, axes: OutputAxes) -> Tensor:
+    """Undo :func:`to_columns`."""
+    # columns [..., E, N F, T] -> [..., N, *out]
+    arranged = torch.einsum("...enft->...neft", columns.unflatten(-2, (-1, axes.roles.free)))
+    places = axes.numbers.flatten().argsort().to(columns.device)
+    flat = arranged.flatten(-3)[..., places]  # [..., N, C]
+    return flat.reshape(*flat.shape[:-1], *axes.out_shape)
+
+
+def symmetric_matrices(kernel: Any, argument: str, axes: OutputAxes) -> Tensor:
+    """Turn the kernel of a set with itself into symmetric matrices, which they have to be up to rounding."""
+    # kernel [N, N, *axes.kernel_shape] -> [E, N F, N F]
+    if kernel.shape[0] != kernel.shape[1]:
+        raise ValueError(f"{argument} must be the kernel of a set with itself, [N, N, ...], got {list(kernel.shape)}.")
+    matrices = flatten(kernel, axes)
+    norm = torch.linalg.vector_norm
+    asymmetry = norm(matrices - matrices.mT).item()
+    if asymmetry > math.sqrt(torch.finfo(kernel.dtype).eps) * norm(matrices).item():
+        raise ValueError(
+            f"{argument} must be symmetric, the kernel of a set with itself: K and its transpose differ by "
+            f"{asymmetry / norm(matrices).item():.1e} of the norm."
+        )
+    return (matrices + matrices.mT) / 2
 
 
 def symmetric_matrix(kernel: Any, argument: str) -> Tensor:
-    """Turn the kernel of a set with itself into a symmetric matrix, which it has to be up to rounding."""
+    """Turn the kernel of a set with itself, which pairs all output axes that it has, into a symmetric matrix."""
     # kernel [N, N, *out, *out] -> [N C, N C]
     kernel = check_kernel(kernel, argument)
-    if kernel.shape[0] != kernel.shape[1]:
-        raise ValueError(f"{argument} must be the kernel of a set with itself, [N, N, ...], got {list(kernel.shape)}.")
-    matrix = flatten(kernel)
-    norm = torch.linalg.matrix_norm
-    asymmetry = norm(matrix - matrix.T).item()
-    if asymmetry > math.sqrt(torch.finfo(kernel.dtype).eps) * norm(matrix).item():
-        raise ValueError(
-            f"{argument} must be symmetric, the kernel of a set with itself: K and its transpose differ by "
-            f"{asymmetry / norm(matrix).item():.1e} of the norm."
-        )
-    return (matrix + matrix.T) / 2
+    return symmetric_matrices(kernel, argument, _paired_axes(kernel))[0]
+
+
+def _paired_axes(kernel: Tensor) -> OutputAxes:
+    """Take each output axis for one that is kept for both inputs."""
+    # kernel [N1, N2, *out, *out]
+    return OutputAxes(kernel.shape[2 : 1 + kernel.ndim // 2])
 
 
 def rounding(eigenvalues: Tensor, dtype: torch.dtype) -> float:
@@ -74,8 +149,8 @@ class Decomposition:
     """A kernel in the basis of its eigenvectors."""
 
     argument: str  # the name of the argument that held the kernel
-    values: Tensor  # eigenvalues [n], ascending, in float64; negative ones, which are rounding, are zero
-    vectors: Tensor  # eigenvectors [n, n], in columns
+    values: Tensor  # eigenvalues [E, n], ascending, in float64; negative ones, which are rounding, are zero
+    vectors: Tensor  # eigenvectors [E, n, n], in columns
     rounding: float  # the size below which eigenvalues cannot be told from zero
     # What to add to the eigenvalues of a kernel that is singular up to rounding: sqrt(eps) of the mean diagonal, so
     # that larger eigenvalues hardly move, and rounding grows to about sqrt(eps)
@@ -84,16 +159,16 @@ class Decomposition:
     @property
     def singular(self) -> bool:
         """Whether the kernel is singular up to rounding."""
-        return self.values[0].item() <= self.rounding
+        return self.values.min().item() <= self.rounding
 
     @property
     def certain_values(self) -> Tensor:
-        """The eigenvalues ``[n]``, zero where they cannot be told from it."""
+        """The eigenvalues ``[E, n]``, zero where they cannot be told from it."""
         return torch.where(self.values > self.rounding, self.values, 0.0)
 
     def warn(self, consequence: str) -> None:
         """Warn that the kernel is singular up to rounding."""
-        condition = self.values[-1].item() / self.rounding if self.rounding else math.inf
+        condition = self.values.max().item() / self.rounding if self.rounding else math.inf
         what = (
             f"{self.argument} is singular up to rounding, with a condition number above {condition:.1e}: {consequence}"
         )
@@ -101,25 +176,25 @@ class Decomposition:
 
     def inverse(self) -> Tensor:
         """Invert the kernel, with a jitter and a warning if it is singular up to rounding."""
-        # -> [n, n]
+        # -> [E, n, n]
         values = self.values
         if self.singular:
             self.warn(f"a jitter of {self.jitter:.1e} is added to its diagonal")
             values = values + self.jitter
-        inverse: Tensor = (self.vectors / values) @ self.vectors.T
+        inverse: Tensor = (self.vectors / values[:, None]) @ self.vectors.mT
         return inverse
 
 
-def decompose(kernel: Any, argument: str, diag_reg: float = 0.0) -> Decomposition:
+def decompose(kernel: Any, argument: str, axes: OutputAxes, diag_reg: float = 0.0) -> Decomposition:
     """Decompose the kernel of a set with itself, with ``diag_reg`` times its mean diagonal added to the diagonal."""
-    # kernel [N, N, *out, *out] -> eigenvalues [N C], eigenvectors [N C, N C]
+    # kernel [N, N, *axes.kernel_shape] -> eigenvalues [E, N F], eigenvectors [E, N F, N F]
     check_number("diag_reg", diag_reg, 0.0)
-    matrix = symmetric_matrix(kernel, argument)
-    mean_diagonal = matrix.diagonal().mean().item()
-    values, vectors = torch.linalg.eigh(matrix)
+    matrices = symmetric_matrices(kernel, argument, axes)
+    mean_diagonal = matrices.diagonal(dim1=1, dim2=2).mean().item()
+    values, vectors = torch.linalg.eigh(matrices)
     small = rounding(values, kernel.dtype)  # of the kernel that was given: what is added has no rounding
     values = values + diag_reg * mean_diagonal
-    smallest, largest = values[0].item(), values[-1].item()
+    smallest, largest = values.min().item(), values.max().item()
     if smallest < -math.sqrt(torch.finfo(kernel.dtype).eps) * abs(largest):
         raise ValueError(
             f"{argument} must be positive semi-definite, but its eigenvalues, with diag_reg={diag_reg:g}, go from "

@@ -7,6 +7,12 @@ Notation: N training samples, outputs ``[*out]`` of C numbers, the kernel Θ of 
 - one for all outputs, ``[N1, N2]``: each output evolves by it, and none influences another, as if the full kernel were
   ``K[n, m] δ[c, d]``. It is used as it is given. ``compute="trace"`` sums over outputs, so pass it divided by C to put
   their mean in place of each.
+- one for each output, ``[N1, N2, *out]``, as ``compute="diagonal"``: each output evolves by its own.
+- any other, ``[N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]``, with the keywords
+  ``trace_axes`` and ``diagonal_axes`` that it was computed with. Outputs along a traced axis share a kernel, and none
+  influences another, as with ``trace_axes`` in neural-tangents' ``predict``; a traced kernel is a sum here and their
+  mean there, so divide it by the number of outputs along traced axes. Outputs along a diagonal axis evolve by their
+  own.
 
 The squared loss is ½ mean (f - y)² over all N C entries, as in neural-tangents. Under gradient flow dθ/dt = -η dL/dθ
 with learning rate η, the outputs of the linearized network follow

@@ -1,15 +1,32 @@
 """Outputs as columns that kernels multiply, and kernels as the matrices that multiply them."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor
 
+from ggn_ntk.problem.output_axes import OutputAxes
 from ggn_ntk.problem.result import EmpiricalKernels
-from ggn_ntk.spectrum.matrix import check_kernel, check_number, flatten, symmetric_matrix, unflatten
+from ggn_ntk.spectrum.matrix import (
+    check_entries,
+    check_number,
+    check_real,
+    find_axes,
+    flatten,
+    from_columns,
+    symmetric_matrices,
+    to_columns,
+    unflatten,
+)
+
+#: Output axes, as :func:`ggn_ntk.empirical_ntk` takes them.
+Axes = int | Iterable[int] | None
+
+#: Outputs at time 0: a number stands for all of them, and ``None`` for zero.
+Outputs = Tensor | float | None
 
 #: What the functions of this package return: it predicts outputs from times, steps or kernels.
 Predict = Callable[..., Any]
@@ -19,8 +36,9 @@ class Gaussian(NamedTuple):
     """A Gaussian distribution of functions, at M samples.
 
     Attributes:
-        mean: ``[M, *out]``.
-        covariance: Like the kernels it was computed from: ``[M, M, *out, *out]``, or ``[M, M]`` of each output.
+        mean: ``[M, *out]``; behind the axes of times, where an array of times was asked for.
+        covariance: Like the kernels it was computed from: ``[M, M, *out, *out]``, or ``[M, M]`` of each output; behind
+            the same axes of times.
     """
 
     mean: Tensor
@@ -31,73 +49,72 @@ class Gaussian(NamedTuple):
 class Layout:
     """How outputs become columns, and kernels the matrices that multiply them."""
 
-    out: Size  # ``[*out]``, the shape of one sample's output
+    axes: OutputAxes  # the role of each output axis in kernels
     n: int  # the number of training samples N
-    full: bool  # whether kernels are full, so that outputs are one column of N C numbers; else C columns of N
     dtype: torch.dtype  # of results
     device: torch.device  # of kernels, outputs and results
 
     @classmethod
-    def parse(cls, k_train_train: Any, argument: str, f: Any, kernel: str = "k_train_train") -> "Layout":
+    def parse(
+        cls,
+        k_train_train: Any,
+        argument: str,
+        f: Any,
+        trace_axes: Axes,
+        diagonal_axes: Axes,
+        kernel: str = "k_train_train",
+    ) -> "Layout":
         """Find the layout from the training set's kernel and outputs."""
-        check_kernel(k_train_train, kernel)
-        if not isinstance(f, Tensor) or not f.is_floating_point():
-            kind = f.dtype if isinstance(f, Tensor) else type(f).__name__
-            raise TypeError(f"{argument} must be a tensor of real numbers [N, *out], got {kind}.")
-        one, full = f.shape[:1] * 2, f.shape[:1] * 2 + f.shape[1:] * 2
-        if f.ndim == 0 or k_train_train.shape not in (one, full):
-            raise ValueError(
-                f"{kernel} must have shape {list(full)} or {list(one)} for {argument} of shape {list(f.shape)}, got "
-                f"{list(k_train_train.shape)}."
-            )
+        f = check_real(f, argument)
+        axes = find_axes(k_train_train, kernel, f, argument, trace_axes, diagonal_axes)
         if f.device != k_train_train.device:
             raise ValueError(f"{argument} is on {f.device} and {kernel} on {k_train_train.device}: move one.")
-        dtype = torch.promote_types(f.dtype, k_train_train.dtype)
-        return cls(f.shape[1:], len(f), k_train_train.shape == full, dtype, f.device)
+        return cls(axes, len(f), torch.promote_types(f.dtype, k_train_train.dtype), f.device)
 
     def columns(self, argument: str, f: Any, samples: int | None = None) -> Tensor:
         """Check outputs and bring them to columns in float64."""
-        # f [samples, *out] -> [samples C, 1], or [samples, C] where the kernel is one for all outputs
+        # f [samples, *out] -> [E, samples F, T]
         samples = self.n if samples is None else samples
-        if not isinstance(f, Tensor) or not f.is_floating_point():
-            kind = f.dtype if isinstance(f, Tensor) else type(f).__name__
-            raise TypeError(f"{argument} must be a tensor of real numbers, got {kind}.")
-        check_shape(argument, f, Size([samples, *self.out]))
+        f = check_real(f, argument)
+        check_shape(argument, f, Size([samples, *self.axes.out_shape]))
         self._check_device(argument, f)
-        return f.detach().double().reshape((-1, 1) if self.full else (samples, -1))
+        return to_columns(f, self.axes)
+
+    def start(self, argument: str, f: Any, samples: int | None = None) -> Tensor:
+        """Bring outputs at time 0 to columns, where a number stands for all of them, and ``None`` for zero."""
+        # -> [E, samples F, T]
+        if f is None or (isinstance(f, int | float) and not isinstance(f, bool)):
+            samples = self.n if samples is None else samples
+            f = torch.full([samples, *self.axes.out_shape], f or 0.0, dtype=torch.float64, device=self.device)
+        return self.columns(argument, f, samples)
 
     def outputs(self, columns: Tensor) -> Tensor:
         """Undo :meth:`columns`."""
-        # columns [..., samples C, 1] or [..., samples, C] -> [..., samples, *out]
-        samples = columns.shape[-2] // (math.prod(self.out) if self.full else 1)
-        return columns.reshape(*columns.shape[:-2], samples, *self.out).to(self.dtype)
+        # columns [..., E, samples F, T] -> [..., samples, *out]
+        return from_columns(columns, self.axes).to(self.dtype)
 
-    def cross(self, argument: str, kernel: Any) -> Tensor:
+    def cross(self, argument: str, kernel: Any, samples: int | None = None) -> Tensor:
         """Check and flatten a kernel of test and training samples."""
-        # kernel [M, N, *out, *out] -> [M C, N C]; [M, N] as it is
-        kernel = check_kernel(kernel, argument)
-        check_shape(argument, kernel, Size([len(kernel), self.n, *self._kernel_axes]))
+        # kernel [M, N, *axes.kernel_shape] -> [E, M F, N F]
+        kernel = check_entries(kernel, argument)
+        samples = len(kernel) if samples is None else samples
+        check_shape(argument, kernel, Size([samples, self.n, *self.axes.kernel_shape]))
         self._check_device(argument, kernel)
-        return flatten(kernel)
+        return flatten(kernel, self.axes)
 
-    def prior(self, argument: str, kernel: Any, other: str, k_test_train: Tensor) -> Tensor:
-        """Check and flatten a kernel of the test samples."""
-        # kernel [M, M, *out, *out] -> [M C, M C]
-        matrix = symmetric_matrix(kernel, argument)
-        check_shape(argument, kernel, Size([len(k_test_train)] * 2 + [*self._kernel_axes]), f" to fit {other}")
+    def symmetric(self, argument: str, kernel: Any, samples: int, why: str = "") -> Tensor:
+        """Check and flatten a kernel of a set with itself."""
+        # kernel [samples, samples, *axes.kernel_shape] -> [E, samples F, samples F]
+        kernel = check_entries(kernel, argument)
+        check_shape(argument, kernel, Size([samples, samples, *self.axes.kernel_shape]), why)
         self._check_device(argument, kernel)
-        return matrix
+        return symmetric_matrices(kernel, argument, self.axes)
 
-    def gaussian(self, mean: Tensor, covariance: Tensor, shape: Size) -> Gaussian:
+    def gaussian(self, mean: Tensor, covariance: Tensor) -> Gaussian:
         """Bring mean and covariance to the shapes of outputs and kernels."""
-        # covariance [M C, M C], shape [M, M, *out, *out]
-        covariance = unflatten((covariance + covariance.T) / 2, shape)
-        return Gaussian(self.outputs(mean), covariance.to(self.dtype))
-
-    @property
-    def _kernel_axes(self) -> Size:
-        """The axes of kernels behind the two of samples."""
-        return self.out + self.out if self.full else Size()
+        # mean [..., E, M F, T], covariance [..., E, M F, M F] -> [..., M, *out], [..., M, M, *axes.kernel_shape]
+        kernel = unflatten((covariance + covariance.mT) / 2, self.axes)
+        return Gaussian(self.outputs(mean), kernel.to(self.dtype))
 
     def _check_device(self, argument: str, tensor: Tensor) -> None:
         """Refuse a tensor on another device than the training set's kernel."""
@@ -117,16 +134,18 @@ def check_kernels(argument: str, kernels: Any) -> None:
         raise TypeError(f"{argument} must be EmpiricalKernels(ntk=..., nngp=...), got {type(kernels).__name__}.")
 
 
-def parse_test(layout: Layout, f_test_0: Any, k_test_train: Any) -> tuple[Tensor, Tensor] | None:
-    """Check the test samples' outputs and kernel, which come together or not at all."""
-    # -> outputs in columns and the kernel as a matrix
-    if f_test_0 is None and k_test_train is None:
+def parse_test(layout: Layout, f_train_0: Any, f_test_0: Any, k_test_train: Any) -> tuple[Tensor, Tensor] | None:
+    """Check the test samples' outputs and kernel; the outputs may be left out where a number stands for all."""
+    # -> outputs in columns and the kernel as matrices
+    if k_test_train is None:
+        if f_test_0 is not None:
+            raise ValueError("k_test_train must be given beside f_test_0: test outputs take both.")
         return None
-    if f_test_0 is None or k_test_train is None:
-        given, missing = ("f_test_0", "k_test_train") if k_test_train is None else ("k_test_train", "f_test_0")
-        raise ValueError(f"{missing} must be given beside {given}: test outputs take both.")
+    if f_test_0 is None and isinstance(f_train_0, Tensor):
+        raise ValueError("f_test_0 must be given beside k_test_train, as f_train_0 is: 0.0 for outputs that are zero.")
+    f_test_0 = f_train_0 if f_test_0 is None else f_test_0
     cross = layout.cross("k_test_train", k_test_train)
-    return layout.columns("f_test_0", f_test_0, len(k_test_train)), cross
+    return layout.start("f_test_0", f_test_0, len(k_test_train)), cross
 
 
 def parse_rate(learning_rate: Any, y_train: Tensor) -> float:
@@ -136,9 +155,9 @@ def parse_rate(learning_rate: Any, y_train: Tensor) -> float:
 
 
 def parse_times(t: Any, like: Tensor) -> Tensor:
-    """Check times and bring them to the device of the outputs."""
+    """Check times, ``None`` for infinity, and bring them to the device of the outputs."""
     try:
-        times = torch.as_tensor(t, dtype=torch.float64, device=like.device).detach()
+        times = torch.as_tensor(math.inf if t is None else t, dtype=torch.float64, device=like.device).detach()
     except (TypeError, ValueError, RuntimeError):
         raise TypeError(f"t must be a number or an array of numbers, got {type(t).__name__}.") from None
     if not (times >= 0).all():

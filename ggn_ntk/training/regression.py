@@ -4,15 +4,23 @@ Lee, Xiao, Schoenholz, Bahri, Novak, Sohl-Dickstein, Pennington: "Wide Neural Ne
 Models Under Gradient Descent", NeurIPS 2019, section 2.3.
 """
 
+from typing import Any
+
 from torch import Tensor
 
 from ggn_ntk.problem.result import EmpiricalKernels
-from ggn_ntk.spectrum.matrix import symmetric_matrix
-from ggn_ntk.training.arguments import Gaussian, Predict, check_kernels, check_shape
-from ggn_ntk.training.eigenmodes import Training
+from ggn_ntk.training.arguments import Axes, Gaussian, Predict, check_kernels, parse_rate, parse_times
+from ggn_ntk.training.eigenmodes import Flow, Training
 
 
-def kernel_ridge_regression(k_train_train: Tensor, y_train: Tensor, *, diag_reg: float = 0.0) -> Predict:
+def kernel_ridge_regression(
+    k_train_train: Tensor,
+    y_train: Tensor,
+    *,
+    diag_reg: float = 0.0,
+    trace_axes: Axes = None,
+    diagonal_axes: Axes = None,
+) -> Predict:
     """Fit kernel ridge regression.
 
     f_test = K_test,train (K + diag_reg mean(diag K) I)⁻¹ y. With the NTK, it is where gradient flow takes a linearized
@@ -20,18 +28,23 @@ def kernel_ridge_regression(k_train_train: Tensor, y_train: Tensor, *, diag_reg:
     :class:`IllConditionedWarning` says so.
 
     Args:
-        k_train_train: ``[N, N, *out, *out]`` or ``[N, N]``.
+        k_train_train: ``[N, N, *out, *out]``, ``[N, N, *out]``, ``[N, N]`` or with axes as stated.
         y_train: Targets ``[N, *out]``.
         diag_reg: The ridge, as a multiple of the mean diagonal.
+        trace_axes: The output axes that the kernels are traced along, counted as in :func:`ggn_ntk.empirical_ntk`:
+            outputs along them share a kernel.
+        diagonal_axes: The output axes that the kernels are diagonal along. With both ``None``, the shape tells full,
+            diagonal and trace kernels apart.
 
     Returns:
-        ``predict(k_test_train)``, which takes ``[M, N, *out, *out]`` or ``[M, N]`` and returns ``[M, *out]``.
+        ``predict(k_test_train)``, which takes ``[M, N, ...]`` with the output axes of ``k_train_train`` and returns
+        ``[M, *out]``.
 
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If a shape does not fit, the kernel is not symmetric, or a number is not accepted.
     """
-    training = Training.parse(k_train_train, y_train, diag_reg)
+    training = Training.parse(k_train_train, y_train, diag_reg, trace_axes, diagonal_axes)
     weights = training.kernel.inverse() @ training.targets
 
     def predict(k_test_train: Tensor) -> Tensor:
@@ -40,7 +53,14 @@ def kernel_ridge_regression(k_train_train: Tensor, y_train: Tensor, *, diag_reg:
     return predict
 
 
-def nngp_posterior(k_train_train: Tensor, y_train: Tensor, *, diag_reg: float = 0.0) -> Predict:
+def nngp_posterior(
+    k_train_train: Tensor,
+    y_train: Tensor,
+    *,
+    diag_reg: float = 0.0,
+    trace_axes: Axes = None,
+    diagonal_axes: Axes = None,
+) -> Predict:
     """Condition the Gaussian process with a given covariance, the NNGP, on training data.
 
     mean = K_*X K⁻¹ y and covariance = K_** - K_*X K⁻¹ K_X*, with K = K_XX + diag_reg mean(diag K_XX) I, where the
@@ -49,69 +69,88 @@ def nngp_posterior(k_train_train: Tensor, y_train: Tensor, *, diag_reg: float = 
     one finite network, :func:`ggn_ntk.nngp`, has rank one: average it over initialisations.
 
     Args:
-        k_train_train: ``[N, N, *out, *out]`` or ``[N, N]``.
+        k_train_train: ``[N, N, *out, *out]``, ``[N, N, *out]``, ``[N, N]`` or with axes as stated.
         y_train: Targets ``[N, *out]``.
         diag_reg: The noise, as a multiple of the mean diagonal.
+        trace_axes: The output axes that the kernels are traced along, counted as in :func:`ggn_ntk.empirical_ntk`:
+            outputs along them share a kernel.
+        diagonal_axes: The output axes that the kernels are diagonal along. With both ``None``, the shape tells full,
+            diagonal and trace kernels apart.
 
     Returns:
-        ``predict(k_test_train, k_test_test)``, which takes kernels ``[M, N, *out, *out]`` and ``[M, M, *out, *out]``,
-        or ``[M, N]`` and ``[M, M]``, and returns a :class:`Gaussian`.
+        ``predict(k_test_train, k_test_test)``, which takes kernels ``[M, N, ...]`` and ``[M, M, ...]`` with the output
+        axes of ``k_train_train``, and returns a :class:`Gaussian`.
 
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If a shape does not fit, the kernel is not symmetric, or a number is not accepted.
     """
-    training = Training.parse(k_train_train, y_train, diag_reg)
+    training = Training.parse(k_train_train, y_train, diag_reg, trace_axes, diagonal_axes)
     inverse = training.kernel.inverse()
 
     def predict(k_test_train: Tensor, k_test_test: Tensor) -> Gaussian:
         cross = training.layout.cross("k_test_train", k_test_train)
-        prior = training.layout.prior("k_test_test", k_test_test, "k_test_train", k_test_train)
+        prior = training.layout.symmetric("k_test_test", k_test_test, len(k_test_train), " to fit k_test_train")
         hat = cross @ inverse
-        return training.layout.gaussian(hat @ training.targets, prior - hat @ cross.T, k_test_test.shape)
+        return training.layout.gaussian(hat @ training.targets, prior - hat @ cross.mT)
 
     return predict
 
 
-def ntk_ensemble(k_train_train: EmpiricalKernels, y_train: Tensor, *, diag_reg: float = 0.0) -> Predict:
-    """Predict an infinite ensemble of wide networks, each trained by gradient flow for infinite time.
+def ntk_ensemble(
+    k_train_train: EmpiricalKernels,
+    y_train: Tensor,
+    *,
+    learning_rate: float = 1.0,
+    diag_reg: float = 0.0,
+    trace_axes: Axes = None,
+    diagonal_axes: Axes = None,
+) -> Predict:
+    """Predict an infinite ensemble of wide networks, each trained by the same gradient flow on ½ mean (f - y)².
 
     The networks start as draws from a Gaussian process with mean 0 and the NNGP kernel K as covariance, and the NTK Θ
-    is the same for all. With A = Θ_*X (Θ_XX + diag_reg mean(diag Θ_XX) I)⁻¹,
+    is the same for all. With Θ' = Θ_XX + diag_reg mean(diag Θ_XX) I, τ = η t / (N C) as in :func:`gradient_flow_mse`,
+    and A = Θ_*X Θ'⁻¹ (I - exp(-Θ' τ)), which is Θ_*X Θ'⁻¹ after infinite time,
 
         mean = A y,   covariance = K_** + A K_XX Aᵀ - A K_X* - K_*X Aᵀ
 
-    (Lee et al. 2019, section 2.3.1).
+    (Lee et al. 2019, equations 14 and 15; equation 16 after infinite time). With the NNGP kernel for both, it is the
+    ensemble of networks whose last layer alone is trained, and the :func:`nngp_posterior` after infinite time.
 
     Args:
-        k_train_train: NTK and NNGP kernel of the training set, each ``[N, N, *out, *out]`` or ``[N, N]``, as
-            :func:`ggn_ntk.empirical_kernels` returns them; averaged over initialisations, or else the covariance is
-            that of ensembles whose members all start as multiples of one function.
+        k_train_train: NTK and NNGP kernel of the training set, each ``[N, N, *out, *out]``, ``[N, N, *out]``,
+            ``[N, N]`` or with axes as stated, as :func:`ggn_ntk.empirical_kernels` returns them; averaged over
+            initialisations, or else the covariance is that of ensembles whose members all start as multiples of one
+            function.
         y_train: Targets ``[N, *out]``.
+        learning_rate: The learning rate η.
         diag_reg: What to add to the NTK's diagonal, as a multiple of its mean.
+        trace_axes: The output axes that the kernels are traced along, counted as in :func:`ggn_ntk.empirical_ntk`:
+            outputs along them share a kernel.
+        diagonal_axes: The output axes that the kernels are diagonal along. With both ``None``, the shape tells full,
+            diagonal and trace kernels apart.
 
     Returns:
-        ``predict(k_test_train, nngp_test_test)``, which takes the two kernels of test and training samples and the NNGP
-        kernel of the test samples, and returns a :class:`Gaussian`.
+        ``predict(k_test_train, nngp_test_test, t=None)``, which takes the two kernels of test and training samples, the
+        NNGP kernel of the test samples, and a time or an array of times, with ``None`` for infinity. It returns a
+        :class:`Gaussian`. For outputs at training samples, pass their kernels as those of test samples.
 
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If a shape does not fit, the kernel is not symmetric, or a number is not accepted.
     """
     check_kernels("k_train_train", k_train_train)
-    training = Training.parse(k_train_train.ntk, y_train, diag_reg, "k_train_train.ntk")
-    start = symmetric_matrix(k_train_train.nngp, "k_train_train.nngp")
-    check_shape("k_train_train.nngp", k_train_train.nngp, k_train_train.ntk.shape)
-    inverse = training.kernel.inverse()
+    training = Training.parse(k_train_train.ntk, y_train, diag_reg, trace_axes, diagonal_axes, "k_train_train.ntk")
+    rate, layout = parse_rate(learning_rate, y_train), training.layout
+    start = layout.symmetric("k_train_train.nngp", k_train_train.nngp, layout.n)
 
-    def predict(k_test_train: EmpiricalKernels, nngp_test_test: Tensor) -> Gaussian:
+    def predict(k_test_train: EmpiricalKernels, nngp_test_test: Tensor, t: Any = None) -> Gaussian:
         check_kernels("k_test_train", k_test_train)
-        layout = training.layout
-        hat = layout.cross("k_test_train.ntk", k_test_train.ntk) @ inverse
-        mixed = hat @ layout.cross("k_test_train.nngp", k_test_train.nngp).T
-        check_shape("k_test_train.nngp", k_test_train.nngp, k_test_train.ntk.shape)
-        prior = layout.prior("nngp_test_test", nngp_test_test, "k_test_train", k_test_train.ntk)
-        covariance = prior + hat @ start @ hat.T - mixed - mixed.T
-        return layout.gaussian(hat @ training.targets, covariance, nngp_test_test.shape)
+        cross, m = layout.cross("k_test_train.ntk", k_test_train.ntk), len(k_test_train.ntk)
+        nngp_cross = layout.cross("k_test_train.nngp", k_test_train.nngp, m)
+        prior = layout.symmetric("nngp_test_test", nngp_test_test, m, " to fit k_test_train")
+        hat = training.hat(Flow(parse_times(t, y_train) * rate), cross)  # [*t, E, M F, N F]
+        mixed = hat @ nngp_cross.mT
+        return layout.gaussian(hat @ training.targets, prior + hat @ start @ hat.mT - mixed - mixed.mT)
 
     return predict

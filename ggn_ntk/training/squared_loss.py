@@ -6,13 +6,19 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ggn_ntk.spectrum.matrix import check_number, symmetric_matrix
-from ggn_ntk.training.arguments import Predict, parse_rate, parse_steps, parse_times
+from ggn_ntk.spectrum.matrix import check_number, symmetric_matrices, symmetric_matrix
+from ggn_ntk.training.arguments import Axes, Layout, Outputs, Predict, parse_rate, parse_steps, parse_times
 from ggn_ntk.training.eigenmodes import Descent, Flow, Training
 
 
 def gradient_flow_mse(
-    k_train_train: Tensor, y_train: Tensor, *, learning_rate: float = 1.0, diag_reg: float = 0.0
+    k_train_train: Tensor,
+    y_train: Tensor,
+    *,
+    learning_rate: float = 1.0,
+    diag_reg: float = 0.0,
+    trace_axes: Axes = None,
+    diagonal_axes: Axes = None,
 ) -> Predict:
     """Predict gradient flow on the squared loss ½ mean (f - y)², in closed form.
 
@@ -26,27 +32,34 @@ def gradient_flow_mse(
     time, training outputs stay as they are in these directions. An :class:`IllConditionedWarning` says so.
 
     Args:
-        k_train_train: ``[N, N, *out, *out]`` or ``[N, N]``.
+        k_train_train: ``[N, N, *out, *out]``, ``[N, N, *out]``, ``[N, N]`` or with axes as stated.
         y_train: Targets ``[N, *out]``.
         learning_rate: The learning rate η.
         diag_reg: What to add to the kernel's diagonal, as a multiple of its mean.
+        trace_axes: The output axes that the kernels are traced along, counted as in :func:`ggn_ntk.empirical_ntk`:
+            outputs along them share a kernel.
+        diagonal_axes: The output axes that the kernels are diagonal along. With both ``None``, the shape tells full,
+            diagonal and trace kernels apart.
 
     Returns:
-        ``predict(t, f_train_0, f_test_0=None, k_test_train=None)``. ``t`` is a time or an array of times, which may be
-        infinite; ``f_train_0`` ``[N, *out]`` and ``f_test_0`` ``[M, *out]`` are the outputs at time 0;
-        ``k_test_train`` is ``[M, N, *out, *out]`` or ``[M, N]``. It returns the outputs ``f_train`` ``[*t, N, *out]``,
-        or the tuple ``(f_train, f_test)`` where ``f_test_0`` is given.
+        ``predict(t=None, f_train_0=0.0, f_test_0=None, k_test_train=None)``. ``t`` is a time or an array of times; it
+        may be infinite, as ``None`` is. ``f_train_0`` ``[N, *out]`` and ``f_test_0`` ``[M, *out]`` are the outputs at
+        time 0; a number stands for outputs that all have this value, and ``None`` for zero. ``f_test_0`` may be left
+        out where ``f_train_0`` is no tensor, and is the same then. ``k_test_train`` is ``[M, N, ...]``, with the output
+        axes of ``k_train_train``. It returns the outputs ``f_train`` ``[*t, N, *out]``, or the tuple
+        ``(f_train, f_test)`` where ``k_test_train`` is given.
 
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If a shape does not fit, the kernel is not symmetric, or a number is not accepted.
     """
-    training = Training.parse(k_train_train, y_train, diag_reg)
+    training = Training.parse(k_train_train, y_train, diag_reg, trace_axes, diagonal_axes)
     rate = parse_rate(learning_rate, y_train)
 
-    def predict(t: Any, f_train_0: Tensor, f_test_0: Tensor | None = None, k_test_train: Tensor | None = None) -> Any:
-        times = parse_times(t, y_train)
-        return training.predict(Flow(times.flatten() * rate), times.shape, f_train_0, f_test_0, k_test_train)
+    def predict(
+        t: Any = None, f_train_0: Outputs = 0.0, f_test_0: Outputs = None, k_test_train: Tensor | None = None
+    ) -> Any:
+        return training.predict(Flow(parse_times(t, y_train) * rate), f_train_0, f_test_0, k_test_train)
 
     return predict
 
@@ -58,6 +71,8 @@ def gradient_descent_mse(
     learning_rate: float = 1.0,
     momentum: float = 0.0,
     diag_reg: float = 0.0,
+    trace_axes: Axes = None,
+    diagonal_axes: Axes = None,
 ) -> Predict:
     """Predict gradient descent on the squared loss ½ mean (f - y)², step by step, in closed form.
 
@@ -67,44 +82,57 @@ def gradient_descent_mse(
     would.
 
     Args:
-        k_train_train: ``[N, N, *out, *out]`` or ``[N, N]``.
+        k_train_train: ``[N, N, *out, *out]``, ``[N, N, *out]``, ``[N, N]`` or with axes as stated.
         y_train: Targets ``[N, *out]``.
         learning_rate: The learning rate η.
         momentum: The momentum μ.
         diag_reg: What to add to the kernel's diagonal, as a multiple of its mean.
+        trace_axes: The output axes that the kernels are traced along, counted as in :func:`ggn_ntk.empirical_ntk`:
+            outputs along them share a kernel.
+        diagonal_axes: The output axes that the kernels are diagonal along. With both ``None``, the shape tells full,
+            diagonal and trace kernels apart.
 
     Returns:
-        ``predict(steps, f_train_0, f_test_0=None, k_test_train=None)``, as :func:`gradient_flow_mse` returns, with a
-        number of steps or an array of them in place of the time.
+        ``predict(steps, f_train_0=0.0, f_test_0=None, k_test_train=None)``, as :func:`gradient_flow_mse` returns, with
+        a number of steps or an array of them in place of the time.
 
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If a shape does not fit, the kernel is not symmetric, or a number is not accepted.
     """
-    training = Training.parse(k_train_train, y_train, diag_reg)
+    training = Training.parse(k_train_train, y_train, diag_reg, trace_axes, diagonal_axes)
     rate = parse_rate(learning_rate, y_train)
     check_number("momentum", momentum, 0.0, 1.0)
 
     def predict(
-        steps: Any, f_train_0: Tensor, f_test_0: Tensor | None = None, k_test_train: Tensor | None = None
+        steps: Any, f_train_0: Outputs = 0.0, f_test_0: Outputs = None, k_test_train: Tensor | None = None
     ) -> Any:
-        counts = parse_steps(steps, y_train)
-        schedule = Descent(counts.flatten(), rate, momentum)
-        return training.predict(schedule, counts.shape, f_train_0, f_test_0, k_test_train)
+        schedule = Descent(parse_steps(steps, y_train), rate, momentum)
+        return training.predict(schedule, f_train_0, f_test_0, k_test_train)
 
     return predict
 
 
-def max_learning_rate(k_train_train: Tensor, momentum: float = 0.0) -> float:
+def max_learning_rate(
+    k_train_train: Tensor,
+    momentum: float = 0.0,
+    *,
+    y_train: Tensor | None = None,
+    trace_axes: Axes = None,
+    diagonal_axes: Axes = None,
+) -> float:
     """Compute the learning rate above which gradient descent on the squared loss diverges.
 
     2 (1 + μ) N C / λ_max(Θ), for the steps of :func:`gradient_descent_mse`: in each eigendirection they contract if and
     only if η λ / (N C) is below 2 (1 + μ) (Goh: "Why Momentum Really Works", Distill 2017).
 
     Args:
-        k_train_train: ``[N, N, *out, *out]``. A kernel ``[N, N]`` for all of C outputs does not tell C: multiply the
-            result by it.
+        k_train_train: ``[N, N, *out, *out]``, or any other kernel together with ``y_train``.
         momentum: The momentum μ.
+        y_train: Targets ``[N, *out]``, for their shape alone. Without them, the kernel counts as full: ``[N, N]`` for
+            all of C outputs does not tell C, by which the result has to be multiplied.
+        trace_axes: The output axes that the kernel is traced along, as :func:`gradient_flow_mse` takes them.
+        diagonal_axes: The output axes that the kernel is diagonal along.
 
     Returns:
         The learning rate; infinite for the zero kernel.
@@ -114,6 +142,13 @@ def max_learning_rate(k_train_train: Tensor, momentum: float = 0.0) -> float:
         ValueError: If a shape does not fit, the kernel is not symmetric, or a number is not accepted.
     """
     check_number("momentum", momentum, 0.0, 1.0)
-    values = torch.linalg.eigvalsh(symmetric_matrix(k_train_train, "k_train_train"))
-    largest = values[-1].item()
-    return 2 * (1 + momentum) * len(values) / largest if largest > 0 else math.inf
+    if y_train is not None:
+        layout = Layout.parse(k_train_train, "y_train", y_train, trace_axes, diagonal_axes)
+        matrices, outputs = symmetric_matrices(k_train_train, "k_train_train", layout.axes), y_train.numel()
+    elif trace_axes is not None or diagonal_axes is not None:
+        raise ValueError("y_train must be given beside trace_axes and diagonal_axes: it tells the shape of outputs.")
+    else:
+        matrices = symmetric_matrix(k_train_train, "k_train_train")
+        outputs = len(matrices)
+    largest = torch.linalg.eigvalsh(matrices).max().item()
+    return 2 * (1 + momentum) * outputs / largest if largest > 0 else math.inf

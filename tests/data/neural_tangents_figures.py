@@ -1,4 +1,4 @@
-"""Writes neural_tangents.json: what neural-tangents predicts, for tests/test_dynamics.py.
+"""Writes neural_tangents.json: what neural-tangents predicts, for tests/training/test_predictions.py.
 
 Run once with neural-tangents 0.6.5 from PyPI, on Python 3.11, in an environment of its own:
 
@@ -8,6 +8,7 @@ Run once with neural-tangents 0.6.5 from PyPI, on Python 3.11, in an environment
 
 import json
 from pathlib import Path
+from typing import NamedTuple
 
 import jax
 import numpy as np
@@ -22,11 +23,11 @@ TIMES = [0.0, 0.5, 1.0, 10.0, 300.0, 1e4]
 REG = 0.05
 
 
-class Kernels:
+class Kernels(NamedTuple):
     """Both kernels of one pair of sets, as nt.predict.gp_inference takes them."""
 
-    def __init__(self, ntk, nngp):
-        self.ntk, self.nngp = ntk, nngp
+    ntk: jax.Array
+    nngp: jax.Array
 
 
 def kernel(first, second):
@@ -62,6 +63,21 @@ def inference(train_train, test_train, test_test, y, trace_axes):
     return {name: {"mean": g.mean, "covariance": g.covariance} for name, g in found._asdict().items()}
 
 
+def ensemble(train_train, test_train, test_test, y, trace_axes):
+    """nt.predict.gradient_descent_mse_ensemble at all times, for a kernel function that knows sets by their sizes."""
+
+    def kernel_fn(x1, x2=None, get=None):
+        first, second = len(x1), len(x1 if x2 is None else x2)
+        kernels = {(N, N): train_train, (M, N): test_train, (M, M): test_test}[first, second]
+        return kernels if get is None or isinstance(get, tuple) else getattr(kernels, get)
+
+    predict = nt.predict.gradient_descent_mse_ensemble(
+        kernel_fn, np.zeros((N, 1)), y, learning_rate=0.7, diag_reg=REG, trace_axes=trace_axes
+    )
+    found = predict(jnp.array(TIMES), np.ones((M, 1)), "ntk", compute_cov=True)
+    return {"mean": found.mean, "covariance": found.covariance}
+
+
 def figures(trace_axes, of_trace):
     """All figures for one style of kernel."""
     random = np.random.RandomState(0)
@@ -83,6 +99,9 @@ def figures(trace_axes, of_trace):
         "flow_regularised": flow(*ntk, y, f_train, f_test, trace_axes, REG),
         "cross_entropy": any_loss(*ntk, probabilities, f_train, f_test, trace_axes),
         "inference": inference(
+            Kernels(ntk[0], nngp[0]), Kernels(ntk[1], nngp[1]), Kernels(None, nngp[2]), y, trace_axes
+        ),
+        "ensemble": ensemble(
             Kernels(ntk[0], nngp[0]), Kernels(ntk[1], nngp[1]), Kernels(None, nngp[2]), y, trace_axes
         ),
         "max_learning_rate": nt.predict.max_learning_rate(ntk[0], y.size),

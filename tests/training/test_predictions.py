@@ -79,6 +79,31 @@ def each_output_alone(kernel, c):
     return torch.einsum("nm,cd->nmcd", kernel, torch.eye(c, dtype=kernel.dtype))
 
 
+class Roles:
+    """What is done with each output axis: kept, traced or diagonal, written as einsums over one letter an axis."""
+
+    def __init__(self, out, roles):
+        self.out, self.roles = out, roles
+        self.axes = {name: [i for i, role in enumerate(roles) if role == name] for name in ("traced", "diagonal")}
+        self.keywords = {"trace_axes": self.axes["traced"], "diagonal_axes": self.axes["diagonal"]}
+        self.traced = math.prod(out[i] for i in self.axes["traced"])
+        self.first, self.second = "abc"[: len(out)], "xyz"[: len(out)]
+        self.kept = "".join(a for a, role in zip(self.first, roles, strict=True) if role != "traced")
+        self.free = "".join(a for a, role in zip(self.second, roles, strict=True) if role == "kept")
+
+    def reduce(self, full):
+        """The kernel with some axes traced, to their mean, or diagonal: [N1, N2, *out, *out] -> [N1, N2, ...]."""
+        second = "".join(x if x in self.free else a for a, x in zip(self.first, self.second, strict=True))
+        return torch.einsum(f"nm{self.first}{second}->nm{self.kept}{self.free}", full) / self.traced
+
+    def stand_for(self, kernel):
+        """The full kernel that another one stands for: [N1, N2, ...] -> [N1, N2, *out, *out]."""
+        pairs = [(i, a + x) for i, (a, x) in enumerate(zip(self.first, self.second, strict=True)) if x not in self.free]
+        terms = ",".join([f"nm{self.kept}{self.free}", *(pair for _, pair in pairs)])
+        eyes = [torch.eye(self.out[i], dtype=kernel.dtype) for i, _ in pairs]
+        return torch.einsum(f"{terms}->nm{self.first}{self.second}", kernel, *eyes)
+
+
 # ---------------------------------------------------------------- against training itself
 
 
@@ -211,6 +236,17 @@ def test_inference_against_neural_tangents(style):
 
 
 @pytest.mark.parametrize("style", STYLES)
+def test_ensemble_at_finite_times_against_neural_tangents(style):
+    f = figures(style)
+    train_train = EmpiricalKernels(f["ntk_train_train"], f["nngp_train_train"])
+    test_train = EmpiricalKernels(f["ntk_test_train"], f["nngp_test_train"])
+    rates = {"learning_rate": FIGURES["learning_rate"], "diag_reg": FIGURES["diag_reg"]}
+    actual = ntk_ensemble(train_train, f["y"], **rates)(test_train, f["nngp_test_test"], FIGURES["times"])
+    close(actual.mean, f["ensemble"]["mean"])
+    close(actual.covariance, f["ensemble"]["covariance"])
+
+
+@pytest.mark.parametrize("style", STYLES)
 def test_max_learning_rate_against_neural_tangents(style):
     f = figures(style)
     outputs = 1 if style == "full" else f["y"].shape[1]  # which a kernel for all of them does not tell
@@ -237,6 +273,74 @@ def test_a_kernel_for_all_outputs_is_a_block_diagonal_one(n, c, momentum, seed):
         full = make(each_output_alone(train_train, c))([1, 7], f_train, f_test, each_output_alone(test_train, c))
         for a, b in zip(one, full, strict=True):
             assert torch.allclose(a, b, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    ("out", "roles"),
+    [
+        ((3,), ["diagonal"]),
+        ((2, 2), ["traced", "traced"]),
+        ((2, 2), ["traced", "kept"]),
+        ((2, 3), ["kept", "diagonal"]),
+        ((3, 2), ["diagonal", "traced"]),
+        ((2, 3, 2), ["traced", "kept", "diagonal"]),
+    ],
+    ids=str,
+)
+def test_kernels_with_any_axes_are_the_full_ones_that_they_stand_for(out, roles):
+    torch.manual_seed(0)
+    roles = Roles(out, roles)
+    reduced = [
+        [roles.reduce(k.reshape(*k.shape[:2], *out, *out)) for k in kernels(3, 2, math.prod(out), seed=seed)]
+        for seed in (0, 1)
+    ]
+    full = [[roles.stand_for(k) for k in some] for some in reduced]
+    y, f_train, f_test = (torch.randn(n, *out).double() for n in (3, 3, 2))
+    keywords = roles.keywords if len(set(roles.roles)) > 1 else {}  # of one role for all axes, the shape tells
+    rate = {"learning_rate": max_learning_rate(full[0][0]) / 4}
+    assert max_learning_rate(reduced[0][0], y_train=y, **keywords) / 4 == pytest.approx(rate["learning_rate"])
+
+    def predictions(ntk, nngp, **keywords):
+        train, cross = EmpiricalKernels(ntk[0], nngp[0]), EmpiricalKernels(ntk[1], nngp[1])
+        start = f_train, f_test, ntk[1]
+        posterior = nngp_posterior(nngp[0], y, diag_reg=0.1, **keywords)(nngp[1], nngp[2])
+        ensemble = ntk_ensemble(train, y, **rate, **keywords)(cross, nngp[2], [1.0, 9.0])
+        outputs = [
+            *gradient_flow_mse(ntk[0], y, diag_reg=0.01, **rate, **keywords)([1, 7, math.inf], *start),
+            *gradient_descent_mse(ntk[0], y, momentum=0.5, **rate, **keywords)([[1], [7]], *start),
+            *gradient_flow(quartic, ntk[0], y, **rate, **keywords)([0, 2], *start),
+            kernel_ridge_regression(ntk[0], y, diag_reg=0.1, **keywords)(ntk[1]),
+            posterior.mean,
+            ensemble.mean,
+        ]
+        return outputs, [posterior.covariance, *ensemble.covariance]
+
+    outputs, covariances = predictions(*reduced, **keywords)
+    expected, expected_covariances = predictions(*full)
+    outputs += [roles.stand_for(covariance) for covariance in covariances]
+    for a, b in zip(outputs, expected + expected_covariances, strict=True):
+        assert a.shape == b.shape
+        assert torch.allclose(a, b, rtol=1e-5, atol=1e-7)  # of the solver, for any loss
+
+
+def quartic(f, y):
+    return (f - y).pow(4).mean()
+
+
+def test_axes_of_a_networks_kernel():
+    """The kernel of the library for these keywords, with its trace divided by the number of traced outputs."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(4, 8), nn.Tanh(), nn.Linear(8, 6), nn.Unflatten(1, (2, 3))).double()
+    x, y = torch.randn(3, 4).double(), torch.randn(3, 2, 3).double()
+    roles = Roles((2, 3), ["diagonal", "traced"])
+    kernel = empirical_ntk(net, x, **roles.keywords) / 3
+    full = roles.stand_for(roles.reduce(empirical_ntk(net, x)))
+    actual = gradient_flow_mse(kernel, y, trace_axes=-1, diagonal_axes=[0])(2.0, net(x))
+    assert torch.allclose(actual, gradient_flow_mse(full, y)(2.0, net(x)))
+    assert torch.allclose(
+        gradient_flow_mse(empirical_ntk(net, x, compute="diagonal"), y)(2.0),
+        gradient_flow_mse(empirical_ntk(net, x, compute="diagonal"), y, diagonal_axes=(0, 1))(2.0),
+    )
 
 
 @settings(deadline=None, max_examples=20)
@@ -328,6 +432,11 @@ def test_dtypes_and_devices(task, dtype, device):
             assert torch.allclose(a.double().cpu(), e, rtol=0, atol=max(tolerance, 1e-7))
     regression = kernel_ridge_regression(k_train, y, diag_reg=1.0)(k_test)
     assert regression.dtype == dtype
+    for result in gradient_flow_mse(k_train.diagonal(dim1=2, dim2=3), y)(
+        0.5, 0.0, f_test, k_test.diagonal(dim1=2, dim2=3)
+    ):
+        assert result.dtype == dtype
+        assert result.device == f_train.device
     wider = gradient_flow_mse(k_train, y.double())(1.0, f_train)
     assert wider.dtype == torch.float64
 
@@ -366,8 +475,9 @@ def test_kernel_regression_is_where_training_from_zero_leads(task):
         assert torch.allclose(limit, regression)
 
 
-def test_ensemble_is_what_many_trained_draws_are():
-    """Monte Carlo: networks start as Gaussian draws, and flow to infinity."""
+@pytest.mark.parametrize("time", [0.5, math.inf])
+def test_ensemble_is_what_many_trained_draws_are(time):
+    """Monte Carlo: networks start as Gaussian draws, and follow the flow."""
     torch.manual_seed(0)
     n, m = 3, 2
     ntk = kernels(n, m, 1, seed=1)
@@ -378,14 +488,94 @@ def test_ensemble_is_what_many_trained_draws_are():
     flow = gradient_flow_mse(ntk[0], y)
     columns = draws.T[..., None]  # all draws at once: their outputs do not influence one another
     many = gradient_flow_mse(ntk[0][..., 0, 0], y.expand(n, 40000).contiguous())
-    _, trained = many(math.inf, columns[:n, :, 0], columns[n:, :, 0], ntk[1][..., 0, 0])
-    one = flow(math.inf, columns[:n, 0], columns[n:, 0], ntk[1])[1]
+    _, trained = many(time * 40000, columns[:n, :, 0], columns[n:, :, 0], ntk[1][..., 0, 0])
+    one = flow(time, columns[:n, 0], columns[n:, 0], ntk[1])[1]
     assert torch.allclose(one[:, 0], trained[:, 0])
     block = prior.reshape(n + m, n + m, 1, 1)
     kernels_train = EmpiricalKernels(ntk[0], block[:n, :n])
-    mean, covariance = ntk_ensemble(kernels_train, y)(EmpiricalKernels(ntk[1], block[n:, :n]), block[n:, n:])
+    mean, covariance = ntk_ensemble(kernels_train, y)(EmpiricalKernels(ntk[1], block[n:, :n]), block[n:, n:], time)
     assert torch.allclose(mean[:, 0], trained.mean(1), atol=0.03 * trained.std().item())
     assert torch.allclose(covariance[..., 0, 0], trained.cov(), rtol=0.05, atol=0.03 * covariance.max().item())
+
+
+@pytest.mark.parametrize("diag_reg", [0.0, 0.2])
+def test_ensemble_at_finite_time_is_the_closed_form(diag_reg):
+    """Lee et al., equations 14 and 15, with matrix exponentials."""
+    torch.manual_seed(0)
+    n, m, c, rate, times = 3, 2, 2, 0.7, [0.0, 0.3, 4.0]
+    ntk, y = kernels(n, m, c, seed=1), torch.randn(n, c).double()
+    root = torch.randn((n + m) * c, 30).double() / 30**0.5
+    joint = (root @ root.T).reshape(n + m, c, n + m, c).transpose(1, 2)  # the NNGP kernel of all samples
+    predict = ntk_ensemble(EmpiricalKernels(ntk[0], joint[:n, :n]), y, learning_rate=rate, diag_reg=diag_reg)
+    mean, covariance = predict(EmpiricalKernels(ntk[1], joint[n:, :n]), joint[n:, n:], times)
+    assert mean.shape == (3, m, c)
+    assert covariance.shape == (3, m, m, c, c)
+
+    def matrix(kernel):
+        return kernel.transpose(1, 2).reshape(kernel.shape[0] * c, -1)
+
+    theta, cross = matrix(ntk[0]), matrix(ntk[1])
+    theta = theta + diag_reg * theta.diagonal().mean() * torch.eye(n * c)
+    k, k_cross, k_test = matrix(joint[:n, :n]), matrix(joint[n:, :n]), matrix(joint[n:, n:])
+    for t, one_mean, one_covariance in zip(times, mean, covariance, strict=True):
+        decay = torch.eye(n * c) - torch.linalg.matrix_exp(-theta * rate * t / (n * c))
+        a = cross @ torch.linalg.inv(theta) @ decay
+        assert torch.allclose(one_mean.flatten(), a @ y.flatten())
+        expected = k_test + a @ k @ a.T - a @ k_cross.T - k_cross @ a.T
+        assert torch.allclose(matrix(one_covariance), expected)
+        assert torch.equal(
+            one_covariance, predict(EmpiricalKernels(ntk[1], joint[n:, :n]), joint[n:, n:], t).covariance
+        )
+
+
+def test_ensemble_before_and_long_after_training():
+    torch.manual_seed(0)
+    ntk, nngp, y = kernels(3, 2, 2, seed=1), kernels(3, 2, 2, seed=2), torch.randn(3, 2).double()
+    predict, cross = ntk_ensemble(EmpiricalKernels(ntk[0], nngp[0]), y), EmpiricalKernels(ntk[1], nngp[1])
+    start = predict(cross, nngp[2], 0)
+    assert torch.equal(start.mean, torch.zeros(2, 2).double())
+    assert torch.allclose(start.covariance, nngp[2], rtol=1e-14)
+    for t in (None, math.inf, 1e9):
+        assert torch.allclose(predict(cross, nngp[2], t).covariance, predict(cross, nngp[2]).covariance)
+    # the last layer alone: the NNGP kernel is its NTK, and Bayesian inference is where its training ends
+    alone = ntk_ensemble(EmpiricalKernels(nngp[0], nngp[0]), y)(EmpiricalKernels(nngp[1], nngp[1]), nngp[2])
+    for a, b in zip(alone, nngp_posterior(nngp[0], y)(nngp[1], nngp[2]), strict=True):
+        assert torch.allclose(a, b)
+    # training samples, taken for test samples, are where the targets are
+    mean, covariance = predict(EmpiricalKernels(ntk[0], nngp[0]), nngp[0])
+    assert torch.allclose(mean, y)
+    assert covariance.abs().max() < 1e-9 * nngp[0].abs().max()
+
+
+def test_outputs_that_start_as_a_number(task):
+    zero_train, zero_test = torch.zeros_like(task.f_train), torch.zeros_like(task.f_test)
+    for predictor in (
+        gradient_flow_mse(task.k_train_train, task.y),
+        gradient_descent_mse(task.k_train_train, task.y),
+        gradient_flow(quartic, task.k_train_train, task.y),
+    ):
+        expected = predictor(2, zero_train, zero_test, task.k_test_train)
+        for start in ((0.0, 0.0), (None, None), (0.0, None), (0,), (zero_train, 0.0), ()):
+            for a, b in zip(predictor(2, *start, k_test_train=task.k_test_train), expected, strict=True):
+                assert torch.equal(a, b)
+        assert torch.allclose(predictor(2), expected[0], rtol=0, atol=1e-7)  # of the solver, for any loss
+        shifted = predictor(2, 1.5, k_test_train=task.k_test_train)
+        tensors = predictor(2, zero_train + 1.5, zero_test + 1.5, task.k_test_train)
+        for a, b in zip(shifted, tensors, strict=True):
+            assert torch.equal(a, b)
+        with pytest.raises(ValueError, match=r"f_test_0 must be given beside k_test_train, as f_train_0 is: 0\.0 for"):
+            predictor(2, zero_train, k_test_train=task.k_test_train)
+        with pytest.raises(TypeError, match="f_test_0 must be a tensor of real numbers, got bool"):
+            predictor(2, zero_train, False, task.k_test_train)
+
+
+def test_no_time_is_infinite_time(task):
+    predictor = gradient_flow_mse(task.k_train_train, task.y)
+    for a, b in zip(task.predict(predictor, None), task.predict(predictor, math.inf), strict=True):
+        assert torch.equal(a, b)
+    assert torch.allclose(predictor(), task.y)
+    regression = kernel_ridge_regression(task.k_train_train, task.y)(task.k_test_train)
+    assert torch.allclose(predictor(k_test_train=task.k_test_train)[1], regression)
 
 
 def test_posterior_interpolates_without_noise():
@@ -469,10 +659,11 @@ def test_no_warning_where_nothing_grows():
 
 def test_the_warning_names_the_line_of_the_call():
     kernel, y = torch.ones(4, 4), torch.randn(4, 1)
+    both = EmpiricalKernels(kernel, kernel)
     for call, name in (
         (lambda: kernel_ridge_regression(kernel, y), "k_train_train"),
         (lambda: gradient_flow_mse(kernel, y)(math.inf, y, y, kernel), "k_train_train"),
-        (lambda: ntk_ensemble(EmpiricalKernels(kernel, kernel), y), "k_train_train.ntk"),
+        (lambda: ntk_ensemble(both, y)(both, kernel), "k_train_train.ntk"),
     ):
         with pytest.warns(IllConditionedWarning, match=f"{name} is singular") as caught:
             call()
@@ -500,12 +691,12 @@ K, Y = torch.eye(4), torch.randn(4, 2)
     [
         ({"k_train_train": [[1.0]]}, TypeError, "k_train_train must be a tensor of real numbers, got list"),
         ({"k_train_train": K.int()}, TypeError, "k_train_train must be a tensor of real numbers, got torch.int32"),
-        ({"k_train_train": torch.ones(4)}, ValueError, r"k_train_train must have shape \[N1, N2\] or .*, got \[4\]"),
-        ({"k_train_train": torch.ones(4, 4, 2)}, ValueError, r"k_train_train must have shape .*, got \[4, 4, 2\]"),
+        ({"k_train_train": torch.ones(4)}, ValueError, r"k_train_train must have shape \[N1, N2, ...\] .*, got \[4\]"),
+        ({"k_train_train": torch.ones(4, 4, 3)}, ValueError, r"k_train_train must have shape .*, got \[4, 4, 3\]"),
         (
             {"k_train_train": torch.eye(3)},
             ValueError,
-            r"\[4, 4, 2, 2\] or \[4, 4\] for y_train .* \[4, 2\], got \[3, 3\]",
+            r"\[4, 4, 2, 2\] or \[4, 4, 2\] or \[4, 4\] for y_train .* \[4, 2\], got \[3, 3\]\. .* trace_axes= and",
         ),
         ({"k_train_train": K / 0}, ValueError, "k_train_train holds numbers that are not finite"),
         ({"k_train_train": K + torch.ones(4, 4).triu()}, ValueError, "k_train_train must be symmetric, .* of the norm"),
@@ -514,8 +705,8 @@ K, Y = torch.eye(4), torch.randn(4, 2)
             ValueError,
             "k_train_train must be positive semi-definite, but its eigenvalues, with diag_reg=0, go from -1 to -1",
         ),
-        ({"y_train": [1.0]}, TypeError, r"y_train must be a tensor of real numbers \[N, \*out\], got list"),
-        ({"y_train": torch.ones(4).int()}, TypeError, r"y_train must be a tensor of real numbers .*, got torch.int32"),
+        ({"y_train": [1.0]}, TypeError, "y_train must be a tensor of real numbers, got list"),
+        ({"y_train": torch.ones(4).int()}, TypeError, "y_train must be a tensor of real numbers, got torch.int32"),
         ({"diag_reg": -0.1}, ValueError, "diag_reg must be at least 0 and finite, got -0.1"),
         ({"diag_reg": "1"}, TypeError, "diag_reg must be a number, got str"),
         ({"diag_reg": math.inf}, ValueError, "diag_reg must be at least 0 and finite, got inf"),
@@ -547,9 +738,8 @@ def test_bad_rates(factory, arguments, error, message):
         ({"t": -1.0}, ValueError, "t must not be negative and be a number, got -1.0"),
         ({"t": [0.0, math.nan]}, ValueError, "t must not be negative and be a number"),
         ({"t": "soon"}, TypeError, "t must be a number or an array of numbers, got str"),
-        ({"t": None}, TypeError, "t must be a number or an array of numbers, got NoneType"),
         ({"f_train_0": Y[:3]}, ValueError, r"f_train_0 (must have|of) shape \[[34], 2\], got "),
-        ({"f_train_0": 0.0}, TypeError, "f_train_0 must be a tensor of real numbers.*, got float"),
+        ({"f_train_0": [0.0]}, TypeError, "f_train_0 must be a tensor of real numbers, got list"),
         ({"f_test_0": Y[:3]}, ValueError, "k_test_train must be given beside f_test_0"),
         ({"k_test_train": K[:3]}, ValueError, "f_test_0 must be given beside k_test_train"),
         ({"f_test_0": Y, "k_test_train": K[:3]}, ValueError, r"f_test_0 must have shape \[3, 2\], got \[4, 2\]"),
@@ -582,9 +772,12 @@ def test_bad_arguments_of_any_loss(monkeypatch):
         gradient_flow(half_mse, K, Y, tolerance=0)
     with pytest.raises(ValueError, match="learning_rate must be above 0"):
         gradient_flow(half_mse, K, Y, learning_rate=0)
-    with pytest.raises(ValueError, match="t must be finite: the flow of a general loss has no closed form"):
-        gradient_flow(half_mse, K, Y)(math.inf, Y)
-    with pytest.raises(ValueError, match=r"\[5, 5, 2, 2\] or \[5, 5\] for f_train_0 of shape \[5, 2\], got \[4, 4\]"):
+    for t in (math.inf, None):
+        with pytest.raises(ValueError, match="t must be finite: the flow of a general loss has no closed form"):
+            gradient_flow(half_mse, K, Y)(t, Y)
+    with pytest.raises(TypeError, match=r"f_train_0 must be a tensor \[N, \*out\]: y_train, which holds classes"):
+        gradient_flow(half_mse, K, torch.arange(4))(1.0)
+    with pytest.raises(ValueError, match=r"\[5, 5, 2\] or \[5, 5\] for f_train_0 of shape \[5, 2\], got \[4, 4\]"):
         gradient_flow(half_mse, K, Y)(1.0, torch.ones(5, 2))
     monkeypatch.setitem(sys.modules, "scipy.integrate", None)
     with pytest.raises(ImportError, match=r"gradient_flow needs SciPy: pip install ggn-ntk\[dynamics\]"):
@@ -614,6 +807,30 @@ def test_bad_kernels_of_posteriors():
         ntk_ensemble(EmpiricalKernels(torch.eye(3), K), Y)
     with pytest.raises(ValueError, match=r"k_test_train.nngp must have shape \[3, 4\], got \[4, 4\]"):
         ntk_ensemble(kernels, Y)(EmpiricalKernels(K[:3], K), K[:3, :3])
+
+
+def test_bad_axes():
+    for factory in (
+        gradient_flow_mse,
+        gradient_descent_mse,
+        kernel_ridge_regression,
+        nngp_posterior,
+        lambda k, y, **axes: gradient_flow(half_mse, k, y, **axes)(1.0),
+        lambda k, y, **axes: ntk_ensemble(EmpiricalKernels(k, k), y, **axes),
+        lambda k, y, **axes: max_learning_rate(k, y_train=y, **axes),
+    ):
+        with pytest.raises(
+            ValueError, match=r"must have shape \[4, 4, 2\] for y_train of shape \[4, 2\], got \[4, 4\]\.$"
+        ):
+            factory(K, Y, diagonal_axes=0)
+        with pytest.raises(ValueError, match="trace_axes names output axis 1"):
+            factory(K, Y, trace_axes=1)
+        with pytest.raises(ValueError, match="trace_axes and diagonal_axes both name output axis 0"):
+            factory(K, Y, trace_axes=0, diagonal_axes=-1)
+        with pytest.raises(TypeError, match="trace_axes must be an integer, an iterable of integers or None"):
+            factory(K, Y, trace_axes="0")
+    with pytest.raises(ValueError, match="y_train must be given beside trace_axes and diagonal_axes"):
+        max_learning_rate(K, trace_axes=0)
 
 
 def test_kernels_with_errors_take_a_larger_ridge():
