@@ -11,6 +11,7 @@ from ggn_ntk.extensions.backpack_internals import module_extensions, params_of
 from ggn_ntk.models.independence import check_samples, look
 from ggn_ntk.models.requirements import ModuleCheck, configuration_problems, find, hidden_computation
 from ggn_ntk.problem.errors import OTHER_METHOD, Problem, UnsupportedModelError, UnsupportedRouteError
+from ggn_ntk.problem.functions import FunctionModule
 from ggn_ntk.problem.request import Request
 from ggn_ntk.process.torch_internals import AnyBatchNorm, AnyConv, AnyLoss, AnyTransposedConv, uncompiled
 from ggn_ntk.rules.registry import acts_on_each_sample
@@ -38,6 +39,8 @@ def check_vivit(request: Request) -> Size:
 def vivit_problems(request: Request) -> list[Problem]:
     """Find what the ViViT route cannot do, or would do wrong without an error."""
     model = uncompiled(request.model)
+    if isinstance(model, FunctionModule):
+        return [Problem("", "it is a function, and ViViT takes nn.Sequential models of its layers", OTHER_METHOD)]
     problems = []
     if request.output is not None:
         problems.append(Problem("", "what it returns is not its last layer's output (output=)", OTHER_METHOD))

@@ -9,6 +9,7 @@ from torch.nn import Module
 from ggn_ntk.contraction.factored import Factored
 from ggn_ntk.models.requirements import hidden_computation
 from ggn_ntk.problem.errors import Problem
+from ggn_ntk.problem.functions import FunctionModule
 from ggn_ntk.problem.request import Request
 from ggn_ntk.process.torch_internals import children_of, uncompiled
 from ggn_ntk.rules.registry import acts_on_each_sample, backpropagation_for, rule_for
@@ -18,6 +19,9 @@ REMEDY = "Use capture='autograd' ('auto' does)"
 
 def structure_problems(request: Request) -> Iterator[Problem]:
     """Find what keeps a model from being taken apart into layers."""
+    if isinstance(request.model, FunctionModule):
+        yield Problem("", "it is a function, which shows no layers", REMEDY)
+        return
     if request.x1.positional is None:
         yield Problem("", "it is called with something else than tensors [N, ...] by position", REMEDY)
     if request.output is not None:

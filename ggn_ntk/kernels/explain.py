@@ -7,7 +7,6 @@ from operator import attrgetter
 from typing import Any
 
 from torch import Tensor
-from torch.nn import Module
 
 from ggn_ntk.contraction.einsum import path_of
 from ggn_ntk.contraction.one_hot import looked_up
@@ -15,6 +14,7 @@ from ggn_ntk.jacobians.places import Place, Places
 from ggn_ntk.methods.structured import Recorded, recorded_products
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.problem.errors import Problem, UnsupportedRouteError
+from ggn_ntk.problem.functions import Model, Params
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request
 from ggn_ntk.process.torch_internals import uncompiled
@@ -167,13 +167,13 @@ class Explanation:
 
 
 def explain(
-    model: Module,
+    model: Model,
     x1: Any,
     x2: Any = None,
     *,
     compute: str = "full",
     method: str = "auto",
-    params: str | Iterable[str] | None = None,
+    params: Params | None = None,
     capture: str = "auto",
     output: Callable[[Any], Tensor] | None = None,
     trace_axes: int | Iterable[int] | None = None,
@@ -189,7 +189,7 @@ def explain(
     for einsum-like expressions", Journal of Open Source Software, 2018).
 
     Args:
-        model: The model.
+        model: The model, as for :func:`ggn_ntk.empirical_ntk`.
         x1: N1 samples ``[N1, ...]``, as for :func:`ggn_ntk.empirical_ntk`.
         x2: N2 samples, or ``None`` for x1.
         compute: ``"full"``, ``"diagonal"`` or ``"trace"``.

@@ -8,7 +8,6 @@ from typing import Any
 
 import torch
 from torch import Size, Tensor
-from torch.nn import Module
 
 from ggn_ntk.methods.computation import Kernels, carry_out, is_finite
 from ggn_ntk.methods.reference import contract_jacobians, jacobian_kernels, multiply_vectors, product_kernels
@@ -17,6 +16,7 @@ from ggn_ntk.models.comparison import SEEN, TOLERANCES, Difference, cotangent, n
 from ggn_ntk.models.requirements import check_model
 from ggn_ntk.models.rounding import rounding_of
 from ggn_ntk.problem.errors import NTKMismatchError, RouteWarning, UnsupportedRouteError, silent, warn
+from ggn_ntk.problem.functions import Model, Params
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.request import Request
 from ggn_ntk.problem.result import Computed
@@ -64,13 +64,13 @@ _BLOCK = 2
 
 
 def empirical_ntk(
-    model: Module,
+    model: Model,
     x1: Any,
     x2: Any = None,
     *,
     compute: str = "full",
     method: str = "auto",
-    params: str | Iterable[str] | None = None,
+    params: Params | None = None,
     per_parameter: bool | str = False,
     check: bool = False,
     capture: str = "auto",
@@ -85,7 +85,9 @@ def empirical_ntk(
     an error is raised. The model, its gradients and all global settings are left as found.
 
     Args:
-        model: Any module whose samples do not influence one another, in float32 or float64.
+        model: Any module whose samples do not influence one another, in float32 or float64; or a function
+            ``f(params, *args, **kwargs)``, as ``torch.func`` has it, of the batch ``[N, ...]``. What it refers to
+            is constant, modules included.
         x1: N1 samples: a tensor ``[N1, ...]``, a tuple (called as ``model(*x1)``) or a mapping (``model(**x1)``) of
             tensors that share their leading axis, on the model's device, and of its dtype where real. In lists, tuples,
             mappings and dataclasses, if the model takes them; beside entries that are no tensors, and what
@@ -97,7 +99,9 @@ def empirical_ntk(
         params: The parameters to sum over: an entry, or several, each a name as in ``model.named_parameters()``, a
             glob (``"encoder.layer.*.bias"``, as in :mod:`fnmatch`), or the dotted name of a module, for all that are in
             it. Globs and modules leave frozen parameters out; to name one is an error. A tied parameter counts once.
-            ``None`` for all that require a gradient.
+            ``None`` for all that require a gradient. For a function the mapping of names to tensors that is its first
+            argument: all of them that are real, whether they require a gradient or not. Tensors in nested dicts, lists
+            and tuples go by names such as ``"layers.0.weight"``; the same tensor under two names counts once.
         per_parameter: Return kernels by name instead of their sum: one for each parameter, or, for ``"module"``, one
             for each module, summed over the parameters that are its own and not of a module inside it. The model's own
             are under ``""``; what several modules share counts for the first.

@@ -5,7 +5,7 @@ Gaussian process that the network is (Lee, Bahri, Novak, Schoenholz, Pennington,
 as Gaussian Processes", ICLR 2018, section 2).
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import replace
 from typing import Any, cast
 
@@ -20,6 +20,7 @@ from ggn_ntk.models.independence import compare_alone, look
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.requirements import configuration_problems
 from ggn_ntk.problem.errors import NotFiniteWarning, Problem, UnsupportedModelError, listed, warn, without
+from ggn_ntk.problem.functions import Model, Params
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request
 from ggn_ntk.problem.result import EmpiricalKernels, finish
@@ -29,11 +30,12 @@ _KIND = "empirical NNGP kernel"
 
 
 def nngp(
-    model: Module,
+    model: Model,
     x1: Any,
     x2: Any = None,
     *,
     compute: str = "full",
+    params: Mapping[str, Any] | None = None,
     output: Callable[[Any], Tensor] | None = None,
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
@@ -45,10 +47,13 @@ def nngp(
 
     Args:
         model: Any module whose samples do not influence one another, in float32 or float64. It needs no parameter.
+            Or a function, as for :func:`ggn_ntk.empirical_ntk`.
         x1: N1 samples ``[N1, ...]``, as for :func:`ggn_ntk.empirical_ntk`.
         x2: N2 samples like x1. ``None`` means x1, with a kernel that is exactly symmetric under
             ``(n, c) <-> (m, d)``.
         compute: ``"full"``, ``"diagonal"`` (entries with c = d) or ``"trace"`` (their sum over c).
+        params: For a function the mapping of names to tensors that is its first argument; for a module, of which the
+            kernel has no sum over parameters, ``None``.
         output: Turns what the model returns into the tensor ``[N, *out]`` to multiply, say ``lambda out: out.logits``.
         trace_axes: Output axes to sum at equal indices, counted without the sample axis; negative ones count from
             the last.
@@ -64,19 +69,21 @@ def nngp(
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has a value that is not accepted.
     """
+    if isinstance(model, Module) and params is not None:
+        raise TypeError("params goes with functions alone: the NNGP kernel of a module has no sum over parameters.")
     axes = AxesRequest.parse(compute, trace_axes, diagonal_axes)
-    request = Request.parse(model, x1, x2, axes, params=None, per_parameter=False, output=output)
+    request = Request.parse(model, x1, x2, axes, params=params, per_parameter=False, output=output)
     return _multiply_outputs(request)
 
 
 def empirical_kernels(
-    model: Module,
+    model: Model,
     x1: Any,
     x2: Any = None,
     *,
     compute: str = "full",
     method: str = "auto",
-    params: str | Iterable[str] | None = None,
+    params: Params | None = None,
     check: bool = False,
     capture: str = "auto",
     output: Callable[[Any], Tensor] | None = None,

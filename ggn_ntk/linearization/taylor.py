@@ -27,18 +27,19 @@ from ggn_ntk.linearization.derivatives import (
 from ggn_ntk.linearization.elementary_ops import differentiable
 from ggn_ntk.models.evaluation import evaluate, primals_of
 from ggn_ntk.models.isolation import isolated
+from ggn_ntk.problem.functions import Model, Params, as_module, own_parameters
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request, check_picks, check_wrappers
 from ggn_ntk.problem.selection import selected
 from ggn_ntk.process.switches import without_checkpoints
-from ggn_ntk.process.torch_internals import COMPILED_PREFIX, backward_hooks, uncompiled
+from ggn_ntk.process.torch_internals import COMPILED_PREFIX, backward_hooks, named_leaves, uncompiled
 from ggn_ntk.process.transforms import is_transformed
 from ggn_ntk.process.turns import alone_with
 
 
 def linearize(
-    model: Module,
-    params: str | Iterable[str] | Mapping[str, Tensor] | None = None,
+    model: Model,
+    params: Params | None = None,
     *,
     output: Callable[[Any], Tensor] | None = None,
 ) -> "TaylorExpansion":
@@ -48,7 +49,8 @@ def linearize(
 
     Args:
         model: Any module whose forward pass draws no random numbers. It is copied: what happens to it later, training
-            included, does not move the expansion point.
+            included, does not move the expansion point. Or a function, as for :func:`ggn_ntk.empirical_ntk`, of which
+            the parameters are copied, but nothing else that it refers to.
         params: See :func:`taylor_expand`.
         output: Turns what the model returns into the tensor ``[N, *out]`` to linearize, say ``lambda out: out.logits``.
 
@@ -63,9 +65,9 @@ def linearize(
 
 
 def taylor_expand(
-    model: Module,
+    model: Model,
     degree: int,
-    params: str | Iterable[str] | Mapping[str, Tensor] | None = None,
+    params: Params | None = None,
     *,
     output: Callable[[Any], Tensor] | None = None,
 ) -> "TaylorExpansion":
@@ -77,11 +79,13 @@ def taylor_expand(
 
     Args:
         model: Any module whose forward pass draws no random numbers. It is copied: what happens to it later, training
-            included, does not move the expansion point.
+            included, does not move the expansion point. Or a function, as for :func:`ggn_ntk.empirical_ntk`, of which
+            the parameters are copied, but nothing else that it refers to.
         degree: The degree k; 0 for the model itself at θ0.
         params: Which parameters to expand in: an entry, or several, each a name, a glob or the dotted name of a module,
             as for :func:`ggn_ntk.empirical_ntk` but with frozen ones; or a mapping from names to values, which are then
-            the expansion point. The others are held constant. ``None`` for all, at the model's values.
+            the expansion point. The others are held constant. ``None`` for all, at the model's values. For a function
+            the mapping that is its first argument.
         output: Turns what the model returns into the tensor ``[N, *out]`` to expand, say ``lambda out: out.logits``.
 
     Returns:
@@ -104,9 +108,9 @@ class TaylorExpansion:
 
     def __init__(
         self,
-        model: Module,
+        model: Model,
         degree: int,
-        params: str | Iterable[str] | Mapping[str, Tensor] | None = None,
+        params: Params | None = None,
         *,
         output: Callable[[Any], Tensor] | None = None,
     ) -> None:
@@ -122,16 +126,17 @@ class TaylorExpansion:
             TypeError: If an argument is of the wrong type.
             ValueError: If an argument has a value that is not accepted.
         """
-        if not isinstance(model, Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
         if isinstance(degree, bool) or not isinstance(degree, int):
             raise TypeError(f"degree must be an integer, got {type(degree).__name__}.")
         if degree < 0:
             raise ValueError(f"degree must not be negative, got {degree}.")
         self.degree = degree
         check_picks(output)
-        check_wrappers(model)
-        self._model = _snapshot(uncompiled(model))
+        if isinstance(model, Module):
+            check_wrappers(model)
+            self._model = _snapshot(uncompiled(model))
+        else:
+            self._model, params = _snapshot_of_function(model, params), None
         self._names = _first_names(self._model)
         self._params = self._choose(params)
         self._output = output
@@ -148,7 +153,8 @@ class TaylorExpansion:
 
         Args:
             new_params: The parameters θ: a mapping like ``dict(model.named_parameters())``, in which those left out
-                stay at θ0, or a model of the same architecture. Those not expanded in are not looked at.
+                stay at θ0, or a model of the same architecture. Those not expanded in are not looked at. Of a function,
+                a mapping like the one that it was expanded at, nested or by names such as ``"layers.0.weight"``.
             x: N samples ``[N, ...]``, as for :func:`ggn_ntk.empirical_ntk`. They are constants: no gradient flows to
                 them, and one that requires a gradient is refused.
 
@@ -193,9 +199,9 @@ class TaylorExpansion:
             self._verified.clear()  # earlier samples were looked at with another pushforward
         self._verified.update(seen)
 
-    def _choose(self, params: str | Iterable[str] | Mapping[str, Tensor] | None) -> Parameters:
+    def _choose(self, params: Params | None) -> Parameters:
         """Look up the parameters to expand in, and put the values that are given into the snapshot."""
-        known = dict(self._model.named_parameters())
+        known = own_parameters(self._model)
         if params is None:
             chosen = {name: p for name, p in known.items() if p.is_floating_point()}
             if not chosen:
@@ -225,7 +231,7 @@ class TaylorExpansion:
                 f"a model of the same architecture, got {type(new_params).__name__}."
             )
         given: Parameters = {}
-        for name, value in new_params.items():
+        for name, value in named_leaves(dict(new_params))[0]:
             first = self._first_name("new_params", name)
             if first not in self._params:
                 continue
@@ -266,10 +272,18 @@ def _snapshot(model: Module) -> Module:
     return snapshot
 
 
+def _snapshot_of_function(function: Model, params: Any) -> Module:
+    """Take a function with copies of its parameters; what it refers to itself is not copied."""
+    model = as_module(function, params)
+    for p in own_parameters(model).values():
+        p.data = p.detach().clone()
+    return model
+
+
 def _first_names(model: Module) -> dict[str, str]:
     """Map the names of each parameter to the first of them."""
-    firsts = {id(p): name for name, p in model.named_parameters()}
-    return {name: firsts[id(p)] for name, p in model.named_parameters(remove_duplicate=False)}
+    firsts = {id(p): name for name, p in own_parameters(model).items()}
+    return {name: firsts[id(p)] for name, p in own_parameters(model, remove_duplicate=False).items()}
 
 
 def _checked(argument: str, name: str, value: Any, parameter: Tensor) -> Tensor:

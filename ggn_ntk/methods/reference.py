@@ -1,4 +1,4 @@
-"""The oracle: empirical NTKs by ``torch.func``, short and slow, for any ``nn.Module``.
+"""The oracle: empirical NTKs by ``torch.func``, short and slow, for any ``nn.Module`` or function.
 
 Both functions follow the PyTorch tutorial "Neural Tangent Kernels" (Jacobian contraction and NTK-vector
 products), after Novak, Sohl-Dickstein, Schoenholz: "Fast Finite Width Neural Tangent Kernel", ICML 2022,
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import Size, Tensor, einsum
 from torch.func import jvp, vjp, vmap
-from torch.nn import Module
 
 from ggn_ntk.methods.computation import compute as _compute
 from ggn_ntk.methods.sample_jacobians import all_jacobians, finest, first_line, sample_output
@@ -23,6 +22,7 @@ from ggn_ntk.models.gradients import gradients
 from ggn_ntk.models.independence import Checked
 from ggn_ntk.models.requirements import check_model
 from ggn_ntk.problem.errors import RouteWarning, is_bug, is_out_of_memory, listed, warn
+from ggn_ntk.problem.functions import Model, Params
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.request import Request
@@ -30,12 +30,12 @@ from ggn_ntk.problem.result import Computed, transpose
 
 
 def jacobian_contraction(
-    model: Module,
+    model: Model,
     x1: Any,
     x2: Any = None,
     *,
     compute: str = "full",
-    params: str | Iterable[str] | None = None,
+    params: Params | None = None,
     per_parameter: bool | str = False,
     output: Callable[[Any], Tensor] | None = None,
     trace_axes: int | Iterable[int] | None = None,
@@ -49,7 +49,8 @@ def jacobian_contraction(
     memory is that of the Jacobians, (N1 + N2) C P numbers for P parameters; with ``x2=None``, N1 C P.
 
     Args:
-        model: Any module whose samples do not influence one another.
+        model: Any module whose samples do not influence one another, or a function, as for
+            :func:`ggn_ntk.empirical_ntk`.
         x1: N1 samples ``[N1, ...]``, as for :func:`ggn_ntk.empirical_ntk`; float32 or float64 where real.
         x2: N2 samples like x1, or ``None`` for x1.
         compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
@@ -78,12 +79,12 @@ def jacobian_contraction(
 
 
 def ntk_vector_products(
-    model: Module,
+    model: Model,
     x1: Any,
     x2: Any = None,
     *,
     compute: str = "full",
-    params: str | Iterable[str] | None = None,
+    params: Params | None = None,
     per_parameter: bool | str = False,
     output: Callable[[Any], Tensor] | None = None,
     trace_axes: int | Iterable[int] | None = None,
@@ -99,7 +100,8 @@ def ntk_vector_products(
     :func:`jacobian_contraction`'s autograd loop.
 
     Args:
-        model: Any module whose samples do not influence one another.
+        model: Any module whose samples do not influence one another, or a function, as for
+            :func:`ggn_ntk.empirical_ntk`.
         x1: N1 samples ``[N1, ...]``, as for :func:`ggn_ntk.empirical_ntk`; float32 or float64 where real.
         x2: N2 samples like x1, or ``None`` for x1.
         compute: ``"full"``, ``"diagonal"`` or ``"trace"``.

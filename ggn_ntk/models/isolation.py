@@ -23,6 +23,7 @@ from ggn_ntk.models.entries import Values, address_of, storage_of
 from ggn_ntk.models.inspection import DRAWS, Inspection
 from ggn_ntk.models.state import State
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError, is_out_of_memory
+from ggn_ntk.problem.functions import shared_by
 from ggn_ntk.process.switches import process_switches
 from ggn_ntk.process.torch_internals import (
     backward_hooks,
@@ -71,7 +72,7 @@ def isolated(model: Module) -> Iterator["Session"]:
         stack.enter_context(process_switches(recurrent=any(isinstance(m, RNNBase) for m in model.modules())))
         stack.enter_context(_default_device(torch.device("cpu")))
         # Then the model itself. On exit the order is the reverse: it is put back before other threads get their turn.
-        stack.enter_context(alone_with(model))
+        stack.enter_context(alone_with(model, shared_by(model)))
         session = Session(model, device)
         stack.callback(session.close)
         _ENTERED.sessions[id(model)] = session, 1

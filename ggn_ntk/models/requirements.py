@@ -12,6 +12,7 @@ from ggn_ntk.models.comparison import TOLERANCES
 from ggn_ntk.models.independence import Checked, check_samples
 from ggn_ntk.models.isolation import runs_hooks
 from ggn_ntk.problem.errors import OTHER_METHOD, Problem, UnsupportedModelError
+from ggn_ntk.problem.functions import FunctionModule, own_parameters
 from ggn_ntk.problem.request import Request
 from ggn_ntk.process.torch_internals import AnyBatchNorm, AnyDropout, has_global_hooks
 
@@ -94,7 +95,9 @@ def _parameter_problems(request: Request) -> Iterator[Problem]:
     """Find problems of the model's parameters and buffers."""
     names: dict[tuple[str, str], list[str]] = defaultdict(list)
     wanted = {id(p) for p in request.params.values()}
-    for name, p in [*request.model.named_parameters(), *request.model.named_buffers()]:
+    # Modules that a function refers to may be mere shells, which it calls with other parameters than their own.
+    own, shells = own_parameters(request.model), isinstance(request.model, FunctionModule)
+    for name, p in [*own.items(), *request.model.named_buffers(recurse=not shells)]:
         if isinstance(p, UninitializedParameter | nn.UninitializedBuffer):
             names["has no shape yet", "Run one forward pass first"].append(name)
         elif p.is_meta:
@@ -109,12 +112,16 @@ def _parameter_problems(request: Request) -> Iterator[Problem]:
     for (what, remedy), places in names.items():
         others = f", as are {len(places) - 1} others" if len(places) > 1 else ""
         yield Problem(places[0], what + others, remedy)
-    devices = sorted({str(p.device) for p in request.model.parameters() if not p.is_meta})
-    if len(devices) > 1 and any(id(p) in wanted for p in request.model.parameters()):
+    devices = sorted({str(p.device) for p in own.values() if not p.is_meta})
+    if len(devices) > 1 and any(id(p) in wanted for p in own.values()):
         what = f"its parameters are on several devices ({', '.join(devices)}), and a kernel sums over all of them"
         yield Problem("", what, "Move it to one of them: model.to(device)")
     if not request.params:
-        yield Problem("", "it has no trainable parameter", "Call requires_grad_() on those the kernel should sum over")
+        yield Problem(
+            "",
+            "it has no trainable parameter",
+            "Call requires_grad_() on those to sum over; of a function, pass them as params",
+        )
 
 
 def hidden_computation(module: Module, name: str) -> Iterator[Problem]:

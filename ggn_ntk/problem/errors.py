@@ -8,7 +8,7 @@ import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 
@@ -117,6 +117,11 @@ def listed(names: Iterable[object]) -> str:
     if others <= 1:  # to count a single one takes as long as to name it
         return ", ".join(shown)
     return f"{', '.join(shown[:_LISTED])} and {others} others"
+
+
+def kind_of(value: Any) -> str:
+    """Name a value's type for a message."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 class _Here(threading.local):

@@ -12,6 +12,9 @@ from torch import Tensor
 from torch.func import vmap
 from torch.nn import Module
 
+from ggn_ntk.problem.errors import kind_of
+from ggn_ntk.problem.functions import own_parameters
+
 _WRAPPER = """
 What is in another form goes into a wrapper that takes tensors [N, ...] and makes it of them, say:
 
@@ -107,11 +110,6 @@ class Inputs:
     def stack(self, other: "Inputs | None") -> "Inputs":
         """Put the samples of another set behind these: N1 + N2 samples."""
         return self if other is None else self.map(lambda a, b: torch.cat([a, b]), other)
-
-
-def kind_of(value: Any) -> str:
-    """Name a value's type for a message."""
-    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def parse_inputs(x: Any, argument: str, model: Module) -> Inputs:
@@ -264,8 +262,8 @@ def _check_tensors(inputs: Inputs, argument: str, model: Module) -> None:
 
 def _check_like_model(inputs: Inputs, argument: str, model: Module) -> None:
     """Check that inputs have no graph, and are on the model's device and, where real, of its dtype."""
-    params = list(model.parameters())
-    devices, dtypes = {p.device for p in params}, {p.dtype for p in params if not p.is_complex()}
+    params = own_parameters(model).values()
+    devices, dtypes = {p.device for p in params}, {p.dtype for p in params if p.is_floating_point()}
     for label, tensor in (inputs.tensors | inputs.constants).items():
         if not isinstance(tensor, Tensor):
             continue

@@ -2,7 +2,7 @@
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, ItemsView, Iterable
+from collections.abc import Callable, ItemsView, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
@@ -14,7 +14,9 @@ from torch.jit import ScriptModule
 from torch.nn import DataParallel, Module
 from torch.nn.parallel import DistributedDataParallel
 
-from ggn_ntk.problem.inputs import Inputs, check_alike, entries_of, kind_of, parse_inputs
+from ggn_ntk.problem.errors import kind_of
+from ggn_ntk.problem.functions import FunctionModule, Model, Params, as_module, own_parameters
+from ggn_ntk.problem.inputs import Inputs, check_alike, entries_of, parse_inputs
 from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
 from ggn_ntk.problem.result import finish, sum_kernels
 from ggn_ntk.problem.selection import selected
@@ -50,12 +52,12 @@ class Request:
     @classmethod
     def parse(
         cls,
-        model: Module,
+        model: Model,
         x1: Any,
         x2: Any,
         axes: AxesRequest,
         *,
-        params: str | Iterable[str] | None,
+        params: Params | None,
         per_parameter: bool | str,
         output: Callable[[Any], Tensor] | None = None,
         chunk_size: int | None = None,
@@ -63,8 +65,7 @@ class Request:
         transforms: bool = False,
     ) -> "Request":
         """Check the arguments of a call and bring them to one form; ``transforms`` may be under way if so stated."""
-        if not isinstance(model, Module):
-            raise TypeError(f"model must be a torch.nn.Module, got {kind_of(model)}.")
+        module, names = (model, params) if isinstance(model, Module) else (as_module(model, params), None)
         capture = "sequential" if capture == "backpack" else capture  # another name, though it uses no BackPACK
         if capture not in CAPTURES:
             raise ValueError(f"capture must be one of {', '.join(map(repr, CAPTURES))}, got {capture!r}.")
@@ -72,20 +73,20 @@ class Request:
         check_per_parameter(per_parameter)
         if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
             raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}.")
-        with nullcontext() if transforms else outside_of_transforms(), alone_with(model):
-            if not transforms and any(map(is_wrapped, (*(x for _, x in entries_of((x1, x2))), *model.parameters()))):
+        with nullcontext() if transforms else outside_of_transforms(), alone_with(module):
+            if not transforms and any(map(is_wrapped, (*(x for _, x in entries_of((x1, x2))), *module.parameters()))):
                 raise ValueError(
                     "x1, x2 or a parameter is what a torch.func transform makes of a tensor: compute kernels outside."
                 )
-            check_wrappers(model)
-            wanted = _parse_params(model, params)
-            if isinstance(model, DistributedDataParallel):
-                model = model.module  # the same function, without communication
-            first = parse_inputs(x1, "x1", model)
-            second = None if x2 is None else parse_inputs(x2, "x2", model)
+            check_wrappers(module)
+            wanted = _parse_params(module, names)
+            if isinstance(module, DistributedDataParallel):
+                module = module.module  # the same function, without communication
+            first = parse_inputs(x1, "x1", module)
+            second = None if x2 is None else parse_inputs(x2, "x2", module)
         if second is not None:
             check_alike(first, second)
-        return cls(model, first, second, axes, wanted, per_parameter, output, chunk_size, capture)
+        return cls(module, first, second, axes, wanted, per_parameter, output, chunk_size, capture)
 
     @property
     def symmetric(self) -> bool:
@@ -112,6 +113,8 @@ class Request:
         """The kernel that each parameter counts for, by names: its own, its module's, or ``""`` for the one of all."""
         if self.per_parameter != "module":
             return {name: name if self.per_parameter else "" for name in self.params}
+        if isinstance(self.model, FunctionModule):
+            return {name: name.rpartition(".")[0] for name in self.params}
         modules = reversed(list(self.model.named_modules()))  # of several owners the first counts
         owners = {id(p): name for name, module in modules for p in module.parameters(recurse=False)}
         return {name: owners[id(p)] for name, p in self.params.items()}
@@ -130,7 +133,8 @@ class Request:
     def of_all_parameters(self) -> "Request":
         """Ask the same for all parameters that require a gradient."""
         wanted = {id(p) for p in self.params.values()}
-        others = {name: p for name, p in self.model.named_parameters() if p.requires_grad and id(p) not in wanted}
+        known = own_parameters(self.model)
+        others = {name: p for name, p in known.items() if p.requires_grad and id(p) not in wanted}
         return replace(self, params=self.params | others)
 
     def assemble(self, kernels: Iterable[tuple[str, Tensor]], axes: OutputAxes) -> Tensor | dict[str, Tensor]:
@@ -172,10 +176,15 @@ def check_wrappers(model: Module) -> None:
             )
 
 
-def _parse_params(model: Module, entries: str | Iterable[str] | None) -> dict[str, Tensor]:
+def _parse_params(model: Module, entries: Params | None) -> dict[str, Tensor]:
     """Look up the parameters a kernel sums over."""
     if entries is None:
-        return {name: p for name, p in model.named_parameters() if p.requires_grad}
+        return {name: p for name, p in own_parameters(model).items() if p.requires_grad}
+    if isinstance(entries, Mapping):
+        raise TypeError(
+            "params must be names of parameters where model is a module. For a kernel at the values of a mapping, make "
+            "it a function: lambda params, *args: torch.func.functional_call(model, params, args)."
+        )
     known = dict(model.named_parameters(remove_duplicate=False))
     if isinstance(model, DistributedDataParallel):
         known |= dict(model.module.named_parameters(remove_duplicate=False))

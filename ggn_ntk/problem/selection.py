@@ -5,8 +5,7 @@ from difflib import get_close_matches
 from fnmatch import fnmatchcase
 from typing import Any
 
-from ggn_ntk.problem.errors import listed
-from ggn_ntk.problem.inputs import kind_of
+from ggn_ntk.problem.errors import kind_of, listed
 
 
 def selected(entries: Any, known: Iterable[str]) -> Iterator[tuple[str, list[str]]]:

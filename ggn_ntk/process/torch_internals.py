@@ -8,6 +8,7 @@ cost no call of a Python function.
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
+from dataclasses import fields
 from operator import attrgetter, methodcaller
 from typing import Any
 
@@ -225,6 +226,19 @@ TorchDispatchMode = _python_dispatch.TorchDispatchMode
 # Nested lists, tuples and dicts: their entries, and a function applied to each.
 tree_leaves = _pytree.tree_leaves
 tree_map = _pytree.tree_map
+tree_unflatten = _pytree.tree_unflatten
+
+
+def named_leaves(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """List the entries of a tree, each by its keys on all levels, joined by dots; and the tree's structure."""
+    entries, structure = _pytree.tree_flatten_with_path(tree)
+    return [(".".join(map(_name_of, path)), leaf) for path, leaf in entries], structure
+
+
+def _name_of(key: Any) -> str:
+    """Name one level of a tree by the one field that its key has: a key of a dict, a place, or an attribute."""
+    return str(getattr(key, fields(key)[0].name))
+
 
 #: The level of the transforms of ``torch.func`` under way; ``None`` outside of them.
 transform_level: Callable[[], int | None] = torch._C._functorch.maybe_current_level

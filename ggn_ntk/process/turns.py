@@ -17,9 +17,9 @@ _FORWARD_MODE = {-1}
 
 
 @contextmanager
-def alone_with(model: Module) -> Iterator[None]:
+def alone_with(model: Module, shared: Iterable[int] = ()) -> Iterator[None]:
     """Have a model for this thread alone, as it is when no other thread evaluates it with exchanged parameters."""
-    modules = {id(module) for module in model.modules()}
+    modules = {id(module) for module in model.modules()}.union(shared)
 
     # Parameters count, too: two models may share one. They are listed once the modules are free, since an evaluation
     # puts others in their place.

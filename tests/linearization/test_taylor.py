@@ -443,7 +443,7 @@ def test_refused_models(model, message):
 @pytest.mark.parametrize(
     ("arguments", "error", "message"),
     [
-        ({"model": nn.Linear}, TypeError, r"model must be a torch.nn.Module, got type"),
+        ({"model": nn.Linear}, TypeError, r"model must be a torch.nn.Module or a function .*, got the class Linear"),
         ({"degree": 1.0}, TypeError, "degree must be an integer, got float"),
         ({"degree": True}, TypeError, "degree must be an integer, got bool"),
         ({"degree": -1}, ValueError, "degree must not be negative, got -1"),
