@@ -1,7 +1,7 @@
 """Kernels, added up from the Jacobians of one layer after the other."""
 
 from collections import defaultdict
-from collections.abc import Callable, Container, Sequence
+from collections.abc import Callable, Container, Hashable, Sequence
 from math import prod
 from typing import Any
 
@@ -12,8 +12,11 @@ from ggn_ntk.contraction.accumulate import add_products
 from ggn_ntk.contraction.bias import join_biases
 from ggn_ntk.contraction.factored import Factored, Jacobians
 from ggn_ntk.contraction.one_hot import cost
+from ggn_ntk.contraction.operand import memory_of
 from ggn_ntk.contraction.products import KernelEinsum, NamedEinsum, Part, kernel_einsum, parts
+from ggn_ntk.contraction.tape import taped
 from ggn_ntk.contraction.uses import added_up
+from ggn_ntk.memory.budget import MemoryBudget
 from ggn_ntk.problem.output_axes import Roles
 
 # How many numbers Jacobians may hold that are formed because it is cheaper.
@@ -36,6 +39,36 @@ class Accumulator:
 
     def add(self, first: Jacobians, second: Jacobians | None = None) -> None:
         """Add Jacobians of some parameters, and those of x2 if it was evaluated by itself."""
+        form, inputs = self._form(first, second)
+        taped(form, inputs, self.kernels, lambda: self._add(first, second))
+
+    def _form(self, first: Jacobians, second: Jacobians | None) -> tuple[Hashable, list[Tensor]]:
+        """Describe all that decides how Jacobians are contracted, and list their tensors."""
+        places: dict[Hashable, int] = {}
+        inputs: list[Tensor] = []
+        described: list[Hashable] = []
+        for jacobians in (first, second or {}):
+            for name, several in jacobians.items():
+                described.append((self._group(name), name in self._formed, name in first, len(several)))
+                for jacobian in several:
+                    described += [jacobian.equation, places.setdefault(("jacobian", id(jacobian)), len(places))]
+                    for given in jacobian.operands:
+                        x = given if isinstance(given, Tensor) else given.places
+                        described += [
+                            x.shape,
+                            x.stride(),
+                            x.dtype,
+                            x.device,
+                            places.setdefault(memory_of(x), len(places)),
+                        ]
+                        described.append(0 if isinstance(given, Tensor) else given.size)
+                        inputs.append(x)
+        kernels = tuple((name, kernel.dtype) for name, kernel in self.kernels.items())
+        budget = MemoryBudget.of(inputs[0].device) if inputs else None
+        return (self.roles, self.n1, second is None, budget, kernels, *described), inputs
+
+    def _add(self, first: Jacobians, second: Jacobians | None) -> None:
+        """Contract Jacobians."""
         once, products = defaultdict[str, list[tuple[Factored, Factored]]](list), list[NamedEinsum]()
         for name, ours in first.items():
             if second is not None and name not in second:  # its rule failed there: the parameter falls back
@@ -114,6 +147,10 @@ class Recorder(Accumulator):
 
     def parts(self, name: str, jacobian: Factored, n: int) -> None:
         """Keep operands apart: products of whole Jacobians are to be taken down."""
+
+    def add(self, first: Jacobians, second: Jacobians | None = None) -> None:
+        """Take products of Jacobians down."""
+        self._add(first, second)
 
     def _contract(self, products: list[NamedEinsum], n: int, m: int | None = None) -> None:
         """Take products down."""
