@@ -1,19 +1,17 @@
 """How well kernels align with targets and with each other."""
 
-from collections.abc import Iterable
-
 import torch
 from torch import Tensor
 
-from ggn_ntk.spectrum.matrix import check_entries, find_axes, symmetric_matrices, symmetric_matrix, to_columns
+from ggn_ntk.spectrum.matrix import Axes, check_entries, find_axes, symmetric_matrices, symmetric_matrix, to_columns
 
 
 def kernel_target_alignment(
     kernel: Tensor,
     y: Tensor,
     *,
-    trace_axes: int | Iterable[int] | None = None,
-    diagonal_axes: int | Iterable[int] | None = None,
+    trace_axes: Axes = None,
+    diagonal_axes: Axes = None,
 ) -> float:
     """Compute the alignment of a kernel with targets.
 

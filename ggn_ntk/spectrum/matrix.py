@@ -17,6 +17,9 @@ from torch import Tensor
 from ggn_ntk.problem.errors import warn
 from ggn_ntk.problem.output_axes import COMPUTES, AxesRequest, OutputAxes
 
+#: Output axes, as :func:`ggn_ntk.empirical_ntk` takes them.
+Axes = int | Iterable[int] | None
+
 
 class IllConditionedWarning(UserWarning):
     """A kernel is singular up to rounding, and what was computed from it depends on how that is handled."""
@@ -50,12 +53,7 @@ def check_kernel(kernel: Any, argument: str) -> Tensor:
 
 
 def find_axes(
-    kernel: Any,
-    argument: str,
-    y: Tensor,
-    y_argument: str,
-    trace_axes: int | Iterable[int] | None,
-    diagonal_axes: int | Iterable[int] | None,
+    kernel: Any, argument: str, y: Tensor, y_argument: str, trace_axes: Axes, diagonal_axes: Axes
 ) -> OutputAxes:
     """Find the roles of output axes in a training set's kernel: as stated, or of the ``compute`` with this shape."""
     # kernel [N, N, ...], y [N, *out]
@@ -69,9 +67,7 @@ def find_axes(
     shapes = [[len(y), len(y), *axes.kernel_shape] for axes in candidates]
     if shape not in shapes:
         accepted = " or ".join(dict.fromkeys(map(str, shapes)))
-        remedy = (
-            "" if stated else " Other axes that are traced or diagonal are stated in trace_axes= and diagonal_axes=."
-        )
+        remedy = "" if stated else " For some axes traced or diagonal, pass trace_axes= and diagonal_axes=."
         raise ValueError(
             f"{argument} must have shape {accepted} for {y_argument} of shape {list(y.shape)}, got {shape}.{remedy}"
         )
@@ -104,9 +100,9 @@ def from_columns(columns: Tensor, axes: OutputAxes) -> Tensor:
     """Undo :func:`to_columns`."""
     # columns [..., E, N F, T] -> [..., N, *out]
     arranged = torch.einsum("...enft->...neft", columns.unflatten(-2, (-1, axes.roles.free)))
-    places = axes.numbers.flatten().argsort().to(columns.device)
-    flat = arranged.flatten(-3)[..., places]  # [..., N, C]
-    return flat.reshape(*flat.shape[:-1], *axes.out_shape)
+    order, lead = [*axes.diagonal, *axes.free, *axes.traced], arranged.shape[:-3]
+    separate = arranged.reshape(*lead, *(axes.out_shape[axis] for axis in order))
+    return separate.permute(*range(len(lead)), *(len(lead) + order.index(axis) for axis in range(len(order))))
 
 
 def symmetric_matrices(kernel: Any, argument: str, axes: OutputAxes) -> Tensor:

@@ -7,8 +7,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ggn_ntk.spectrum.matrix import check_entries, check_number, from_columns, symmetric_matrices, to_columns
-from ggn_ntk.training.arguments import Axes, Layout, Outputs, Predict, parse_test, parse_times
+from ggn_ntk.spectrum.matrix import Axes, check_entries, check_number, from_columns, symmetric_matrices, to_columns
+from ggn_ntk.training.arguments import Layout, Outputs, Predict, parse_test, parse_times
 
 
 def gradient_flow(
@@ -63,7 +63,7 @@ def gradient_flow(
         return -learning_rate * gradient
 
     def predict(t: Any, f_train_0: Outputs = 0.0, f_test_0: Outputs = None, k_test_train: Tensor | None = None) -> Any:
-        argument, like = ("f_train_0", f_train_0) if isinstance(f_train_0, Tensor) else ("y_train", targets)
+        argument, like = ("f_train_0", f_train_0) if isinstance(f_train_0, Tensor) else ("y_train", y_train)
         if not like.is_floating_point() and argument == "y_train":
             raise TypeError("f_train_0 must be a tensor [N, *out]: y_train, which holds classes, does not tell *out.")
         layout = Layout.parse(k_train_train, argument, like, trace_axes, diagonal_axes)

@@ -1,16 +1,17 @@
 """Outputs as columns that kernels multiply, and kernels as the matrices that multiply them."""
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
 from ggn_ntk.problem.output_axes import OutputAxes
 from ggn_ntk.problem.result import EmpiricalKernels
 from ggn_ntk.spectrum.matrix import (
+    Axes,
     check_entries,
     check_number,
     check_real,
@@ -21,9 +22,6 @@ from ggn_ntk.spectrum.matrix import (
     to_columns,
     unflatten,
 )
-
-#: Output axes, as :func:`ggn_ntk.empirical_ntk` takes them.
-Axes = int | Iterable[int] | None
 
 #: Outputs at time 0: a number stands for all of them, and ``None`` for zero.
 Outputs = Tensor | float | None
@@ -76,8 +74,7 @@ class Layout:
         # f [samples, *out] -> [E, samples F, T]
         samples = self.n if samples is None else samples
         f = check_real(f, argument)
-        check_shape(argument, f, Size([samples, *self.axes.out_shape]))
-        self._check_device(argument, f)
+        self._check(argument, f, [samples, *self.axes.out_shape])
         return to_columns(f, self.axes)
 
     def start(self, argument: str, f: Any, samples: int | None = None) -> Tensor:
@@ -98,16 +95,14 @@ class Layout:
         # kernel [M, N, *axes.kernel_shape] -> [E, M F, N F]
         kernel = check_entries(kernel, argument)
         samples = len(kernel) if samples is None else samples
-        check_shape(argument, kernel, Size([samples, self.n, *self.axes.kernel_shape]))
-        self._check_device(argument, kernel)
+        self._check(argument, kernel, [samples, self.n, *self.axes.kernel_shape])
         return flatten(kernel, self.axes)
 
     def symmetric(self, argument: str, kernel: Any, samples: int, why: str = "") -> Tensor:
         """Check and flatten a kernel of a set with itself."""
         # kernel [samples, samples, *axes.kernel_shape] -> [E, samples F, samples F]
         kernel = check_entries(kernel, argument)
-        check_shape(argument, kernel, Size([samples, samples, *self.axes.kernel_shape]), why)
-        self._check_device(argument, kernel)
+        self._check(argument, kernel, [samples, samples, *self.axes.kernel_shape], why)
         return symmetric_matrices(kernel, argument, self.axes)
 
     def gaussian(self, mean: Tensor, covariance: Tensor) -> Gaussian:
@@ -116,16 +111,12 @@ class Layout:
         kernel = unflatten((covariance + covariance.mT) / 2, self.axes)
         return Gaussian(self.outputs(mean), kernel.to(self.dtype))
 
-    def _check_device(self, argument: str, tensor: Tensor) -> None:
-        """Refuse a tensor on another device than the training set's kernel."""
+    def _check(self, argument: str, tensor: Tensor, shape: list[int], why: str = "") -> None:
+        """Refuse a tensor of another shape, or on another device than the training set's kernel."""
+        if list(tensor.shape) != shape:
+            raise ValueError(f"{argument} must have shape {shape}{why}, got {list(tensor.shape)}.")
         if tensor.device != self.device:
             raise ValueError(f"{argument} is on {tensor.device}, the training set's kernel on {self.device}: move one.")
-
-
-def check_shape(argument: str, tensor: Tensor, shape: Size, why: str = "") -> None:
-    """Refuse a tensor of another shape."""
-    if tensor.shape != shape:
-        raise ValueError(f"{argument} must have shape {list(shape)}{why}, got {list(tensor.shape)}.")
 
 
 def check_kernels(argument: str, kernels: Any) -> None:

@@ -6,8 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ggn_ntk.spectrum.matrix import Decomposition, decompose
-from ggn_ntk.training.arguments import Axes, Layout, parse_test
+from ggn_ntk.spectrum.matrix import Axes, Decomposition, decompose
+from ggn_ntk.training.arguments import Layout, parse_test
 
 
 class Schedule(Protocol):

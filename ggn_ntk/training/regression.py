@@ -9,7 +9,8 @@ from typing import Any
 from torch import Tensor
 
 from ggn_ntk.problem.result import EmpiricalKernels
-from ggn_ntk.training.arguments import Axes, Gaussian, Predict, check_kernels, parse_rate, parse_times
+from ggn_ntk.spectrum.matrix import Axes
+from ggn_ntk.training.arguments import Gaussian, Predict, check_kernels, parse_rate, parse_times
 from ggn_ntk.training.eigenmodes import Flow, Training
 
 

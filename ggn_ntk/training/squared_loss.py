@@ -6,8 +6,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ggn_ntk.spectrum.matrix import check_number, symmetric_matrices, symmetric_matrix
-from ggn_ntk.training.arguments import Axes, Layout, Outputs, Predict, parse_rate, parse_steps, parse_times
+from ggn_ntk.spectrum.matrix import Axes, check_number, symmetric_matrices, symmetric_matrix
+from ggn_ntk.training.arguments import Layout, Outputs, Predict, parse_rate, parse_steps, parse_times
 from ggn_ntk.training.eigenmodes import Descent, Flow, Training
 
 

@@ -432,6 +432,7 @@ def test_dtypes_and_devices(task, dtype, device):
             assert torch.allclose(a.double().cpu(), e, rtol=0, atol=max(tolerance, 1e-7))
     regression = kernel_ridge_regression(k_train, y, diag_reg=1.0)(k_test)
     assert regression.dtype == dtype
+    assert gradient_flow(half_mse, k_train, y)(0.5).dtype == dtype
     for result in gradient_flow_mse(k_train.diagonal(dim1=2, dim2=3), y)(
         0.5, 0.0, f_test, k_test.diagonal(dim1=2, dim2=3)
     ):
