@@ -65,6 +65,7 @@ _ORDER = [
     "example_contraction_order.py",
     "example_layer_rule.py",
     "example_linearized_training.py",
+    "example_kernel_during_training.py",
     "example_ntk_regression.py",
     "example_spectrum_alignment.py",
 ]
