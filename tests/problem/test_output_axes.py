@@ -197,6 +197,16 @@ def test_outputs_in_chunks(budget, roles, symmetric, capture, monkeypatch):
         check(name, roles, symmetric, capture=capture)
 
 
+@pytest.mark.parametrize("roles", ROLES, ids="-".join)
+def test_merging_undoes_separating(roles):
+    axes = axes_of(roles)
+    axes = OutputAxes(Size(range(2, 2 + len(roles))), tuple(axes["trace_axes"]), tuple(axes["diagonal_axes"]))
+    kernel = torch.randn(3, 2, *axes.roles.kernel)
+    separated = axes.separate(kernel)
+    assert separated.shape[2:] == axes.kernel_shape
+    assert torch.equal(axes.merge(separated), kernel)
+
+
 @settings(deadline=None)
 @given(
     roles=st.lists(st.sampled_from(["kept", "traced", "diagonal"]), min_size=1, max_size=4),
