@@ -1,7 +1,7 @@
 """Kernels, added up from the Jacobians of one layer after the other."""
 
 from collections import defaultdict
-from collections.abc import Callable, Container, Hashable, Sequence
+from collections.abc import Callable, Container, Hashable, Mapping, Sequence
 from math import prod
 from typing import Any
 
@@ -38,7 +38,7 @@ class Accumulator:
         return parts(jacobian, n1, n1 if self.n1 is None else n - n1, self.roles, formed=name in self._formed)
 
     def add(self, first: Jacobians, second: Jacobians | None = None) -> None:
-        """Add Jacobians of some parameters, and those of x2 if it was evaluated by itself."""
+        """Add Jacobians of some parameters, and of the same ones those of x2 if it was evaluated by itself."""
         form, inputs = self._form(first, second)
         taped(form, inputs, self.kernels, lambda: self._add(first, second))
 
@@ -49,7 +49,7 @@ class Accumulator:
         described: list[Hashable] = []
         for jacobians in (first, second or {}):
             for name, several in jacobians.items():
-                described.append((self._group(name), name in self._formed, name in first, len(several)))
+                described.append((self._group(name), name in self._formed, len(several)))
                 for jacobian in several:
                     described += [jacobian.equation, places.setdefault(("jacobian", id(jacobian)), len(places))]
                     for given in jacobian.operands:
@@ -71,8 +71,6 @@ class Accumulator:
         """Contract Jacobians."""
         once, products = defaultdict[str, list[tuple[Factored, Factored]]](list), list[NamedEinsum]()
         for name, ours in first.items():
-            if second is not None and name not in second:  # its rule failed there: the parameter falls back
-                continue
             theirs = ours if second is None else second[name]
             key, formed = self._group(name), name in self._formed
             if len(ours) == len(theirs) == 1 and not formed:
@@ -91,8 +89,8 @@ class Accumulator:
                 ours, theirs = ([use[side] for use in uses] for side in (0, 1))
             products += [(key, kernel_einsum(a, b, self.roles)) for a, b in zip(ours, theirs, strict=True)]
         if products:
-            sets = [next(iter(jacobians.values()))[0].sizes["n"] for jacobians in (first, second) if jacobians]
-            self._contract(products, *sets)
+            sets = [next(iter(jacobians.values()))[0].sizes for jacobians in (first, second) if jacobians]
+            self._contract(products, sets)
 
     def _are_cheaper_as_one(
         self, ours: Sequence[Factored], theirs: Sequence[Factored], pairs: Sequence[KernelEinsum]
@@ -105,14 +103,16 @@ class Accumulator:
         forming = sum(cost(jacobian.labelled, jacobian.result) for jacobian in {*ours, *theirs})
         return forming + cost(together.operands, together.result) < sum(cost(p.operands, p.result) for p in pairs)
 
-    def _contract(self, products: list[NamedEinsum], n: int, m: int | None = None) -> None:
-        """Contract products of Jacobians of N samples with themselves, or with those of M others."""
-        if m is not None:
-            add_products(self.kernels, products, (n, m, *self.roles.kernel))
+    def _contract(self, products: list[NamedEinsum], sets: Sequence[Mapping[str, int]]) -> None:
+        """Contract products of Jacobians, of one set with itself or of two, given the sizes of their letters."""
+        n, m = sets[0]["n"], sets[-1]["n"]
+        shape = (self.roles.diagonal, *(self.roles.among(sizes["c"]).free for sizes in (sets[0], sets[-1])))
+        if len(sets) > 1:
+            add_products(self.kernels, products, (n, m, *shape))
         elif self.n1 is None:
-            add_products(self.kernels, products, (n, n, *self.roles.kernel), symmetric=True)
+            add_products(self.kernels, products, (n, n, *shape), symmetric=True)
         else:
-            add_products(self.kernels, products, (self.n1, n - self.n1, *self.roles.kernel), offset=self.n1)
+            add_products(self.kernels, products, (self.n1, n - self.n1, *shape), offset=self.n1)
 
 
 def _on_both_sides(
@@ -152,6 +152,6 @@ class Recorder(Accumulator):
         """Take products of Jacobians down."""
         self._add(first, second)
 
-    def _contract(self, products: list[NamedEinsum], n: int, m: int | None = None) -> None:
+    def _contract(self, products: list[NamedEinsum], sets: Sequence[Mapping[str, int]]) -> None:
         """Take products down."""
         self._products += [(name, product.without_data()) for name, product in products]

@@ -151,8 +151,9 @@ def _groups_before_meeting(product: KernelEinsum, n: int, m: int) -> list[list[i
 
 def _rename(factored: Factored, roles: Roles, names: dict[str, str], fresh: Iterator[str]) -> Iterator[Operand]:
     """Rename the letters of a Jacobian, and split that of the outputs by their roles."""
-    # c of size E C F becomes the three letters that ``names`` has for it, without those of size one.
-    sizes = {letter: size for letter, size in zip(names["c"], roles, strict=True) if size > 1}
+    # c of size E F T becomes the three letters that ``names`` has for it, without those of size one.
+    counts = roles.among(factored.sizes["c"])
+    sizes = {letter: size for letter, size in zip(names["c"], counts, strict=True) if size > 1}
     names["c"] = "".join(sizes)
     for o in factored.labelled:
         for letter in o.term:

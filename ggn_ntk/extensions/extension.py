@@ -36,7 +36,7 @@ from ggn_ntk.models.inspection import OwnGenerator
 from ggn_ntk.models.requirements import BATCH_STATISTICS, find, hidden_computation
 from ggn_ntk.models.state import State
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError
-from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
+from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import check_integer, check_split
 from ggn_ntk.problem.result import finish
 from ggn_ntk.process.torch_internals import (
@@ -96,9 +96,9 @@ class EmpiricalNTK(BackpropExtension):
         self.n1, self.compute, self.per_parameter = n1, compute, per_parameter
         self._pass_id: int | None = None
         self._check: PassCheck | None = None
-        self._axes = OutputAxes(Size())
+        self._axes = self._requested.resolve(Size())
         self._seen: dict[str, Tensor] = {}
-        self._accumulator = Accumulator(self._axes.roles, n1, self._group)
+        self._accumulator = Accumulator(self._axes.first.roles, n1, self._group)
         self._ended = False
 
     def expects_backpropagation_quantities(self) -> bool:
@@ -182,7 +182,7 @@ class EmpiricalNTK(BackpropExtension):
             check_split(self.n1, len(loss.input0))
         self._pass_id, self._check = pass_id, check
         self._axes = self._requested.resolve(loss.input0.shape[1:])
-        self._accumulator = Accumulator(self._axes.roles, self.n1, self._group)
+        self._accumulator = Accumulator(self._axes.first.roles, self.n1, self._group)
         self._save(loss.input0, identity(loss.input0))
         after_backward_pass(self._finish)
 

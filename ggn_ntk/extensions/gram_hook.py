@@ -15,7 +15,7 @@ from ggn_ntk.extensions.limits import VIVIT_CHECKS
 from ggn_ntk.extensions.pass_check import ROUTE, Gradients, ModuleCall, PassCheck, call_problems, is_wanted
 from ggn_ntk.models.requirements import BATCH_STATISTICS, find
 from ggn_ntk.problem.errors import UnsupportedModelError
-from ggn_ntk.problem.output_axes import OutputAxes
+from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import check_integer, check_split
 from ggn_ntk.problem.result import finish
 from ggn_ntk.process.torch_internals import AnyLoss, after_backward_pass, current_backward_pass
@@ -171,7 +171,7 @@ class AccumulateGramHook:
         if n1 is not None:
             check_split(n1, n)
         kernel = kernel_block(self.gram, n1, self._hessian)
-        return finish(kernel, OutputAxes(Size([num_outputs])), symmetric=n1 is None)
+        return finish(kernel, AxesRequest.parse("full").resolve(Size([num_outputs])), symmetric=n1 is None)
 
 
 class GramSum:

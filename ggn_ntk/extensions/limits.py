@@ -3,7 +3,7 @@
 from collections import defaultdict
 from collections.abc import Iterator
 
-from torch import Size, nn
+from torch import Tensor, nn
 from torch.nn import Module
 from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
@@ -17,23 +17,23 @@ from ggn_ntk.process.torch_internals import AnyBatchNorm, AnyConv, AnyLoss, AnyT
 from ggn_ntk.rules.registry import acts_on_each_sample
 
 
-def check_vivit(request: Request) -> Size:
-    """Raise unless ViViT suits the model. Call it inside ``isolated(request.model)``."""
-    # -> [*out]
+def check_vivit(request: Request) -> Tensor:
+    """Raise unless ViViT suits the model; a few outputs. Call it inside ``isolated(request.model)``."""
+    # -> [few, *out]
     route, problems = "empirical NTK through ViViT", configuration_problems(request)
     of_route = vivit_problems(request)
     if problems or of_route:
         kind = UnsupportedModelError if problems else UnsupportedRouteError
         raise kind(problems + of_route, route)
-    if all(acts_on_each_sample(module) for module in uncompiled(request.model).modules() if not any(module.children())):
-        shape = look(request)
-    else:
-        shape = check_samples(request).outputs.shape[1:]
-    if not shape:
+    few = look(request)
+    modules = (module for module in uncompiled(request.model).modules() if not any(module.children()))
+    if not all(map(acts_on_each_sample, modules)):
+        check_samples(request, few.shape[1:])
+    if few.ndim == 1:
         remedy = "Drop the layer that removes the output axis, or use another method"
         problem = Problem("", "its output has no axis behind the samples, and MSELoss in BackPACK needs one", remedy)
         raise UnsupportedRouteError([problem], route)
-    return shape
+    return few
 
 
 def vivit_problems(request: Request) -> list[Problem]:
@@ -42,8 +42,10 @@ def vivit_problems(request: Request) -> list[Problem]:
     if isinstance(model, FunctionModule):
         return [Problem("", "it is a function, and ViViT takes nn.Sequential models of its layers", OTHER_METHOD)]
     problems = []
-    if request.output is not None:
+    if request.outputs != (None, None):
         problems.append(Problem("", "what it returns is not its last layer's output (output=)", OTHER_METHOD))
+    elif len(request.batches) > 1:
+        problems.append(Problem("", "x1 and x2 differ in form, and ViViT takes all samples together", OTHER_METHOD))
     args = request.x1.positional
     if args is None or len(args) != 1 or not args[0].is_floating_point():
         problems.append(Problem("", "ViViT takes one input tensor of real numbers", OTHER_METHOD))

@@ -120,7 +120,12 @@ class AutogradPass:
         waiting = sum(stage.numel for stage in self._stages if _waits(stage, sums))
         return max((1, waiting, *(stage.numel for stage in self._stages), *formed))  # an output may be empty
 
-    def steps(self, outputs: Tensor, parts: object, *, again: bool) -> Iterator[Step]:
+    @property
+    def total(self) -> int:
+        """Numbers that ``s`` of one output holds on the whole way back."""
+        return max(self.numel, sum(stage.numel for stage in self._stages))
+
+    def steps(self, outputs: Tensor, parts: object, *, again: bool, hold: bool) -> Iterator[Step]:
         """Pass ``s`` of some outputs back, a use at a time; what is not needed ``again`` is freed on the way."""
         cotangents: Tensor | Sequence[Tensor] = identity(self._whole, outputs)
         size = MemoryBudget.of(self.output.device).passing // (self.output.element_size() * len(outputs))
@@ -130,7 +135,7 @@ class AutogradPass:
         numels = (len(outputs) * stage.numel + ALIGNED * len(stage.calls) for stage in divided)
         buffer = Buffer(max(numels, default=0))
         for stage in divided:
-            found, cotangents = pull_back(stage, cotangents, Buffer(0) if _waits(stage, sums) else buffer)
+            found, cotangents = pull_back(stage, cotangents, Buffer(0) if hold or _waits(stage, sums) else buffer)
             for call in reversed(stage.calls):
                 yield from Step.standing(partial(self._kept, partial(call.add_to, sums, found.pop())))
             buffer.clear()

@@ -29,14 +29,20 @@ class BackwardPass(Protocol):
     def numel(self) -> int:
         """Numbers that ``s`` of one output holds where it is largest."""
 
-    def steps(self, outputs: Tensor, parts: Parts, *, again: bool) -> Iterator["Step"]:
+    @property
+    def total(self) -> int:
+        """Numbers that ``s`` of one output holds on the whole way back."""
+
+    def steps(self, outputs: Tensor, parts: Parts, *, again: bool, hold: bool) -> Iterator["Step"]:
         """Pass ``s`` of some outputs back, a use at a time; what is not needed ``again`` is freed on the way."""
+        # hold: ``s`` stays as it is when the pass goes on, and with it all Jacobians that were written
 
 
 class Step:
     """A use of parameters on the way back, say a layer.
 
-    The pass owns ``s`` and goes on in the same memory: Jacobians can be written until then.
+    The pass owns ``s`` and goes on in the same memory: Jacobians can be written until then, and used, unless the pass
+    is to hold them.
     """
 
     def __init__(self, write: Callable[[], Jacobians]) -> None:

@@ -32,6 +32,14 @@ class Places(NamedTuple):
     used: dict[str, list[Place]]  # each parameter, by name, in the order of the way back
     refused: dict[str, str]  # for parameters that no rule covers: the module of the operation that has none, by name
 
+    def merged(self, other: "Places") -> "Places":
+        """Add those of other samples, where they differ."""
+        used = dict(self.used)
+        for name, places in other.used.items():
+            if places != used.get(name):
+                used[name] = [*used.get(name, ()), *places]
+        return Places(used, self.refused | other.refused)
+
 
 def find_places(plan: Plan, inputs: Inputs) -> Places:
     """Find out where parameters are used; the model is evaluated once more for that."""

@@ -1,8 +1,14 @@
-"""What is learnt by looking at a model once, and what is evaluated with it."""
+"""What is learnt by looking at a model once, and what is evaluated with it.
 
+All samples that are evaluated together share a plan; x1 and x2 that are evaluated apart have one each, and parameters
+that fall back for one of them fall back for both.
+"""
+
+import operator
 from collections.abc import Callable, Container, Iterable, Iterator
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
+from functools import reduce
 from typing import NamedTuple
 
 from torch import Size, Tensor
@@ -17,6 +23,7 @@ from ggn_ntk.jacobians.recording import record
 from ggn_ntk.jacobians.sequential import SequentialPass
 from ggn_ntk.jacobians.uses import Use, Uses, read
 from ggn_ntk.jacobians.verification import Alone, Verification, evaluate_alone
+from ggn_ntk.memory.budget import resolve_axes
 from ggn_ntk.models.evaluation import check_output, check_shape
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.requirements import configuration_problems
@@ -28,7 +35,7 @@ from ggn_ntk.problem.errors import (
     is_out_of_memory,
 )
 from ggn_ntk.problem.inputs import Inputs
-from ggn_ntk.problem.output_axes import OutputAxes
+from ggn_ntk.problem.output_axes import KernelAxes
 from ggn_ntk.problem.request import Request
 
 _ROUTE = "structured empirical NTK"
@@ -38,8 +45,7 @@ _ROUTE = "structured empirical NTK"
 class Plan:
     """What was learnt by looking at a model once: it holds for other samples of the same shapes and dtype."""
 
-    request: Request
-    axes: OutputAxes  # the role of each output axis
+    request: Request  # of samples that are evaluated together
     fallback: dict[str, str]  # parameters whose Jacobians rules do not give, with the reason
     cancelling: set[str]  # parameters whose Jacobian is far smaller than the terms that rules add up for it
     uses: Uses | None  # where parameters are used; ``None`` for a Sequential model, whose layers tell
@@ -48,11 +54,6 @@ class Plan:
     def capture(self) -> str:
         """How the model is taken apart: a value of ``capture``."""
         return "sequential" if self.uses is None else "autograd"
-
-    @property
-    def covered(self) -> list[str]:
-        """The parameters whose Jacobians rules give."""
-        return [name for name in self.request.params if name not in self.fallback]
 
     def evaluate(self, inputs: Inputs) -> "Side":
         """Evaluate the model on samples."""
@@ -80,14 +81,21 @@ class Side:
         return self._backward.numel
 
     @property
+    def total(self) -> int:
+        """Numbers that ``s`` of one output holds on the whole way back."""
+        return self._backward.total
+
+    @property
     def failures(self) -> dict[str, str]:
         """Why the rule of a parameter failed on the way back, by name."""
         return self._backward.failures
 
-    def steps(self, outputs: Tensor, parts: Parts, *, again: bool) -> "Iterator[Step | _VerifiedStep]":
-        """Pass some outputs back, a use at a time; ``again``: and others later."""
+    def steps(
+        self, outputs: Tensor, parts: Parts, *, again: bool, hold: bool = False
+    ) -> "Iterator[Step | _VerifiedStep]":
+        """Pass some outputs back, a use at a time; ``again``: and others later; ``hold``: Jacobians are kept."""
         # outputs [C], their places in [*out], flattened
-        steps = self._backward.steps(outputs, parts, again=again)
+        steps = self._backward.steps(outputs, parts, again=again, hold=hold)
         if self.verification is None:
             return steps
         self.verification.begin(outputs)
@@ -107,15 +115,63 @@ class _VerifiedStep(NamedTuple):
         return jacobians
 
 
-def make_plan(request: Request, fallback: dict[str, str], *, everyone: bool) -> tuple[Plan, Side]:
-    """Look at a model: the plan, and the side of all samples, whose evaluation it takes to find the samples."""
+class Plans(NamedTuple):
+    """The plans for a kernel, and its sides: one of each, or x1's and x2's."""
+
+    request: Request
+    axes: KernelAxes  # the roles of output axes
+    plans: list[Plan]
+    sides: list[Side]
+
+    @property
+    def verifications(self) -> list[Verification]:
+        """What the sides are compared with."""
+        return [side.verification for side in self.sides if side.verification is not None]
+
+    @property
+    def fallback(self) -> dict[str, str]:
+        """The parameters whose Jacobians rules do not give for a side, with the reason; it grows on the way back."""
+        reasons = (plan.fallback | side.failures for plan, side in zip(self.plans, self.sides, strict=True))
+        return reduce(operator.or_, reasons)
+
+    @property
+    def cancelling(self) -> set[str]:
+        """The parameters whose Jacobian is far smaller than the terms that rules add up for it."""
+        return set().union(*(plan.cancelling for plan in self.plans))
+
+    @property
+    def capture(self) -> str:
+        """How the model is taken apart."""
+        return ", ".join(dict.fromkeys(plan.capture for plan in self.plans))
+
+
+def make_plans(request: Request, fallback: dict[str, str], *, everyone: bool) -> Plans:
+    """Look at a model: the plans, and the sides, whose evaluation it takes to find the samples."""
     # ``everyone``: Jacobians of all samples are verified, whatever the model.
     problems = configuration_problems(request)
     if problems:
         raise UnsupportedModelError(problems)
+    looked = [(batch, _evaluate_alone(batch)) for batch in request.batches]
+    # A kernel that cannot fit is refused before more is evaluated.
+    axes = resolve_axes(request, [alone.outputs[0] for _, alone in looked])
+    plans = Plans(request, axes, [], [])
+    for batch, alone in looked:
+        plan, side = _make_plan(batch, alone, fallback, everyone=everyone)
+        plans.plans.append(plan)
+        plans.sides.append(side)
+        fallback = plans.fallback | fallback
+    return plans
+
+
+def _evaluate_alone(batch: Request) -> Alone:
+    """Evaluate a few samples by themselves."""
+    return evaluate_alone(batch, batch.inputs, every=_is_sequential(batch))
+
+
+def _make_plan(request: Request, alone: Alone, fallback: dict[str, str], *, everyone: bool) -> tuple[Plan, Side]:
+    """Look at a model on samples that are evaluated together."""
     sequential = _is_sequential(request)
     stand_for_all = sum(request.sizes) == 1 or (sequential and not request.thorough and is_known(request))
-    alone = evaluate_alone(request, request.x1.stack(request.x2), every=sequential)
     verification = Verification(request, alone, everyone=everyone or not stand_for_all)
     _refuse_writes(request)
     if sequential:
@@ -125,7 +181,8 @@ def make_plan(request: Request, fallback: dict[str, str], *, everyone: bool) -> 
         except UnsupportedRouteError:
             if request.capture != "auto":
                 raise
-            return make_plan(replace(request, capture="autograd"), fallback, everyone=everyone)
+            request = replace(request, capture="autograd")
+            return _make_plan(request, _evaluate_alone(request), fallback, everyone=everyone)
         uses = None
     else:
         few = _few(request, alone, verification.out_shape)
@@ -135,7 +192,7 @@ def make_plan(request: Request, fallback: dict[str, str], *, everyone: bool) -> 
         autograd_pass = _autograd_pass(request, alone.inputs, uses, fallback)
         backward, fallback = autograd_pass, autograd_pass.failures | fallback
     verification.see(backward.output)
-    plan = Plan(request, verification.axes, fallback, verification.cancelling, uses)
+    plan = Plan(request, fallback, verification.cancelling, uses)
     return plan, Side(backward, verification)
 
 

@@ -57,7 +57,12 @@ class SequentialPass:
         passed = (x.numel() for use in self._uses[first + 1 :] for x in tensors_of(use.x))
         return max(self.output.numel(), *passed, 1)
 
-    def steps(self, outputs: Tensor, parts: Parts, *, again: bool) -> Iterator[Step]:
+    @property
+    def total(self) -> int:
+        """Numbers that ``s`` of one output holds on the whole way back."""
+        return self.output.numel() + sum(x.numel() for use in self._uses for x in tensors_of(use.x))
+
+    def steps(self, outputs: Tensor, parts: Parts, *, again: bool, hold: bool) -> Iterator[Step]:
         """Pass ``s`` of some outputs back, a layer at a time; what is not needed ``again`` is freed on the way."""
         uses = self._uses.copy()
         if not again:
@@ -70,10 +75,12 @@ class SequentialPass:
 
         while _any_wanted(uses):
             blocks = _blocks(uses, s)
-            way = self._in_blocks(uses, s, blocks, parts_once, sums) if len(blocks) > 1 else self._all(uses, s, sums)
-            s = yield from way
+            if len(blocks) > 1:
+                s = yield from self._in_blocks(uses, s, blocks, parts_once, sums)
+            else:
+                s = yield from self._all(uses, s, sums, hold=hold)
 
-    def _all(self, uses: list[Use], s: Tensor, sums: Sums) -> Generator[Step, None, Tensor]:
+    def _all(self, uses: list[Use], s: Tensor, sums: Sums, *, hold: bool) -> Generator[Step, None, Tensor]:
         """Pass ``s`` of all samples back through the last layer."""
         # s [C, N, *layer output] -> [C, N, *layer input]
         use = uses.pop()
@@ -82,7 +89,7 @@ class SequentialPass:
         if not _any_wanted(uses):
             return s
         # The Jacobians of a parameter that is used again wait, and keep ``s``: the pass goes on with a copy.
-        waits = sums.several(use.params.values()) and s.stride(1) != 0
+        waits = (hold or sums.several(use.params.values())) and s.stride(1) != 0
         return backpropagate(use, s.clone() if waits else s)
 
     def _in_blocks(

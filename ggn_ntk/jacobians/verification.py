@@ -26,7 +26,6 @@ from ggn_ntk.jacobians.layer_call import Recording
 from ggn_ntk.jacobians.recording import record
 from ggn_ntk.jacobians.trial import DIFFERS, try_rules
 from ggn_ntk.jacobians.uses import Uses, read
-from ggn_ntk.memory.budget import resolve_axes
 from ggn_ntk.models.comparison import check_finite, cotangent, differing, gradient_tolerance
 from ggn_ntk.models.evaluation import check_output, check_shape
 from ggn_ntk.models.gradients import Parts, gradients, in_parts
@@ -42,7 +41,6 @@ from ggn_ntk.models.independence import (
 from ggn_ntk.models.rounding import rounding_of
 from ggn_ntk.problem.errors import is_out_of_memory
 from ggn_ntk.problem.inputs import Inputs
-from ggn_ntk.problem.output_axes import OutputAxes
 from ggn_ntk.problem.request import Request
 from ggn_ntk.rules.registry import channels_last
 
@@ -69,6 +67,7 @@ class Alone(NamedTuple):
     inputs: Inputs  # all samples, in the memory layout that suits the model
     samples: list[int]  # which of them
     recordings: list[Recording]
+    outputs: list[Tensor]  # the output of each, ``[1, *out]``
 
 
 def evaluate_alone(request: Request, inputs: Inputs, *, every: bool) -> Alone:
@@ -83,16 +82,16 @@ def evaluate_alone(request: Request, inputs: Inputs, *, every: bool) -> Alone:
         if is_out_of_memory(error) or all(x.ndim != 4 for x in inputs.tensors.values()):
             raise
         fast, first = inputs, record(request, inputs[samples[:1]], every=every)
-    return Alone(fast, samples, [first, *(record(request, fast[[sample]], every=every) for sample in samples[1:])])
+    recordings = [first, *(record(request, fast[[sample]], every=every) for sample in samples[1:])]
+    return Alone(fast, samples, recordings, [_output_of_one(request, recording) for recording in recordings])
 
 
 class Verification:
     """What the Jacobians of an evaluation are compared with.
 
     Attributes:
-        inputs: All samples, x2's behind x1's, in the memory layout that suits the model.
+        inputs: All samples that are evaluated together, in the memory layout that suits the model.
         out_shape: Shape ``[*out]`` of the output of one sample.
-        axes: The role of each of its axes.
         everyone: Whether Jacobians of all samples are compared, or those of these few.
         cancelling: Parameters whose Jacobian is far smaller than the terms that rules add up for it.
     """
@@ -100,10 +99,8 @@ class Verification:
     def __init__(self, request: Request, alone: "Alone", *, everyone: bool) -> None:
         """Take down what a few samples by themselves say, and evaluate all of them in halves."""
         self._request, self.inputs, n = request, alone.inputs, len(alone.inputs)
-        outputs = [_output_of_one(request, recording) for recording in alone.recordings]
+        outputs = alone.outputs
         self.out_shape, self._tolerance = outputs[0].shape[1:], gradient_tolerance(outputs[0])
-        # A kernel that cannot fit is refused before more is evaluated.
-        self.axes = resolve_axes(request, self.out_shape)
         self._v_alone = cotangent(outputs[0], 0, Size([len(outputs), *self.out_shape]))
         self._outputs = torch.cat(outputs).detach()
         self._few = alone.samples
@@ -214,10 +211,10 @@ class Verification:
         """Give what was taken down, and what is expected of parameters whose Jacobians rules do not give."""
         return self._actual | {name: g for name, g in expected.items() if name in missed}
 
-    def checked(self, axes: OutputAxes, output: Tensor) -> Checked:
-        """Say what is known of all samples, with the roles of their outputs ``[N, *out]``."""
+    def checked(self, output: Tensor) -> Checked:
+        """Say what is known of all samples, with their outputs ``[N, *out]``."""
         _, gradient = gradients(self._request, self.inputs, self._v)
-        return Checked(axes, output, self._v, gradient, self._tolerance)
+        return Checked(output, self._v, gradient, self._tolerance)
 
 
 def _draw(n: int, outputs: int) -> tuple[list[int], Tensor]:

@@ -1,12 +1,10 @@
 """What the structured route does for a model, and what it costs."""
 
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from operator import attrgetter
 from typing import Any
-
-from torch import Tensor
 
 from ggn_ntk.contraction.einsum import path_of
 from ggn_ntk.contraction.one_hot import looked_up
@@ -16,7 +14,7 @@ from ggn_ntk.models.isolation import isolated
 from ggn_ntk.problem.errors import Problem, UnsupportedRouteError
 from ggn_ntk.problem.functions import Model, Params
 from ggn_ntk.problem.output_axes import AxesRequest
-from ggn_ntk.problem.request import Request
+from ggn_ntk.problem.request import Pick, Request
 from ggn_ntk.process.torch_internals import uncompiled
 from ggn_ntk.process.transforms import outside_of_transforms
 
@@ -175,7 +173,7 @@ def explain(
     method: str = "auto",
     params: Params | None = None,
     capture: str = "auto",
-    output: Callable[[Any], Tensor] | None = None,
+    output: Pick | tuple[Pick, Pick] = None,
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
     depth: int | None = None,
@@ -196,7 +194,7 @@ def explain(
         method: ``"structured"``, or ``"auto"``: then a model that the structured route does not support is no error.
         params: The parameters to sum over, as for :func:`ggn_ntk.empirical_ntk`.
         capture: How to take the model apart, as for :func:`ggn_ntk.empirical_ntk`.
-        output: Turns what the model returns into a tensor, as for :func:`ggn_ntk.empirical_ntk`.
+        output: Turns what the model returns into a tensor; or a pair, as for :func:`ggn_ntk.empirical_ntk`.
         trace_axes: Output axes to sum at equal indices, counted without the sample axis; negative ones count from
             the last.
         diagonal_axes: Output axes to take at equal indices.
@@ -232,16 +230,17 @@ def explain(
                 raise
             return Explanation("jacobian_contraction", problems=tuple(error.problems))
         contractions = tuple(_contractions(request, recorded))
-    plan, places = recorded.plan, recorded.places
+    plans, places = recorded.plans, recorded.places
+    fallback = plans.fallback
     entries = {name: p.numel() for name, p in request.params.items()}
     return Explanation(
         "structured",
         contractions,
-        capture=plan.capture,
-        fallback={name: _where(name, why, places) for name, why in plan.fallback.items()},
+        capture=plans.capture,
+        fallback={name: _where(name, why, places) for name, why in fallback.items()},
         entries=sum(entries.values()),
-        covered=sum(size for name, size in entries.items() if name not in plan.fallback),
-        places={name: tuple(found) for name, found in places.used.items() if name not in plan.fallback},
+        covered=sum(size for name, size in entries.items() if name not in fallback),
+        places={name: tuple(found) for name, found in places.used.items() if name not in fallback},
         depth=depth,
         sort=sort,
     )
@@ -269,8 +268,8 @@ def _contractions(request: Request, recorded: Recorded) -> Iterable[Contraction]
     """Describe how each product of Jacobians is contracted."""
     modules = reversed(list(uncompiled(request.model).modules()))  # of several owners the first gives the name
     owners = {id(p): type(m).__name__ for m in modules for p in m.parameters(recurse=False)}
-    total, n1 = sum(request.sizes), request.n1
-    rows, columns = slice(0, n1 or total), slice(n1 or 0, total)  # x1 and x2 among the stacked samples
+    start = request.n1 or 0  # of x2, among the samples that it is evaluated with
+    rows, columns = slice(0, len(request.x1)), slice(start, start + len(request.second))
     for name, product in recorded.products:
         operands = looked_up(product.restrict(rows, columns), product.result)
         places = recorded.places.used[name]

@@ -17,8 +17,8 @@ from ggn_ntk.models.requirements import check_model
 from ggn_ntk.models.rounding import rounding_of
 from ggn_ntk.problem.errors import NTKMismatchError, RouteWarning, UnsupportedRouteError, silent, warn
 from ggn_ntk.problem.functions import Model, Params
-from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
-from ggn_ntk.problem.request import Request
+from ggn_ntk.problem.output_axes import AxesRequest, KernelAxes
+from ggn_ntk.problem.request import Pick, Request
 from ggn_ntk.problem.result import Computed
 
 
@@ -74,7 +74,7 @@ def empirical_ntk(
     per_parameter: bool | str = False,
     check: bool = False,
     capture: str = "auto",
-    output: Callable[[Any], Tensor] | None = None,
+    output: Pick | tuple[Pick, Pick] = None,
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
 ) -> Tensor | dict[str, Tensor]:
@@ -92,8 +92,10 @@ def empirical_ntk(
             tensors that share their leading axis, on the model's device, and of its dtype where real. In lists, tuples,
             mappings and dataclasses, if the model takes them; beside entries that are no tensors, and what
             :func:`ggn_ntk.shared` marks as the same for all samples.
-        x2: N2 samples like x1, which share what those do. ``None`` means x1: half the work, and a kernel that is
-            exactly symmetric under ``(n, c) <-> (m, d)``.
+        x2: N2 samples like x1, in the same structure. Their tensors may have other axes behind that of the samples, say
+            sequences of another length, and they may share other values: x1 and x2 are then evaluated apart, instead
+            of together, which is faster. ``None`` means x1: half the work, and a kernel that is exactly symmetric
+            under ``(n, c) <-> (m, d)``.
         compute: ``"full"``, ``"diagonal"`` (entries with c = d) or ``"trace"`` (their sum over c).
         method: ``"auto"`` or another value of :class:`ggn_ntk.kernels.Method`, which says when each wins.
         params: The parameters to sum over: an entry, or several, each a name as in ``model.named_parameters()``, a
@@ -111,7 +113,8 @@ def empirical_ntk(
             by layer, as the BackPACK extension does; ``"autograd"`` finds in the graph of any model where
             parameters are used. ``"auto"`` takes the first where it can. Another value forces the structured route.
         output: Turns what the model returns into the tensor ``[N, *out]`` to differentiate, say
-            ``lambda out: out.logits``.
+            ``lambda out: out.logits``. A pair of these takes one output of x1 and another of x2, where ``None`` is what
+            the model returns; with ``x2=None``, two outputs of the same samples.
         trace_axes: Output axes to sum at equal indices, counted without the sample axis (of ``[N, C, H, W]``, the
             image axes are ``(1, 2)``); negative ones count from the last. With ``compute="full"`` alone, as
             ``diagonal_axes``: ``"trace"`` is all axes here, ``"diagonal"`` all axes there.
@@ -120,7 +123,8 @@ def empirical_ntk(
     Returns:
         ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]`` for a model with outputs ``[N, *out]``; with
         axes, ``[N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]``; or a dict of such
-        kernels. Each in the widest dtype of the parameters it sums over, on the model's device, without a graph.
+        kernels. Where outputs of x1 and x2 differ in shape, ``compute="full"`` alone has a meaning, ``[N1, N2, *out1,
+        *out2]``. Each in the widest dtype of the parameters it sums over, on the model's device, without a graph.
 
     Warns:
         RouteWarning: If another route or a slower way is taken, with the reason.
@@ -187,7 +191,7 @@ def _take_route(request: Request, method: Method) -> tuple[Method, Computed]:
 
 
 def _compare_with_oracle(
-    request: Request, result: Tensor | dict[str, Tensor], method: Method, axes: OutputAxes
+    request: Request, result: Tensor | dict[str, Tensor], method: Method, axes: KernelAxes
 ) -> None:
     """Compare a random block of a kernel with an independent computation."""
     drawn = torch.Generator("cpu").manual_seed(0)
@@ -199,7 +203,7 @@ def _compare_with_oracle(
     block = replace(request, x1=request.x1[rows], x2=second)
     with silent():
         if method is Method.NTK_VECTOR_PRODUCTS:
-            kernels = contract_jacobians(block, axes, check_model(block))
+            kernels = contract_jacobians(block, *check_model(block))
         else:
             kernels = multiply_vectors(block, axes)
         expected = block.assemble(kernels, axes)
@@ -221,9 +225,11 @@ def _compare_with_oracle(
             )
 
 
-def _rounding_of_kernel(request: Request, axes: OutputAxes, size: float) -> float:
+def _rounding_of_kernel(request: Request, axes: KernelAxes, size: float) -> float:
     """Measure what rounding does to a kernel of Jacobians of some size, that may be all that is left of larger ones."""
-    inputs = request.x1.stack(request.x2)
-    v = cotangent(next(iter(request.params.values())), 0, Size([len(inputs), *axes.out_shape]))
-    moved = SEEN * math.hypot(*rounding_of(request, inputs, v)().values())
+    like, seen = next(iter(request.params.values())), list[float]()
+    for batch, side in zip(request.batches, axes, strict=False):
+        v = cotangent(like, 0, Size([len(batch.inputs), *side.out_shape]))
+        seen += rounding_of(batch, batch.inputs, v)().values()
+    moved = SEEN * math.hypot(*seen)
     return 2 * moved * size + moved**2

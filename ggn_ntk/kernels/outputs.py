@@ -5,16 +5,16 @@ Gaussian process that the network is (Lee, Bahri, Novak, Schoenholz, Pennington,
 as Gaussian Processes", ICLR 2018, section 2).
 """
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, einsum
+from torch import Size, Tensor, einsum
 from torch.nn import Module
 
 from ggn_ntk.kernels.ntk import compute_kernels, parse_method
-from ggn_ntk.memory.budget import check_result, explained
+from ggn_ntk.memory.budget import explained, resolve_axes
 from ggn_ntk.models.evaluation import evaluate_checked
 from ggn_ntk.models.independence import compare_alone, look
 from ggn_ntk.models.isolation import isolated
@@ -22,7 +22,7 @@ from ggn_ntk.models.requirements import configuration_problems
 from ggn_ntk.problem.errors import NotFiniteWarning, Problem, UnsupportedModelError, listed, warn, without
 from ggn_ntk.problem.functions import Model, Params
 from ggn_ntk.problem.output_axes import AxesRequest
-from ggn_ntk.problem.request import Request
+from ggn_ntk.problem.request import Pick, Request
 from ggn_ntk.problem.result import EmpiricalKernels, finish
 from ggn_ntk.process.transforms import outside_of_transforms
 
@@ -36,7 +36,7 @@ def nngp(
     *,
     compute: str = "full",
     params: Mapping[str, Any] | None = None,
-    output: Callable[[Any], Tensor] | None = None,
+    output: Pick | tuple[Pick, Pick] = None,
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
 ) -> Tensor:
@@ -54,7 +54,8 @@ def nngp(
         compute: ``"full"``, ``"diagonal"`` (entries with c = d) or ``"trace"`` (their sum over c).
         params: For a function the mapping of names to tensors that is its first argument; for a module, of which the
             kernel has no sum over parameters, ``None``.
-        output: Turns what the model returns into the tensor ``[N, *out]`` to multiply, say ``lambda out: out.logits``.
+        output: Turns what the model returns into the tensor ``[N, *out]`` to multiply, say ``lambda out: out.logits``;
+            a pair, one for x1 and one for x2.
         trace_axes: Output axes to sum at equal indices, counted without the sample axis; negative ones count from
             the last.
         diagonal_axes: Output axes to take at equal indices.
@@ -86,7 +87,7 @@ def empirical_kernels(
     params: Params | None = None,
     check: bool = False,
     capture: str = "auto",
-    output: Callable[[Any], Tensor] | None = None,
+    output: Pick | tuple[Pick, Pick] = None,
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
 ) -> EmpiricalKernels:
@@ -103,7 +104,8 @@ def empirical_kernels(
         params: The parameters that the NTK sums over.
         check: Compare a block of the NTK with an independent computation.
         capture: How the structured route takes the model apart.
-        output: Turns what the model returns into the tensor ``[N, *out]`` of which both kernels are.
+        output: Turns what the model returns into the tensor ``[N, *out]`` of which both kernels are; a pair, one for x1
+            and one for x2.
         trace_axes: Output axes to sum at equal indices, in both kernels.
         diagonal_axes: Output axes to take at equal indices, in both kernels.
 
@@ -121,13 +123,13 @@ def empirical_kernels(
     wanted = parse_method(method, check, capture)
     with outside_of_transforms(), isolated(request.model):
         ntk, computed = compute_kernels(request, wanted, check)
-        evaluated = computed.outputs is not None and len(computed.outputs) == sum(request.sizes)
+        evaluated = list(map(len, computed.outputs)) == [len(batch.inputs) for batch in request.batches]
         return EmpiricalKernels(cast(Tensor, ntk), _multiply_outputs(request, computed.outputs if evaluated else None))
 
 
-def _multiply_outputs(request: Request, outputs: Tensor | None = None) -> Tensor:
-    """Compute an NNGP kernel, from outputs where they have been evaluated."""
-    # outputs [N1 + N2, *out]
+def _multiply_outputs(request: Request, outputs: Sequence[Tensor] | None = None) -> Tensor:
+    """Compute an NNGP kernel, from outputs of each batch where they have been evaluated."""
+    # outputs [N, *out]
     described = f"the NNGP kernel of {sum(request.sizes)} samples"
     with (
         outside_of_transforms(),
@@ -137,39 +139,46 @@ def _multiply_outputs(request: Request, outputs: Tensor | None = None) -> Tensor
         without(_KIND),
     ):
         outputs = _checked_outputs(request) if outputs is None else outputs
-        axes = request.axes.resolve(outputs.shape[1:])
-        found = outputs.split(request.sizes)
-        first, second = (axes.arrange(f.reshape(len(f), -1)) for f in (found[0], found[-1]))  # [N, E, F, T]
+        axes = request.axes.resolve(outputs[0].shape[1:], outputs[-1].shape[1:])
+        pairs = zip(axes, request.sides(outputs), strict=True)
+        first, second = (side.arrange(f.reshape(len(f), -1)) for side, f in pairs)  # [N, E, F, T]
         kernel = einsum("necf,medf->nmecd", first, second)
-        infinite = (~outputs.isfinite().reshape(len(outputs), -1).all(1)).nonzero().flatten().tolist()
-        if infinite:
+        infinite = [~f.isfinite().reshape(len(f), -1).all(1) for f in outputs]
+        if any(map(torch.any, infinite)):
             _fill(kernel, request, infinite)
         return finish(kernel, axes, request.symmetric)
 
 
-def _fill(kernel: Tensor, request: Request, infinite: list[int]) -> None:
+def _fill(kernel: Tensor, request: Request, infinite: Sequence[Tensor]) -> None:
     """Put NaN into the rows and columns of samples whose outputs are not finite."""
-    n1 = len(request.x1)
-    kernel[[i for i in infinite if i < n1]] = torch.nan
-    kernel[:, infinite if request.symmetric else [i - n1 for i in infinite if i >= n1]] = torch.nan
-    names = listed(request.label(i) for i in infinite)
+    # infinite [N] of each batch
+    rows, columns = request.sides(infinite)
+    kernel[rows] = torch.nan
+    kernel[:, columns] = torch.nan
+    names = listed(request.labels(infinite))
     warn(f"Outputs of {names} are not finite: their rows and columns of the kernel are NaN.", NotFiniteWarning)
 
 
-def _checked_outputs(request: Request) -> Tensor:
+def _checked_outputs(request: Request) -> list[Tensor]:
     """Evaluate a model, and raise unless its outputs are a function of one sample each."""
-    # -> [N1 + N2, *out]
+    # -> [N, *out] of each batch
     # The check wants something to differentiate, and an NNGP kernel needs no parameter: let it have the inputs.
     problems = configuration_problems(replace(request, params=request.x1.tensors))
     if problems:
         raise UnsupportedModelError(problems)
-    shape, inputs = look(request), request.x1.stack(request.x2)
-    axes = request.axes.resolve(shape)
-    check_result((len(request.x1), len(request.second), *axes.roles.kernel), list(inputs.tensors.values()), 1)
-    output = evaluate_checked(request, inputs, shape)
-    compare_alone(request, inputs, output)
-    if not output.isfinite().any():
+    few = [look(batch) for batch in request.batches]
+    resolve_axes(replace(request, params={"": few[0]}), few)  # a kernel that cannot fit is refused
+    outputs = [_checked_batch(batch, f.shape[1:]) for batch, f in zip(request.batches, few, strict=True)]
+    if not any(output.isfinite().any() for output in outputs):
         raise UnsupportedModelError(
             [Problem("", "its outputs are not finite", "Look for overflow in its weights and inputs")]
         )
+    return outputs
+
+
+def _checked_batch(request: Request, shape: Size) -> Tensor:
+    """Evaluate samples that are evaluated together, and compare them with each by itself."""
+    # shape [*out] -> [N, *out]
+    output = evaluate_checked(request, request.inputs, shape)
+    compare_alone(request, request.inputs, output)
     return output

@@ -7,10 +7,10 @@ from math import inf, prod
 from pathlib import Path
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
 from ggn_ntk.problem.errors import KernelMemoryError, bytes_asked_for, is_out_of_memory
-from ggn_ntk.problem.output_axes import OutputAxes
+from ggn_ntk.problem.output_axes import KernelAxes
 from ggn_ntk.problem.request import Request
 
 _HELP = (
@@ -97,12 +97,17 @@ def _of_process() -> int | None:
     return min(finite) - pages * resource.getpagesize()
 
 
-def resolve_axes(request: Request, out_shape: Size) -> OutputAxes:
-    """Find the role of each output axis, and refuse a kernel that cannot fit into memory."""
-    # out_shape [*out]
-    axes = request.axes.resolve(out_shape)
+def resolve_axes(request: Request, outputs: Sequence[Tensor]) -> KernelAxes:
+    """Find the roles of output axes, given outputs of each batch, and refuse a kernel that cannot fit into memory."""
+    # outputs [N, *out]
+    first, second = outputs[0], outputs[-1]
+    if first.dtype != second.dtype:
+        raise ValueError(
+            f"Outputs of x1 are {first.dtype}, and of x2 {second.dtype}: bring them to one dtype, say in output=."
+        )
+    axes = request.axes.resolve(first.shape[1:], second.shape[1:])
     samples = len(request.x1), len(request.second)
-    check_result((*samples, *axes.roles.kernel), list(request.params.values()), len(request.grouped()))
+    check_result((*samples, *axes.shape), list(request.params.values()), len(request.grouped()))
     return axes
 
 

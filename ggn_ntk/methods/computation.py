@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ggn_ntk.memory.budget import explained
+from ggn_ntk.memory.budget import explained, resolve_axes
 from ggn_ntk.models.comparison import all_finite, cotangent
 from ggn_ntk.models.evaluation import evaluate
 from ggn_ntk.models.gradients import gradients
@@ -45,8 +45,8 @@ def carry_out(request: Request, kernels: Callable[[Request], tuple[Kernels, Comp
                 return result, computed
         except NotFiniteError:
             computed = None
-        infinite = _infinite_samples(request)
-        if infinite:
+        infinite = [_infinite_samples(batch) for batch in request.batches]
+        if any(map(torch.any, infinite)):
             return _around(request, kernels, infinite)
         if computed is None:
             raise UnsupportedModelError([_INFINITE])
@@ -59,27 +59,39 @@ def carry_out(request: Request, kernels: Callable[[Request], tuple[Kernels, Comp
 
 
 def _around(
-    request: Request, kernels: Callable[[Request], tuple[Kernels, Computed]], infinite: set[int]
+    request: Request, kernels: Callable[[Request], tuple[Kernels, Computed]], infinite: list[Tensor]
 ) -> tuple[Kernels, Computed]:
     """Compute the kernels of all other samples, and put NaN in the rows and columns of these."""
-    n1, total = len(request.x1), sum(request.sizes)
-    good = [i for i in range(total) if i not in infinite]
-    if not good:
+    # infinite [N] of each batch
+    if all(map(torch.all, infinite)):
         raise UnsupportedModelError([_INFINITE])
-    stacked = request.x1.stack(request.x2)
-    rows, columns = [i for i in good if i < n1], [i - n1 for i in good if i >= n1]
-    if request.symmetric:
-        part, columns = replace(request, x1=request.x1[rows], x2=None), rows
-    else:  # where a set has no sample left, one of the other stands in for the shape
-        x1, x2 = (stacked[chosen or good[:1]] for chosen in (rows, [i + n1 for i in columns]))
-        part = replace(request, x1=x1, x2=x2)
-    result, computed = kernels(part)
-    what = f"Jacobians of {listed(request.label(i) for i in sorted(infinite))} are not finite: NaN in the kernel."
-    warn(what, NotFiniteWarning)
-    sizes = n1, len(request.second)
+    rows, columns = ((~bad).nonzero().flatten().tolist() for bad in request.sides(infinite))
+    if rows and columns:
+        x2 = None if request.symmetric else request.second[columns]
+        result, computed = kernels(replace(request, x1=request.x1[rows], x2=x2))
+    else:
+        result, computed = _without_numbers(request)
+    warn(f"Jacobians of {listed(request.labels(infinite))} are not finite: NaN in the kernel.", NotFiniteWarning)
+    sizes = len(request.x1), len(request.second)
     if isinstance(result, dict):
         return {name: _spread(kernel, rows, columns, sizes) for name, kernel in result.items()}, computed
     return _spread(result, rows, columns, sizes), computed
+
+
+def _without_numbers(request: Request) -> tuple[Kernels, Computed]:
+    """Make kernels of a set without any sample that has a row or a column."""
+    outputs = [_output_of_one(batch) for batch in request.batches]
+    axes = resolve_axes(request, outputs)
+    kernels = ((name, outputs[0].new_empty(0, 0, *axes.shape)) for name, _ in request.grouped())
+    return request.assemble(kernels, axes), Computed(axes, ())
+
+
+@torch.no_grad()
+def _output_of_one(request: Request) -> Tensor:
+    """Evaluate a single sample of a batch, to find the shape of an output."""
+    # -> [1, *out]
+    output: Tensor = evaluate(request, None, request.x1[:1])
+    return output
 
 
 def _spread(kernel: Tensor, rows: list[int], columns: list[int], sizes: tuple[int, int]) -> Tensor:
@@ -97,20 +109,19 @@ def is_finite(result: Kernels) -> bool:
     return all_finite(result.values() if isinstance(result, dict) else [result])
 
 
-def _infinite_samples(request: Request) -> set[int]:
-    """Find the samples whose Jacobians are not finite, by bisection."""
-    inputs = request.x1.stack(request.x2)
-    with torch.no_grad():
-        one = evaluate(request, None, inputs[[0]])
-    v = cotangent(one, 0, torch.Size([len(inputs), *one.shape[1:]]))  # [N1 + N2, *out]
-    found: set[int] = set()
+def _infinite_samples(request: Request) -> Tensor:
+    """Find the samples of a batch whose Jacobians are not finite, by bisection."""
+    # -> [N]
+    inputs, one = request.inputs, _output_of_one(request)
+    v = cotangent(one, 0, torch.Size([len(inputs), *one.shape[1:]]))  # [N, *out]
+    found = torch.zeros(len(inputs), dtype=torch.bool)
     waiting = [list(range(len(inputs)))]
     while waiting:
         samples = waiting.pop()
         if all_finite(gradients(request, inputs[samples], v[samples])[1].values()):
             continue
         if len(samples) == 1:
-            found.update(samples)
+            found[samples] = True
         else:
             middle = len(samples) // 2
             waiting += [samples[:middle], samples[middle:]]

@@ -6,12 +6,12 @@ sections 3.2 and 3.3. Letters: ``n``, ``m`` samples of x1, x2; ``c``, ``d`` free
 outputs; ``p`` parameters.
 """
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-from torch import Size, Tensor, einsum
+from torch import Tensor, einsum
 from torch.func import jvp, vjp, vmap
 
 from ggn_ntk.methods.computation import compute as _compute
@@ -24,8 +24,8 @@ from ggn_ntk.models.requirements import check_model
 from ggn_ntk.problem.errors import RouteWarning, is_bug, is_out_of_memory, listed, warn
 from ggn_ntk.problem.functions import Model, Params
 from ggn_ntk.problem.inputs import Inputs
-from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
-from ggn_ntk.problem.request import Request
+from ggn_ntk.problem.output_axes import AxesRequest, KernelAxes, OutputAxes
+from ggn_ntk.problem.request import Pick, Request
 from ggn_ntk.problem.result import Computed, transpose
 
 
@@ -37,7 +37,7 @@ def jacobian_contraction(
     compute: str = "full",
     params: Params | None = None,
     per_parameter: bool | str = False,
-    output: Callable[[Any], Tensor] | None = None,
+    output: Pick | tuple[Pick, Pick] = None,
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
     chunk_size: int | None = None,
@@ -56,7 +56,7 @@ def jacobian_contraction(
         compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
         params: The parameters to sum over, as for :func:`ggn_ntk.empirical_ntk`.
         per_parameter: Return one kernel for each parameter, or each ``"module"``, by name.
-        output: Turns what the model returns into a tensor ``[N, *out]``.
+        output: Turns what the model returns into a tensor ``[N, *out]``; a pair, one for x1 and one for x2.
         trace_axes: Output axes to sum at equal indices, counted without the sample axis; negative ones count from
             the last.
         diagonal_axes: Output axes to take at equal indices.
@@ -86,7 +86,7 @@ def ntk_vector_products(
     compute: str = "full",
     params: Params | None = None,
     per_parameter: bool | str = False,
-    output: Callable[[Any], Tensor] | None = None,
+    output: Pick | tuple[Pick, Pick] = None,
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
     chunk_size: int | None = None,
@@ -107,7 +107,7 @@ def ntk_vector_products(
         compute: ``"full"``, ``"diagonal"`` or ``"trace"``.
         params: The parameters to sum over, as for :func:`ggn_ntk.empirical_ntk`.
         per_parameter: Return one kernel for each parameter, or each ``"module"``, by name, each by products of its own.
-        output: Turns what the model returns into a tensor ``[N, *out]``.
+        output: Turns what the model returns into a tensor ``[N, *out]``; a pair, one for x1 and one for x2.
         trace_axes: Output axes to sum at equal indices, counted without the sample axis; negative ones count from
             the last.
         diagonal_axes: Output axes to take at equal indices.
@@ -131,31 +131,45 @@ def ntk_vector_products(
 
 def jacobian_kernels(request: Request) -> Computed:
     """Compute kernels by Jacobian contraction, if the model has any. Call it inside ``isolated(request.model)``."""
-    checked = check_model(request)
-    return Computed(checked.axes, contract_jacobians(request, checked.axes, checked), checked.outputs)
+    axes, checked = check_model(request)
+    return Computed(axes, contract_jacobians(request, axes, checked), [known.outputs for known in checked])
 
 
 def product_kernels(request: Request) -> Computed:
     """Compute kernels by NTK-vector products, if the model has any. Call it inside ``isolated(request.model)``."""
-    checked = check_model(request)
-    return Computed(checked.axes, multiply_vectors(request, checked.axes, checked), checked.outputs)
+    axes, checked = check_model(request)
+    return Computed(axes, multiply_vectors(request, axes, checked), [known.outputs for known in checked])
 
 
-def contract_jacobians(request: Request, axes: OutputAxes, checked: Checked) -> Iterator[tuple[str, Tensor]]:
+def contract_jacobians(request: Request, axes: KernelAxes, checked: Sequence[Checked]) -> Iterator[tuple[str, Tensor]]:
     """Contract Jacobians, parameter by parameter, for kernels by name. Call it inside ``isolated(request.model)``."""
-    # -> [N1, N2, E, F, F]
+    # -> [N1, N2, E, F1, F2]
     first, second = all_jacobians(request, checked)
     for name, jacobian in first.items():
-        kernel = einsum("necfp,medfp->nmfecd", axes.arrange(jacobian), axes.arrange(second[name]))
+        kernel = einsum("necfp,medfp->nmfecd", axes.first.arrange(jacobian), axes.second.arrange(second[name]))
         # A trace as a sum of T inner products rounds less than as one long inner product.
         yield request.groups[name], kernel.sum(2)
 
 
+class _Side(NamedTuple):
+    """x1 or x2, and what it takes to differentiate its outputs."""
+
+    request: Request  # of the batch that it is in
+    axes: OutputAxes  # the role of each output axis
+    inputs: Inputs  # its samples
+
+
+def _sides(request: Request, axes: KernelAxes) -> tuple[_Side, _Side]:
+    """Take x1 and x2."""
+    batches = request.batches
+    return _Side(batches[0], axes.first, request.x1), _Side(batches[-1], axes.second, request.second)
+
+
 def multiply_vectors(
-    request: Request, axes: OutputAxes, checked: Checked | None = None
+    request: Request, axes: KernelAxes, checked: Sequence[Checked] | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Compute kernels by NTK-vector products. Call it inside ``isolated(request.model)``."""
-    # -> [N1, N2, E, F, F]
+    # -> [N1, N2, E, F1, F2]
     if request.per_parameter:
         for group, params in request.grouped():
             part = replace(request, params=params, per_parameter=False)
@@ -163,9 +177,8 @@ def multiply_vectors(
         return
     kernel, why = None, "it gets products with vectors wrong"
     try:
-        first = request.x1[:1]  # before all others are computed
-        tolerance = GRADIENT_TOLERANCES[evaluate(request, None, first).dtype]
-        if _products_agree(request, tolerance, axes.out_shape, first):
+        # One sample before all others are computed, of each batch.
+        if all(_products_agree(batch, batch.x1[:1]) for batch in request.batches):
             kernel = _kernel_from_products(request, axes)
             if not _holds_for_all(request, axes, kernel):
                 kernel = None
@@ -176,41 +189,46 @@ def multiply_vectors(
     if kernel is None:
         what = f"The kernel of {listed(request.params)} is computed by Jacobian contraction instead of products"
         warn(f"{what}, since torch.func does not go through the model ({why}).", RouteWarning)
-        yield from contract_jacobians(request, axes, checked or check_model(request))
+        yield from contract_jacobians(request, axes, checked or check_model(request)[1])
     else:
         yield "", kernel
 
 
-def _products_agree(request: Request, tolerance: float, out_shape: Size, sample: Inputs) -> bool:
+def _products_agree(request: Request, sample: Inputs, tolerance: float | None = None) -> bool:
     """Tell whether ``torch.func`` multiplies the Jacobian of one sample by vectors right, from both sides."""
     # Forward mode ignores ``torch.no_grad()`` in the forward pass, and neither mode reaches parameters that the model
     # holds elsewhere than in its modules.
-    # out_shape [*out]
     primals, alone = primals_of(request), sample.map(lambda x: x[0])
     sizes = [p.numel() for p in primals.values()]
-    numbers = cotangent(next(iter(primals.values())), 0, Size([sum(sizes)])).split(sizes)  # one copy to the device
+    numbers = cotangent(next(iter(primals.values())), 0, torch.Size([sum(sizes)])).split(
+        sizes
+    )  # one copy to the device
     tangent = {name: t.view(p.shape).to(p) for (name, p), t in zip(primals.items(), numbers, strict=True)}
-    output, pullback, *_ = vjp(lambda p: evaluate(request, p, sample).flatten(), primals)
+    output, pullback, *_ = vjp(lambda p: evaluate(request, p, sample), primals)
     v = cotangent(output, seed=1)
-    (pulled,), pushed = pullback(v), v @ _pushforward(request, alone, tangent)
-    _, expected = gradients(request, sample, v.reshape(1, *out_shape))
+    (pulled,), pushed = pullback(v), v.flatten() @ _pushforward(request, alone, tangent)
+    _, expected = gradients(request, sample, v)
+    tolerance = GRADIENT_TOLERANCES[output.dtype] if tolerance is None else tolerance
     right = torch.stack([(g * tangent[name]).sum() for name, g in expected.items()]).sum()
     differs = difference(pulled, expected)
     return differs.within(tolerance) and Difference((pushed - right).abs().item(), differs.scale).within(tolerance)
 
 
-def _holds_for_all(request: Request, axes: OutputAxes, kernel: Tensor) -> bool:
+def _holds_for_all(request: Request, axes: KernelAxes, kernel: Tensor) -> bool:
     """Tell whether a kernel is right at all samples: ``a^T Theta b`` is ``(J^T a)^T (J^T b)`` for random a and b."""
-    # kernel [N1, N2, E, F, F], a [N1, E, F], b [N2, E, F]
-    first, second = request.x1, request.second
-    a, b = (cotangent(kernel, seed, torch.Size([len(x), *axes.roles[:2]])) for seed, x in ((0, first), (1, second)))
+    # kernel [N1, N2, E, F1, F2], a [N1, E, F1], b [N2, E, F2]
+    first, second = _sides(request, axes)
+    a, b = (
+        cotangent(kernel, seed, torch.Size([len(side.inputs), *side.axes.roles[:2]]))
+        for seed, side in enumerate((first, second))
+    )
     # Plain autograd gives the right side, for each diagonal and each traced output.
-    groups = [(e, t) for e in range(axes.roles.diagonal) for t in range(axes.roles.traced)]
-    right = [_products_with(request, axes, second, b, group) for group in groups]
+    groups = [(e, t) for e in range(first.axes.roles.diagonal) for t in range(first.axes.roles.traced)]
+    right = [_products_with(second, b, group) for group in groups]
     rows = einsum("nec,nmecd,med->ne", a, kernel, b).sum(1)  # [N1], which add up to a^T Theta b
     total, size = 0.0, 0.0
     for group, g in zip(groups, right, strict=True):
-        left = _products_with(request, axes, first, a, group)
+        left = _products_with(first, a, group)
         total += sum((left[name] * g[name]).sum().item() for name in left)
         size += total_norm(left.values()) * total_norm(g.values())
     if Difference(abs(rows.sum().item() - total), size).within(GRADIENT_TOLERANCES[kernel.dtype]):
@@ -218,16 +236,14 @@ def _holds_for_all(request: Request, axes: OutputAxes, kernel: Tensor) -> bool:
     if kernel.dtype == torch.float64:
         return False
     # Kinks may be the reason. So each sample is looked at by itself, at which wrong products stand out.
-    if not all(_row_holds(request, axes, n, a, rows[n].item(), groups, right) for n in range(len(first))):
+    if not all(_row_holds(first, n, a, rows[n].item(), groups, right) for n in range(len(first.inputs))):
         return False
-    finer, tolerance = finest(request)
-    inputs = request.x1.stack(request.x2)
-    return all(_products_agree(finer, tolerance, axes.out_shape, inputs[[i]]) for i in range(len(inputs)))
+    each = ((*finest(batch), batch.inputs[[i]]) for batch in request.batches for i in range(len(batch.inputs)))
+    return all(_products_agree(finer, sample, tolerance) for finer, tolerance, sample in each)
 
 
 def _row_holds(
-    request: Request,
-    axes: OutputAxes,
+    side: _Side,
     n: int,
     a: Tensor,
     actual: float,
@@ -235,53 +251,54 @@ def _row_holds(
     right: list[dict[str, Tensor]],
 ) -> bool:
     """Tell whether the products of one sample of x1 are off by no more than kinks explain."""
-    left = [_products_with(request, axes, request.x1[[n]], a[[n]], group) for group in groups]
+    one = side._replace(inputs=side.inputs[[n]])
+    left = [_products_with(one, a[[n]], group) for group in groups]
     pairs = list(zip(left, right, strict=True))
-    expected = sum((one[name] * other[name]).sum().item() for one, other in pairs for name in one)
-    size = sum(total_norm(one.values()) * total_norm(other.values()) for one, other in pairs)
+    expected = sum((ours[name] * theirs[name]).sum().item() for ours, theirs in pairs for name in ours)
+    size = sum(total_norm(ours.values()) * total_norm(theirs.values()) for ours, theirs in pairs)
     return Difference(abs(actual - expected), size).within(KINKS)
 
 
-def _products_with(
-    request: Request, axes: OutputAxes, inputs: Inputs, a: Tensor, group: tuple[int, int]
-) -> dict[str, Tensor]:
+def _products_with(side: _Side, a: Tensor, group: tuple[int, int]) -> dict[str, Tensor]:
     """Compute ``J^T a`` by plain autograd, of ``a`` at one diagonal and one traced output."""
     # a [N, E, F] -> [*parameter]
-    e, t = group
+    (e, t), axes = group, side.axes
     v = a.new_zeros(len(a), axes.out_shape.numel())
     v[:, axes.numbers[e, :, t].to(v.device)] = a[:, e]
-    return gradients(request, inputs, v.reshape(len(a), *axes.out_shape))[1]
+    return gradients(side.request, side.inputs, v.reshape(len(a), *axes.out_shape))[1]
 
 
-def _kernel_from_products(request: Request, axes: OutputAxes) -> Tensor:
+def _kernel_from_products(request: Request, axes: KernelAxes) -> Tensor:
     """Compute the kernel column by column: one sample of x2, then the next."""
-    # -> [N1, N2, E, F, F]
-    x2 = request.second
+    # -> [N1, N2, E, F1, F2]
+    first, second = _sides(request, axes)
+    n2 = len(second.inputs)
     if not request.symmetric:
-        return torch.stack([_column(request, axes, request.x1, x2[m : m + 1]) for m in range(len(x2))], dim=1)
-    first = _column(request, axes, request.x1, x2[:1])
-    kernel = first.new_zeros(len(x2), *first.shape)
-    for m in range(len(x2)):
-        column = _column(request, axes, request.x1[m:], x2[m : m + 1]) if m else first
+        return torch.stack([_column(first, second, m) for m in range(n2)], dim=1)
+    column = _column(first, second, 0)
+    kernel = column.new_zeros(n2, *column.shape)
+    for m in range(n2):
+        column = _column(first._replace(inputs=request.x1[m:]), second, m) if m else column
         kernel[m:, m] = column
         transpose(kernel)[m:, m] = column
     return kernel
 
 
-def _column(request: Request, axes: OutputAxes, x1: Inputs, y: Inputs) -> Tensor:
+def _column(first: _Side, second: _Side, m: int) -> Tensor:
     """Compute the kernel of x1 and one sample of x2."""
-    # -> [N, E, F, F]
-    primals = primals_of(request)
-    output, pullback, *_ = vjp(lambda p: evaluate(request, p, y).flatten(), primals)
+    # -> [N1, E, F1, F2]
+    primals, y = primals_of(second.request), second.inputs[m : m + 1]
+    output, pullback, *_ = vjp(lambda p: evaluate(second.request, p, y).flatten(), primals)
 
     def product(basis_vector: Tensor) -> Tensor:
         (gradient,) = pullback(basis_vector)
-        products = axes.arrange(x1.over_samples(lambda x: _pushforward(request, x, gradient)))
-        return einsum("necf,ef->nc", products, axes.arrange(basis_vector.unsqueeze(0))[0].sum(1))
+        pushed = first.inputs.over_samples(lambda x: _pushforward(first.request, x, gradient))  # [N1, C1]
+        chosen = second.axes.arrange(basis_vector.unsqueeze(0))[0].sum(1)  # [E, T]
+        return einsum("necf,ef->nc", first.axes.arrange(pushed), chosen)
 
     basis = torch.eye(len(output), dtype=output.dtype, device=output.device)
-    columns = vmap(product, chunk_size=request.chunk_size)(basis)  # [C, N, F]
-    return axes.arrange(columns.unsqueeze(0))[0].sum(2).permute(2, 0, 3, 1)  # edfnc, over f, -> necd
+    columns = vmap(product, chunk_size=second.request.chunk_size)(basis)  # [C2, N1, F1]
+    return second.axes.arrange(columns.unsqueeze(0))[0].sum(2).permute(2, 0, 3, 1)  # edfnc, over f, -> necd
 
 
 def _pushforward(request: Request, sample: Inputs, tangent: dict[str, Tensor]) -> Tensor:

@@ -3,6 +3,7 @@
 Letters in shapes: N samples, C outputs, P entries of a parameter.
 """
 
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -20,8 +21,15 @@ from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
 
 
-def all_jacobians(request: Request, checked: Checked) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Compute the Jacobians of x1 and x2, by ``vmap`` where it gets all samples right."""
+def all_jacobians(request: Request, checked: Sequence[Checked]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Compute the Jacobians of x1 and x2, given what is known of each batch."""
+    # -> [N, C, P]
+    found = [j for batch, known in zip(request.batches, checked, strict=True) for j in _of_batch(batch, known)]
+    return found[0], found[-1]
+
+
+def _of_batch(request: Request, checked: Checked) -> list[dict[str, Tensor]]:
+    """Compute the Jacobians of a batch's x1 and x2, by ``vmap`` where it gets all samples right."""
     # -> [N, C, P]
     sets = [x for x in (request.x1, request.x2) if x is not None]
     try:
@@ -40,7 +48,7 @@ def all_jacobians(request: Request, checked: Checked) -> tuple[dict[str, Tensor]
         warn(f"{what}, since torch.func does not go through the model ({why}).", RouteWarning)
         found = [_loop_jacobians(request, x) for x in sets]
         _compare_with_batch(request, found, checked)
-    return found[0], found[-1]
+    return found
 
 
 def first_line(error: Exception) -> str:
@@ -67,7 +75,7 @@ def _jacobians(request: Request, inputs: Inputs) -> dict[str, Tensor]:
 def _hold_for_all(request: Request, found: list[dict[str, Tensor]], checked: Checked) -> bool:
     """Tell whether Jacobians of all samples add up to the gradient by plain autograd."""
     # found [N, C, P]
-    inputs = request.x1.stack(request.x2)
+    inputs = request.inputs
     rounding, expected = rounding_of(request, inputs, checked.v), {name: checked.gradient[name] for name in found[0]}
     if not differing(_summed(request, found, checked), expected, checked.tolerance, rounding):
         return True
@@ -130,7 +138,7 @@ def _compare_with_batch(request: Request, found: list[dict[str, Tensor]], checke
     """Raise unless Jacobians of samples by themselves add up to the gradient in one batch."""
     alone = Parts([[i] for i in range(len(checked.v))], checked.outputs, _summed(request, found, checked))
     expected = {name: checked.gradient[name] for name in request.params}
-    compare_gradients(request, request.x1.stack(request.x2), checked.v, expected, alone, checked.tolerance)
+    compare_gradients(request, request.inputs, checked.v, expected, alone, checked.tolerance)
 
 
 def _loop_jacobians(request: Request, inputs: Inputs) -> dict[str, Tensor]:

@@ -2,16 +2,18 @@
 
 A model is looked at once (a *plan*: which rules are right, where the samples are). Evaluated on samples, it gives a
 *side*, whose backward pass yields, layer by layer, Jacobians as einsums of the layer's input and of
-``s = d f / d (layer output)``. Two sides, or one with itself, are contracted to the kernel.
+``s = d f / d (layer output)``. One side, of all samples, is contracted with itself to the kernel; or two, where x1 and
+x2 are not evaluated together.
 
 No rule is trusted (:mod:`ggn_ntk.jacobians.verification`). Parameters whose Jacobian no rule gives, or not the right
 one, *fall back*: they, and only they, are contracted from Jacobians of each sample by
 :mod:`ggn_ntk.methods.reference`.
 """
 
-from collections.abc import Callable, Iterator
+import operator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import partial
+from functools import partial, reduce
 from itertools import chain
 from typing import NamedTuple, TypeVar
 
@@ -23,7 +25,7 @@ from ggn_ntk.contraction.contract import Wanted, contract
 from ggn_ntk.contraction.products import NamedEinsum
 from ggn_ntk.jacobians.backward import FAILS
 from ggn_ntk.jacobians.places import Places, find_places
-from ggn_ntk.jacobians.plan import Plan, Side, make_plan
+from ggn_ntk.jacobians.plan import Plans, make_plans
 from ggn_ntk.jacobians.trial import DIFFERS
 from ggn_ntk.memory.budget import MemoryBudget
 from ggn_ntk.methods.reference import contract_jacobians
@@ -40,63 +42,65 @@ _CHUNK = 16
 
 def structured_kernels(request: Request) -> Computed:
     """Compute kernels and the outputs of all samples. Call it inside ``isolated(request.model)``."""
-    plan, side, kernels = _verified(request, _contracted)
-    for name, why in plan.fallback.items():
+    plans, kernels = _verified(request, _contracted)
+    for name, why in plans.fallback.items():
         if why.startswith((DIFFERS, FAILS)):
             what = f"{name}: {why}. Its kernel comes from Jacobians of each sample instead: exact, but slower."
             warn(what, RouteWarning)
-    return Computed(plan.axes, chain(kernels.items(), _fallback_kernels(plan, side)), side.output)
+    outputs = [side.output for side in plans.sides]
+    return Computed(plans.axes, chain(kernels.items(), _fallback_kernels(plans, outputs)), outputs)
 
 
 @torch.no_grad()
-def _verified(request: Request, use: Callable[[Plan, Side], _T]) -> tuple[Plan, Side, _T]:
-    """Make a plan, evaluate and use all Jacobians, until those are right whose parameters do not fall back."""
+def _verified(request: Request, use: Callable[[Plans], _T]) -> tuple[Plans, _T]:
+    """Make plans, evaluate and use all Jacobians, until those are right whose parameters do not fall back."""
     fallback: dict[str, str] = {}
     everyone = False
     while True:
-        plan, side = make_plan(request, fallback, everyone=everyone)
-        result = use(plan, side)
-        plan = replace(plan, fallback=plan.fallback | side.failures)
-        verification = side.verification
-        assert verification is not None
-        if not verification.judge(plan.fallback):
-            return plan, side, result
-        if verification.everyone:
-            wrong = verification.diagnose(plan.fallback)
+        plans = make_plans(request, fallback, everyone=everyone)
+        result, missed = use(plans), plans.fallback
+        doubtful = [verification for verification in plans.verifications if verification.judge(missed)]
+        if not doubtful:
+            return plans, result
+        if all(verification.everyone for verification in doubtful):
+            wrong = reduce(operator.or_, (verification.diagnose(missed) for verification in doubtful))
             if not wrong:
-                return plan, side, result
-            fallback = plan.fallback | wrong
+                return plans, result
+            fallback = missed | wrong
         everyone = True
 
 
-def _contracted(plan: Plan, side: Side, make: Callable[..., Accumulator] = Accumulator) -> dict[str, Tensor]:
-    """Contract x1 with x2, which are one side, or its two parts."""
-    request = plan.request
-    formed = request.params if request.jacobians_first else plan.cancelling
-    wanted = Wanted(plan.axes, request.groups.__getitem__, plan.covered, formed)
-    return contract(side, side, wanted, n1=request.n1, make=make)
+def _contracted(plans: Plans, make: Callable[..., Accumulator] = Accumulator) -> dict[str, Tensor]:
+    """Contract x1 with x2, which are one side, or its two parts, or two sides."""
+    request, fallback = plans.request, plans.fallback
+    formed = request.params if request.jacobians_first else plans.cancelling
+    covered = [name for name in request.params if name not in fallback]
+    wanted = Wanted(plans.axes, request.groups.__getitem__, covered, formed)
+    return contract(plans.sides[0], plans.sides[-1], wanted, n1=request.n1, make=make)
 
 
-def _fallback_kernels(plan: Plan, side: Side) -> Iterator[tuple[str, Tensor]]:
+def _fallback_kernels(plans: Plans, outputs: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Compute kernels of parameters that rules do not cover, from their Jacobians."""
-    # -> [N1, N2, E, F, F]
-    if not plan.fallback:
+    # outputs [N, *out] of each side -> [N1, N2, E, F1, F2]
+    if not plans.fallback:
         return
-    request, verification = plan.request, side.verification
-    assert verification is not None
+    request, verifications = plans.request, plans.verifications
     # That samples leave one another alone, Jacobians of each take for granted.
-    checked = verification.checked(plan.axes, side.output) if verification.everyone else check_model(request)
-    for params in _groups(plan, side.output):
-        yield from contract_jacobians(replace(request, params=params, chunk_size=_CHUNK), plan.axes, checked)
+    if all(verification.everyone for verification in verifications):
+        checked = [verification.checked(output) for verification, output in zip(verifications, outputs, strict=True)]
+    else:
+        _, checked = check_model(request)
+    for params in _groups(plans, outputs):
+        yield from contract_jacobians(replace(request, params=params, chunk_size=_CHUNK), plans.axes, checked)
 
 
-def _groups(plan: Plan, output: Tensor) -> list[dict[str, Tensor]]:
+def _groups(plans: Plans, outputs: Sequence[Tensor]) -> list[dict[str, Tensor]]:
     """Group parameters so that the Jacobians of each group keep to the budget."""
-    # output [N, *out]
-    most = MemoryBudget.of(output.device).jacobians // (output.element_size() * output.numel())
+    # outputs [N, *out] of each side
+    most = MemoryBudget.of(outputs[0].device).jacobians // sum(o.element_size() * o.numel() for o in outputs)
     groups: list[dict[str, Tensor]] = []
-    for name in plan.fallback:
-        p = plan.request.params[name]
+    for name in plans.fallback:
+        p = plans.request.params[name]
         if not groups or sum(q.numel() for q in groups[-1].values()) + p.numel() > most:
             groups.append({})
         groups[-1][name] = p
@@ -106,19 +110,19 @@ def _groups(plan: Plan, output: Tensor) -> list[dict[str, Tensor]]:
 class Recorded(NamedTuple):
     """What :func:`structured_kernels` would contract."""
 
-    plan: Plan
+    plans: Plans
     products: list[NamedEinsum]  # products of Jacobians, by names of parameters
-    places: Places  # where in the model these come from
+    places: Places  # where in the model these come from, for x1 and for x2
 
 
 def recorded_products(request: Request) -> Recorded:
     """List the products of Jacobians that :func:`structured_kernels` would contract."""
     products = list[NamedEinsum]()
 
-    def record_all(plan: Plan, side: Side) -> None:
+    def record_all(plans: Plans) -> None:
         products.clear()
-        _contracted(plan, side, partial(Recorder, products))
+        _contracted(plans, partial(Recorder, products))
 
-    plan, side, _ = _verified(request, record_all)
-    assert side.verification is not None
-    return Recorded(plan, products, find_places(plan, side.verification.inputs))
+    plans, _ = _verified(request, record_all)
+    found = [find_places(plan, v.inputs) for plan, v in zip(plans.plans, plans.verifications, strict=True)]
+    return Recorded(plans, products, reduce(Places.merged, found))

@@ -31,8 +31,8 @@ from ggn_ntk.models.comparison import GRADIENT_TOLERANCES, check_finite, cotange
 from ggn_ntk.models.gradients import gradients
 from ggn_ntk.models.inspection import OwnGenerator
 from ggn_ntk.problem.errors import OTHER_METHOD, Problem, UnsupportedRouteError, is_out_of_memory
-from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
-from ggn_ntk.problem.request import Request
+from ggn_ntk.problem.output_axes import AxesRequest, KernelAxes
+from ggn_ntk.problem.request import Pick, Request
 from ggn_ntk.problem.result import Computed
 from ggn_ntk.process.torch_internals import COMPILED_CALL, buffers_of, children_of, parameters_of, uncompiled
 
@@ -48,7 +48,7 @@ def empirical_ntk_vivit(
     compute: str = "full",
     params: str | Iterable[str] | None = None,
     per_parameter: bool | str = False,
-    output: Callable[[Any], Tensor] | None = None,
+    output: Pick | tuple[Pick, Pick] = None,
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
 ) -> Tensor | dict[str, Tensor]:
@@ -88,8 +88,8 @@ def empirical_ntk_vivit(
 
 def vivit_kernels(request: Request) -> Computed:
     """Compute kernels, if ViViT gets them right for the model. Call it inside ``isolated(request.model)``."""
-    axes = resolve_axes(request, check_vivit(request))
-    problems = list(_compare_kernels(request, axes.out_shape))
+    axes = resolve_axes(request, [check_vivit(request)])
+    problems = list(_compare_kernels(request, axes.first.out_shape))
     if problems:
         raise UnsupportedRouteError(problems, _ROUTE)
     return _gram_kernels(request, axes)
@@ -105,21 +105,21 @@ def _compare_kernels(request: Request, out_shape: Size) -> Iterator[Problem]:
     expected = {name: gradient.square().sum() for name, gradient in gradients(request, sample, v)[1].items()}
     check_finite(expected.values())
     flat, of_sample = v.flatten(), replace(request, x1=sample, x2=None, per_parameter=True)
-    kernels = _gram_kernels(of_sample, OutputAxes(out_shape)).kernels  # [1, 1, 1, C, C]
+    kernels = _gram_kernels(of_sample, AxesRequest.parse("full").resolve(out_shape)).kernels  # [1, 1, 1, C, C]
     actual = {name: flat @ kernel[0, 0, 0] @ flat for name, kernel in kernels}
     for name, error in differing(actual, expected, GRADIENT_TOLERANCES[v.dtype]).items():
         what = f"its kernel by ViViT differs from autograd's (relative error {error:.1e} on a random sample)"
         yield Problem(name, what, OTHER_METHOD)
 
 
-def _gram_kernels(request: Request, axes: OutputAxes) -> Computed:
+def _gram_kernels(request: Request, axes: KernelAxes) -> Computed:
     """Compute kernels from Gram matrices, on a twin of the model."""
-    (samples,) = request.x1.stack(request.x2).tensors.values()
+    (samples,) = request.inputs.tensors.values()
     params: dict[str, Parameter] = {}
     twin = _twin(uncompiled(request.model), {id(p): name for name, p in request.params.items()}, params)
     kernels: dict[str, Tensor] = {}
     # One backward pass for each group of outputs that meet in the kernel: a single one for the full kernel.
-    groups = axes.numbers.movedim(2, 1).flatten(0, 1)  # [E T, F]
+    groups = axes.first.numbers.movedim(2, 1).flatten(0, 1)  # [E T, F]
     several = len(groups) > 1
     pools = any(isinstance(module, AVG_POOLS) for module in twin.modules())
     with _backpack_session(samples.dtype if pools else None) as extended:
@@ -131,9 +131,9 @@ def _gram_kernels(request: Request, axes: OutputAxes) -> Computed:
             for name, gram in _backward(extended, params, extension, request.groups, chosen, several):
                 block = kernel_block(gram, request.n1, 2)  # [N1, N2, 1, F, F]
                 if name not in kernels:
-                    kernels[name] = block.new_zeros(*block.shape[:2], *axes.roles.kernel)
-                kernels[name][:, :, number // axes.roles.traced] += block[:, :, 0]
-    return Computed(axes, kernels.items(), output.detach())
+                    kernels[name] = block.new_zeros(*block.shape[:2], *axes.shape)
+                kernels[name][:, :, number // axes.first.roles.traced] += block[:, :, 0]
+    return Computed(axes, kernels.items(), [output.detach()])
 
 
 def _backward(

@@ -17,7 +17,6 @@ from dataclasses import dataclass
 import torch
 from torch import Size, Tensor
 
-from ggn_ntk.memory.budget import resolve_axes
 from ggn_ntk.models.comparison import (
     KINKS,
     SEEN,
@@ -35,7 +34,6 @@ from ggn_ntk.models.gradients import Form, Parts, gradients, gradients_of, in_pa
 from ggn_ntk.models.inspection import UNSTEADY
 from ggn_ntk.models.rounding import errors_in_double, gradients_in_double, rounding_of, rounding_of_outputs
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError, is_out_of_memory, listed
-from ggn_ntk.problem.output_axes import OutputAxes
 from ggn_ntk.problem.request import Inputs, Request
 
 # The share of a call's time that looking at halves may take beyond the first pair, and up to how many samples it is
@@ -57,17 +55,16 @@ _REMEDY = (
 class Checked:
     """What is known of a model whose samples leave one another alone."""
 
-    axes: OutputAxes  # the role of each output axis
-    outputs: Tensor  # the outputs of all samples ``[N1 + N2, *out]``, x2's behind x1's, without a graph
+    outputs: Tensor  # the outputs of samples that are evaluated together, ``[N, *out]``, without a graph
     v: Tensor  # a number for each of them
     gradient: dict[str, Tensor]  # the gradient of ``sum v f`` by plain autograd, by the name of the parameter
     tolerance: float  # the largest relative error of gradients that rounding makes
 
 
-def check_samples(request: Request) -> Checked:
-    """Raise unless samples leave one another alone. Call it inside ``isolated(request.model)``."""
-    shape = look(request)  # [*out]
-    axes, inputs = resolve_axes(request, shape), request.x1.stack(request.x2)
+def check_samples(request: Request, shape: Size) -> Checked:
+    """Raise unless samples leave one another alone that are evaluated together. Call it inside ``isolated``."""
+    # shape [*out]
+    inputs = request.inputs
     with torch.enable_grad():
         output = evaluate_checked(request, inputs, shape)
     v, tolerance = cotangent(output, seed=0), gradient_tolerance(output)
@@ -78,13 +75,13 @@ def check_samples(request: Request) -> Checked:
         halves = in_parts(request, inputs, samples, v)
         compare_outputs(request, inputs, output, range(len(inputs)), halves.outputs)
         compare_gradients(request, inputs, v, gradient, halves, tolerance)
-    return Checked(axes, output.detach(), v, gradient, tolerance)
+    return Checked(output.detach(), v, gradient, tolerance)
 
 
-def look(request: Request) -> Size:
+def look(request: Request) -> Tensor:
     """Evaluate a few samples together and one of them by itself, to find the shape of an output before all are."""
-    # -> [*out]
-    stacked = request.x1.stack(request.x2)
+    # -> [few, *out]
+    stacked = request.inputs
     few = stacked[[*range(min(2, len(request.x1))), len(stacked) - 1]] if len(stacked) > 1 else stacked
     with torch.enable_grad():
         together = evaluate_checked(request, few)
@@ -96,7 +93,7 @@ def look(request: Request) -> Size:
             f"(1 of the samples alone has shape {shape}, not {[1, *together.shape[1:]]})"
         )
         raise UnsupportedModelError([Problem("", what, SHAPE_REMEDY)])
-    return together.shape[1:]
+    return together.detach()
 
 
 def partitions(n: int, count: int) -> list[list[list[int]]]:

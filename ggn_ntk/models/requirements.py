@@ -8,21 +8,26 @@ from torch import nn
 from torch.nn import Module
 from torch.nn.parameter import UninitializedParameter
 
+from ggn_ntk.memory.budget import resolve_axes
 from ggn_ntk.models.comparison import TOLERANCES
-from ggn_ntk.models.independence import Checked, check_samples
+from ggn_ntk.models.independence import Checked, check_samples, look
 from ggn_ntk.models.isolation import runs_hooks
 from ggn_ntk.problem.errors import OTHER_METHOD, Problem, UnsupportedModelError
 from ggn_ntk.problem.functions import FunctionModule, own_parameters
+from ggn_ntk.problem.output_axes import KernelAxes
 from ggn_ntk.problem.request import Request
 from ggn_ntk.process.torch_internals import AnyBatchNorm, AnyDropout, has_global_hooks
 
 
-def check_model(request: Request) -> Checked:
+def check_model(request: Request) -> tuple[KernelAxes, list[Checked]]:
     """Raise unless the model has an exact empirical NTK. Call it inside ``isolated(request.model)``."""
+    # The roles of output axes, and what is known of each batch of samples that are evaluated together.
     problems = configuration_problems(request)
     if problems:
         raise UnsupportedModelError(problems)
-    return check_samples(request)
+    few = [look(batch) for batch in request.batches]
+    axes = resolve_axes(request, few)  # a kernel that cannot fit is refused before more is evaluated
+    return axes, [check_samples(batch, f.shape[1:]) for batch, f in zip(request.batches, few, strict=True)]
 
 
 def configuration_problems(request: Request) -> list[Problem]:

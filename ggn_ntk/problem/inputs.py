@@ -107,6 +107,11 @@ class Inputs:
         places = {x.device: torch.as_tensor(index, device=x.device) for x in self.tensors.values()}
         return self.map(lambda x: x[places[x.device]])
 
+    def fits(self, other: "Inputs") -> bool:
+        """Tell whether a set that is alike has samples of the same shapes, and shares with them what these share."""
+        same_shapes = all(x.shape[1:] == other.tensors[label].shape[1:] for label, x in self.tensors.items())
+        return same_shapes and all(_equal(x, other.constants[label]) for label, x in self.constants.items())
+
     def stack(self, other: "Inputs | None") -> "Inputs":
         """Put the samples of another set behind these: N1 + N2 samples."""
         return self if other is None else self.map(lambda a, b: torch.cat([a, b]), other)
@@ -291,7 +296,7 @@ def _sorted(values: Iterable[Any]) -> str:
 
 
 def check_alike(x1: Inputs, x2: Inputs) -> None:
-    """Check that two sets of inputs differ in nothing but the number of samples."""
+    """Check that two sets of inputs are arguments of one form: shapes may differ, and what samples share."""
     if x1.tensors.keys() != x2.tensors.keys() or x1.constants.keys() != x2.constants.keys() or x1.kinds != x2.kinds:
         raise ValueError(
             f"x2 must hold the same entries as x1, in the same structure and shared alike, got {_described(x2)} "
@@ -299,19 +304,9 @@ def check_alike(x1: Inputs, x2: Inputs) -> None:
         )
     for label, a in x1.tensors.items():
         b = x2.tensors[label]
-        for what, first, second in [
-            ("shape behind the sample axis", list(a.shape[1:]), list(b.shape[1:])),
-            ("dtype", a.dtype, b.dtype),
-            ("device", a.device, b.device),
-        ]:
+        for what, first, second in [("dtype", a.dtype, b.dtype), ("device", a.device, b.device)]:
             if first != second:
                 raise ValueError(f"x2{label} must have the {what} of x1{label}: {first}, got {second}.")
-    for label, constant in x1.constants.items():
-        if not _equal(constant, x2.constants[label]):
-            raise ValueError(
-                f"x2{label} must be equal to x1{label}, which all samples share: pass the same value in both. What "
-                "differs from sample to sample is passed as a tensor [N, ...]."
-            )
 
 
 def _described(inputs: Inputs) -> str:

@@ -1,12 +1,13 @@
 """What becomes of each output axis in a kernel: kept for both inputs, taken at equal indices, or summed there.
 
-A kernel pairs two outputs of shape ``[*out]``. ``compute="diagonal"`` takes all output axes at equal indices, and
-``compute="trace"`` sums over them; ``diagonal_axes`` and ``trace_axes`` do so for single axes. A kernel has the shape
+A kernel pairs two outputs of shape ``[*out]``; where all axes are kept, x2's may have another shape than x1's.
+``compute="diagonal"`` takes all output axes at equal indices, and ``compute="trace"`` sums over them; ``diagonal_axes``
+and ``trace_axes`` do so for single axes. A kernel has the shape
 ``[N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]``.
 
 Inside, the axes of each role are merged to one: of the C = E F T outputs, E diagonal ones are outermost, then come F
-free and T traced ones, and a kernel is ``[N1, N2, E, F, F]``. What ``compute`` offers are the three cases where two of
-the sizes are one. Letters: ``e`` diagonal outputs; ``c``, ``d`` free outputs of x1, x2; ``f`` traced outputs.
+free and T traced ones, and a kernel is ``[N1, N2, E, F1, F2]``. What ``compute`` offers are the three cases where two
+of the sizes are one. Letters: ``e`` diagonal outputs; ``c``, ``d`` free outputs of x1, x2; ``f`` traced outputs.
 """
 
 from collections.abc import Iterable
@@ -27,15 +28,14 @@ class Roles(NamedTuple):
     free: int = 1  # F, along the axes that are kept for both inputs
     traced: int = 1  # T, along the axes that are summed at equal indices
 
-    @property
-    def kernel(self) -> tuple[int, int, int]:
-        """The shape of a kernel behind its two sample axes, ``[E, F, F]``."""
-        return self.diagonal, self.free, self.free
+    def among(self, outputs: int) -> "Roles":
+        """Count free ones among so many outputs, of x2 say, that has others."""
+        return self._replace(free=outputs // (self.diagonal * self.traced))
 
 
 @dataclass(frozen=True)
 class OutputAxes:
-    """The role of each output axis in a kernel."""
+    """The role of each output axis of x1, or of x2, in a kernel."""
 
     out_shape: Size  # ``[*out]``, the shape of one sample's output
     traced: tuple[int, ...] = ()  # the axes that are summed at equal indices, ascending
@@ -50,11 +50,6 @@ class OutputAxes:
     def free(self) -> tuple[int, ...]:
         """x2's axes in the result: those neither traced nor diagonal."""
         return tuple(axis for axis in self.kept if axis not in self.diagonal)
-
-    @property
-    def kernel_shape(self) -> Size:
-        """The shape of a kernel behind its two sample axes."""
-        return Size([self.out_shape[axis] for axis in (*self.kept, *self.free)])
 
     @property
     def roles(self) -> Roles:
@@ -73,23 +68,45 @@ class OutputAxes:
         order = [0, *(1 + axis for axis in (*self.diagonal, *self.free, *self.traced))]
         return axes.permute(*order, *range(len(order), axes.ndim)).reshape(len(x), *self.roles, *x.shape[2:])
 
+
+class KernelAxes(NamedTuple):
+    """The roles of the output axes of x1 and of x2, which may differ in shape where all axes are free."""
+
+    first: OutputAxes  # of x1
+    second: OutputAxes  # of x2
+
+    @property
+    def kernel_shape(self) -> Size:
+        """The shape of a kernel behind its two sample axes."""
+        first, second = self
+        kept = [first.out_shape[axis] for axis in first.kept]
+        return Size([*kept, *(second.out_shape[axis] for axis in second.free)])
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """The same with the axes of each role merged to one, ``[E, F1, F2]``."""
+        return self.first.roles.diagonal, self.first.roles.free, self.second.roles.free
+
     def separate(self, kernel: Tensor) -> Tensor:
         """Give each output axis an axis of its own."""
-        # kernel [N1, N2, E, F, F] -> [N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]
-        sizes = [self.out_shape[axis] for axis in (*self.diagonal, *self.free, *self.free)]
+        # kernel [N1, N2, E, F1, F2] -> [N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]
+        first, second = self
+        sizes = [first.out_shape[axis] for axis in (*first.diagonal, *first.free)]
+        sizes += [second.out_shape[axis] for axis in second.free]
         return kernel.reshape(*kernel.shape[:2], *sizes).permute(0, 1, *(2 + axis for axis in self._order))
 
     def merge(self, kernel: Tensor) -> Tensor:
         """Undo :meth:`separate`."""
-        # kernel [N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)] -> [N1, N2, E, F, F]
+        # kernel [N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)] -> [N1, N2, E, F1, F2]
         places = [2 + self._order.index(axis) for axis in range(len(self._order))]
-        return kernel.permute(0, 1, *places).reshape(*kernel.shape[:2], *self.roles.kernel)
+        return kernel.permute(0, 1, *places).reshape(*kernel.shape[:2], *self.shape)
 
     @property
     def _order(self) -> list[int]:
         """The places of a kernel's output axes among the merged ones, diagonal, free of x1 and free of x2."""
-        merged = [*self.diagonal, *self.free]
-        return [*(merged.index(axis) for axis in self.kept), *range(len(merged), len(merged) + len(self.free))]
+        first, second = self
+        merged = [*first.diagonal, *first.free]
+        return [*(merged.index(axis) for axis in first.kept), *range(len(merged), len(merged) + len(second.free))]
 
 
 @dataclass(frozen=True)
@@ -117,8 +134,23 @@ class AxesRequest:
                 raise ValueError(f"{argument} goes with compute='full' alone, got compute={compute!r}: leave one out.")
         return cls(compute, **parsed)
 
-    def resolve(self, out_shape: Size) -> OutputAxes:
-        """Find the role of each output axis."""
+    def resolve(self, first: Size, second: Size | None = None) -> KernelAxes:
+        """Find the role of each output axis of x1 and of x2; without a shape of its own, x2 has that of x1."""
+        # first [*out1], second [*out2]
+        if second is None or second == first:
+            axes = self._resolve(first)
+            return KernelAxes(axes, axes)
+        if self.compute != "full" or self.trace_axes or self.diagonal_axes:
+            what = "trace_axes and diagonal_axes" if self.compute == "full" else f"compute={self.compute!r}"
+            raise ValueError(
+                f"{what} pair each output of x1 with the same output of x2, but their shapes differ: {list(first)} and "
+                f"{list(second)}, without the sample axis. Ask for compute='full' without axes, or pick outputs of one "
+                "shape (output=)."
+            )
+        return KernelAxes(self._resolve(first), self._resolve(second))
+
+    def _resolve(self, out_shape: Size) -> OutputAxes:
+        """Find the role of each output axis of one shape."""
         # out_shape [*out]
         ndim = len(out_shape)
         if self.compute == "diagonal":

@@ -17,13 +17,16 @@ from torch.nn.parallel import DistributedDataParallel
 from ggn_ntk.problem.errors import kind_of
 from ggn_ntk.problem.functions import FunctionModule, Model, Params, as_module, own_parameters
 from ggn_ntk.problem.inputs import Inputs, check_alike, entries_of, parse_inputs
-from ggn_ntk.problem.output_axes import AxesRequest, OutputAxes
+from ggn_ntk.problem.output_axes import AxesRequest, KernelAxes
 from ggn_ntk.problem.result import finish, sum_kernels
 from ggn_ntk.problem.selection import selected
 from ggn_ntk.process.transforms import is_wrapped, outside_of_transforms
 from ggn_ntk.process.turns import alone_with
 
 CAPTURES = ("auto", "sequential", "autograd")
+
+#: Turns what a model returns into a tensor; ``None`` where it is one.
+Pick = Callable[[Any], Tensor] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -32,14 +35,13 @@ class Request:
 
     model: Module  # the model f
     x1: Inputs  # N1 samples
-    x2: Inputs | None  # N2 samples, or ``None`` for x1 itself
+    x2: Inputs | None  # N2 samples, or ``None`` for those of x1
     axes: AxesRequest  # what is asked for about output axes
     params: dict[str, Tensor]  # the parameters the kernel sums over, by the name the user knows them by
-    per_parameter: (
-        bool | str
-    )  # whether one kernel for each parameter, or each ``"module"``, is wanted instead of the sum
-    # Turns what the model returns into the tensor ``[N, *out]``; ``None`` where it is that tensor
-    output: Callable[[Any], Tensor] | None = None
+    # Whether one kernel for each parameter, or each ``"module"``, is wanted instead of the sum
+    per_parameter: bool | str
+    # Turn what the model returns for x1, and for x2, into the tensor ``[N, *out]``; ``None`` where it is that tensor
+    outputs: tuple[Pick, Pick] = (None, None)
     chunk_size: int | None = None  # how many samples or vectors ``vmap`` takes at once; ``None`` for all
     # How the structured route takes the model apart: ``"auto"``, ``"sequential"`` or ``"autograd"``
     capture: str = "auto"
@@ -48,6 +50,7 @@ class Request:
     thorough: bool = False  # whether samples are compared in as many halves as separate every pair of them
     # Whether the model is evaluated in float64, whatever its dtype: to tell rounding from other errors
     widened: bool = False
+    names: tuple[str, str] = ("x1", "x2")  # what the user calls x1 and x2
 
     @classmethod
     def parse(
@@ -59,7 +62,7 @@ class Request:
         *,
         params: Params | None,
         per_parameter: bool | str,
-        output: Callable[[Any], Tensor] | None = None,
+        output: Pick | tuple[Pick, Pick] = None,
         chunk_size: int | None = None,
         capture: str = "auto",
         transforms: bool = False,
@@ -69,7 +72,7 @@ class Request:
         capture = "sequential" if capture == "backpack" else capture  # another name, though it uses no BackPACK
         if capture not in CAPTURES:
             raise ValueError(f"capture must be one of {', '.join(map(repr, CAPTURES))}, got {capture!r}.")
-        check_picks(output)
+        outputs = _parse_outputs(output)
         check_per_parameter(per_parameter)
         if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
             raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}.")
@@ -86,17 +89,38 @@ class Request:
             second = None if x2 is None else parse_inputs(x2, "x2", module)
         if second is not None:
             check_alike(first, second)
-        return cls(module, first, second, axes, wanted, per_parameter, output, chunk_size, capture)
+        return cls(module, first, second, axes, wanted, per_parameter, outputs, chunk_size, capture)
 
     @property
     def symmetric(self) -> bool:
-        """Whether x1 and x2 are the same samples."""
-        return self.x2 is None
+        """Whether x1 and x2 are the same samples, with the same outputs."""
+        return self.x2 is None and self.outputs[0] == self.outputs[1]
 
     @property
     def n1(self) -> int | None:
-        """How many of the stacked samples are x1; ``None`` where all are both x1 and x2."""
-        return None if self.symmetric else len(self.x1)
+        """How many of the samples that are evaluated together are x1; ``None`` where all are x1, x2 or both."""
+        return None if self.x2 is None or len(self.batches) > 1 else len(self.x1)
+
+    @property
+    def batches(self) -> "list[Request]":
+        """What is evaluated together: all samples, which is faster; or x1 and x2 apart, where they differ in form."""
+        if self.outputs[0] == self.outputs[1] and (self.x2 is None or self.x1.fits(self.x2)):
+            return [self]
+        names = self.names if self.x2 is not None else self.names[:1] * 2
+        return [
+            replace(self, x1=x, x2=None, outputs=(output, output), names=(name, name))
+            for x, output, name in zip((self.x1, self.second), self.outputs, names, strict=True)
+        ]
+
+    @property
+    def inputs(self) -> Inputs:
+        """The samples of a batch, x2's behind x1's."""
+        return self.x1.stack(self.x2)
+
+    @property
+    def output(self) -> Pick:
+        """What turns the results of a batch into a tensor."""
+        return self.outputs[0]
 
     @property
     def second(self) -> Inputs:
@@ -127,8 +151,21 @@ class Request:
         return found.items()
 
     def label(self, sample: int) -> str:
-        """Name a sample in a message, by its place among those of x1 and x2."""
-        return f"x1[{sample}]" if sample < len(self.x1) else f"x2[{sample - len(self.x1)}]"
+        """Name a sample of a batch in a message, by its place among those of x1 and x2."""
+        first, second = self.names
+        return f"{first}[{sample}]" if sample < len(self.x1) else f"{second}[{sample - len(self.x1)}]"
+
+    def labels(self, chosen: Iterable[Tensor]) -> list[str]:
+        """Name the samples that are chosen in each batch."""
+        # chosen [N]
+        places = ((batch, of_batch.nonzero().flatten()) for batch, of_batch in zip(self.batches, chosen, strict=True))
+        return [batch.label(sample) for batch, samples in places for sample in samples.tolist()]
+
+    def sides(self, of_batches: Iterable[Tensor]) -> tuple[Tensor, Tensor]:
+        """Tell x1's rows from x2's in what there is of the samples of each batch."""
+        # [N, ...] of each batch -> [N1, ...] and [N2, ...]
+        parts = [p for batch, rows in zip(self.batches, of_batches, strict=True) for p in rows.split(batch.sizes)]
+        return parts[0], parts[-1]
 
     def of_all_parameters(self) -> "Request":
         """Ask the same for all parameters that require a gradient."""
@@ -137,15 +174,24 @@ class Request:
         others = {name: p for name, p in known.items() if p.requires_grad and id(p) not in wanted}
         return replace(self, params=self.params | others)
 
-    def assemble(self, kernels: Iterable[tuple[str, Tensor]], axes: OutputAxes) -> Tensor | dict[str, Tensor]:
+    def assemble(self, kernels: Iterable[tuple[str, Tensor]], axes: KernelAxes) -> Tensor | dict[str, Tensor]:
         """Bring what a route computed to the layout of the public API."""
-        # kernels [N1, N2, E, F, F] -> [N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]
+        # kernels [N1, N2, E, F1, F2] -> [N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]
         sums = sum_kernels(kernels)
         dtypes = {
             group: reduce(torch.promote_types, (p.dtype for p in params.values())) for group, params in self.grouped()
         }
         found = {group: finish(sums[group], axes, self.symmetric).to(dtype) for group, dtype in dtypes.items()}
         return found if self.per_parameter else found[""]
+
+
+def _parse_outputs(output: Any) -> tuple[Pick, Pick]:
+    """Bring what picks a tensor to the form of a pair, for x1 and for x2."""
+    pair = output if isinstance(output, tuple) else (output, output)
+    if len(pair) != 2 or not all(pick is None or callable(pick) for pick in pair):
+        given = f"({', '.join(map(kind_of, pair))})" if isinstance(output, tuple) else kind_of(output)
+        raise TypeError(f"output must be a callable or None, or a pair of these for x1 and x2, got {given}.")
+    return pair
 
 
 def check_picks(output: Any) -> None:

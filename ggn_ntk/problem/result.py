@@ -1,27 +1,26 @@
 """The output convention: from kernels over flattened outputs to the tensors users get.
 
-Routes work with outputs merged to one axis for each role, ``[N1, N2, E, F, F]`` (:mod:`ggn_ntk.problem.output_axes`).
+Routes work with outputs merged to one axis for each role, ``[N1, N2, E, F1, F2]`` (:mod:`ggn_ntk.problem.output_axes`).
 Letters: ``n``, ``m`` samples of x1, x2; ``e`` diagonal outputs; ``c``, ``d`` free outputs.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from ggn_ntk.problem.output_axes import OutputAxes
+from ggn_ntk.problem.output_axes import KernelAxes
 
 
 class Computed(NamedTuple):
     """The kernels of a route, before they get the layout of the public API."""
 
-    axes: OutputAxes  # the role of each output axis
-    # Kernels, or summands of them, by their names in ``Request.groups``, each ``[N1, N2, E, F, F]``
+    axes: KernelAxes  # the roles of output axes
+    # Kernels, or summands of them, by their names in ``Request.groups``, each ``[N1, N2, E, F1, F2]``
     kernels: Iterable[tuple[str, Tensor]]
-    # The model's output for all samples, x2's behind x1's, ``[N1 + N2, ...]``; ``None`` where the route has not
-    # evaluated them together
-    outputs: Tensor | None = None
+    # The outputs of each batch of samples that were evaluated together ``[N, ...]``; none where they were not
+    outputs: Sequence[Tensor] = ()
 
 
 def transpose(kernel: Tensor) -> Tensor:
@@ -41,9 +40,9 @@ def sum_kernels(kernels: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:
     return sums
 
 
-def finish(kernel: Tensor, axes: OutputAxes, symmetric: bool) -> Tensor:
+def finish(kernel: Tensor, axes: KernelAxes, symmetric: bool) -> Tensor:
     """Make the kernel of one set exactly symmetric, and give each output axis its place."""
-    # kernel [N1, N2, E, F, F] -> [N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]
+    # kernel [N1, N2, E, F1, F2] -> [N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]
     if symmetric:
         kernel = (kernel + transpose(kernel)) / 2
     return axes.separate(kernel)

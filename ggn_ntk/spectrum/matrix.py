@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from ggn_ntk.problem.errors import warn
-from ggn_ntk.problem.output_axes import COMPUTES, AxesRequest, OutputAxes
+from ggn_ntk.problem.output_axes import COMPUTES, AxesRequest, KernelAxes
 
 #: Output axes, as :func:`ggn_ntk.empirical_ntk` takes them.
 Axes = int | Iterable[int] | None
@@ -54,7 +54,7 @@ def check_kernel(kernel: Any, argument: str) -> Tensor:
 
 def find_axes(
     kernel: Any, argument: str, y: Tensor, y_argument: str, trace_axes: Axes, diagonal_axes: Axes
-) -> OutputAxes:
+) -> KernelAxes:
     """Find the roles of output axes in a training set's kernel: as stated, or of the ``compute`` with this shape."""
     # kernel [N, N, ...], y [N, *out]
     shape = list(check_entries(kernel, argument).shape)
@@ -74,38 +74,39 @@ def find_axes(
     return candidates[shapes.index(shape)]
 
 
-def flatten(kernel: Tensor, axes: OutputAxes) -> Tensor:
+def flatten(kernel: Tensor, axes: KernelAxes) -> Tensor:
     """Turn a kernel into matrices in float64, without its graph."""
     # kernel [N1, N2, *axes.kernel_shape] -> [E, N1 F, N2 F]
     blocks = torch.einsum("nmecd->encmd", axes.merge(kernel.detach().double()))
     return blocks.flatten(3).flatten(1, 2)
 
 
-def unflatten(matrices: Tensor, axes: OutputAxes) -> Tensor:
+def unflatten(matrices: Tensor, axes: KernelAxes) -> Tensor:
     """Undo :func:`flatten`."""
     # matrices [..., E, N1 F, N2 F] -> [..., N1, N2, *axes.kernel_shape]
-    blocks = matrices.unflatten(-1, (-1, axes.roles.free)).unflatten(-3, (-1, axes.roles.free))
+    blocks = matrices.unflatten(-1, (-1, axes.first.roles.free)).unflatten(-3, (-1, axes.first.roles.free))
     merged = torch.einsum("...encmd->...nmecd", blocks)
     kernels = axes.separate(merged.flatten(0, -5))  # the leading axes and N1 are one
     return kernels.reshape(*merged.shape[:-3], *axes.kernel_shape)
 
 
-def to_columns(f: Tensor, axes: OutputAxes) -> Tensor:
+def to_columns(f: Tensor, axes: KernelAxes) -> Tensor:
     """Turn outputs into columns in float64."""
     # f [N, *out] -> [E, N F, T]
-    return torch.einsum("neft->enft", axes.arrange(f.double().reshape(len(f), -1))).flatten(1, 2)
+    return torch.einsum("neft->enft", axes.first.arrange(f.double().reshape(len(f), -1))).flatten(1, 2)
 
 
-def from_columns(columns: Tensor, axes: OutputAxes) -> Tensor:
+def from_columns(columns: Tensor, axes: KernelAxes) -> Tensor:
     """Undo :func:`to_columns`."""
     # columns [..., E, N F, T] -> [..., N, *out]
-    arranged = torch.einsum("...enft->...neft", columns.unflatten(-2, (-1, axes.roles.free)))
-    order, lead = [*axes.diagonal, *axes.free, *axes.traced], arranged.shape[:-3]
-    separate = arranged.reshape(*lead, *(axes.out_shape[axis] for axis in order))
+    side = axes.first
+    arranged = torch.einsum("...enft->...neft", columns.unflatten(-2, (-1, side.roles.free)))
+    order, lead = [*side.diagonal, *side.free, *side.traced], arranged.shape[:-3]
+    separate = arranged.reshape(*lead, *(side.out_shape[axis] for axis in order))
     return separate.permute(*range(len(lead)), *(len(lead) + order.index(axis) for axis in range(len(order))))
 
 
-def symmetric_matrices(kernel: Any, argument: str, axes: OutputAxes) -> Tensor:
+def symmetric_matrices(kernel: Any, argument: str, axes: KernelAxes) -> Tensor:
     """Turn the kernel of a set with itself into symmetric matrices, which they have to be up to rounding."""
     # kernel [N, N, *axes.kernel_shape] -> [E, N F, N F]
     if kernel.shape[0] != kernel.shape[1]:
@@ -128,10 +129,10 @@ def symmetric_matrix(kernel: Any, argument: str) -> Tensor:
     return symmetric_matrices(kernel, argument, _paired_axes(kernel))[0]
 
 
-def _paired_axes(kernel: Tensor) -> OutputAxes:
+def _paired_axes(kernel: Tensor) -> KernelAxes:
     """Take each output axis for one that is kept for both inputs."""
     # kernel [N1, N2, *out, *out]
-    return OutputAxes(kernel.shape[2 : 1 + kernel.ndim // 2])
+    return AxesRequest.parse("full").resolve(kernel.shape[2 : 1 + kernel.ndim // 2])
 
 
 def rounding(eigenvalues: Tensor, dtype: torch.dtype) -> float:
@@ -181,7 +182,7 @@ class Decomposition:
         return inverse
 
 
-def decompose(kernel: Any, argument: str, axes: OutputAxes, diag_reg: float = 0.0) -> Decomposition:
+def decompose(kernel: Any, argument: str, axes: KernelAxes, diag_reg: float = 0.0) -> Decomposition:
     """Decompose the kernel of a set with itself, with ``diag_reg`` times its mean diagonal added to the diagonal."""
     # kernel [N, N, *axes.kernel_shape] -> eigenvalues [E, N F], eigenvectors [E, N F, N F]
     check_number("diag_reg", diag_reg, 0.0)

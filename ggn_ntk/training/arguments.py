@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ggn_ntk.problem.output_axes import OutputAxes
+from ggn_ntk.problem.output_axes import KernelAxes
 from ggn_ntk.problem.result import EmpiricalKernels
 from ggn_ntk.spectrum.matrix import (
     Axes,
@@ -47,7 +47,7 @@ class Gaussian(NamedTuple):
 class Layout:
     """How outputs become columns, and kernels the matrices that multiply them."""
 
-    axes: OutputAxes  # the role of each output axis in kernels
+    axes: KernelAxes  # the roles of output axes in kernels
     n: int  # the number of training samples N
     dtype: torch.dtype  # of results
     device: torch.device  # of kernels, outputs and results
@@ -74,7 +74,7 @@ class Layout:
         # f [samples, *out] -> [E, samples F, T]
         samples = self.n if samples is None else samples
         f = check_real(f, argument)
-        self._check(argument, f, [samples, *self.axes.out_shape])
+        self._check(argument, f, [samples, *self.axes.first.out_shape])
         return to_columns(f, self.axes)
 
     def start(self, argument: str, f: Any, samples: int | None = None) -> Tensor:
@@ -82,7 +82,7 @@ class Layout:
         # -> [E, samples F, T]
         if f is None or (isinstance(f, int | float) and not isinstance(f, bool)):
             samples = self.n if samples is None else samples
-            f = torch.full([samples, *self.axes.out_shape], f or 0.0, dtype=torch.float64, device=self.device)
+            f = torch.full([samples, *self.axes.first.out_shape], f or 0.0, dtype=torch.float64, device=self.device)
         return self.columns(argument, f, samples)
 
     def outputs(self, columns: Tensor) -> Tensor:

@@ -299,9 +299,6 @@ def test_what_is_no_tensor_needs_no_mark(value):
 
 
 DIFFERENT = [
-    ((X, shared(GRID)), (X, shared(GRID + 1)), r"x2\[1\] must be equal to x1\[1\], which all samples share"),
-    ({"x": X, "flag": True}, {"x": X, "flag": False}, r"x2\['flag'\] must be equal to x1\['flag'\]"),
-    ({"x": X, "scale": 1}, {"x": X, "scale": True}, r"x2\['scale'\] must be equal"),
     ({"x": X, "flag": True}, {"x": X}, r"same entries as x1.* got \['x'\] against \['x'\], \['flag'\] \(shared\)"),
     (([X],), ((X,),), r"the same entries as x1.* \[0\] \(tuple\) against .* \[0\] \(list\)"),
     ((X, X), (X, shared(X)), r"\[1\] \(shared\) against \[0\], \[1\]"),
@@ -309,7 +306,7 @@ DIFFERENT = [
 
 
 @pytest.mark.parametrize(("x1", "x2", "message"), DIFFERENT, ids=range(len(DIFFERENT)))
-def test_what_samples_share_is_the_same_in_both_sets(x1, x2, message):
+def test_both_sets_have_one_structure(x1, x2, message):
     for function in FUNCTIONS:
         with pytest.raises(ValueError, match=message):
             function(Operator().double(), x1, x2)

@@ -1,6 +1,7 @@
 """Single output axes summed or taken at equal indices, on every route, against the full kernel in float64."""
 
 from functools import cache
+from math import prod
 
 import pytest
 import torch
@@ -25,7 +26,7 @@ from torch import Size, nn
 from ggn_ntk import empirical_ntk, empirical_ntk_vivit, explain
 from ggn_ntk.contraction import contract
 from ggn_ntk.memory.chunks import split_outputs
-from ggn_ntk.problem.output_axes import OutputAxes
+from ggn_ntk.problem.output_axes import KernelAxes, OutputAxes
 from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
 
 # Every way to compute a kernel.
@@ -201,7 +202,15 @@ def test_outputs_in_chunks(budget, roles, symmetric, capture, monkeypatch):
 def test_merging_undoes_separating(roles):
     axes = axes_of(roles)
     axes = OutputAxes(Size(range(2, 2 + len(roles))), tuple(axes["trace_axes"]), tuple(axes["diagonal_axes"]))
-    kernel = torch.randn(3, 2, *axes.roles.kernel)
+    check_merging(KernelAxes(axes, axes))
+
+
+def test_merging_undoes_separating_two_shapes():
+    check_merging(KernelAxes(OutputAxes(Size([2, 3])), OutputAxes(Size([4]))))
+
+
+def check_merging(axes):
+    kernel = torch.randn(3, 2, *axes.shape)
     separated = axes.separate(kernel)
     assert separated.shape[2:] == axes.kernel_shape
     assert torch.equal(axes.merge(separated), kernel)
@@ -217,16 +226,31 @@ def test_chunks_hold_each_pair_once(roles, size, data):
     out = Size(data.draw(st.integers(1, 4)) for _ in roles)
     axes = axes_of(roles)
     axes = OutputAxes(out, tuple(axes["trace_axes"]), tuple(axes["diagonal_axes"]))
-    e, f, _ = axes.roles
-    outputs = torch.randn(out.numel()).double()
-    kernel = torch.zeros(1, 1, e, f, f).double()
-    for chunk in split_outputs(axes, size):
-        assert chunk.outputs.numel() == chunk.roles.diagonal * chunk.roles.free * chunk.roles.traced
-        assert chunk.outputs.numel() <= max(2, size)
-        y = outputs[chunk.outputs].reshape(chunk.roles)
-        chunk.add(kernel, torch.einsum("ecf,edf->ecd", y, y)[None, None])
-    y = outputs[axes.numbers]
-    torch.testing.assert_close(kernel[0, 0], torch.einsum("ecf,edf->ecd", y, y))
+    check_chunks(KernelAxes(axes, axes), size, apart=data.draw(st.booleans()))
+
+
+@settings(deadline=None)
+@given(outputs=st.tuples(*[st.lists(st.integers(1, 4), max_size=3)] * 2), size=st.integers(0, 60))
+def test_chunks_of_two_shapes(outputs, size):
+    check_chunks(KernelAxes(*(OutputAxes(Size(out)) for out in outputs)), size, apart=True)
+
+
+def check_chunks(axes, size, *, apart):
+    """The chunks of some axes put a kernel together."""
+    first, second = (torch.randn(side.out_shape.numel()).double() for side in axes)
+    if not apart:
+        second = first
+    kernel = torch.zeros(1, 1, *axes.shape).double()
+    for chunk in split_outputs(axes, size, apart=apart):
+        assert chunk.outputs[0].numel() == prod(chunk.roles)
+        assert max(len(outputs) for outputs in chunk.outputs) <= max(1 if apart else 2, size)
+        x, y = (
+            values[outputs].reshape(chunk.roles.among(len(outputs)))
+            for values, outputs in zip((first, second), chunk.outputs, strict=True)
+        )
+        chunk.add(kernel, torch.einsum("ecf,edf->ecd", x, y)[None, None])
+    x, y = first[axes.first.numbers], second[axes.second.numbers]
+    torch.testing.assert_close(kernel[0, 0], torch.einsum("ecf,edf->ecd", x, y))
 
 
 @pytest.mark.parametrize("symmetric", [False, True])

@@ -58,7 +58,6 @@ def model():
         ({"x1": (X, X[:2])}, ValueError, r"The tensors of x1 must share their leading axis, .* x1\[0\]: 3, x1\[1\]: 2"),
         ({"x1": X.double()}, ValueError, "x1 is torch.float64, the model's parameters torch.float32"),
         ({"x1": X.to("meta")}, ValueError, "x1 is on meta, the model's parameters on cpu"),
-        ({"x2": X[:, :4]}, ValueError, r"x2 must have the shape behind the sample axis of x1: \[5\], got \[4\]"),
         ({"x2": X.int()}, ValueError, "x2 must have the dtype of x1: torch.float32, got torch.int32"),
         ({"x2": (X, X)}, ValueError, r"x2 must hold the same entries as x1, .*got \[0\], \[1\] .*against a tensor"),
         ({"x2": {"input": X}}, ValueError, r"x2 must hold the same entries as x1, .*got \['input'\]"),
@@ -85,7 +84,7 @@ def test_every_public_function_checks_its_arguments(function, model):
 def test_arguments_of_the_oracle(function, model):
     with pytest.raises(ValueError, match="chunk_size must be a positive integer or None, got 0"):
         function(model, X, chunk_size=0)
-    with pytest.raises(TypeError, match="output must be a callable or None, got str"):
+    with pytest.raises(TypeError, match=r"output must be a callable or None.*, got str"):
         function(model, X, output="logits")
 
 
@@ -112,7 +111,7 @@ def test_keywords_are_the_same_everywhere(function, model):
     assert known.keys() - own.keys() == FRONT_DOORS[function]
     for name in own.keys() & known.keys() - {"params" if expansion else ""}:
         assert own[name] == known[name].replace(annotation=own[name].annotation)
-    with pytest.raises(TypeError, match="output must be a callable or None, got str"):
+    with pytest.raises(TypeError, match=r"output must be a callable or None.*, got str"):
         function(model, *([1] if function is taylor_expand else [] if expansion else [X]), output="logits")
 
 
