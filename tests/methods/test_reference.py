@@ -29,6 +29,12 @@ def forbid(monkeypatch):
     return lambda name: monkeypatch.setattr(sample_jacobians, name, forbidden)
 
 
+def replace_evaluations_of_samples(monkeypatch, function):
+    """Have both routes call another function where they evaluate a sample inside of ``vmap``."""
+    for module in (sample_jacobians, reference):
+        monkeypatch.setattr(module, "sample_output", function)
+
+
 @each_function
 @each_compute
 @pytest.mark.parametrize("chunk_size", [1, 2, 100])
@@ -84,7 +90,7 @@ def test_plain_autograd_takes_over_where_vmap_fails(function, compute, symmetric
 
 @pytest.mark.parametrize("name", ["recurrent", "data_dependent", "tied_transformer", "custom_parameter"])
 def test_params_and_per_parameter_where_vmap_fails(name, monkeypatch):
-    monkeypatch.setattr(sample_jacobians, "vmap", lambda *args, **kwargs: 1 / 0)
+    replace_evaluations_of_samples(monkeypatch, lambda *args: 1 / 0)
     model, x, _ = BY_NAME[name].build()
     jacobians = loop_jacobians(model, x)
     name = list(jacobians)[-1]
@@ -101,7 +107,7 @@ def test_running_out_of_memory_is_not_a_reason_to_loop(function, monkeypatch, fo
     def out_of_memory(*args, **kwargs):
         raise torch.OutOfMemoryError("no memory")
 
-    monkeypatch.setattr(sample_jacobians, "vmap", out_of_memory)
+    replace_evaluations_of_samples(monkeypatch, out_of_memory)
     forbid("_autograd_jacobian")
     with pytest.raises(torch.OutOfMemoryError):
         function(mlp(nn.Tanh)(), torch.randn(3, 5))
@@ -113,7 +119,7 @@ def test_parameters_that_the_output_does_not_depend_on(function, monkeypatch):
     model.forward = lambda x: x.sin()
     model.unused = nn.Parameter(torch.randn(3))
     assert torch.equal(function(model, torch.randn(2, 4)), torch.zeros(2, 2, 4, 4))
-    monkeypatch.setattr(sample_jacobians, "vmap", lambda *args, **kwargs: 1 / 0)
+    replace_evaluations_of_samples(monkeypatch, lambda *args: 1 / 0)
     assert torch.equal(function(model, torch.randn(2, 4)), torch.zeros(2, 2, 4, 4))
 
 
