@@ -51,6 +51,8 @@ def record(
 
     with torch.enable_grad():
         result = evaluate(request, None, inputs, inspect=runs_foreign_code(request), within=recorded)
+        if isinstance(result, Tensor) and result.is_floating_point() and not result.requires_grad:
+            result = result.clone().requires_grad_()  # of no parameter: a graph all the same
     return Recording(calls, result, inputs)
 
 

@@ -4,6 +4,7 @@ import random
 import re
 import sys
 import threading
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from functools import cache
@@ -45,7 +46,9 @@ class Inspection(TorchDispatchMode):
     def __init__(self, params: Mapping[Tensor, Tensor | None], written: dict[Tensor, Tensor]) -> None:
         """Take parameters with their values, where these are known, and where to list those that are written to."""
         super().__init__()
-        self._params, self._written = {storage_of(p): (p, values) for p, values in params.items()}, written
+        self._written, self._params = written, defaultdict[int, list[tuple[Tensor, Tensor | None]]](list)
+        for p, values in params.items():  # several of them may be parts of the same memory
+            self._params[storage_of(p)].append((p, values))
         self.low = set[torch.dtype]()
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -56,9 +59,9 @@ class Inspection(TorchDispatchMode):
             raise UnsupportedModelError([DRAWS])
         # Parameters are backed up before they are written to, also through a view.
         for tensor in _leaves(tuple(args[i] if i < len(args) else kwargs.get(name) for i, name in written)):
-            param, values = self._params.get(storage_of(tensor) if isinstance(tensor, Tensor) else 0, (None, None))
-            if param is not None and param not in self._written:
-                self._written[param] = param.detach().clone() if values is None else values
+            for param, values in self._params.get(storage_of(tensor), ()) if isinstance(tensor, Tensor) else ():
+                if param not in self._written:
+                    self._written[param] = param.detach().clone() if values is None else values
         result = func(*args, **kwargs)
         low = _dtypes(result) - TOLERANCES.keys()
         # Arguments in low precision alone are constants, or come of a conversion that was seen before.

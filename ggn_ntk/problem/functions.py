@@ -1,8 +1,8 @@
-"""Functions ``f(params, *args, **kwargs)``, as ``torch.func`` has them, as modules, which every route takes.
+"""Functions ``f(params, *args, **kwargs)``, as ``torch.func`` has them, in the form of modules, as routes take them.
 
-The tensors of ``params`` become the parameters of such a module, which share their memory. Modules that the function
-refers to become its children, so that their hooks and buffers are left as found, threads take turns with them, and
-BatchNorm in train mode is named. Their parameters are constants.
+The parameters of such a module share the memory of the tensors in ``params``. Modules that the function refers to are
+its children, so that their hooks and buffers are left as found, threads take turns with them, and BatchNorm in train
+mode is named. Their parameters are constants.
 """
 
 import dis
@@ -56,8 +56,7 @@ class FunctionModule(Module):
         aliases: dict[Any, Parameter] = {}
         for name, tensor in _checked(named).items():
             # The same place in memory under two names is one parameter, as in a module.
-            alias = aliases.setdefault(_place_of(tensor), _alias(tensor))
-            parameters_of(self)[name] = alias
+            parameters_of(self)[name] = aliases.setdefault(_place_of(tensor), _alias(tensor))
         self.shared = {id(getattr(function, "__self__", function)), *(id(tensor) for _, tensor in named)}
         variables = list(_variables(function, set()))
         self.variables = [value for _, value in variables]
@@ -72,7 +71,7 @@ class FunctionModule(Module):
 
     def _unlike_others(self, name: str) -> str:
         """Change a child's name until no parameter begins like those of the child."""
-        while name in children_of(self) or any(f"{held}.".startswith(f"{name}.") for held in self._names):
+        while not name or name in children_of(self) or any(f"{held}.".startswith(f"{name}.") for held in self._names):
             name += "_"
         return name
 

@@ -12,6 +12,8 @@ import pytest
 import torch
 from cases import tied_mlp
 from conftest import PRETENDS, assert_close, call, first_samples, kernel_of, num_samples
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call, jacrev, stack_module_state, vmap
 from torch.nn import functional as F
@@ -19,6 +21,7 @@ from torch.utils._pytree import tree_flatten, tree_map, tree_unflatten
 from unchanged import process_state, unchanged
 
 from ggn_ntk import (
+    RouteWarning,
     UnsupportedModelError,
     UnsupportedRouteError,
     empirical_kernels,
@@ -29,6 +32,7 @@ from ggn_ntk import (
     nngp,
     taylor_expand,
 )
+from ggn_ntk.problem.functions import as_module, own_parameters
 from ggn_ntk.reference import jacobian_contraction, ntk_vector_products
 
 ROUTES = ["structured", "jacobian_contraction", "ntk_vector_products"]
@@ -128,6 +132,19 @@ def heat(params, t, x):
     return vmap(lambda t, x: u_t(t, x) - u_xx(t, x))(t, x)
 
 
+def of_a_part():
+    """A module of the user's as the function of the weight alone, elsewhere for three of the samples."""
+    layer, x1 = nn.Linear(5, 4).double(), torch.randn(5, 5).double()
+
+    def function(params, x):
+        other = functional_call(layer, {"weight": 2 * params["w"]}, (x,))
+        return torch.tanh(torch.where(x[:, :1] > 1.5, other, functional_call(layer, {"weight": params["w"]}, (x,))))
+
+    x1[:, 0].clamp_(max=1.4)
+    x1[[1, 3, 4], 0] = 2.0
+    return Case(function, {"w": layer.weight}, x1, torch.randn(2, 5).double())
+
+
 def residual():
     x1, x2 = (torch.randn(2, n).double() for n in (3, 2))
     return Case(heat, weights(2, 4, 1), tuple(x1), tuple(x2))
@@ -223,6 +240,7 @@ CASES = [
     of_a_module,
     of_a_tied_module,
     of_a_shell,
+    of_a_part,
     residual,
     nested,
     views,
@@ -396,7 +414,8 @@ def test_threads_that_use_one_function_take_turns():
         return y
 
     with ThreadPoolExecutor(2) as pool:
-        jobs = [pool.submit(empirical_ntk, f, x, params=params, method=method) for method in ROUTES * 3]
+        jobs = [pool.submit(empirical_ntk, f, x, params=params, method=method) for method in ROUTES * 2]
+        jobs += [pool.submit(empirical_ntk, net, x), pool.submit(empirical_ntk, lambda *a: f(*a), x, params=params)] * 2
     for job in jobs:
         assert_close(job.result(), kernel_of(net, x))
     assert all(p is params[name] for name, p in net.named_parameters())
@@ -471,3 +490,75 @@ def test_kernels_of_modules_go_by_names():
     found = empirical_ntk(f, x, params=params, per_parameter="module")
     assert list(found) == ["layers.0", "layers.1", "scale"]
     assert_close(found["layers.0"], each["layers.0.w"] + each["layers.0.b"])
+
+
+def divided(params, x):
+    """Writes to a parameter at each call."""
+    with torch.no_grad():
+        params["w0"].div_(params["w0"].norm())
+    return mlp(params, x)
+
+
+def test_parameters_that_are_written_to():
+    """Parts of one vector in memory are backed up each by itself."""
+    theta, x = torch.randn(28).double(), torch.randn(3, 5).double()
+    w0, w1 = theta.split((20, 8))
+    params, before = {"w0": w0.view(5, 4), "w1": w1.view(4, 2)}, theta.tolist()
+    full = expected(mlp, {"w0": params["w0"] / w0.norm(), "w1": params["w1"]}, x)
+    for method in ("jacobian_contraction", "auto"):
+        with pytest.warns(RouteWarning):
+            found = empirical_ntk(divided, x, params=params, method=method)
+        assert_close(found, full)
+        assert theta.tolist() == before
+    with pytest.raises(UnsupportedRouteError, match="w0, w1: its forward pass writes to it"):
+        empirical_ntk(divided, x, params=params, method="structured")
+    assert theta.tolist() == before
+
+
+class UsesNone(nn.Linear):
+    def forward(self, x):
+        return x
+
+
+@pytest.mark.parametrize("method", ROUTES)
+def test_kernels_of_what_no_parameter_takes_part_in_are_zero(method):
+    x, net = torch.randn(3, 5).double(), normalised()
+    for f in (lambda params, x: x, lambda params, x: net(x)):
+        assert not empirical_ntk(f, x, params=dict(net.named_parameters()), method=method).any()
+    assert not empirical_ntk(UsesNone(5, 5).double(), x, method=method).any()
+
+
+@pytest.mark.parametrize("method", ROUTES)
+def test_a_module_that_is_held_twice_keeps_its_parameter(method):
+    layer = nn.Linear(5, 5).double()
+    net, x = nn.Sequential(layer, nn.Tanh(), layer), torch.randn(3, 5).double()
+    weight = layer.weight
+    found = empirical_ntk(
+        lambda p, x: functional_call(net, p, (x,)), x, params=dict(net.named_parameters()), method=method
+    )
+    assert layer.weight is weight
+    assert_close(found, kernel_of(net, x))
+
+
+trees = st.recursive(
+    st.integers(1, 3),
+    lambda inner: (
+        st.lists(inner, min_size=1, max_size=3)
+        | st.lists(inner, min_size=1, max_size=3).map(tuple)
+        | st.dictionaries(st.sampled_from("abc"), inner, min_size=1)
+    ),
+    max_leaves=6,
+)
+
+
+@settings(deadline=None, max_examples=30)
+@given(tree=st.dictionaries(st.sampled_from("xyz"), trees, min_size=1))
+def test_structures_reach_the_function_as_they_are(tree):
+    params = tree_map(torch.ones, tree)
+    module = as_module(lambda params, x: params, params)
+    found = module(None)
+    assert tree_flatten(found)[1] == tree_flatten(params)[1]
+    for one, other in zip(tree_flatten(found)[0], tree_flatten(params)[0], strict=True):
+        assert torch.equal(one, other)
+        assert one.data_ptr() == other.data_ptr()
+    assert len(own_parameters(module)) == len(tree_flatten(params)[0])
