@@ -22,14 +22,14 @@ each_route = pytest.mark.parametrize("method", ROUTES)
 @pytest.fixture(autouse=True)
 def _few_attempts(monkeypatch):
     """Fail where the structured route evaluates a model again and again, instead of hanging."""
-    attempts, make_plan = [], structured.make_plan
+    attempts, make_plans = [], structured.make_plans
 
     def counted(request, *args, **kwargs):
         attempts[:] = [*attempts, request] if not attempts or attempts[-1] is request else [request]
         assert len(attempts) <= 8, "no end to it"
-        return make_plan(request, *args, **kwargs)
+        return make_plans(request, *args, **kwargs)
 
-    monkeypatch.setattr(structured, "make_plan", counted)
+    monkeypatch.setattr(structured, "make_plans", counted)
 
 
 def cast(x, dtype):

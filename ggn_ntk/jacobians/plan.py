@@ -135,6 +135,12 @@ class Plans(NamedTuple):
         return reduce(operator.or_, reasons)
 
     @property
+    def covered(self) -> list[str]:
+        """The parameters whose Jacobians rules give for all sides."""
+        fallback = self.fallback
+        return [name for name in self.request.params if name not in fallback]
+
+    @property
     def cancelling(self) -> set[str]:
         """The parameters whose Jacobian is far smaller than the terms that rules add up for it."""
         return set().union(*(plan.cancelling for plan in self.plans))

@@ -72,10 +72,9 @@ def _verified(request: Request, use: Callable[[Plans], _T]) -> tuple[Plans, _T]:
 
 def _contracted(plans: Plans, make: Callable[..., Accumulator] = Accumulator) -> dict[str, Tensor]:
     """Contract x1 with x2, which are one side, or its two parts, or two sides."""
-    request, fallback = plans.request, plans.fallback
+    request = plans.request
     formed = request.params if request.jacobians_first else plans.cancelling
-    covered = [name for name in request.params if name not in fallback]
-    wanted = Wanted(plans.axes, request.groups.__getitem__, covered, formed)
+    wanted = Wanted(plans.axes, request.groups.__getitem__, plans.covered, formed)
     return contract(plans.sides[0], plans.sides[-1], wanted, n1=request.n1, make=make)
 
 

@@ -10,7 +10,7 @@ from torch import nn
 from ggn_ntk import Factored, register_rule
 from ggn_ntk.contraction import contract as module
 from ggn_ntk.contraction.contract import Wanted, contract
-from ggn_ntk.jacobians.plan import make_plan
+from ggn_ntk.jacobians.plan import make_plans
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request
@@ -21,26 +21,26 @@ def plan_for(model, x1, x2, compute="full", output=None, capture="auto"):
     axes = AxesRequest.parse(compute)
     request = Request.parse(model, x1, x2, axes, params=None, per_parameter=False, output=output, capture=capture)
     with isolated(model), torch.no_grad():
-        return request, make_plan(request, {}, everyone=False)[0]
+        return request, make_plans(request, {}, everyone=False)
 
 
-def between(request, plan, *sides):
+def between(request, plans, *sides):
     """The kernel between two sides, of the parameters that do not fall back."""
     first, second = sides if len(sides) == 2 else sides * 2
-    wanted = Wanted(plan.axes, plan.request.groups.__getitem__, plan.covered, plan.cancelling)
-    return request.assemble(contract(first, second, wanted).items(), plan.axes)
+    wanted = Wanted(plans.axes, plans.request.groups.__getitem__, plans.covered, plans.cancelling)
+    return request.assemble(contract(first, second, wanted).items(), plans.axes)
 
 
 @pytest.mark.parametrize("case", [*CASES, *MODELS], ids=str)
 def test_two_sides_that_were_evaluated_apart(case, compute):
     model, x1, x2 = case.build()
-    request, plan = plan_for(model, x1, x2, compute, case.output)
-    if not plan.covered:
+    request, plans = plan_for(model, x1, x2, compute, case.output)
+    if not plans.covered:
         pytest.skip("no rule covers any parameter")
     with isolated(model), torch.no_grad():
-        first, second = (plan.evaluate(x) for x in (request.x1, request.x2))
-        kernel = between(request, plan, first, second)
-    expected = jacobian_contraction(model, x1, x2, compute=compute, params=plan.covered, output=case.output)
+        first, second = (plans.plans[0].evaluate(x) for x in (request.x1, request.x2))
+        kernel = between(request, plans, first, second)
+    expected = jacobian_contraction(model, x1, x2, compute=compute, params=plans.covered, output=case.output)
     # Gemma's norms compute in float32.
     assert_close(kernel, expected, scale=1e5 * expected if case.name == "gemma" else expected)
 
@@ -51,14 +51,14 @@ def test_two_sides_that_were_evaluated_apart(case, compute):
 def test_a_plan_is_made_once(name, capture, compute):
     """It holds for other samples, and for parameters that have changed since."""
     model, x1, x2 = BY_NAME[name].build()
-    request, plan = plan_for(model, x1, x2, compute, capture=capture)
+    request, plans = plan_for(model, x1, x2, compute, capture=capture)
     with torch.no_grad():
         for p in model.parameters():
             p.mul_(1.1)
     x = first_samples(x2, slice(2))
     other = Request.parse(model, x, None, request.axes, params=None, per_parameter=False)
     with isolated(model), torch.no_grad():
-        kernel = between(other, plan, plan.evaluate(other.x1))
+        kernel = between(other, plans, plans.plans[0].evaluate(other.x1))
     assert_close(kernel, jacobian_contraction(model, x, compute=compute))
 
 
@@ -68,19 +68,19 @@ def test_a_side_walks_back_once_for_each_chunk(capture, monkeypatch):
     monkeypatch.setattr(module, "available", lambda device: None)
     model = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 6)).double()
     x1, x2 = torch.randn(3, 4).double(), torch.randn(2, 4).double()
-    request, plan = plan_for(model, x1, x2, capture=capture)
+    request, plans = plan_for(model, x1, x2, capture=capture)
     with isolated(model), torch.no_grad():
-        sides = [plan.evaluate(x) for x in (request.x1, request.x2)]
-        kernel = between(request, plan, *sides)
+        sides = [plans.plans[0].evaluate(x) for x in (request.x1, request.x2)]
+        kernel = between(request, plans, *sides)
     assert_close(kernel, jacobian_contraction(model, x1, x2))
 
 
 @pytest.mark.parametrize("capture", ["sequential", "autograd"])
 def test_what_a_pass_has_left_is_an_error(capture):
     model, x = nn.Sequential(nn.Linear(4, 5), nn.Tanh(), nn.Linear(5, 2)), torch.randn(3, 4)
-    request, plan = plan_for(model, x, None, capture=capture)
+    request, plans = plan_for(model, x, None, capture=capture)
     with isolated(model), torch.no_grad():
-        side = plan.evaluate(request.x1)
+        side = plans.plans[0].evaluate(request.x1)
         steps = list(side.steps(torch.arange(2), lambda *args: None, again=False))
         assert len(steps) == 2
         for step in steps:
@@ -111,10 +111,10 @@ def test_a_rule_that_fails_for_one_side_alone(capture, turned):
     model = nn.Sequential(nn.Linear(4, 5), Scale(), nn.Linear(5, 2)).double()
     sets = [torch.randn(3, 4).double(), torch.randn(5, 4).double()]
     x1, x2 = sets[::-1] if turned else sets
-    request, plan = plan_for(model, x1, x2, capture=capture)
+    request, plans = plan_for(model, x1, x2, capture=capture)
     with isolated(model), torch.no_grad():
-        sides = [plan.evaluate(x) for x in (request.x1, request.x2)]
-        kernel = between(request, plan, *sides)
+        sides = [plans.plans[0].evaluate(x) for x in (request.x1, request.x2)]
+        kernel = between(request, plans, *sides)
     assert {name for side in sides for name in side.failures} == {"1.weight"}
-    others = [name for name in plan.covered if name != "1.weight"]
+    others = [name for name in plans.covered if name != "1.weight"]
     assert_close(kernel, jacobian_contraction(model, x1, x2, params=others))

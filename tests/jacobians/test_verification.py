@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ggn_ntk import Factored, RouteWarning, empirical_ntk, register_rule
 from ggn_ntk.jacobians import trial
-from ggn_ntk.jacobians.plan import make_plan
+from ggn_ntk.jacobians.plan import make_plans
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request
@@ -81,7 +81,7 @@ def test_layers_that_may_move_samples_are_not_known(layer, known):
 def looks_at_everyone(model, x, **options):
     request = Request.parse(model, x, None, AxesRequest.parse("full"), params=None, per_parameter=False, **options)
     with isolated(model), torch.no_grad():
-        return make_plan(request, {}, everyone=False)[1].verification.everyone
+        return make_plans(request, {}, everyone=False).verifications[0].everyone
 
 
 class Own(nn.Linear):
@@ -139,7 +139,7 @@ class Difference(nn.Module):
 def cancelling(model, *sets):
     request = Request.parse(model, *sets, AxesRequest.parse("full"), params=None, per_parameter=False)
     with isolated(model), torch.no_grad():
-        return make_plan(request, {}, everyone=False)[0].cancelling
+        return make_plans(request, {}, everyone=False).cancelling
 
 
 def test_jacobians_that_cancel_are_no_chance_of_the_vectors_they_are_compared_with(monkeypatch):

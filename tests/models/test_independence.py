@@ -12,7 +12,7 @@ from conftest import assert_close, kernel_of
 from torch import nn
 
 from ggn_ntk import UnsupportedModelError, empirical_ntk
-from ggn_ntk.jacobians.plan import make_plan
+from ggn_ntk.jacobians.plan import make_plans
 from ggn_ntk.methods import structured
 from ggn_ntk.models.independence import partitions
 
@@ -458,9 +458,9 @@ def bounded(monkeypatch):
     def counted(request, *args, **options):
         evaluated[id(request.params)] += 1
         assert evaluated[id(request.params)] < 20
-        return make_plan(request, *args, **options)
+        return make_plans(request, *args, **options)
 
-    monkeypatch.setattr(structured, "make_plan", counted)
+    monkeypatch.setattr(structured, "make_plans", counted)
     return evaluated
 
 
