@@ -18,7 +18,10 @@ from ggn_ntk.process.torch_internals import tree_map
 from ggn_ntk.process.transforms import AutogradInside, is_transformed
 
 #: What to do about a sample axis that is lost for some numbers of samples.
-SHAPE_REMEDY = "Keep the sample axis also for a single sample (say squeeze(-1), not squeeze())"
+SHAPE_REMEDY = (
+    "Keep the sample axis also for a single sample (say squeeze(-1), not squeeze()), and mark inputs that all samples "
+    "share with ggn_ntk.shared"
+)
 
 
 def evaluate(

@@ -47,7 +47,8 @@ _ONE_BY_ONE, _LOOKED_AT = 256, 16
 _LESS = 0.1
 
 _REMEDY = (
-    "Remove what mixes the leading axis, e.g. use batch_first=True, or eval(); or make each sample a call of its own"
+    "Remove what mixes the leading axis, e.g. use batch_first=True, or eval(); mark inputs that all samples share with "
+    "ggn_ntk.shared; or make each sample a call of its own"
 )
 
 

@@ -28,9 +28,6 @@ What is in another form goes into a wrapper that takes tensors [N, ...] and make
 
     empirical_ntk(Wrapper(model), x1)"""
 
-# Puts entries, by their label, in the places of those that a structure was read with.
-_Build = Callable[[dict[str, Any]], Any]
-
 
 @dataclass(frozen=True, eq=False)
 class Shared:
@@ -57,7 +54,7 @@ def shared(value: Any) -> Shared:
     Raises:
         TypeError: If there is no tensor in the value: anything else is shared without a mark.
     """
-    if not any(isinstance(entry, Tensor) for _, entry in entries_of(value)):
+    if not any(isinstance(part, Tensor) for _, part, _ in parts_of(value)):
         raise TypeError(f"value must be a tensor or hold tensors, got {kind_of(value)}: pass it on without shared().")
     return Shared(value)
 
@@ -69,7 +66,7 @@ class Inputs:
     tensors: dict[str, Tensor]  # of samples, each ``[N, ...]``, by the label in a message: ``""`` or ``"['mask'][0]"``
     constants: dict[str, Any]  # what all samples share: tensors, and entries that are none, by label
     kinds: dict[str, type]  # of the structures that hold these, by label
-    build: _Build  # makes the arguments ``(args, kwargs)`` of entries by label
+    structure: Any  # as it was given: a tensor, or a tuple or dict of arguments
 
     def __len__(self) -> int:
         """Return the number of samples N."""
@@ -78,14 +75,16 @@ class Inputs:
     @property
     def positional(self) -> tuple[Tensor, ...] | None:
         """The arguments, if they are tensors of samples, all of them positional."""
-        args, kwargs = self.build(self.tensors | dict.fromkeys(self.constants))
-        return args if not kwargs and all(isinstance(x, Tensor) for x in args) else None
+        positional = len(self.tensors) == 1 if not self.kinds else self.kinds == {"": tuple}
+        return None if self.constants or not positional else tuple(self.tensors.values())
 
     def arguments(self, copied: Callable[[Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Make positional and keyword arguments for one call of the model, with copies of all tensors."""
         entries = self.tensors | self.constants
-        args, kwargs = self.build({k: copied(x) if isinstance(x, Tensor) else x for k, x in entries.items()})
-        return args, kwargs
+        made = _made(self.structure, {k: copied(x) if isinstance(x, Tensor) else x for k, x in entries.items()})
+        if isinstance(self.structure, dict):
+            return (), made
+        return (made if isinstance(self.structure, tuple) else (made,)), {}
 
     def map(self, function: Callable[..., Tensor], *others: "Inputs") -> "Inputs":
         """Apply a function to each tensor of samples, together with those in its place in other inputs."""
@@ -132,15 +131,14 @@ def _plain(tensor: Tensor) -> Tensor:
     return tensor.clone() if tensor.is_inference() else tensor.detach()
 
 
-def entries_of(x: Any, label: str = "") -> Iterator[tuple[str, Any]]:
-    """List what a structure holds, with labels: itself, if it is none."""
+def parts_of(x: Any, label: str = "", *, is_shared: bool = False) -> Iterator[tuple[str, Any, bool]]:
+    """List a structure, its parts and theirs, with labels and whether they are marked as shared."""
     if isinstance(x, Shared):
-        yield from entries_of(x.value, label)
-    elif (parts := _parts(x)) is None:
-        yield label, x
-    else:
-        for suffix, part in parts.items():
-            yield from entries_of(part, label + suffix)
+        yield from parts_of(x.value, label, is_shared=True)
+        return
+    yield label, x, is_shared
+    for suffix, part in (_parts(x) or {}).items():
+        yield from parts_of(part, label + suffix, is_shared=is_shared)
 
 
 def _parts(x: Any) -> dict[str, Any] | None:
@@ -154,7 +152,7 @@ def _parts(x: Any) -> dict[str, Any] | None:
     if dataclasses.is_dataclass(x):
         parts = {f".{f.name}": getattr(x, f.name) for f in dataclasses.fields(x) if hasattr(x, f.name)}
         # Settings are passed on as they are, whatever else they hold.
-        return parts if any(isinstance(entry, Tensor) for _, entry in entries_of([*parts.values()])) else None
+        return parts if any(isinstance(part, Tensor) for _, part, _ in parts_of([*parts.values()])) else None
     return None
 
 
@@ -163,8 +161,18 @@ def _is_mapping(x: Any) -> bool:
     return hasattr(x, "keys") and hasattr(x, "__getitem__")
 
 
-def _rebuilt(x: Any, parts: list[Any]) -> Any:
-    """Make a structure like another of other parts."""
+def _made(x: Any, entries: dict[str, Any], label: str = "") -> Any:
+    """Make a structure like another, of other entries, by label."""
+    if isinstance(x, Shared):
+        return _made(x.value, entries, label)
+    parts = _parts(x)
+    if parts is None:
+        return entries[label]
+    return _with_parts(x, [_made(part, entries, label + suffix) for suffix, part in parts.items()])
+
+
+def _with_parts(x: Any, parts: list[Any]) -> Any:
+    """Make a structure like another, of other parts."""
     if isinstance(x, tuple):
         return type(x)(*parts) if hasattr(x, "_fields") else type(x)(parts)
     if dataclasses.is_dataclass(x) and not _is_mapping(x):
@@ -181,40 +189,31 @@ def _rebuilt(x: Any, parts: list[Any]) -> Any:
 
 def _read(x: Any, argument: str) -> Inputs:
     """Take the entries out of a set of inputs."""
-    tensors, constants, kinds = dict[str, Tensor](), dict[str, Any](), dict[str, type]()
-
-    def read(x: Any, label: str, constant: bool = False) -> _Build:
-        if isinstance(x, Shared):
-            return read(x.value, label, constant=True)
-        parts = _parts(x)
-        if parts is None:
-            (tensors if isinstance(x, Tensor) and not constant else constants)[label] = x
-            return lambda entries: entries[label]
-        kinds[label] = type(x)
-        try:
-            _rebuilt(x, [*parts.values()])
-        except Exception as error:
-            what = f"{argument}{label} is of the type {kind_of(x)}, which cannot be made anew with some of the samples"
-            raise TypeError(f"{what} ({error}): pass a tuple, a list or a dict.") from error
-        builds = [read(part, label + suffix, constant) for suffix, part in parts.items()]
-        return lambda entries: _rebuilt(x, [build(entries) for build in builds])
-
-    if isinstance(x, Tensor | Shared):
-        build = read(x, "")
-        return Inputs(tensors, constants, kinds, lambda entries: ((build(entries),), {}))
     if isinstance(x, tuple):
-        build = read(tuple(x), "")
-        return Inputs(tensors, constants, kinds, lambda entries: (build(entries), {}))
-    if _is_mapping(x) and not isinstance(x, type):
-        kwargs = dict(x)
-        if not all(isinstance(key, str) for key in kwargs):
+        x = tuple(x)
+    elif _is_mapping(x) and not isinstance(x, type):
+        x = dict(x)
+        if not all(isinstance(key, str) for key in x):
             raise TypeError(f"The keys of {argument} must be strings, the names of the model's arguments.")
-        build = read(kwargs, "")
-        return Inputs(tensors, constants, kinds, lambda entries: ((), build(entries)))
-    raise TypeError(
-        f"{argument} must be a tensor [N, ...], a tuple (called as model(*{argument})) or a mapping (called as "
-        f"model(**{argument})), got {kind_of(x)}.{_remedy(x, argument)}"
-    )
+    elif not isinstance(x, Tensor | Shared):
+        raise TypeError(
+            f"{argument} must be a tensor [N, ...], a tuple (called as model(*{argument})) or a mapping (called as "
+            f"model(**{argument})), got {kind_of(x)}.{_remedy(x, argument)}"
+        )
+    inputs = Inputs({}, {}, {}, x)
+    for label, part, is_shared in parts_of(x):
+        if (parts := _parts(part)) is not None:
+            inputs.kinds[label] = type(part)
+            try:
+                _with_parts(part, [*parts.values()])
+            except Exception as error:
+                what = f"{argument}{label} is of the type {kind_of(part)}, which cannot be made anew of other tensors"
+                raise TypeError(f"{what} ({error}): pass a tuple, a list or a dict.") from error
+        elif isinstance(part, Tensor) and not is_shared:
+            inputs.tensors[label] = part
+        else:
+            inputs.constants[label] = part
+    return inputs
 
 
 def _remedy(x: Any, argument: str) -> str:
@@ -240,7 +239,7 @@ def _check_tensors(inputs: Inputs, argument: str, model: Module) -> None:
             what = f"{argument}{label}"
             raise TypeError(f"{what} must be a tensor, got {kind_of(entry)}. Pass torch.as_tensor({what}).")
     if not inputs.tensors:
-        raise ValueError(f"{argument} is empty: it must hold at least one tensor [N, ...], which is not shared.")
+        raise ValueError(f"{argument} has no samples: it must hold at least one tensor [N, ...] that is not shared.")
     for label, tensor in inputs.tensors.items():
         if tensor.is_nested:
             raise ValueError(f"{argument}{label} is a nested tensor: pass padded samples with a mask.")

@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from ggn_ntk.problem.errors import kind_of
 from ggn_ntk.problem.functions import FunctionModule, Model, Params, as_module, own_parameters
-from ggn_ntk.problem.inputs import Inputs, check_alike, entries_of, parse_inputs
+from ggn_ntk.problem.inputs import Inputs, check_alike, parse_inputs, parts_of
 from ggn_ntk.problem.output_axes import AxesRequest, KernelAxes
 from ggn_ntk.problem.result import finish, sum_kernels
 from ggn_ntk.problem.selection import selected
@@ -77,7 +77,9 @@ class Request:
         if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
             raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}.")
         with nullcontext() if transforms else outside_of_transforms(), alone_with(module):
-            if not transforms and any(map(is_wrapped, (*(x for _, x in entries_of((x1, x2))), *module.parameters()))):
+            if not transforms and any(
+                map(is_wrapped, (*(part for _, part, _ in parts_of((x1, x2))), *module.parameters()))
+            ):
                 raise ValueError(
                     "x1, x2 or a parameter is what a torch.func transform makes of a tensor: compute kernels outside."
                 )

@@ -269,8 +269,8 @@ REFUSED = [
     (dict, TypeError, r"got the class dict\.$"),
     ((X, {"mask": X.numpy()}), TypeError, r"x1\[1\]\['mask'\] must be .* got ndarray\. Pass torch\.as_tensor"),
     ((MappingProxyType({"x": X}),), TypeError, r"x1\[0\] is of the type mappingproxy.*pass a tuple, a list or a dict"),
-    (shared(X), ValueError, r"x1 is empty: .* one tensor \[N, \.\.\.\], which is not shared"),
-    ({"x": None, "flag": True}, ValueError, "x1 is empty"),
+    (shared(X), ValueError, r"x1 has no samples: .* one tensor \[N, \.\.\.\] that is not shared"),
+    ({"x": None, "flag": True}, ValueError, "x1 has no samples"),
     ((X, GRID), ValueError, r"got x1\[0\]: 6, x1\[1\]: 7\..*shared\(x1\[1\]\)"),
     ({"x": [GRID, X, X]}, ValueError, r"shared\(x1\['x'\]\[0\]\)"),
     ((X, torch.tensor(2.0)), ValueError, r"x1\[1\] has no axes.*shared\(x1\[1\]\)"),
@@ -310,6 +310,44 @@ def test_both_sets_have_one_structure(x1, x2, message):
     for function in FUNCTIONS:
         with pytest.raises(ValueError, match=message):
             function(Operator().double(), x1, x2)
+
+
+def test_what_all_samples_share_may_have_as_many_rows():
+    """Which is found out, with what to do."""
+
+    class Summed(Operator):
+        def forward(self, x, grid):
+            return super().forward(x, grid).sum(1, keepdim=True)
+
+    for model, message in ((Operator(), "its output for (one|3)"), (Summed(), "influence one another")):
+        for method in ROUTES:
+            with pytest.raises(UnsupportedModelError, match=rf"{message}.*all samples share with ggn_ntk\.shared"):
+                empirical_ntk(model.double(), (X, GRID[:6]), method=method)
+            empirical_ntk(model, (X, shared(GRID[:6])), method=method)
+    plain = Plain(model, lambda x, mark: (x, GRID[:6]))
+    assert_close(empirical_ntk(model, (X, shared(GRID[:6]))), kernel_of(plain, X))
+
+
+@pytest.mark.parametrize("method", ROUTES)
+def test_a_graph_that_all_samples_share(method):
+    """A sparse matrix, which is multiplied from the left."""
+
+    class Convolution(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.last = nn.Linear(3, 4), nn.Linear(4, 2)
+
+        def forward(self, x, adjacency):
+            h = self.first(x).tanh()
+            mixed = torch.sparse.mm(adjacency, h.transpose(0, 1).flatten(1)).view(len(adjacency), *h.shape[::2])
+            return self.last(mixed.transpose(0, 1)).sum(1)
+
+    model = Convolution().double()
+    adjacency = torch.eye(5, dtype=torch.float64).roll(1, 0)
+    adjacency[0, 3] = 0.5
+    x = torch.randn(4, 5, 3, dtype=torch.float64)
+    plain = Plain(model, lambda x, mark: (x, adjacency))
+    assert_close(empirical_ntk(model, (x, shared(adjacency.to_sparse())), method=method), kernel_of(plain, x))
 
 
 def test_expansions_look_at_samples_anew_where_what_they_share_has_changed():
