@@ -36,8 +36,10 @@ def add_products(
     # Products are taken together, so that they share intermediate results: the weight and bias of a layer the Gram
     # matrix of ``s``, and x1 and x2 the Jacobian where they are the same samples. Of the second Jacobian, x2 starts at
     # the offset. A symmetric kernel is computed on and above the diagonal of blocks, and mirrored.
-    # shape [N1, N2, E, F, F]
-    n, m = shape[:2]
+    # Of paired samples, a block of x1 meets that of x2 alone, and is the whole of what it is the transpose of.
+    # shape [N1, N2, E, F, F], or [N, E, F, F] of paired samples
+    n, m, paired = shape[0], shape[-4], len(shape) == 4
+    symmetric = symmetric and not paired
     some = next(o.tensor for _, product in products for o in product.first if not o.hot)
     new = {name: some.new_empty(*shape) for name, _ in products if name not in kernels}
     kernels.update(new)
@@ -49,16 +51,17 @@ def add_products(
         rows = columns = split(n, min(ceil(n / _divisions(products)), size.rows, size.columns))
     memo = Memo(symmetric, keep_copies=size.pairs < size.columns, most=budget.columns)
     for column in columns:
-        for row in rows:
+        for row in [column] if paired else rows:
             if symmetric and row.start > column.start:
                 break  # the transpose of a block that is computed
             for part in split(column.stop - column.start, size.pairs):
                 chosen = slice(column.start + part.start, column.start + part.stop)
+                place = chosen if paired else (row, chosen)
                 shifted = slice(chosen.start + offset, chosen.stop + offset)
                 empty = set(new)  # kernels with no numbers in this block yet: it is written instead of added to
                 for name, large, other in _summed(products, row, shifted, memo, sizes):
                     put = _write if name in empty else _accumulate
-                    put(kernels[name][row, chosen], large, other)
+                    put(kernels[name][place], large, other)
                     if symmetric and row.start < column.start:
                         put(transpose(kernels[name][chosen, row]), large, other)
                     empty.discard(name)
@@ -123,12 +126,16 @@ def _block_size(products: Sequence[NamedEinsum], sizes: Mapping[str, int], budge
     """Choose blocks of samples for which intermediate results keep to their budgets."""
     # What depends on both x1 and x2 is to stay in a processor's cache. It is made of many samples of x1 and few of x2:
     # with a single one, the letter ``m`` does not keep others, which are to be merged, apart in memory.
+    # Of paired samples, everything depends on both.
     largest = {"n": 1, "m": 1, "nm": 1}  # bytes a sample, or a pair, by the samples that a result depends on
+    paired = products[0][1].paired
     for _, product in products:
         for letters, size in _intermediates(product, sizes):
-            samples = "".join(letter for letter in "nm" if letter in letters)
+            samples = "nm" if paired else "".join(letter for letter in "nm" if letter in letters)
             largest[samples] = max(largest.get(samples, 1), size * _itemsize(product))
     rows = max(1, min(sizes["n"], budget.rows // largest["n"], budget.passing // largest["nm"]))
+    if paired:
+        return _BlockSize(rows, rows, rows)
     columns = max(1, min(sizes["m"], budget.columns // largest["m"]))
     return _BlockSize(rows, columns, max(1, min(columns, budget.passing // (rows * largest["nm"]))))
 

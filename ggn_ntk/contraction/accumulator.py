@@ -26,16 +26,24 @@ _LARGEST = 2**26
 class Accumulator:
     """Sums kernels over parameters, by the name of the group that they belong to."""
 
-    def __init__(self, roles: Roles, n1: int | None, group: Callable[[str], str], formed: Container[str] = ()) -> None:
+    def __init__(
+        self,
+        roles: Roles,
+        n1: int | None,
+        group: Callable[[str], str],
+        formed: Container[str] = (),
+        paired: bool = False,
+    ) -> None:
         """Set up for Jacobians of N1 samples and those behind them; of one set, with itself, if N1 is ``None``."""
-        self.roles, self.n1, self._group = roles, n1, group
+        self.roles, self.n1, self._group, self.paired = roles, n1, group, paired
         self._formed = formed  # whose Jacobians are formed before x1 meets x2: products of their terms would round
         self.kernels: dict[str, Tensor] = {}
 
     def parts(self, name: str, jacobian: Factored, n: int) -> list[Part] | None:
         """Group the operands of a Jacobian by what can be contracted for some of N samples by themselves."""
         n1 = n if self.n1 is None else self.n1
-        return parts(jacobian, n1, n1 if self.n1 is None else n - n1, self.roles, formed=name in self._formed)
+        m, formed = n1 if self.n1 is None else n - n1, name in self._formed
+        return parts(jacobian, n1, m, self.roles, formed=formed, paired=self.paired)
 
     def add(self, first: Jacobians, second: Jacobians | None = None) -> None:
         """Add Jacobians of some parameters, and of the same ones those of x2 if it was evaluated by itself."""
@@ -65,7 +73,7 @@ class Accumulator:
                         inputs.append(x)
         kernels = tuple((name, kernel.dtype) for name, kernel in self.kernels.items())
         budget = MemoryBudget.of(inputs[0].device) if inputs else None
-        return (self.roles, self.n1, second is None, budget, kernels, *described), inputs
+        return (self.roles, self.n1, self.paired, second is None, budget, kernels, *described), inputs
 
     def _add(self, first: Jacobians, second: Jacobians | None) -> None:
         """Contract Jacobians."""
@@ -78,19 +86,23 @@ class Accumulator:
                 continue
             if formed:  # what cancels between several is to do so before it is squared
                 ours, theirs = _on_both_sides(_one, ours, theirs)
-            pairs = [kernel_einsum(a, b, self.roles, formed=formed) for a in ours for b in theirs]
+            pairs = [self._product(a, b, formed=formed) for a in ours for b in theirs]
             if len(pairs) > 1 and self._are_cheaper_as_one(ours, theirs, pairs):
                 ours, theirs = _on_both_sides(_one, ours, theirs)
-                pairs = [kernel_einsum(ours[0], theirs[0], self.roles)]
+                pairs = [self._product(ours[0], theirs[0])]
             products += [(key, pair) for pair in pairs]
         for key, uses in once.items():
             ours, theirs = _on_both_sides(join_biases, [a for a, _ in uses], [b for _, b in uses])
             if [a.equation for a in ours] != [b.equation for b in theirs]:  # it pays for one of the two sets alone
                 ours, theirs = ([use[side] for use in uses] for side in (0, 1))
-            products += [(key, kernel_einsum(a, b, self.roles)) for a, b in zip(ours, theirs, strict=True)]
+            products += [(key, self._product(a, b)) for a, b in zip(ours, theirs, strict=True)]
         if products:
             sets = [next(iter(jacobians.values()))[0].sizes for jacobians in (first, second) if jacobians]
             self._contract(products, sets)
+
+    def _product(self, first: Factored, second: Factored, *, formed: bool = False) -> KernelEinsum:
+        """Write the product of two Jacobians of one parameter as one einsum."""
+        return kernel_einsum(first, second, self.roles, formed=formed, paired=self.paired)
 
     def _are_cheaper_as_one(
         self, ours: Sequence[Factored], theirs: Sequence[Factored], pairs: Sequence[KernelEinsum]
@@ -99,20 +111,20 @@ class Accumulator:
         ours_as_one, theirs_as_one = _shape_of_one(ours), _shape_of_one(theirs)
         if max(one.operands[0].shape.numel() for one in (ours_as_one, theirs_as_one)) > _LARGEST:
             return False
-        together = kernel_einsum(ours_as_one, theirs_as_one, self.roles)
+        together = self._product(ours_as_one, theirs_as_one)
         forming = sum(cost(jacobian.labelled, jacobian.result) for jacobian in {*ours, *theirs})
         return forming + cost(together.operands, together.result) < sum(cost(p.operands, p.result) for p in pairs)
 
     def _contract(self, products: list[NamedEinsum], sets: Sequence[Mapping[str, int]]) -> None:
         """Contract products of Jacobians, of one set with itself or of two, given the sizes of their letters."""
         n, m = sets[0]["n"], sets[-1]["n"]
-        shape = (self.roles.diagonal, *(self.roles.among(sizes["c"]).free for sizes in (sets[0], sets[-1])))
-        if len(sets) > 1:
-            add_products(self.kernels, products, (n, m, *shape))
-        elif self.n1 is None:
-            add_products(self.kernels, products, (n, n, *shape), symmetric=True)
-        else:
-            add_products(self.kernels, products, (self.n1, n - self.n1, *shape), offset=self.n1)
+        if len(sets) == 1 and self.n1 is not None:
+            n, m = self.n1, n - self.n1
+        free = (self.roles.among(sizes["c"]).free for sizes in (sets[0], sets[-1]))
+        shape = (*((n,) if self.paired else (n, m)), self.roles.diagonal, *free)
+        symmetric = len(sets) == 1 and self.n1 is None
+        offset = self.n1 if len(sets) == 1 and self.n1 else 0
+        add_products(self.kernels, products, shape, offset=offset, symmetric=symmetric)
 
 
 def _on_both_sides(

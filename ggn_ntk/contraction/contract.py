@@ -67,7 +67,7 @@ def contract(
     chunks = _chunks(first, second, wanted.axes)
     held = _Held(first, chunks)
     for number, chunk in enumerate(chunks, 1):
-        accumulator = make(chunk.roles, n1, wanted.group, wanted.formed)
+        accumulator = make(chunk.roles, n1, wanted.group, wanted.formed, wanted.axes.paired)
         theirs = None if second is first else held.jacobians(chunk, accumulator)
         for step in second.steps(chunk.outputs[1], accumulator.parts, again=number < len(chunks)):
             if theirs is None:
@@ -84,7 +84,8 @@ def contract(
     for name in wanted.params:
         key = wanted.group(name)
         if key not in kernels:  # nothing uses its parameters
-            kernels[key] = first.output.new_zeros(*samples, *wanted.axes.shape)
+            axes = samples[:1] if wanted.axes.paired else samples
+            kernels[key] = first.output.new_zeros(*axes, *wanted.axes.shape)
     return kernels
 
 
@@ -123,5 +124,5 @@ def _place(kernels: dict[str, Tensor], blocks: dict[str, Tensor], chunk: Chunk, 
     """Add kernels over a chunk of the outputs to kernels over all of them."""
     for name, block in blocks.items():
         if name not in kernels:
-            kernels[name] = block.new_zeros(*block.shape[:2], *axes.shape)
+            kernels[name] = block.new_zeros(*block.shape[:-3], *axes.shape)
         chunk.add(kernels[name], block)

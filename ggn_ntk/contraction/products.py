@@ -3,7 +3,8 @@
 ``cno,ni->cnoi`` with itself becomes ``cno,ni,dmo,mi->nmcd``. The letter of the outputs is split by their roles
 (:mod:`ggn_ntk.problem.output_axes`): both Jacobians share those of diagonal and traced outputs, and of these the latter
 are summed, so that ``ecfno,ni,edfmo,mi->nmecd`` is the general case. Roles with a single output
-leave no letter.
+leave no letter. Paired samples are taken at equal indices as diagonal outputs are: ``n`` stands for ``m``, too, in
+``ecfno,ni,edfno,ni->necd``.
 
 Letters: ``c``, ``d`` free, ``e`` diagonal and ``f`` traced outputs; ``n``, ``m`` samples of x1 and x2; all others are
 renamed so that a letter means the same everywhere in an einsum.
@@ -21,18 +22,20 @@ from ggn_ntk.contraction.operand import Operand
 from ggn_ntk.memory.buffers import Joined
 from ggn_ntk.problem.output_axes import Roles
 
-#: Letters of a kernel; operands lack those of size one.
-RESULT = "nmecd"
-
 
 @dataclass(frozen=True, eq=False)
 class KernelEinsum:
     """The product of two Jacobians of a parameter, as one einsum."""
 
     first: tuple[Operand, ...]  # operands of the Jacobian of x1, over all samples; letter ``n``
-    second: tuple[Operand, ...]  # operands of the Jacobian of x2, over all samples; letter ``m``
-    result: str = RESULT  # letters of the kernel, of which operands may lack some
+    second: tuple[Operand, ...]  # operands of the Jacobian of x2, over all samples; letter ``m``, or ``n`` if paired
+    paired: bool = False  # whether samples are taken at equal indices
     formed: bool = False  # whether each Jacobian is to be formed before the two meet, whatever is cheapest
+
+    @property
+    def result(self) -> str:
+        """Letters of the kernel, of which operands may lack some."""
+        return "necd" if self.paired else "nmecd"
 
     @property
     def operands(self) -> list[Operand]:
@@ -46,7 +49,8 @@ class KernelEinsum:
 
     def restrict(self, rows: slice, columns: slice) -> list[Operand]:
         """Select a block of x1 and one of x2."""
-        return [*(o.narrow("n", rows) for o in self.first), *(o.narrow("m", columns) for o in self.second)]
+        m = "n" if self.paired else "m"
+        return [*(o.narrow("n", rows) for o in self.first), *(o.narrow(m, columns) for o in self.second)]
 
     def without_data(self) -> "KernelEinsum":
         """Keep the shapes of operands alone."""
@@ -61,7 +65,9 @@ NamedEinsum = tuple[str, KernelEinsum]
 _LARGEST = 2**30
 
 
-def kernel_einsum(first: Factored, second: Factored, roles: Roles, *, formed: bool = False) -> KernelEinsum:
+def kernel_einsum(
+    first: Factored, second: Factored, roles: Roles, *, formed: bool = False, paired: bool = False
+) -> KernelEinsum:
     """Write the product of two Jacobians of one parameter as one einsum."""
     # The letters of the parameter's axes are matched by position. Where the two split these axes differently, both
     # Jacobians are formed first.
@@ -71,10 +77,11 @@ def kernel_einsum(first: Factored, second: Factored, roles: Roles, *, formed: bo
     same, first = second is first, first.sum_private_letters()
     second = first if same else second.sum_private_letters()
     names = iter(letter for letter in string.ascii_letters if letter not in "cdefnm")
-    axes = [next(names) for _ in first.result[2:]]
+    axes, m = [next(names) for _ in first.result[2:]], "n" if paired else "m"
     product = KernelEinsum(
         tuple(_rename(first, roles, dict(zip(first.result, ["ecf", "n", *axes], strict=True)), names)),
-        tuple(_rename(second, roles, dict(zip(second.result, ["edf", "m", *axes], strict=True)), names)),
+        tuple(_rename(second, roles, dict(zip(second.result, ["edf", m, *axes], strict=True)), names)),
+        paired,
     )
     if not any(o.hot for o in product.operands):
         return replace(product, formed=formed)
@@ -101,14 +108,16 @@ class Part(NamedTuple):
     letters: str  # of their product
 
 
-def parts(jacobian: Factored, n: int, m: int, roles: Roles, *, formed: bool = False) -> list[Part] | None:
+def parts(
+    jacobian: Factored, n: int, m: int, roles: Roles, *, formed: bool = False, paired: bool = False
+) -> list[Part] | None:
     """Group the operands of a Jacobian by what the cheapest order does with them before x1 meets x2."""
     # The Jacobian is one of a block of samples, n and m are the numbers of all. ``None`` where nothing is contracted
     # before the two meet, so that the block has to wait as it is.
     summed = jacobian.sum_private_letters()
     if any(o.hot for o in summed.labelled):
         return None
-    groups = _groups_before_meeting(kernel_einsum(summed, summed, roles, formed=formed), n, m)
+    groups = _groups_before_meeting(kernel_einsum(summed, summed, roles, formed=formed, paired=paired), n, m)
     if groups is None or (summed.terms == jacobian.terms and len(groups) == len(summed.terms)):
         return None
     operands = [o._replace(key=i) for i, o in enumerate(summed.labelled)]

@@ -77,6 +77,7 @@ def empirical_ntk(
     output: Pick | tuple[Pick, Pick] = None,
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
+    paired: bool = False,
 ) -> Tensor | dict[str, Tensor]:
     """Compute the empirical neural tangent kernel of a model.
 
@@ -119,6 +120,8 @@ def empirical_ntk(
             image axes are ``(1, 2)``); negative ones count from the last. With ``compute="full"`` alone, as
             ``diagonal_axes``: ``"trace"`` is all axes here, ``"diagonal"`` all axes there.
         diagonal_axes: Output axes to take at equal indices.
+        paired: Take x1[n] with x2[n] alone, or with itself where ``x2`` is ``None``, for the price of N kernels of one
+            sample. In the shape of every result ``[N]`` stands for ``[N1, N2]``.
 
     Returns:
         ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]`` for a model with outputs ``[N, *out]``; with
@@ -141,7 +144,7 @@ def empirical_ntk(
         model,
         x1,
         x2,
-        AxesRequest.parse(compute, trace_axes, diagonal_axes),
+        AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired),
         params=params,
         per_parameter=per_parameter,
         capture=capture,
@@ -198,7 +201,7 @@ def _compare_with_oracle(
     rows, columns = (
         torch.randperm(len(x), generator=drawn, device="cpu")[:_BLOCK].tolist() for x in (request.x1, request.second)
     )
-    columns = rows if request.symmetric else columns
+    columns = rows if request.symmetric or request.axes.paired else columns
     second = None if request.symmetric else request.second[columns]
     block = replace(request, x1=request.x1[rows], x2=second)
     with silent():
@@ -212,7 +215,10 @@ def _compare_with_oracle(
     scale, *errors = norms(
         [
             torch.stack([kernel.double() for kernel in expecteds.values()]).sum(0),
-            *(actuals[name][rows][:, columns].double() - kernel.double() for name, kernel in expecteds.items()),
+            *(
+                (actuals[name][rows] if axes.paired else actuals[name][rows][:, columns]).double() - kernel.double()
+                for name, kernel in expecteds.items()
+            ),
         ]
     )
     for (name, kernel), error in zip(expecteds.items(), errors, strict=True):

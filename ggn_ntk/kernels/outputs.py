@@ -39,6 +39,7 @@ def nngp(
     output: Pick | tuple[Pick, Pick] = None,
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
+    paired: bool = False,
 ) -> Tensor:
     """Compute the empirical NNGP kernel of a model.
 
@@ -59,6 +60,7 @@ def nngp(
         trace_axes: Output axes to sum at equal indices, counted without the sample axis; negative ones count from
             the last.
         diagonal_axes: Output axes to take at equal indices.
+        paired: Take x1[n] with x2[n] alone, or with itself where ``x2`` is ``None``: ``[N]`` stands for ``[N1, N2]``.
 
     Returns:
         ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]`` for a model with outputs ``[N, *out]``; with
@@ -72,7 +74,7 @@ def nngp(
     """
     if isinstance(model, Module) and params is not None:
         raise TypeError("params goes with functions alone: the NNGP kernel of a module has no sum over parameters.")
-    axes = AxesRequest.parse(compute, trace_axes, diagonal_axes)
+    axes = AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired)
     request = Request.parse(model, x1, x2, axes, params=params, per_parameter=False, output=output)
     return _multiply_outputs(request)
 
@@ -90,6 +92,7 @@ def empirical_kernels(
     output: Pick | tuple[Pick, Pick] = None,
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
+    paired: bool = False,
 ) -> EmpiricalKernels:
     """Compute the empirical NTK and the empirical NNGP kernel of a model.
 
@@ -108,6 +111,7 @@ def empirical_kernels(
             and one for x2.
         trace_axes: Output axes to sum at equal indices, in both kernels.
         diagonal_axes: Output axes to take at equal indices, in both kernels.
+        paired: Take x1[n] with x2[n] alone, or with itself where ``x2`` is ``None``: ``[N]`` stands for ``[N1, N2]``.
 
     Returns:
         Both kernels, each ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``, or as the axes say.
@@ -118,7 +122,7 @@ def empirical_kernels(
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has a value that is not accepted.
     """
-    axes = AxesRequest.parse(compute, trace_axes, diagonal_axes)
+    axes = AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired)
     request = Request.parse(model, x1, x2, axes, params=params, per_parameter=False, capture=capture, output=output)
     wanted = parse_method(method, check, capture)
     with outside_of_transforms(), isolated(request.model):
@@ -142,7 +146,7 @@ def _multiply_outputs(request: Request, outputs: Sequence[Tensor] | None = None)
         axes = request.axes.resolve(outputs[0].shape[1:], outputs[-1].shape[1:])
         pairs = zip(axes, request.sides(outputs), strict=True)
         first, second = (side.arrange(f.reshape(len(f), -1)) for side, f in pairs)  # [N, E, F, T]
-        kernel = einsum("necf,medf->nmecd", first, second)
+        kernel = einsum("necf,nedf->necd" if axes.paired else "necf,medf->nmecd", first, second)
         infinite = [~f.isfinite().reshape(len(f), -1).all(1) for f in outputs]
         if any(map(torch.any, infinite)):
             _fill(kernel, request, infinite)
@@ -154,7 +158,7 @@ def _fill(kernel: Tensor, request: Request, infinite: Sequence[Tensor]) -> None:
     # infinite [N] of each batch
     rows, columns = request.sides(infinite)
     kernel[rows] = torch.nan
-    kernel[:, columns] = torch.nan
+    kernel.movedim(len(request.sample_axes) - 1, 0)[columns] = torch.nan
     names = listed(request.labels(infinite))
     warn(f"Outputs of {names} are not finite: their rows and columns of the kernel are NaN.", NotFiniteWarning)
 

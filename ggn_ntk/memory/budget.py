@@ -106,8 +106,7 @@ def resolve_axes(request: Request, outputs: Sequence[Tensor]) -> KernelAxes:
             f"Outputs of x1 are {first.dtype}, and of x2 {second.dtype}: bring them to one dtype, say in output=."
         )
     axes = request.axes.resolve(first.shape[1:], second.shape[1:])
-    samples = len(request.x1), len(request.second)
-    check_result((*samples, *axes.shape), list(request.params.values()), len(request.grouped()))
+    check_result((*request.sample_axes, *axes.shape), list(request.params.values()), len(request.grouped()))
     return axes
 
 

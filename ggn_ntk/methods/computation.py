@@ -65,24 +65,27 @@ def _around(
     # infinite [N] of each batch
     if all(map(torch.all, infinite)):
         raise UnsupportedModelError([_INFINITE])
-    rows, columns = ((~bad).nonzero().flatten().tolist() for bad in request.sides(infinite))
+    bad = request.sides(infinite)
+    if request.axes.paired:  # a pair needs both
+        bad = (bad[0] | bad[1],) * 2
+    rows, columns = ((~of_side).nonzero().flatten().tolist() for of_side in bad)
     if rows and columns:
         x2 = None if request.symmetric else request.second[columns]
         result, computed = kernels(replace(request, x1=request.x1[rows], x2=x2))
     else:
         result, computed = _without_numbers(request)
     warn(f"Jacobians of {listed(request.labels(infinite))} are not finite: NaN in the kernel.", NotFiniteWarning)
-    sizes = len(request.x1), len(request.second)
+    places, sizes = [rows] if request.axes.paired else [rows, columns], request.sample_axes
     if isinstance(result, dict):
-        return {name: _spread(kernel, rows, columns, sizes) for name, kernel in result.items()}, computed
-    return _spread(result, rows, columns, sizes), computed
+        return {name: _spread(kernel, places, sizes) for name, kernel in result.items()}, computed
+    return _spread(result, places, sizes), computed
 
 
 def _without_numbers(request: Request) -> tuple[Kernels, Computed]:
     """Make kernels of a set without any sample that has a row or a column."""
     outputs = [_output_of_one(batch) for batch in request.batches]
-    axes = resolve_axes(request, outputs)
-    kernels = ((name, outputs[0].new_empty(0, 0, *axes.shape)) for name, _ in request.grouped())
+    axes, none = resolve_axes(request, outputs), [0 for _ in request.sample_axes]
+    kernels = ((name, outputs[0].new_empty(*none, *axes.shape)) for name, _ in request.grouped())
     return request.assemble(kernels, axes), Computed(axes, ())
 
 
@@ -94,13 +97,13 @@ def _output_of_one(request: Request) -> Tensor:
     return output
 
 
-def _spread(kernel: Tensor, rows: list[int], columns: list[int], sizes: tuple[int, int]) -> Tensor:
+def _spread(kernel: Tensor, places: list[list[int]], sizes: tuple[int, ...]) -> Tensor:
     """Put the kernel of some samples into that of all, with NaN elsewhere."""
-    # kernel [len(rows), len(columns), ...] -> [*sizes, ...]
-    whole = kernel.new_full((*sizes, *kernel.shape[2:]), torch.nan)
-    if rows and columns:
-        first, second = (torch.tensor(places, device=kernel.device) for places in (rows, columns))
-        whole[first.unsqueeze(1), second] = kernel
+    # kernel [len(rows), len(columns), ...] -> [*sizes, ...], or of paired samples with one axis for both
+    whole = kernel.new_full((*sizes, *kernel.shape[len(sizes) :]), torch.nan)
+    if all(places):
+        axes = (torch.tensor(chosen, device=kernel.device) for chosen in places)
+        whole[torch.meshgrid(*axes, indexing="ij")] = kernel
     return whole
 
 
@@ -130,5 +133,6 @@ def _infinite_samples(request: Request) -> Tensor:
 
 def _described(request: Request) -> str:
     """Describe a kernel in a message."""
-    samples = " x ".join(str(n) for n in (len(request.x1), len(request.second)))
-    return f"the {request.axes.compute} kernel of {samples} samples and {len(request.params)} parameters"
+    samples = " x ".join(map(str, request.sample_axes))
+    of = "pairs of samples" if request.axes.paired else "samples"
+    return f"the {request.axes.compute} kernel of {samples} {of} and {len(request.params)} parameters"

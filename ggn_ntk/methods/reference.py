@@ -8,12 +8,15 @@ outputs; ``p`` parameters.
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, einsum
 from torch.func import jvp, vjp, vmap
 
+from ggn_ntk.memory.blocks import split
+from ggn_ntk.memory.budget import MemoryBudget
 from ggn_ntk.methods.computation import compute as _compute
 from ggn_ntk.methods.sample_jacobians import all_jacobians, finest, first_line, sample_output
 from ggn_ntk.models.comparison import GRADIENT_TOLERANCES, KINKS, Difference, cotangent, difference, total_norm
@@ -40,13 +43,15 @@ def jacobian_contraction(
     output: Pick | tuple[Pick, Pick] = None,
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
+    paired: bool = False,
     chunk_size: int | None = None,
 ) -> Tensor | dict[str, Tensor]:
     """Compute the empirical NTK by contracting per-sample Jacobians.
 
     Theta[n, m, c, d] = sum_p J[n, c, p] J[m, d, p], with J by ``vmap(jacrev)``. Where ``vmap`` fails (recurrent
     networks, data-dependent control flow), J comes from a plain autograd loop over samples and outputs. The
-    memory is that of the Jacobians, (N1 + N2) C P numbers for P parameters; with ``x2=None``, N1 C P.
+    memory is that of the Jacobians, (N1 + N2) C P numbers for P parameters; with ``x2=None``, N1 C P. Those of
+    ``paired`` samples come a few at a time.
 
     Args:
         model: Any module whose samples do not influence one another, or a function, as for
@@ -60,6 +65,7 @@ def jacobian_contraction(
         trace_axes: Output axes to sum at equal indices, counted without the sample axis; negative ones count from
             the last.
         diagonal_axes: Output axes to take at equal indices.
+        paired: Take x1[n] with x2[n] alone, or with itself where ``x2`` is ``None``: ``[N]`` stands for ``[N1, N2]``.
         chunk_size: How many samples to differentiate at once; ``None`` for all.
 
     Returns:
@@ -71,7 +77,7 @@ def jacobian_contraction(
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has a value that is not accepted.
     """
-    wanted = AxesRequest.parse(compute, trace_axes, diagonal_axes)
+    wanted = AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired)
     request = Request.parse(
         model, x1, x2, wanted, params=params, per_parameter=per_parameter, output=output, chunk_size=chunk_size
     )
@@ -89,6 +95,7 @@ def ntk_vector_products(
     output: Pick | tuple[Pick, Pick] = None,
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
+    paired: bool = False,
     chunk_size: int | None = None,
 ) -> Tensor | dict[str, Tensor]:
     """Compute the empirical NTK from its products with the basis vectors of the outputs.
@@ -111,7 +118,9 @@ def ntk_vector_products(
         trace_axes: Output axes to sum at equal indices, counted without the sample axis; negative ones count from
             the last.
         diagonal_axes: Output axes to take at equal indices.
-        chunk_size: How many basis vectors to multiply at once; ``None`` for all C.
+        paired: Take x1[n] with x2[n] alone, or with itself where ``x2`` is ``None``: ``[N]`` stands for ``[N1, N2]``.
+        chunk_size: How many basis vectors to multiply at once; ``None`` for all C. Of ``paired`` samples, a few at a
+            time are multiplied together.
 
     Returns:
         ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``; with axes, ``[N1, N2, *(x1's axes not traced),
@@ -122,7 +131,7 @@ def ntk_vector_products(
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has a value that is not accepted.
     """
-    wanted = AxesRequest.parse(compute, trace_axes, diagonal_axes)
+    wanted = AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired)
     request = Request.parse(
         model, x1, x2, wanted, params=params, per_parameter=per_parameter, output=output, chunk_size=chunk_size
     )
@@ -143,12 +152,57 @@ def product_kernels(request: Request) -> Computed:
 
 def contract_jacobians(request: Request, axes: KernelAxes, checked: Sequence[Checked]) -> Iterator[tuple[str, Tensor]]:
     """Contract Jacobians, parameter by parameter, for kernels by name. Call it inside ``isolated(request.model)``."""
-    # -> [N1, N2, E, F1, F2]
+    # -> [N1, N2, E, F1, F2], or [N, E, F1, F2] of paired samples, which come a few at a time
+    if axes.paired:
+        blocks = [list(_contracted(*block, axes, "necfp,nedfp->nfecd")) for block in _pairs(request, axes, checked)]
+        for of_parameter in zip(*blocks, strict=True):
+            yield of_parameter[0][0], torch.cat([kernel for _, kernel in of_parameter])
+    else:
+        yield from _contracted(request, checked, axes, "necfp,medfp->nmfecd")
+
+
+def _contracted(
+    request: Request, checked: Sequence[Checked], axes: KernelAxes, equation: str
+) -> Iterator[tuple[str, Tensor]]:
+    """Contract Jacobians, and sum over traced outputs, which come before those that the kernel has."""
     first, second = all_jacobians(request, checked)
     for name, jacobian in first.items():
-        kernel = einsum("necfp,medfp->nmfecd", axes.first.arrange(jacobian), axes.second.arrange(second[name]))
+        kernel = einsum(equation, axes.first.arrange(jacobian), axes.second.arrange(second[name]))
         # A trace as a sum of T inner products rounds less than as one long inner product.
-        yield request.groups[name], kernel.sum(2)
+        yield request.groups[name], kernel.sum(-4)
+
+
+def _pairs(
+    request: Request, axes: KernelAxes, checked: Sequence[Checked]
+) -> Iterator[tuple[Request, Sequence[Checked]]]:
+    """Split paired samples, with what is known of them, so that the Jacobians of a block keep to the budget."""
+    n, size = len(request.x1), _pairs_at_once(request, axes)
+    if size >= n:
+        yield request, checked
+        return
+    for block in split(n, size):
+        part = _block(request, block)
+        yield part, [_known(*batch, block, n) for batch in zip(part.batches, checked, strict=True)]
+
+
+def _block(request: Request, block: slice) -> Request:
+    """Restrict paired samples to some of them."""
+    return replace(request, x1=request.x1[block], x2=None if request.x2 is None else request.x2[block])
+
+
+def _known(batch: Request, checked: Checked, block: slice, n: int) -> Checked:
+    """Restrict what is known of a batch, in which each set has N samples, to a block of each."""
+    outputs = checked.outputs.unflatten(0, (-1, n))[:, block].flatten(0, 1)
+    v = cotangent(outputs, seed=0)  # of all outputs, since samples are few
+    return replace(checked, outputs=outputs, v=v, gradient=gradients(batch, batch.inputs, v)[1])
+
+
+def _pairs_at_once(request: Request, axes: KernelAxes) -> int:
+    """Look up the Jacobians of how many pairs of samples keep to the budget."""
+    params, sides = request.params.values(), axes[:1] if request.symmetric else axes
+    numbers = sum(side.out_shape.numel() for side in sides)
+    budget = MemoryBudget.of(next(iter(params)).device).jacobians
+    return max(1, budget // max(1, numbers * sum(p.numel() * p.element_size() for p in params)))
 
 
 class _Side(NamedTuple):
@@ -217,6 +271,10 @@ def _products_agree(request: Request, sample: Inputs, tolerance: float | None = 
 def _holds_for_all(request: Request, axes: KernelAxes, kernel: Tensor) -> bool:
     """Tell whether a kernel is right at all samples: ``a^T Theta b`` is ``(J^T a)^T (J^T b)`` for random a and b."""
     # kernel [N1, N2, E, F1, F2], a [N1, E, F1], b [N2, E, F2]
+    if axes.paired:  # each pair by itself
+        alone = KernelAxes(*(replace(side, paired=False) for side in axes))
+        pairs = ((_block(request, slice(n, n + 1)), of_pair) for n, of_pair in enumerate(kernel.split(1)))
+        return all(_holds_for_all(pair, alone, of_pair.unsqueeze(1)) for pair, of_pair in pairs)
     first, second = _sides(request, axes)
     a, b = (
         cotangent(kernel, seed, torch.Size([len(side.inputs), *side.axes.roles[:2]]))
@@ -269,10 +327,14 @@ def _products_with(side: _Side, a: Tensor, group: tuple[int, int]) -> dict[str, 
 
 
 def _kernel_from_products(request: Request, axes: KernelAxes) -> Tensor:
-    """Compute the kernel column by column: one sample of x2, then the next."""
+    """Compute the kernel column by column: one sample of x2, then the next; that of paired samples all at once."""
     # -> [N1, N2, E, F1, F2]
     first, second = _sides(request, axes)
     n2 = len(second.inputs)
+    if axes.paired:
+        size = _pairs_at_once(request, axes)
+        kernel: Tensor = first.inputs.over_samples(partial(_of_pair, first, second), second.inputs, chunk_size=size)
+        return kernel
     if not request.symmetric:
         return torch.stack([_column(first, second, m) for m in range(n2)], dim=1)
     column = _column(first, second, 0)
@@ -282,6 +344,13 @@ def _kernel_from_products(request: Request, axes: KernelAxes) -> Tensor:
         kernel[m:, m] = column
         transpose(kernel)[m:, m] = column
     return kernel
+
+
+def _of_pair(first: _Side, second: _Side, x: Inputs, y: Inputs) -> Tensor:
+    """Compute the kernel of two samples without a sample axis."""
+    # -> [E, F1, F2]
+    x, y = (sample.map(lambda t: t.unsqueeze(0)) for sample in (x, y))
+    return _column(first._replace(inputs=x), second._replace(inputs=y), 0)[0]
 
 
 def _column(first: _Side, second: _Side, m: int) -> Tensor:

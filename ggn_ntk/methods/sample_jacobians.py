@@ -68,7 +68,7 @@ def _jacobians(request: Request, inputs: Inputs) -> dict[str, Tensor]:
     # -> [N, C, P]
     jacobian = jacrev(lambda primals, sample: sample_output(request, primals, sample))
     primals = primals_of(request)
-    jacobians = inputs.over_samples(lambda x: jacobian(primals, x), request.chunk_size)
+    jacobians = inputs.over_samples(lambda x: jacobian(primals, x), chunk_size=request.chunk_size)
     return {name: j.reshape(*j.shape[:2], -1) for name, j in jacobians.items()}
 
 

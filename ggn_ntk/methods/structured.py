@@ -95,8 +95,9 @@ def _fallback_kernels(plans: Plans, outputs: Sequence[Tensor]) -> Iterator[tuple
 
 def _groups(plans: Plans, outputs: Sequence[Tensor]) -> list[dict[str, Tensor]]:
     """Group parameters so that the Jacobians of each group keep to the budget."""
-    # outputs [N, *out] of each side
-    most = MemoryBudget.of(outputs[0].device).jacobians // sum(o.element_size() * o.numel() for o in outputs)
+    # outputs [N, *out] of each side; paired samples come in blocks
+    held = [o[:1] for o in outputs] if plans.axes.paired else outputs
+    most = MemoryBudget.of(outputs[0].device).jacobians // sum(o.element_size() * o.numel() for o in held)
     groups: list[dict[str, Tensor]] = []
     for name in plans.fallback:
         p = plans.request.params[name]

@@ -88,6 +88,9 @@ def empirical_ntk_vivit(
 
 def vivit_kernels(request: Request) -> Computed:
     """Compute kernels, if ViViT gets them right for the model. Call it inside ``isolated(request.model)``."""
+    if request.axes.paired:
+        what = "ViViT computes the Gram matrix of all pairs of samples, of which paired=True takes N"
+        raise UnsupportedRouteError([Problem("", what, OTHER_METHOD)], _ROUTE)
     axes = resolve_axes(request, [check_vivit(request)])
     problems = list(_compare_kernels(request, axes.first.out_shape))
     if problems:

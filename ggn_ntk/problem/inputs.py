@@ -90,9 +90,14 @@ class Inputs:
         """Apply a function to each tensor of samples, together with those in its place in other inputs."""
         return self._with({k: function(x, *(o.tensors[k] for o in others)) for k, x in self.tensors.items()})
 
-    def over_samples(self, function: Callable[["Inputs"], Any], chunk_size: int | None = None) -> Any:
-        """Map a function over samples with ``vmap``."""
-        return vmap(lambda tensors: function(self._with(tensors)), chunk_size=chunk_size)(self.tensors)
+    def over_samples(self, function: Callable[..., Any], *others: "Inputs", chunk_size: int | None = None) -> Any:
+        """Map a function over samples with ``vmap``, together with those in their place in other inputs."""
+        sets = (self, *others)
+
+        def of_sample(*tensors: dict[str, Tensor]) -> Any:
+            return function(*(replace(x, tensors=one) for x, one in zip(sets, tensors, strict=True)))
+
+        return vmap(of_sample, chunk_size=chunk_size)(*(x.tensors for x in sets))
 
     def _with(self, tensors: dict[str, Tensor]) -> "Inputs":
         """Put other tensors in the places of those of samples."""

@@ -1,9 +1,10 @@
-"""What becomes of each output axis in a kernel: kept for both inputs, taken at equal indices, or summed there.
+"""What becomes of each axis of outputs in a kernel: kept for both inputs, taken at equal indices, or summed there.
 
 A kernel pairs two outputs of shape ``[*out]``; where all axes are kept, x2's may have another shape than x1's.
 ``compute="diagonal"`` takes all output axes at equal indices, and ``compute="trace"`` sums over them; ``diagonal_axes``
 and ``trace_axes`` do so for single axes. A kernel has the shape
-``[N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]``.
+``[N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]``. ``paired=True`` takes the samples, too,
+at equal indices: then ``[N]`` stands for ``[N1, N2]`` here and everywhere.
 
 Inside, the axes of each role are merged to one: of the C = E F T outputs, E diagonal ones are outermost, then come F
 free and T traced ones, and a kernel is ``[N1, N2, E, F1, F2]``. What ``compute`` offers are the three cases where two
@@ -40,6 +41,7 @@ class OutputAxes:
     out_shape: Size  # ``[*out]``, the shape of one sample's output
     traced: tuple[int, ...] = ()  # the axes that are summed at equal indices, ascending
     diagonal: tuple[int, ...] = ()  # the axes that are taken at equal indices, ascending
+    paired: bool = False  # whether samples are taken at equal indices
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -93,13 +95,24 @@ class KernelAxes(NamedTuple):
         first, second = self
         sizes = [first.out_shape[axis] for axis in (*first.diagonal, *first.free)]
         sizes += [second.out_shape[axis] for axis in second.free]
-        return kernel.reshape(*kernel.shape[:2], *sizes).permute(0, 1, *(2 + axis for axis in self._order))
+        n = self._samples
+        return kernel.reshape(*kernel.shape[:n], *sizes).permute(*range(n), *(n + axis for axis in self._order))
 
     def merge(self, kernel: Tensor) -> Tensor:
         """Undo :meth:`separate`."""
         # kernel [N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)] -> [N1, N2, E, F1, F2]
-        places = [2 + self._order.index(axis) for axis in range(len(self._order))]
-        return kernel.permute(0, 1, *places).reshape(*kernel.shape[:2], *self.shape)
+        n, places = self._samples, [self._order.index(axis) for axis in range(len(self._order))]
+        return kernel.permute(*range(n), *(n + axis for axis in places)).reshape(*kernel.shape[:n], *self.shape)
+
+    @property
+    def paired(self) -> bool:
+        """Whether samples are taken at equal indices."""
+        return self.first.paired
+
+    @property
+    def _samples(self) -> int:
+        """The number of sample axes of a kernel."""
+        return 1 if self.paired else 2
 
     @property
     def _order(self) -> list[int]:
@@ -111,11 +124,12 @@ class KernelAxes(NamedTuple):
 
 @dataclass(frozen=True)
 class AxesRequest:
-    """What a call asks for about output axes, before their number is known."""
+    """What a call asks for about axes, before the number of those of outputs is known."""
 
     compute: str  # ``"full"``, ``"diagonal"`` or ``"trace"``
     trace_axes: tuple[int, ...]  # the axes to sum, as given
     diagonal_axes: tuple[int, ...]  # the axes to take at equal indices, as given
+    paired: bool  # whether samples are taken at equal indices
 
     @classmethod
     def parse(
@@ -123,6 +137,8 @@ class AxesRequest:
         compute: str,
         trace_axes: int | Iterable[int] | None = None,
         diagonal_axes: int | Iterable[int] | None = None,
+        *,
+        paired: bool = False,
     ) -> "AxesRequest":
         """Check the arguments of a call, as far as possible before the model runs."""
         if compute not in COMPUTES:
@@ -132,7 +148,9 @@ class AxesRequest:
         for argument, axes in given.items():
             if axes is not None and compute != "full":
                 raise ValueError(f"{argument} goes with compute='full' alone, got compute={compute!r}: leave one out.")
-        return cls(compute, **parsed)
+        if not isinstance(paired, bool):
+            raise TypeError(f"paired must be True or False, got {type(paired).__name__}.")
+        return cls(compute, **parsed, paired=paired)
 
     def resolve(self, first: Size, second: Size | None = None) -> KernelAxes:
         """Find the role of each output axis of x1 and of x2; without a shape of its own, x2 has that of x1."""
@@ -154,14 +172,14 @@ class AxesRequest:
         # out_shape [*out]
         ndim = len(out_shape)
         if self.compute == "diagonal":
-            return OutputAxes(out_shape, diagonal=tuple(range(ndim)))
+            return OutputAxes(out_shape, diagonal=tuple(range(ndim)), paired=self.paired)
         if self.compute == "trace":
-            return OutputAxes(out_shape, traced=tuple(range(ndim)))
+            return OutputAxes(out_shape, traced=tuple(range(ndim)), paired=self.paired)
         traced = _resolve("trace_axes", self.trace_axes, ndim)
         diagonal = _resolve("diagonal_axes", self.diagonal_axes, ndim)
         if both := sorted(set(traced) & set(diagonal)):
             raise ValueError(f"trace_axes and diagonal_axes both name output axis {both[0]}: name it in one of them.")
-        return OutputAxes(out_shape, traced, diagonal)
+        return OutputAxes(out_shape, traced, diagonal, self.paired)
 
 
 def _parse_axes(argument: str, axes: Any) -> tuple[int, ...]:

@@ -91,6 +91,11 @@ class Request:
             second = None if x2 is None else parse_inputs(x2, "x2", module)
         if second is not None:
             check_alike(first, second)
+            if axes.paired and len(first) != len(second):
+                raise ValueError(
+                    "paired=True takes x1[n] with x2[n] alone, so x1 and x2 must hold the same number of samples, "
+                    f"got {len(first)} and {len(second)}."
+                )
         return cls(module, first, second, axes, wanted, per_parameter, outputs, chunk_size, capture)
 
     @property
@@ -133,6 +138,11 @@ class Request:
     def sizes(self) -> list[int]:
         """How many samples there are in x1, and in x2 if it is another set."""
         return [len(x) for x in (self.x1, self.x2) if x is not None]
+
+    @property
+    def sample_axes(self) -> tuple[int, ...]:
+        """The sizes of the sample axes of a kernel: N1 and N2, or N of paired samples."""
+        return (len(self.x1),) if self.axes.paired else (len(self.x1), len(self.second))
 
     @cached_property
     def groups(self) -> dict[str, str]:

@@ -1,7 +1,8 @@
 """The output convention: from kernels over flattened outputs to the tensors users get.
 
-Routes work with outputs merged to one axis for each role, ``[N1, N2, E, F1, F2]`` (:mod:`ggn_ntk.problem.output_axes`).
-Letters: ``n``, ``m`` samples of x1, x2; ``e`` diagonal outputs; ``c``, ``d`` free outputs.
+Routes work with outputs merged to one axis for each role, ``[N1, N2, E, F1, F2]`` (:mod:`ggn_ntk.problem.output_axes`);
+of paired samples, ``[N, E, F1, F2]``. Letters: ``n``, ``m`` samples of x1, x2; ``e`` diagonal outputs; ``c``, ``d``
+free outputs.
 """
 
 from collections.abc import Iterable, Sequence
@@ -24,9 +25,10 @@ class Computed(NamedTuple):
 
 
 def transpose(kernel: Tensor) -> Tensor:
-    """Exchange the two sets of inputs: ``(n, c) <-> (m, d)``."""
-    # kernel [N1, N2, E, F, F]
-    return kernel.transpose(0, 1).transpose(3, 4)
+    """Exchange the two sets of inputs: ``(n, c) <-> (m, d)``, or ``c <-> d`` of paired samples."""
+    # kernel [N1, N2, E, F, F] or [N, E, F, F]
+    exchanged = kernel.transpose(-2, -1)
+    return exchanged.transpose(0, 1) if kernel.ndim == 5 else exchanged
 
 
 def sum_kernels(kernels: Iterable[tuple[str, Tensor]]) -> dict[str, Tensor]:

@@ -72,10 +72,10 @@ def test_sequences_are_contracted_with_joined_biases(capture, compute, monkeypat
     x1, x2 = torch.randn(4, 6, 3).double(), torch.randn(2, 6, 3).double()
     doubled, kernel_einsum = [], accumulator.kernel_einsum
 
-    def count(first, *args):
+    def count(first, *args, **options):
         letters = (letter for letter in dict.fromkeys(first.result + first.equation) if letter.isalpha())
         doubled.append(first.equation.translate(str.maketrans(dict(zip(letters, "cnoip", strict=False)))))
-        return kernel_einsum(first, *args)
+        return kernel_einsum(first, *args, **options)
 
     monkeypatch.setattr(accumulator, "kernel_einsum", count)
     found = empirical_ntk(model, x1, x2, compute=compute, capture=capture, method="structured")

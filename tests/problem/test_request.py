@@ -37,6 +37,8 @@ def model():
         ({"per_parameter": "no"}, ValueError, "per_parameter must be True, False or 'module', got 'no'"),
         ({"per_parameter": 1}, TypeError, "per_parameter must be True, False or 'module', got int"),
         ({"check": 1}, TypeError, "check must be True or False, got int"),
+        ({"paired": 1}, TypeError, "paired must be True or False, got int"),
+        ({"paired": True, "x2": X[:2]}, ValueError, r"paired=True takes x1\[n\] with x2\[n\] .* got 3 and 2"),
         ({"x1": {1: X}}, TypeError, "The keys of x1 must be strings"),
         ({"params": []}, ValueError, "params is empty"),
         (
@@ -89,11 +91,11 @@ def test_arguments_of_the_oracle(function, model):
 
 
 OF_A_ROUTE = {"method", "check", "capture"}
-OF_A_KERNEL = {"x1", "x2", "compute", "per_parameter", "trace_axes", "diagonal_axes"}
+OF_A_KERNEL = {"x1", "x2", "compute", "per_parameter", "trace_axes", "diagonal_axes", "paired"}
 
 # What front doors leave out of the arguments of empirical_ntk.
 FRONT_DOORS = {
-    empirical_ntk_vivit: OF_A_ROUTE,
+    empirical_ntk_vivit: {"paired", *OF_A_ROUTE},
     jacobian_contraction: OF_A_ROUTE,
     ntk_vector_products: OF_A_ROUTE,
     explain: {"per_parameter", "check"},
