@@ -185,6 +185,11 @@ def by_keyword():
     return Case(function, weights(5, 4, 2), x1, x2)
 
 
+def of_places_in_a_data_set():
+    data = torch.randn(9, 5).double()
+    return Case(lambda params, i: mlp(params, data[i]), weights(5, 4, 2), torch.tensor([3, 7, 7]), torch.tensor([1, 3]))
+
+
 def of_single_samples():
     return Case(vmap(mlp, (None, 0)), weights(5, 4, 2), torch.randn(3, 5).double(), torch.randn(2, 5).double())
 
@@ -246,6 +251,7 @@ CASES = [
     views,
     tied,
     by_keyword,
+    of_places_in_a_data_set,
     of_single_samples,
     of_any_names,
     callable_object,
