@@ -322,9 +322,12 @@ def _described(inputs: Inputs) -> str:
 
 
 def _equal(a: Any, b: Any) -> bool:
-    """Tell whether two constants are the same."""
-    if a is b:
-        return True
-    if isinstance(a, Tensor) and isinstance(b, Tensor):
-        return (a.dtype, a.device, a.layout) == (b.dtype, b.device, b.layout) and torch.equal(a, b)
-    return type(a) is type(b) and bool(a == b)
+    """Tell whether two constants are known to be the same."""
+    if a is b or type(a) is not type(b):
+        return a is b
+    try:
+        if isinstance(a, Tensor):
+            return (a.dtype, a.device, a.layout) == (b.dtype, b.device, b.layout) and torch.equal(a, b)
+        return bool(a == b)
+    except Exception:  # not all tensors and objects can be compared
+        return False
