@@ -8,6 +8,7 @@ from ggn_ntk import kernels, plots, reference, rules, spectrum, training
 from ggn_ntk.kernels.explain import explain
 from ggn_ntk.kernels.ntk import empirical_ntk
 from ggn_ntk.kernels.outputs import empirical_kernels, nngp
+from ggn_ntk.kernels.prepared import empirical_ntk_fn
 from ggn_ntk.linearization.taylor import TaylorExpansion, linearize, taylor_expand
 from ggn_ntk.problem.errors import (
     KernelMemoryError,
@@ -42,6 +43,7 @@ __all__ = [
     "UnsupportedRouteError",
     "empirical_kernels",
     "empirical_ntk",
+    "empirical_ntk_fn",
     "empirical_ntk_vivit",
     "explain",
     "kernels",

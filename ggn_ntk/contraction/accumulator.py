@@ -14,7 +14,7 @@ from ggn_ntk.contraction.factored import Factored, Jacobians
 from ggn_ntk.contraction.one_hot import cost
 from ggn_ntk.contraction.operand import memory_of
 from ggn_ntk.contraction.products import KernelEinsum, NamedEinsum, Part, kernel_einsum, parts
-from ggn_ntk.contraction.tape import taped
+from ggn_ntk.contraction.tape import CONTRACTIONS
 from ggn_ntk.contraction.uses import added_up
 from ggn_ntk.memory.budget import MemoryBudget
 from ggn_ntk.problem.output_axes import Roles
@@ -48,7 +48,7 @@ class Accumulator:
     def add(self, first: Jacobians, second: Jacobians | None = None) -> None:
         """Add Jacobians of some parameters, and of the same ones those of x2 if it was evaluated by itself."""
         form, inputs = self._form(first, second)
-        taped(form, inputs, self.kernels, lambda: self._add(first, second))
+        CONTRACTIONS.run(form, inputs, self.kernels, lambda: self._add(first, second))
 
     def _form(self, first: Jacobians, second: Jacobians | None) -> tuple[Hashable, list[Tensor]]:
         """Describe all that decides how Jacobians are contracted, and list their tensors."""

@@ -3,11 +3,10 @@
 How Jacobians are contracted depends on shapes and strides alone. For large ones it takes no time to find out; for a
 network of a hundred units it takes several times as long as the products themselves. So the operations that a
 contraction has carried out are written down, and carried out again on other tensors of the same form: the same ones, in
-the same order, so that results are the same to the last bit.
+the same order, so that results are the same to the last bit. Whole kernels of small networks are repeated so, too.
 """
 
-from collections.abc import Callable, Hashable, Sequence
-from itertools import chain
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,34 +17,10 @@ from ggn_ntk.process.torch_internals import TorchDispatchMode, schema_of, tree_l
 # Up to how many numbers inputs and intermediate results hold together, and how many steps are kept; of how many forms.
 _NUMBERS, _STEPS, _FORMS = 2**22, 1024, 512
 
-# Operations whose results are no tensors, or of a shape that depends on numbers: what was done next may, too.
+# Operations with results of a shape that depends on numbers, or of random ones: what was done next may depend, too.
 _DEPENDS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
 
 _Kernels = dict[str, Tensor]
-
-
-def taped(form: Hashable, inputs: Sequence[Tensor], kernels: _Kernels, contract: Callable[[], None]) -> None:
-    """Add to kernels by a function that takes its tensors from inputs, or do what it did at inputs of the same form."""
-    found = _tapes.get(form)
-    if isinstance(found, _Tape):
-        found.play(inputs, kernels)
-    elif found is False or sum(x.numel() for x in inputs) > _NUMBERS:
-        contract()
-    elif found is None:  # most forms are seen once
-        if len(_tapes) >= _FORMS:
-            _tapes.clear()
-        _tapes[form] = True
-        contract()
-    else:
-        recording = _Recording([*inputs, *kernels.values()])
-        with recording:
-            contract()
-        _tapes[form] = recording.tape(kernels) or False
-
-
-def forget() -> None:
-    """Forget all contractions."""
-    _tapes.clear()
 
 
 class _View(NamedTuple):
@@ -57,6 +32,11 @@ class _View(NamedTuple):
     offset: int  # behind the first entry of the tensor
     result: int
     writes: bool = False
+
+    @property
+    def results(self) -> list[int]:
+        """The numbers of what it makes."""
+        return [self.result]
 
     @property
     def touched(self) -> set[int]:
@@ -75,42 +55,50 @@ class _Operation(NamedTuple):
     call: Callable[..., Any]
     arguments: list[Any]  # positional ones, with a placeholder for each tensor
     single: list[tuple[int, int]]  # which of them are tensors: the place, and the number
-    several: list[tuple[int, list[int]]]  # which are lists of tensors
+    several: list[tuple[int, list[int | None]]]  # which are lists of tensors, and of ``None``
     keywords: dict[str, Any]
     named: list[tuple[str, int]]  # which keywords are tensors
-    result: int
+    results: list[int]
     writes: bool  # whether it writes to what it is given
 
     @property
     def touched(self) -> set[int]:
         """The numbers of all tensors that take part."""
-        lists = chain.from_iterable(numbers for _, numbers in self.several)
-        return {*(n for _, n in self.single), *lists, *(n for _, n in self.named), self.result}
+        lists = (n for _, numbers in self.several for n in numbers if n is not None)
+        return {*(n for _, n in self.single), *lists, *(n for _, n in self.named), *self.results}
 
     def carry_out(self, tensors: list[Any]) -> None:
         """Carry the operation out."""
-        call, given, single, several, keywords, named, result, _ = self
+        call, given, single, several, keywords, named, results, _ = self
         arguments = given.copy()
         for place, number in single:
             arguments[place] = tensors[number]
         for place, numbers in several:
-            arguments[place] = [tensors[number] for number in numbers]
+            arguments[place] = [None if number is None else tensors[number] for number in numbers]
         if named:
             keywords = keywords | {name: tensors[number] for name, number in named}
-        tensors[result] = call(*arguments, **keywords)
+        found = call(*arguments, **keywords)
+        if len(results) == 1:
+            tensors[results[0]] = found
+        else:
+            for number, tensor in zip(results, found, strict=True):
+                tensors[number] = tensor
 
 
-class _Tape(NamedTuple):
+class Tape(NamedTuple):
     """What a contraction does."""
 
     steps: list[tuple[_View | _Operation, list[int]]]  # with the numbers of tensors that are not needed any more
     size: int  # how many tensors there are
+    constants: dict[int, Tensor]  # those that are the same whatever the inputs
     results: list[tuple[str, int]]  # the numbers of kernels
 
     def play(self, inputs: Sequence[Tensor], kernels: _Kernels) -> None:
         """Carry the steps out."""
         tensors: list[Any] = [*inputs, *kernels.values()]
         tensors += [None] * (self.size - len(tensors))
+        for number, constant in self.constants.items():
+            tensors[number] = constant
         for step, done in self.steps:
             step.carry_out(tensors)
             for number in done:
@@ -143,23 +131,25 @@ class _Recording(TorchDispatchMode):
 
     def _take(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> bool:
         """Write an operation down; tell whether it can be carried out again on other tensors."""
-        if not isinstance(result, Tensor) or not _DEPENDS.isdisjoint(func.tags):
-            return False
-        if result.is_meta:  # shapes alone
-            return True
         given = [x for x in tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
-        if any(id(x) not in self._numbers for x in given):
+        results = tuple(result) if isinstance(result, list | tuple) else (result,)
+        if any(isinstance(x, Tensor) and x.is_meta for x in results) or not (given or isinstance(result, Tensor)):
+            return True  # about shapes and dtypes alone
+        known = all(id(x) in self._numbers for x in given)
+        if not known or not all(isinstance(x, Tensor) for x in results) or _depends(func, args):
+            return False
+        if any(isinstance(x, list | tuple | dict) for x in _nested(args, kwargs)):
             return False
         aliases = [a.alias_info for a in schema_of(func).arguments if a.alias_info is not None]
         writes = any(alias.is_write for alias in aliases)
-        new = id(result) not in self._numbers
-        if new:
-            self._numbers[id(result)] = len(self._tensors)
-            self._tensors.append(result)
+        for x in results:
+            if id(x) not in self._numbers:
+                self._numbers[id(x)] = len(self._tensors)
+                self._tensors.append(x)
+                self._total += x.numel() if writes or not aliases else 0
         if aliases and not writes:
-            return self._take_view(given[0], result)
-        self._steps.append(self._operation(func, args, kwargs, result, writes=writes))
-        self._total += result.numel() if new else 0
+            return all(self._take_view(given[0], x) for x in results)
+        self._steps.append(self._operation(func, args, kwargs, results, writes=writes))
         return self._total <= _NUMBERS and len(self._steps) <= _STEPS
 
     def _take_view(self, x: Tensor, result: Tensor) -> bool:
@@ -173,15 +163,15 @@ class _Recording(TorchDispatchMode):
         return result.dtype == of.dtype and not (result.is_conj() or result.is_neg())
 
     def _operation(
-        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Tensor, *, writes: bool
+        self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any], results: tuple[Tensor, ...], *, writes: bool
     ) -> _Operation:
         """Put the numbers of tensors in the places of tensors."""
         numbers = self._numbers
         single = [(i, numbers[id(x)]) for i, x in enumerate(args) if isinstance(x, Tensor)]
         several = [
-            (i, [numbers[id(x)] for x in xs])
+            (i, [numbers[id(x)] if isinstance(x, Tensor) else None for x in xs])
             for i, xs in enumerate(args)
-            if isinstance(xs, list | tuple) and xs and all(isinstance(x, Tensor) for x in xs)
+            if isinstance(xs, list | tuple) and any(isinstance(x, Tensor) for x in xs)
         ]
         held = {i for i, _ in (*single, *several)}
         return _Operation(
@@ -191,25 +181,95 @@ class _Recording(TorchDispatchMode):
             several,
             {name: x for name, x in kwargs.items() if not isinstance(x, Tensor)},
             [(name, numbers[id(x)]) for name, x in kwargs.items() if isinstance(x, Tensor)],
-            numbers[id(result)],
+            [numbers[id(x)] for x in results],
             writes,
         )
 
-    def tape(self, kernels: _Kernels) -> _Tape | None:
+    def tape(self, kernels: _Kernels) -> "Tape | None":
         """Put together what is needed for the kernels; ``None`` where something cannot be done again."""
         if not self._whole or any(id(kernel) not in self._numbers for kernel in kernels.values()):
             return None
         results = [(name, self._numbers[id(kernel)]) for name, kernel in kernels.items()]
+        constants = self._constants({number for _, number in results})
         needed = {number for _, number in results}
-        last = set(needed)  # what is needed further on
+        last = needed | constants  # what is needed further on
         steps: list[tuple[_View | _Operation, list[int]]] = []
         for step in reversed(self._steps):
-            if step.writes or step.result in needed:
+            if (step.writes or not needed.isdisjoint(step.results)) and not constants.issuperset(step.results):
                 needed |= step.touched
                 steps.append((step, [number for number in step.touched - last if number >= self._inputs]))
                 last |= step.touched
-        return _Tape(steps[::-1], len(self._tensors), results)
+        held = {number: self._tensors[number] for number in constants & needed}
+        return Tape(steps[::-1], len(self._tensors), held, results)
+
+    def _constants(self, results: set[int]) -> set[int]:
+        """Find what depends on no input, and stays as it is."""
+        written = set(results)
+        for step in self._steps:
+            written |= step.touched if step.writes else set()
+        roots = {self._roots.get(number, number) for number in written}
+        constants = set[int]()
+        for step in self._steps:
+            new = set(step.results)
+            free = roots.isdisjoint(self._roots.get(number, number) for number in new)
+            if free and not step.writes and constants.issuperset(step.touched - new):
+                constants |= new
+        return constants
 
 
-# What is known of a form: that it was seen, that it cannot be taped, or the tape.
-_tapes: dict[Hashable, _Tape | bool] = {}
+def _nested(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
+    """List the entries of arguments in which no tensors are expected: of lists by position, and keywords."""
+    for x in args:
+        if isinstance(x, list | tuple):
+            yield from x
+    for x in kwargs.values():
+        yield x if any(isinstance(y, Tensor) for y in tree_leaves(x)) else None
+
+
+def _depends(func: Any, args: tuple[Any, ...]) -> bool:
+    """Tell whether what an operation returns, apart from numbers, depends on numbers."""
+    indexes = func is torch.ops.aten.index.Tensor  # which has so many results as a mask has ones, but places have none
+    by_places = indexes and all(x is None or x.dtype == torch.long for x in args[1])
+    return not by_places and not _DEPENDS.isdisjoint(func.tags)
+
+
+class Tapes:
+    """What was done at inputs of some forms."""
+
+    def __init__(self) -> None:
+        """Start without any."""
+        self._tapes: dict[Hashable, Tape | bool] = {}  # a form that was seen, one that cannot be taped, or the tape
+
+    def find(self, form: Hashable) -> Tape | None:
+        """Look up what to do at inputs of a form."""
+        found = self._tapes.get(form)
+        return found if isinstance(found, Tape) else None
+
+    def run(self, form: Hashable, inputs: Sequence[Tensor], kernels: _Kernels, compute: Callable[[], None]) -> None:
+        """Add to kernels by a function that takes its tensors from inputs, or do what it did at inputs of the form."""
+        found = self._tapes.get(form)
+        if isinstance(found, Tape):
+            found.play(inputs, kernels)
+        elif found is False or sum(x.numel() for x in inputs) > _NUMBERS:
+            compute()
+        elif found is None:  # most forms are seen once
+            if len(self._tapes) >= _FORMS:
+                self._tapes.clear()
+            self._tapes[form] = True
+            compute()
+        else:
+            recording = _Recording([*inputs, *kernels.values()])
+            with recording:
+                compute()
+            self._tapes[form] = recording.tape(kernels) or False
+
+    def forget(self, form: Hashable | None = None) -> None:
+        """Forget what is known of a form, or of all."""
+        if form is None:
+            self._tapes.clear()
+        else:
+            self._tapes.pop(form, None)
+
+
+#: Of contractions.
+CONTRACTIONS = Tapes()

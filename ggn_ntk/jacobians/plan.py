@@ -37,6 +37,7 @@ from ggn_ntk.problem.errors import (
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.output_axes import KernelAxes
 from ggn_ntk.problem.request import Request
+from ggn_ntk.rules.registry import channels_last
 
 _ROUTE = "structured empirical NTK"
 
@@ -49,6 +50,7 @@ class Plan:
     fallback: dict[str, str]  # parameters whose Jacobians rules do not give, with the reason
     cancelling: set[str]  # parameters whose Jacobian is far smaller than the terms that rules add up for it
     uses: Uses | None  # where parameters are used; ``None`` for a Sequential model, whose layers tell
+    channels_last: bool  # whether samples that are images are evaluated with channels last in memory
 
     @property
     def capture(self) -> str:
@@ -57,9 +59,11 @@ class Plan:
 
     def evaluate(self, inputs: Inputs) -> "Side":
         """Evaluate the model on samples."""
+        inputs = inputs.map(channels_last) if self.channels_last else inputs
         if self.uses is None:
             return Side(SequentialPass(_without(self.request, self.fallback), inputs))
-        return Side(_autograd_pass(self.request, inputs, self.uses, self.fallback))
+        backward, uses = _autograd_pass(self.request, inputs, self.uses, self.fallback)
+        return Side(backward, as_planned=uses is self.uses)
 
 
 class Side:
@@ -68,11 +72,14 @@ class Side:
     Attributes:
         output: The outputs ``[N, *out]``.
         verification: What is shown all Jacobians, if they are to be verified.
+        as_planned: Whether parameters were used where the plan says.
     """
 
-    def __init__(self, backward: BackwardPass, verification: Verification | None = None) -> None:
+    def __init__(
+        self, backward: BackwardPass, verification: Verification | None = None, *, as_planned: bool = True
+    ) -> None:
         """Set up."""
-        self._backward, self.verification = backward, verification
+        self._backward, self.verification, self.as_planned = backward, verification, as_planned
         self.output = backward.output
 
     @property
@@ -131,8 +138,8 @@ class Plans(NamedTuple):
     @property
     def fallback(self) -> dict[str, str]:
         """The parameters whose Jacobians rules do not give for a side, with the reason; it grows on the way back."""
-        reasons = (plan.fallback | side.failures for plan, side in zip(self.plans, self.sides, strict=True))
-        return reduce(operator.or_, reasons)
+        reasons = [*(plan.fallback for plan in self.plans), *(side.failures for side in self.sides)]
+        return reduce(operator.or_, reasons, {})
 
     @property
     def covered(self) -> list[str]:
@@ -149,6 +156,27 @@ class Plans(NamedTuple):
     def capture(self) -> str:
         """How the model is taken apart."""
         return ", ".join(dict.fromkeys(plan.capture for plan in self.plans))
+
+    @property
+    def follows_shapes(self) -> bool:
+        """Whether nothing but the shapes of samples and parameters decides on what is computed."""
+        return all(plan.uses is None and is_known(plan.request) for plan in self.plans) and not self.fallback
+
+    def for_others(self, request: Request) -> "Plans | None":
+        """Evaluate samples of the same form; ``None`` if the model computes something else for these."""
+        found = zip(self.plans, request.batches, strict=True)
+        plans = [replace(plan, request=batch) for plan, batch in found]
+        sides = [plan.evaluate(plan.request.inputs) for plan in plans]
+        fits = zip(sides, self.axes, strict=False)
+        if all(side.as_planned and side.output.shape[1:] == of_side.out_shape for side, of_side in fits):
+            return Plans(request, self.axes, plans, sides)
+        return None
+
+    def without_samples(self) -> "Plans":
+        """Keep what was learnt alone."""
+        request, fallback = self.request.few(), self.fallback
+        plans = [replace(plan, request=request, fallback=fallback) for plan in self.plans]
+        return Plans(request, self.axes, plans, [])
 
 
 def make_plans(request: Request, fallback: dict[str, str], *, everyone: bool) -> Plans:
@@ -195,21 +223,21 @@ def _make_plan(request: Request, alone: Alone, fallback: dict[str, str], *, ever
         _refuse_writes(request)
         uses = find_uses(few, request.params)
         fallback = verification.try_rules(few[:1], uses) | fallback
-        autograd_pass = _autograd_pass(request, alone.inputs, uses, fallback)
+        autograd_pass, _ = _autograd_pass(request, alone.inputs, uses, fallback)
         backward, fallback = autograd_pass, autograd_pass.failures | fallback
     verification.see(backward.output)
-    plan = Plan(request, fallback, verification.cancelling, uses)
+    plan = Plan(request, fallback, verification.cancelling, uses, alone.channels_last)
     return plan, Side(backward, verification)
 
 
-def _autograd_pass(request: Request, inputs: Inputs, uses: Uses, fallback: Container[str]) -> AutogradPass:
+def _autograd_pass(request: Request, inputs: Inputs, uses: Uses, fallback: Container[str]) -> tuple[AutogradPass, Uses]:
     """Evaluate the model on some samples, and set up the way back."""
     recording, uses, calls = recorded(request, inputs, uses)
     check_output(recording.output, recording.n)
     wanted = [call.without(fallback) for call in calls]
     backward = AutogradPass(request.params, wanted, recording.output, kept=len(inputs))
     backward.failures |= {name: why for name, why in uses.problems.items() if name not in fallback}
-    return backward
+    return backward, uses
 
 
 def recorded(

@@ -68,6 +68,7 @@ class Alone(NamedTuple):
     samples: list[int]  # which of them
     recordings: list[Recording]
     outputs: list[Tensor]  # the output of each, ``[1, *out]``
+    channels_last: bool  # whether channels of images are last in memory
 
 
 def evaluate_alone(request: Request, inputs: Inputs, *, every: bool) -> Alone:
@@ -83,7 +84,8 @@ def evaluate_alone(request: Request, inputs: Inputs, *, every: bool) -> Alone:
             raise
         fast, first = inputs, record(request, inputs[samples[:1]], every=every)
     recordings = [first, *(record(request, fast[[sample]], every=every) for sample in samples[1:])]
-    return Alone(fast, samples, recordings, [_output_of_one(request, recording) for recording in recordings])
+    outputs = [_output_of_one(request, recording) for recording in recordings]
+    return Alone(fast, samples, recordings, outputs, fast is not inputs)
 
 
 class Verification:

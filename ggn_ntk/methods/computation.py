@@ -4,7 +4,8 @@ A sample with NaN or infinity in its Jacobian has no row and no column in the ke
 their kernel is computed without it, and its own rows and columns are NaN.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 
 import torch
@@ -36,9 +37,16 @@ def compute(request: Request, route: Callable[[Request], Computed]) -> Kernels:
     return carry_out(request, assembled)[0]
 
 
+@contextmanager
+def session(request: Request) -> Iterator[None]:
+    """Open a session for a model, and explain errors about memory."""
+    with outside_of_transforms(), isolated(request.model), explained(lambda: _described(request)):
+        yield
+
+
 def carry_out(request: Request, kernels: Callable[[Request], tuple[Kernels, Computed]]) -> tuple[Kernels, Computed]:
     """Compute kernels in a session, without those samples whose Jacobians are not finite."""
-    with outside_of_transforms(), isolated(request.model), explained(lambda: _described(request)):
+    with session(request):
         try:
             result, computed = kernels(request)
             if is_finite(result):

@@ -42,13 +42,28 @@ _CHUNK = 16
 
 def structured_kernels(request: Request) -> Computed:
     """Compute kernels and the outputs of all samples. Call it inside ``isolated(request.model)``."""
-    plans, kernels = _verified(request, _contracted)
+    return _computed(*_verified(request, _contracted))
+
+
+@torch.no_grad()
+def repeated_kernels(request: Request, known: Plans) -> Computed | None:
+    """Compute kernels of samples of the same form, without what was learnt; ``None`` if it does not hold for these."""
+    plans = known.for_others(request)
+    if plans is None:
+        return None
+    kernels = _contracted(plans)
+    return _computed(plans, kernels) if plans.fallback.keys() == known.fallback.keys() else None
+
+
+def _computed(plans: Plans, kernels: dict[str, Tensor]) -> Computed:
+    """Put together what rules give and what falls back."""
     for name, why in plans.fallback.items():
         if why.startswith((DIFFERS, FAILS)):
             what = f"{name}: {why}. Its kernel comes from Jacobians of each sample instead: exact, but slower."
             warn(what, RouteWarning)
     outputs = [side.output for side in plans.sides]
-    return Computed(plans.axes, chain(kernels.items(), _fallback_kernels(plans, outputs)), outputs)
+    summands = chain(kernels.items(), _fallback_kernels(plans, outputs))
+    return Computed(plans.axes, summands, outputs, plans)
 
 
 @torch.no_grad()
@@ -85,7 +100,7 @@ def _fallback_kernels(plans: Plans, outputs: Sequence[Tensor]) -> Iterator[tuple
         return
     request, verifications = plans.request, plans.verifications
     # That samples leave one another alone, Jacobians of each take for granted.
-    if all(verification.everyone for verification in verifications):
+    if verifications and all(verification.everyone for verification in verifications):
         checked = [verification.checked(output) for verification, output in zip(verifications, outputs, strict=True)]
     else:
         _, checked = check_model(request)

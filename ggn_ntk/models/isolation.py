@@ -50,6 +50,22 @@ _ENTERED = _Entered()
 
 
 @contextmanager
+def plain_torch(model: Module) -> Iterator[None]:
+    """Have torch compute in full precision with its usual settings, whatever the caller's are."""
+    with ExitStack() as stack:
+        # First what torch keeps for each thread. Leaving inference mode also resets autograd's multithreading, whatever
+        # the caller chose: so only if it is on.
+        if torch.is_inference_mode_enabled():
+            stack.enter_context(torch.inference_mode(False))
+        stack.enter_context(torch.enable_grad())
+        for device_type in {t.device.type for t in (*model.parameters(), *model.buffers())} - {"meta"}:
+            stack.enter_context(torch.autocast(device_type, enabled=False))
+        stack.enter_context(process_switches(recurrent=any(isinstance(m, RNNBase) for m in model.modules())))
+        stack.enter_context(_default_device(torch.device("cpu")))
+        yield
+
+
+@contextmanager
 def isolated(model: Module) -> Iterator["Session"]:
     """Open a session for a model, in which kernels are computed and after which no trace is left."""
     session, depth = _ENTERED.sessions.get(id(model), (None, 0))
@@ -62,16 +78,8 @@ def isolated(model: Module) -> Iterator["Session"]:
         return
     device = torch.get_default_device()  # the caller's, which evaluations of the model find as usual
     with ExitStack() as stack:
-        # First what torch keeps for each thread. Leaving inference mode also resets autograd's multithreading, whatever
-        # the caller chose: so only if it is on.
-        if torch.is_inference_mode_enabled():
-            stack.enter_context(torch.inference_mode(False))
-        stack.enter_context(torch.enable_grad())
-        for device_type in {t.device.type for t in (*model.parameters(), *model.buffers())} - {"meta"}:
-            stack.enter_context(torch.autocast(device_type, enabled=False))
-        stack.enter_context(process_switches(recurrent=any(isinstance(m, RNNBase) for m in model.modules())))
-        stack.enter_context(_default_device(torch.device("cpu")))
-        # Then the model itself. On exit the order is the reverse: it is put back before other threads get their turn.
+        stack.enter_context(plain_torch(model))
+        # On exit the order is the reverse: it is put back before other threads get their turn.
         stack.enter_context(alone_with(model, shared_by(model)))
         session = Session(model, device)
         stack.callback(session.close)

@@ -6,7 +6,7 @@ free outputs.
 """
 
 from collections.abc import Iterable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -22,6 +22,7 @@ class Computed(NamedTuple):
     kernels: Iterable[tuple[str, Tensor]]
     # The outputs of each batch of samples that were evaluated together ``[N, ...]``; none where they were not
     outputs: Sequence[Tensor] = ()
+    plans: Any = None  # what the structured route has learnt of the model
 
 
 def transpose(kernel: Tensor) -> Tensor:

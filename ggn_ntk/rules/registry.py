@@ -5,7 +5,7 @@ Schoenholz: "Fast Finite Width Neural Tangent Kernel", ICML 2022). Here the stru
 (Dangel: "Convolutions and More as Einsum", NeurIPS 2024).
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -60,6 +60,11 @@ def rule_for(module: Module) -> Rule | None:
         The function that was registered for it; ``None`` if there is none.
     """
     return _RULES.get(type(module))
+
+
+def registered() -> Hashable:
+    """Tell what is registered, to notice what has been since."""
+    return (*_RULES.items(), *_BACKPROPAGATIONS.items())
 
 
 def users_rule_for(module: Module) -> Rule | None:

@@ -17,7 +17,7 @@ def _play_again(model, x1, x2, compute):
         for p in model.parameters():
             p.mul_(1.5)
     played = empirical_ntk(model, x1, x2, compute=compute)
-    tape.forget()
+    tape.CONTRACTIONS.forget()
     assert torch.equal(played, empirical_ntk(model, x1, x2, compute=compute))
 
 
@@ -39,17 +39,17 @@ def test_what_decides_is_part_of_the_form(symmetric):
     for given in (*shapes, *shapes, *shapes):
         net = model.to(given.dtype)
         kernel = empirical_ntk(net, given, None if symmetric else given.clone())
-        known = dict(tape._tapes)
-        tape.forget()
+        known = dict(tape.CONTRACTIONS._tapes)
+        tape.CONTRACTIONS.forget()
         assert torch.equal(kernel, empirical_ntk(net, given, None if symmetric else given.clone()))
-        tape._tapes.update(known)
+        tape.CONTRACTIONS._tapes.update(known)
 
 
 def _record(contract, *inputs):
     kernels = {}
     for _ in range(2):
-        tape.taped("form", inputs, kernels, lambda: kernels.update({"": contract(*inputs)}))
-    return tape._tapes["form"]
+        tape.CONTRACTIONS.run("form", inputs, kernels, lambda: kernels.update({"": contract(*inputs)}))
+    return tape.CONTRACTIONS._tapes["form"]
 
 
 def test_intermediate_results_and_what_is_not_needed_are_dropped():
@@ -90,5 +90,5 @@ def test_what_is_not_taped(contract):
 def test_forms_are_forgotten_before_they_are_too_many(monkeypatch):
     monkeypatch.setattr(tape, "_FORMS", 3)
     for form in range(5):
-        tape.taped(form, [torch.ones(1)], {}, lambda: None)
-    assert set(tape._tapes) == {3, 4}
+        tape.CONTRACTIONS.run(form, [torch.ones(1)], {}, lambda: None)
+    assert set(tape.CONTRACTIONS._tapes) == {3, 4}

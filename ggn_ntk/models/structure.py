@@ -1,0 +1,56 @@
+"""The structure of a model: what of it decides which function of its parameters and inputs it is."""
+
+from collections.abc import Hashable
+from itertools import chain
+
+import torch
+from torch import Tensor
+from torch.nn import Module
+
+from ggn_ntk.problem.inputs import Inputs
+from ggn_ntk.process.torch_internals import buffers_of, forward_hooks, has_global_hooks, parameters_of
+from ggn_ntk.rules.registry import registered
+
+# Attributes that a layer's own options are of, such as its padding.
+_PLAIN = (bool, int, float, str, type(None))
+
+
+def structure_of(model: Module, params: dict[str, Tensor]) -> Hashable:
+    """Describe a model, without the values of its parameters and buffers."""
+    # Names of modules are left out: in their order, types and options are as good.
+    tensors: dict[int, int] = {}  # those that modules share, by the place where they are met first
+    found: list[Hashable] = [
+        registered(),
+        has_global_hooks(),
+        torch.get_default_dtype(),
+        *((name, tensors.setdefault(id(p), len(tensors))) for name, p in params.items()),
+    ]
+    for module in model.modules():
+        found += [id(type(module)), module.training]
+        held = vars(module)
+        found += [(key, value) for key, value in held.items() if _is_plain(value)]
+        found += [id(hook) for hooks in forward_hooks(module) for hook in hooks.values()]
+        found.append(id(held.get("forward")))
+        for key, tensor in chain(parameters_of(module).items(), buffers_of(module).items()):
+            place = tensors.setdefault(id(tensor), len(tensors))
+            found.append((key, place, *(() if tensor is None else (tensor.requires_grad, *_form(tensor)))))
+    return tuple(found)
+
+
+def form_of(inputs: Inputs) -> Hashable:
+    """Describe samples without their values, and what they share."""
+    constants = (
+        (key, _form(c) if isinstance(c, Tensor) else c if _is_plain(c) else id(c))
+        for key, c in inputs.constants.items()
+    )
+    return (*((key, _form(x)) for key, x in inputs.tensors.items()), *constants, *inputs.kinds.items())
+
+
+def _is_plain(value: object) -> bool:
+    """Tell whether an attribute of a module is an option, or several."""
+    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(isinstance(v, _PLAIN) for v in value))
+
+
+def _form(tensor: Tensor) -> tuple[Hashable, ...]:
+    """Describe a tensor without its values."""
+    return tensor.shape, tensor.stride(), tensor.dtype, tensor.device
