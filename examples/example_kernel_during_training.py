@@ -19,7 +19,7 @@ import matplotlib.pyplot as plt
 import torch
 from torch import nn
 
-from ggn_ntk import empirical_ntk
+from ggn_ntk import empirical_ntk_fn
 from ggn_ntk.plots import COLORS, plot_alignment
 from ggn_ntk.spectrum import centered_kernel_alignment, relative_kernel_change
 from ggn_ntk.training import gradient_descent_mse, max_learning_rate
@@ -41,19 +41,21 @@ x = torch.randn(N, 2, dtype=torch.float64)
 y = (x[:, :1] * x[:, 1:]).sign()
 x, y = x[y[:, 0].argsort()], y.sort(0).values
 model = nn.Sequential(nn.Linear(2, 16), nn.ReLU(), nn.Linear(16, 16), nn.ReLU(), nn.Linear(16, 1)).double()
-first = empirical_ntk(model, x)  # [N, N, 1, 1]
+kernel_of = empirical_ntk_fn(model)
+first = kernel_of(x)  # [N, N, 1, 1]
 rate = max_learning_rate(first) / 4
 
 # %%
 # Training
 # --------
 #
-# The loop that one would write anyway, with one line for the kernel.
+# The loop that one would write anyway, with one line for the kernel. The model was looked at once, above: what a kernel
+# takes at each step is a small part of that.
 
 kernels, outputs = [], []
 optimizer = torch.optim.SGD(model.parameters(), lr=rate)
 for _ in range(STEPS + 1):
-    kernels.append(empirical_ntk(model, x))
+    kernels.append(kernel_of(x))
     f = model(x)
     outputs.append(f.detach())
     optimizer.zero_grad()

@@ -3,6 +3,7 @@
 from ggn_ntk.jacobians.places import Place
 from ggn_ntk.kernels.explain import Contraction, Explanation, Row
 from ggn_ntk.kernels.ntk import Method
+from ggn_ntk.kernels.prepared import PreparedKernel
 from ggn_ntk.problem.errors import Problem
 
-__all__ = ["Contraction", "Explanation", "Method", "Place", "Problem", "Row"]
+__all__ = ["Contraction", "Explanation", "Method", "Place", "PreparedKernel", "Problem", "Row"]

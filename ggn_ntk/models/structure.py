@@ -15,6 +15,19 @@ from ggn_ntk.rules.registry import registered
 _PLAIN = (bool, int, float, str, type(None))
 
 
+class _Same:
+    """An object that is equal to itself alone, and kept: no other can get its identity."""
+
+    def __init__(self, value: object) -> None:
+        self._value = value
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, _Same) and other._value is self._value
+
+    def __hash__(self) -> int:
+        return id(self._value)
+
+
 def structure_of(model: Module, params: dict[str, Tensor]) -> Hashable:
     """Describe a model, without the values of its parameters and buffers."""
     # Names of modules are left out: in their order, types and options are as good.
@@ -26,11 +39,10 @@ def structure_of(model: Module, params: dict[str, Tensor]) -> Hashable:
         *((name, tensors.setdefault(id(p), len(tensors))) for name, p in params.items()),
     ]
     for module in model.modules():
-        found += [id(type(module)), module.training]
         held = vars(module)
+        found += [_Same(type(module)), module.training, _Same(held.get("forward"))]
         found += [(key, value) for key, value in held.items() if _is_plain(value)]
-        found += [id(hook) for hooks in forward_hooks(module) for hook in hooks.values()]
-        found.append(id(held.get("forward")))
+        found += [_Same(hook) for hooks in forward_hooks(module) for hook in hooks.values()]
         for key, tensor in chain(parameters_of(module).items(), buffers_of(module).items()):
             place = tensors.setdefault(id(tensor), len(tensors))
             found.append((key, place, *(() if tensor is None else (tensor.requires_grad, *_form(tensor)))))
@@ -40,7 +52,7 @@ def structure_of(model: Module, params: dict[str, Tensor]) -> Hashable:
 def form_of(inputs: Inputs) -> Hashable:
     """Describe samples without their values, and what they share."""
     constants = (
-        (key, _form(c) if isinstance(c, Tensor) else c if _is_plain(c) else id(c))
+        (key, _form(c) if isinstance(c, Tensor) else c if _is_plain(c) else _Same(c))
         for key, c in inputs.constants.items()
     )
     return (*((key, _form(x)) for key, x in inputs.tensors.items()), *constants, *inputs.kinds.items())

@@ -49,7 +49,7 @@ class AutogradInside(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         """Carry out a function."""
         kwargs = kwargs or {}
-        if func is torch.autograd.grad:
+        if func is torch.autograd.grad and is_transformed():
             return _grad(*args, **kwargs)
         if func is Tensor.requires_grad_:
             return _require_grad(*args, **kwargs)
@@ -76,7 +76,7 @@ def _grad(
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients of each sample, as ``torch.autograd.grad`` does."""
     ys, xs = (list((t,) if isinstance(t, Tensor) else t) for t in (outputs, inputs))
-    if not any(is_sample(t) for t in (*ys, *xs)):
+    if not any(isinstance(t, Tensor) and is_sample(t) for t in (*ys, *xs)):
         return torch.autograd.grad(ys, xs, grad_outputs, retain_graph, create_graph, **kwargs)
     if not all(map(is_sample, xs)) or kwargs.get("is_grads_batched"):
         raise RuntimeError("autograd.grad with respect to what samples share cannot be computed inside of vmap.")

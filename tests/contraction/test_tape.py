@@ -79,12 +79,27 @@ def test_intermediate_results_and_what_is_not_needed_are_dropped():
         lambda a: a[a > 0],  # numbers decide on a shape
         lambda a: a + torch.tensor([1.0, 2.0, 3.0, 4.0]),  # a tensor that is no input
         lambda a: a + torch.rand(4),
-        lambda a: torch.stack(a.unbind()),  # several results
+        lambda a: torch.ops.aten.index.Tensor(a, [a > 0]),
         lambda a: a.repeat(2**21),  # many numbers
     ],
 )
 def test_what_is_not_taped(contract):
     assert _record(contract, torch.randn(4)) is False
+
+
+def test_lists_places_and_constants():
+    def contract(a):
+        places = torch.arange(2) + 1
+        rows = torch.stack(a.unbind()[::-1])[:, places]
+        rows[places[:1], :] += torch.ones(2).cumsum(0)
+        return torch.cat([rows, torch.zeros(1, 2)])
+
+    found = _record(contract, torch.randn(3, 4))
+    for _ in range(2):
+        kernels, other = {}, torch.randn(3, 4)
+        found.play([other], kernels)
+        assert torch.equal(kernels[""], contract(other))
+        kernels[""].zero_()
 
 
 def test_forms_are_forgotten_before_they_are_too_many(monkeypatch):
