@@ -6,6 +6,7 @@ from functools import partial
 from itertools import zip_longest
 from typing import Any, NamedTuple
 
+import torch
 from torch import Size, Tensor
 from torch.autograd.graph import GradientEdge, Node
 from torch.nn import Module
@@ -13,6 +14,7 @@ from torch.nn import Module
 from ggn_ntk.contraction.factored import Jacobians
 from ggn_ntk.jacobians.backward import Writer
 from ggn_ntk.jacobians.sums import Sums
+from ggn_ntk.models.autograd_graph import precisions
 from ggn_ntk.problem.errors import NotCapturedError
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.process.torch_internals import version_of
@@ -55,6 +57,11 @@ class LayerCall:
     def label(self) -> str:
         """What it is called in messages."""
         return type(self.module).__name__
+
+    @property
+    def precisions(self) -> set[torch.dtype]:
+        """The dtypes in which gradients pass from its output to its parameters."""
+        return precisions(self.edge, self.sources)
 
     @property
     def weights(self) -> tuple[()]:

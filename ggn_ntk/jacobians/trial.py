@@ -17,7 +17,7 @@ from ggn_ntk.jacobians.backward import FAILS
 from ggn_ntk.jacobians.layer_call import LayerCall, Recording
 from ggn_ntk.jacobians.uses import Use
 from ggn_ntk.models.autograd_graph import dense
-from ggn_ntk.models.comparison import all_finite, differing, norms, read
+from ggn_ntk.models.comparison import all_finite, coarsest, differing, norms, read
 from ggn_ntk.models.gradients import gradients
 from ggn_ntk.models.rounding import rounding_of
 from ggn_ntk.problem.errors import NotFiniteError
@@ -68,7 +68,10 @@ def try_rules(
         else:
             actual[name] = reduce(torch.add, (sketched_sum(part, weights, request.params[name]) for part in parts))
     actual |= {name: expected[name] for name in failures}
-    rounding = rounding_of(request, recording.inputs, v, sketched)
+    # Both sides are made of the same ``s``: of the whole graph's precisions, only those from there on count.
+    dtypes = {v.dtype}.union(*(call.precisions for call in calls))
+    tolerance, digit = min(tolerance, coarsest(dtypes)), max(torch.finfo(dtype).eps for dtype in dtypes)
+    rounding = rounding_of(request, recording.inputs, v, sketched, digit=digit)
     for name, size in differing(actual, expected, tolerance, rounding).items():
         failures[name] = f"{DIFFERS} (relative error {size:.1e})"
     terms = {

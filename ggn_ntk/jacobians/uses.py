@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from typing import NamedTuple
 
+import torch
 from torch import Size, Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
@@ -20,6 +21,7 @@ from ggn_ntk.jacobians.backward import Writer
 from ggn_ntk.jacobians.layer_call import CallAxes, LayerCall, Recording
 from ggn_ntk.jacobians.sums import Sums
 from ggn_ntk.jacobians.weights import Weight
+from ggn_ntk.models.autograd_graph import precisions
 from ggn_ntk.problem.errors import NotCapturedError
 from ggn_ntk.process.torch_internals import output_metadata
 from ggn_ntk.rules.flow import Flow, SampleAxis
@@ -103,6 +105,13 @@ class Use:
         return tuple(dict.fromkeys(name for name, _ in self.site.paths))
 
     @property
+    def precisions(self) -> set[torch.dtype]:
+        """The dtypes in which gradients pass from its output to its parameters."""
+        paths = [path for _, path in self.site.paths] + [path for path, _ in self.site.weights]
+        found = {output_metadata(self.nodes[step.node])[step.number].dtype for path in paths for step in path}
+        return found.union(*(precisions(weight.edge) for weight in self.weights))
+
+    @property
     def weights(self) -> list[Weight]:
         """The weights whose Jacobians pass through their own graphs."""
         found = []
@@ -136,7 +145,8 @@ class Use:
     def _jacobians(self, path: Path, s: Tensor) -> list[Factored]:
         """Write the Jacobian with respect to what a path leads to, as a sum."""
         operations = [Operation(self.nodes[step.node], step.place, step.number) for step in path]
-        return [flow.jacobian(s.dtype) for flow in Flow.along(operations, s, self.site.samples)]
+        dtype = torch.promote_types(s.dtype, torch.float32)  # of lower ones, no products are formed
+        return [flow.jacobian(dtype) for flow in Flow.along(operations, s, self.site.samples)]
 
 
 def read(uses: Uses | None, recording: Recording) -> list[LayerCall | Use]:

@@ -38,6 +38,12 @@ class Weight(NamedTuple):
         shape: Sequence[int] = output_metadata(self.edge.node)[self.edge.output_nr].shape
         return shape
 
+    @property
+    def dtype(self) -> torch.dtype:
+        """Its dtype."""
+        dtype: torch.dtype = output_metadata(self.edge.node)[self.edge.output_nr].dtype
+        return dtype
+
     def numel(self, params: dict[str, Tensor]) -> int:
         """Count its entries and those of its parameters."""
         return prod(self.shape) + sum(params[name].numel() for name in self.names)
@@ -47,7 +53,7 @@ class Weight(NamedTuple):
         wanted = [params[name] for name in self.names]
         formed = added_up(uses)  # [C, N, entries of the weight]
         c, n, _ = formed.shape
-        cotangents = formed.reshape(c * n, *self.shape)
+        cotangents = formed.reshape(c * n, *self.shape).to(self.dtype)
         size = self.numel(params) * formed.element_size()
         found = [p.new_empty(c * n, p.numel()) for p in wanted]
         for block in split(c * n, max(1, MemoryBudget.of(formed.device).columns // size)):

@@ -12,7 +12,8 @@ from torch import Size, Tensor
 from ggn_ntk.methods.computation import Kernels, carry_out, is_finite
 from ggn_ntk.methods.reference import contract_jacobians, jacobian_kernels, multiply_vectors, product_kernels
 from ggn_ntk.methods.structured import structured_kernels
-from ggn_ntk.models.comparison import SEEN, TOLERANCES, Difference, cotangent, norms
+from ggn_ntk.models.comparison import SEEN, TOLERANCES, Difference, cotangent, kernel_tolerance, norms
+from ggn_ntk.models.evaluation import evaluate
 from ggn_ntk.models.requirements import check_model
 from ggn_ntk.models.rounding import rounding_of
 from ggn_ntk.problem.errors import NTKMismatchError, RouteWarning, UnsupportedRouteError, silent, warn
@@ -86,13 +87,14 @@ def empirical_ntk(
     an error is raised. The model, its gradients and all global settings are left as found.
 
     Args:
-        model: Any module whose samples do not influence one another, in float32 or float64; or a function
+        model: Any module whose samples do not influence one another, with outputs and wanted parameters in float32 or
+            float64; what is frozen may be of any dtype, and its rounding is then the kernel's. Or a function
             ``f(params, *args, **kwargs)``, as ``torch.func`` has it, of the batch ``[N, ...]``. What it refers to
             is constant, modules included.
         x1: N1 samples: a tensor ``[N1, ...]``, a tuple (called as ``model(*x1)``) or a mapping (``model(**x1)``) of
-            tensors that share their leading axis, on the model's device, and of its dtype where real. In lists, tuples,
-            mappings and dataclasses, if the model takes them; beside entries that are no tensors, and what
-            :func:`ggn_ntk.shared` marks as the same for all samples.
+            tensors that share their leading axis, on the model's device, and of a dtype of its parameters where real.
+            In lists, tuples, mappings and dataclasses, if the model takes them; beside entries that are no tensors, and
+            what :func:`ggn_ntk.shared` marks as the same for all samples.
         x2: N2 samples like x1, in the same structure. Their tensors may have other axes behind that of the samples, say
             sequences of another length, and they may share other values: x1 and x2 are then evaluated apart, instead
             of together, which is faster. ``None`` means x1: half the work, and a kernel that is exactly symmetric
@@ -204,6 +206,8 @@ def _compare_with_oracle(
     columns = rows if request.symmetric or request.axes.paired else columns
     second = None if request.symmetric else request.second[columns]
     block = replace(request, x1=request.x1[rows], x2=second)
+    with torch.enable_grad():  # for the graph, which shows all precisions that take part
+        least = max(kernel_tolerance(evaluate(batch, None, batch.x1)) for batch in block.batches)
     with silent():
         if method is Method.NTK_VECTOR_PRODUCTS:
             kernels = contract_jacobians(block, *check_model(block))
@@ -222,7 +226,7 @@ def _compare_with_oracle(
         ]
     )
     for (name, kernel), error in zip(expecteds.items(), errors, strict=True):
-        tolerance, differs = TOLERANCES[kernel.dtype], Difference(error, scale)
+        tolerance, differs = max(least, TOLERANCES[kernel.dtype]), Difference(error, scale)
         if not differs.within(tolerance) and not error <= _rounding_of_kernel(block, axes, math.sqrt(scale)):
             of = f" of {'module' if request.per_parameter == 'module' else 'parameter'} {name!r}" if name else ""
             raise NTKMismatchError(

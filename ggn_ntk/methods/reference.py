@@ -19,7 +19,15 @@ from ggn_ntk.memory.blocks import split
 from ggn_ntk.memory.budget import MemoryBudget
 from ggn_ntk.methods.computation import compute as _compute
 from ggn_ntk.methods.sample_jacobians import all_jacobians, finest, first_line, sample_output
-from ggn_ntk.models.comparison import GRADIENT_TOLERANCES, KINKS, Difference, cotangent, difference, total_norm
+from ggn_ntk.models.comparison import (
+    KINKS,
+    Difference,
+    cotangent,
+    difference,
+    gradient_tolerance,
+    is_coarse,
+    total_norm,
+)
 from ggn_ntk.models.evaluation import evaluate, primals_of
 from ggn_ntk.models.gradients import gradients
 from ggn_ntk.models.independence import Checked
@@ -232,9 +240,11 @@ def multiply_vectors(
     kernel, why = None, "it gets products with vectors wrong"
     try:
         # One sample before all others are computed, of each batch.
-        if all(_products_agree(batch, batch.x1[:1]) for batch in request.batches):
+        first = [(batch, batch.x1[:1]) for batch in request.batches]
+        tolerances = [gradient_tolerance(evaluate(batch, None, sample)) for batch, sample in first]
+        if all(_products_agree(*one, tolerance) for one, tolerance in zip(first, tolerances, strict=True)):
             kernel = _kernel_from_products(request, axes)
-            if not _holds_for_all(request, axes, kernel):
+            if not _holds_for_all(request, axes, kernel, max(tolerances)):
                 kernel = None
     except Exception as error:
         if is_out_of_memory(error) or is_bug(error):
@@ -248,7 +258,7 @@ def multiply_vectors(
         yield "", kernel
 
 
-def _products_agree(request: Request, sample: Inputs, tolerance: float | None = None) -> bool:
+def _products_agree(request: Request, sample: Inputs, tolerance: float) -> bool:
     """Tell whether ``torch.func`` multiplies the Jacobian of one sample by vectors right, from both sides."""
     # Forward mode ignores ``torch.no_grad()`` in the forward pass, and neither mode reaches parameters that the model
     # holds elsewhere than in its modules.
@@ -262,13 +272,12 @@ def _products_agree(request: Request, sample: Inputs, tolerance: float | None = 
     v = cotangent(output, seed=1)
     (pulled,), pushed = pullback(v), v.flatten() @ _pushforward(request, alone, tangent)
     _, expected = gradients(request, sample, v)
-    tolerance = GRADIENT_TOLERANCES[output.dtype] if tolerance is None else tolerance
     right = torch.stack([(g * tangent[name]).sum() for name, g in expected.items()]).sum()
     differs = difference(pulled, expected)
     return differs.within(tolerance) and Difference((pushed - right).abs().item(), differs.scale).within(tolerance)
 
 
-def _holds_for_all(request: Request, axes: KernelAxes, kernel: Tensor) -> bool:
+def _holds_for_all(request: Request, axes: KernelAxes, kernel: Tensor, tolerance: float) -> bool:
     """Tell whether a kernel is right at all samples: ``a^T Theta b`` is ``(J^T a)^T (J^T b)`` for random a and b."""
     # kernel [N1, N2, E, F1, F2], a [N1, E, F1], b [N2, E, F2]
     if axes.paired:  # each pair by itself
@@ -289,9 +298,9 @@ def _holds_for_all(request: Request, axes: KernelAxes, kernel: Tensor) -> bool:
         left = _products_with(first, a, group)
         total += sum((left[name] * g[name]).sum().item() for name in left)
         size += total_norm(left.values()) * total_norm(g.values())
-    if Difference(abs(rows.sum().item() - total), size).within(GRADIENT_TOLERANCES[kernel.dtype]):
+    if Difference(abs(rows.sum().item() - total), size).within(tolerance):
         return True
-    if kernel.dtype == torch.float64:
+    if not is_coarse(tolerance):
         return False
     # Kinks may be the reason. So each sample is looked at by itself, at which wrong products stand out.
     if not all(_row_holds(first, n, a, rows[n].item(), groups, right) for n in range(len(first.inputs))):

@@ -29,12 +29,12 @@ def graph_nodes(output: Tensor | GradientEdge, sources: Mapping[Any, Iterable[No
             waiting += [before for before, _ in node.next_functions if before is not None]
 
 
-def precisions(output: Tensor) -> set[torch.dtype]:
-    """List the dtypes of real numbers that take part in a tensor's graph, and in the tensor itself."""
-    found = {output.dtype}
-    for node in graph_nodes(output):
+def precisions(output: Tensor | GradientEdge, ends: Iterable[Node] = ()) -> set[torch.dtype]:
+    """List the dtypes of numbers, or of their parts, that take part in a tensor's graph and are the tensor's own."""
+    found = {output.dtype} if isinstance(output, Tensor) else set()
+    for node in graph_nodes(output, dict.fromkeys(ends, ())):
         found.update(entry.dtype for entry in output_metadata(node))
-    return {dtype for dtype in found if dtype.is_floating_point}
+    return {dtype.to_real() for dtype in found if dtype.is_floating_point or dtype.is_complex}
 
 
 def dense(gradient: Tensor) -> Tensor:

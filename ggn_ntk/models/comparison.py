@@ -61,9 +61,19 @@ _MISSHAPEN = Difference(math.inf, 0.0)
 
 def gradient_tolerance(output: Tensor) -> float:
     """Choose the tolerance of gradients: that of the lowest precision which takes part in the output's graph."""
-    # Some normalisation layers of Hugging Face convert to float32 inside, even if all parameters are in float64. Lower
-    # precisions are refused before kernels get here; Taylor expansions may have them.
-    return max(GRADIENT_TOLERANCES.get(dtype, math.sqrt(torch.finfo(dtype).eps)) for dtype in precisions(output))
+    # Some normalisation layers of Hugging Face convert to float32 inside, even if all parameters are in float64. Frozen
+    # parameters may be of lower precisions, in which gradients pass through them.
+    return coarsest(precisions(output))
+
+
+def kernel_tolerance(output: Tensor) -> float:
+    """Choose the tolerance of kernels in the same way."""
+    return coarsest(precisions(output), TOLERANCES)
+
+
+def coarsest(dtypes: Iterable[torch.dtype], tolerances: Mapping[torch.dtype, float] = GRADIENT_TOLERANCES) -> float:
+    """Choose the largest of the tolerances of some dtypes; single gradients in lower ones hardly average out."""
+    return max(tolerances.get(dtype, math.sqrt(torch.finfo(dtype).eps)) for dtype in dtypes)
 
 
 def is_coarse(tolerance: float) -> bool:

@@ -11,6 +11,7 @@ from ggn_ntk.models.autograd_graph import graph_nodes, precisions
 from ggn_ntk.models.comparison import TOLERANCES
 from ggn_ntk.models.inspection import in_low_precision, without_draws
 from ggn_ntk.models.isolation import Session, isolated
+from ggn_ntk.models.precision import too_coarse
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
@@ -52,7 +53,7 @@ def evaluate(
                 return result if request.output is None else request.output(result)
 
         if inspect:
-            return _inspected(session, without_draws(call, within))
+            return _inspected(request, session, without_draws(call, within))
         return call(within) if within is not nullcontext else _with_graph_if_needed(call)
 
 
@@ -63,8 +64,9 @@ def _stand_ins(
     model, values = request.model, dict[int, Tensor]()
     if request.widened:
         values = {id(t): _widened(t.detach()) for t in (*model.parameters(), *model.buffers())}
-    elif primals is not None:  # parameters that are not wanted are constants
-        values = {id(p): p.detach().clone() if session.written else p.detach() for p in model.parameters()}
+    elif primals is not None:  # parameters that are not wanted are constants, as quantised ones are already
+        others = (p for p in model.parameters() if session.written or p.is_floating_point() or p.is_complex())
+        values = {id(p): p.detach().clone() if session.written else p.detach() for p in others}
     if primals is not None:
         if jitter is not None:
             values = {key: _jittered(value, jitter) for key, value in values.items()}
@@ -83,13 +85,14 @@ def _with_graph_if_needed(call: Callable[[], Any]) -> Any:
         return tree_map(lambda y: y.detach() if isinstance(y, Tensor) else y, call())
 
 
-def _inspected(session: Session, result: Any) -> Any:
+def _inspected(request: Request, session: Session, result: Any) -> Any:
     """Raise if an evaluation under inspection has shown what no kernel is exact for."""
     if not isinstance(result, Tensor):
         return result
     # An output that is itself of a low precision is for check_output to report.
-    if session.low and result.dtype in TOLERANCES:
-        raise UnsupportedModelError([in_low_precision(session.low)])
+    low = too_coarse(request, session.low | precisions(result))
+    if low and result.dtype in TOLERANCES:
+        raise UnsupportedModelError([in_low_precision(low)])
     if session.earlier and not session.earlier.isdisjoint(graph_nodes(result)):
         what = "it uses a tensor with a graph from an earlier call, which a module holds"
         raise UnsupportedModelError([Problem("", what, "Compute it in the forward pass, or detach() it")])
@@ -114,9 +117,9 @@ def check_output(output: object, n: int) -> Tensor:
         what = f"its output for {n} sample{'s' * (n > 1)} has shape {list(output.shape)}"
         problem = Problem("", what, "Its leading axis must be the samples, and it must not be empty")
     elif output.dtype not in TOLERANCES:
-        problem = Problem("", f"its output is {output.dtype}", "Outputs must be float32 or float64")
-    elif lower := precisions(output) - TOLERANCES.keys():
-        problem = in_low_precision(lower)
+        problem = Problem(
+            "", f"its output is {output.dtype}", "Outputs must be float32 or float64: output= may convert them"
+        )
     if problem is not None:
         raise UnsupportedModelError([problem])
     assert isinstance(output, Tensor)
@@ -160,13 +163,14 @@ def leaves_of(request: Request, jitter: int | None = None) -> dict[str, Tensor]:
 
 
 def _widened(x: Tensor) -> Tensor:
-    """Copy a tensor, to float64 if it holds real numbers."""
-    return x.to(torch.float64, copy=True) if x.is_floating_point() else x.clone()
+    """Copy a tensor, to float64 if it holds real numbers, or complex ones of that."""
+    dtype = torch.float64 if x.is_floating_point() else torch.complex128 if x.is_complex() else x.dtype
+    return x.to(dtype, copy=True)
 
 
 def _jittered(x: Tensor, seed: int) -> Tensor:
     """Change each number by a unit in its last digit, up or down."""
-    if not x.is_floating_point():
+    if not (x.is_floating_point() or x.is_complex()) or x.element_size() == 1:  # no arithmetic in so few bits
         return x.clone()
     generator = torch.Generator("cpu").manual_seed(seed)
     signs = torch.randint(2, x.shape, generator=generator, device="cpu").to(x.device, x.dtype) * 2 - 1

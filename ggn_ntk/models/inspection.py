@@ -64,8 +64,8 @@ class Inspection(TorchDispatchMode):
                     self._written[param] = param.detach().clone() if values is None else values
         result = func(*args, **kwargs)
         low = _dtypes(result) - TOLERANCES.keys()
-        # Arguments in low precision alone are constants, or come of a conversion that was seen before.
-        if low and not _MAKES.match(schema_of(func).name) and _dtypes((args, kwargs)) & TOLERANCES.keys():
+        # Without arguments of real numbers it makes a constant; those of the same precision were seen before.
+        if low and not _MAKES.match(schema_of(func).name) and _dtypes((args, kwargs)) - low:
             self.low |= low
         return result
 

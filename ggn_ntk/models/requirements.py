@@ -110,9 +110,15 @@ def _parameter_problems(request: Request) -> Iterator[Problem]:
         elif p.is_inference():
             names["was created in inference mode", "Create the model outside torch.inference_mode()"].append(name)
         elif p.is_complex() and id(p) in wanted:
-            names[f"is {p.dtype}", "Write the model in terms of real and imaginary parts"].append(name)
-        elif p.is_floating_point() and p.dtype not in TOLERANCES:
-            remedy = "Kernels are exact in float32 and float64 only: convert with model.float() or model.double()"
+            names[
+                f"is {p.dtype}",
+                "Write the model in terms of real and imaginary parts, or leave it out (freeze it, or pass params)",
+            ].append(name)
+        elif p.is_floating_point() and p.dtype not in TOLERANCES and id(p) in wanted:
+            remedy = (
+                "Kernels are exact in float32 and float64 only: convert with model.float() or model.double(), or leave "
+                "such parameters out (freeze them, or pass params)"
+            )
             names[f"is {p.dtype}", remedy].append(name)
     for (what, remedy), places in names.items():
         others = f", as are {len(places) - 1} others" if len(places) > 1 else ""

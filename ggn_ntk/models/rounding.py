@@ -4,6 +4,7 @@ Two measures: by how much numbers move with the last digit of inputs and paramet
 goes away in float64.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import TypeVar
@@ -25,6 +26,7 @@ from ggn_ntk.models.comparison import (
 from ggn_ntk.models.evaluation import evaluate, leaves_of
 from ggn_ntk.models.gradients import Form, gradients, in_parts, whole
 from ggn_ntk.models.inspection import UNSTEADY
+from ggn_ntk.models.precision import spacing
 from ggn_ntk.problem.errors import UnsupportedModelError, is_out_of_memory
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
@@ -40,8 +42,11 @@ def rounding_of_outputs(request: Request, inputs: Inputs) -> Tensor:
     return torch.stack([row_norms(x - jittered[0]) for x in jittered[1:]]).amax(0)
 
 
-def rounding_of(request: Request, inputs: Inputs, v: Tensor, form: Form = whole) -> Callable[[], dict[str, float]]:
+def rounding_of(
+    request: Request, inputs: Inputs, v: Tensor, form: Form = whole, *, digit: float | None = None
+) -> Callable[[], dict[str, float]]:
     """Measure, when called, by how much a gradient moves with the last digit of inputs and parameters, by name."""
+    # Or with a finer ``digit``, relative to the size of numbers, where what is compared does not round to theirs.
 
     def measure() -> dict[str, float]:
         # All with exchanged parameters, which do not reach a model that keeps references to its own elsewhere.
@@ -55,9 +60,16 @@ def rounding_of(request: Request, inputs: Inputs, v: Tensor, form: Form = whole)
         others = request.of_all_parameters()
         _, around = gradients(others, inputs, v, leaves_of(others))
         least = torch.finfo(v.dtype).eps * total_norm(around.values())
-        return {name: max(size, least) for name, size in zip(request.params, moved, strict=True)}
+        share = 1.0 if digit is None else min(1.0, digit / _last_digit(request, inputs))
+        return {name: max(share * size, least) for name, size in zip(request.params, moved, strict=True)}
 
     return measure
+
+
+def _last_digit(request: Request, inputs: Inputs) -> float:
+    """Find the last digit that counts most, relative to the size of numbers."""
+    of_model = (*request.model.parameters(), *request.model.buffers())
+    return max(d for d in map(spacing, (*of_model, *inputs.tensors.values())) if math.isfinite(d))
 
 
 def in_double(request: Request, measure: Callable[[Request], _T | None]) -> _T | None:

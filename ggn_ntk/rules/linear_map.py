@@ -86,9 +86,19 @@ class Operation:
     @cached_property
     def shape(self) -> Size:
         """Shape of the argument."""
+        return Size(self._given.shape)
+
+    @property
+    def is_complex(self) -> bool:
+        """Whether the argument or the output holds complex numbers."""
+        return bool(self.dtype.is_complex or self._given.dtype.is_complex)
+
+    @property
+    def _given(self) -> Any:
+        """Shape and dtype of the argument."""
         node, number = self.node.next_functions[self.place]
         assert node is not None
-        return Size(output_metadata(node)[number].shape)
+        return output_metadata(node)[number]
 
     def __getitem__(self, name: str) -> Any:
         """Look up what was saved."""
@@ -129,6 +139,8 @@ class Operation:
 
     def maps(self) -> list[LinearMap]:
         """Write the operation as a sum of linear maps."""
+        if self.is_complex:  # an einsum conjugates nothing
+            raise NotCapturedError(f"{self.label} computes in complex numbers")
         rule = _OPERATIONS.get(self.kind)
         found = None if rule is None else rule(self)
         if found is None:
