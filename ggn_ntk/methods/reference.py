@@ -7,6 +7,7 @@ outputs; ``p`` parameters.
 """
 
 from collections.abc import Iterable, Iterator, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from typing import Any, NamedTuple
@@ -18,7 +19,7 @@ from torch.func import jvp, vjp, vmap
 from ggn_ntk.memory.blocks import split
 from ggn_ntk.memory.budget import MemoryBudget
 from ggn_ntk.methods.computation import compute as _compute
-from ggn_ntk.methods.sample_jacobians import all_jacobians, finest, first_line, sample_output
+from ggn_ntk.methods.sample_jacobians import all_jacobians, first_line, sample_output
 from ggn_ntk.models.comparison import (
     KINKS,
     Difference,
@@ -31,13 +32,16 @@ from ggn_ntk.models.comparison import (
 from ggn_ntk.models.evaluation import evaluate, primals_of
 from ggn_ntk.models.gradients import gradients
 from ggn_ntk.models.independence import Checked
+from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.requirements import check_model
-from ggn_ntk.problem.errors import RouteWarning, is_bug, is_out_of_memory, listed, warn
+from ggn_ntk.models.rounding import finest
+from ggn_ntk.problem.errors import Problem, RouteWarning, UnsupportedModelError, is_bug, is_out_of_memory, listed, warn
 from ggn_ntk.problem.functions import Model, Params
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.output_axes import AxesRequest, KernelAxes, OutputAxes
 from ggn_ntk.problem.request import Pick, Request
 from ggn_ntk.problem.result import Computed, transpose
+from ggn_ntk.process.switches import without_checkpoints
 
 
 def jacobian_contraction(
@@ -53,6 +57,7 @@ def jacobian_contraction(
     diagonal_axes: int | Iterable[int] | None = None,
     paired: bool = False,
     chunk_size: int | None = None,
+    create_graph: bool = False,
 ) -> Tensor | dict[str, Tensor]:
     """Compute the empirical NTK by contracting per-sample Jacobians.
 
@@ -75,6 +80,9 @@ def jacobian_contraction(
         diagonal_axes: Output axes to take at equal indices.
         paired: Take x1[n] with x2[n] alone, or with itself where ``x2`` is ``None``: ``[N]`` stands for ``[N1, N2]``.
         chunk_size: How many samples to differentiate at once; ``None`` for all.
+        create_graph: Whether the kernel is to be differentiable in the model's parameters and in inputs that require a
+            gradient, which are accepted here alone. Its slope along a random direction is compared with a difference of
+            gradients. The graph holds what all backward passes have computed.
 
     Returns:
         ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``; with axes, ``[N1, N2, *(x1's axes not traced),
@@ -87,9 +95,19 @@ def jacobian_contraction(
     """
     wanted = AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired)
     request = Request.parse(
-        model, x1, x2, wanted, params=params, per_parameter=per_parameter, output=output, chunk_size=chunk_size
+        model,
+        x1,
+        x2,
+        wanted,
+        params=params,
+        per_parameter=per_parameter,
+        output=output,
+        chunk_size=chunk_size,
+        create_graph=create_graph,
     )
-    return _compute(request, jacobian_kernels)
+    # A graph that outlives the call must not evaluate the model once more.
+    with without_checkpoints() if create_graph else nullcontext():
+        return _compute(request, jacobian_kernels)
 
 
 def ntk_vector_products(
@@ -148,8 +166,18 @@ def ntk_vector_products(
 
 def jacobian_kernels(request: Request) -> Computed:
     """Compute kernels by Jacobian contraction, if the model has any. Call it inside ``isolated(request.model)``."""
-    axes, checked = check_model(request)
+    axes, checked = check_model(request.detached())
+    if request.graph is not None:
+        _refuse_writes(request)
     return Computed(axes, contract_jacobians(request, axes, checked), [known.outputs for known in checked])
+
+
+def _refuse_writes(request: Request) -> None:
+    """Refuse a model that writes to parameters or buffers: what it was differentiated at does not last."""
+    with isolated(request.model) as session:
+        if session.written or session.set_back:
+            what = "its forward pass writes to parameters or buffers, so that its kernel cannot be differentiated"
+            raise UnsupportedModelError([Problem("", what, "Do so before the call, or on a copy")])
 
 
 def product_kernels(request: Request) -> Computed:

@@ -4,19 +4,25 @@ Letters in shapes: N samples, C outputs, P entries of a parameter.
 """
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
 from torch.func import jacrev
 
-from ggn_ntk.models.autograd_graph import precisions
-from ggn_ntk.models.comparison import GRADIENT_TOLERANCES, KINKS, difference, differing, is_coarse
-from ggn_ntk.models.evaluation import evaluate, leaves_of, primals_of
+from ggn_ntk.methods.second_derivatives import check_derivatives, have_right_derivatives
+from ggn_ntk.models.comparison import KINKS, difference, differing, is_coarse
+from ggn_ntk.models.evaluation import evaluate, primals_of, with_graph
 from ggn_ntk.models.gradients import Parts, gradients, gradients_of
 from ggn_ntk.models.independence import Checked, compare_gradients
-from ggn_ntk.models.rounding import in_double, rounding_of
-from ggn_ntk.problem.errors import RouteWarning, UnsupportedModelError, is_bug, is_out_of_memory, listed, warn
+from ggn_ntk.models.rounding import finest, rounding_of
+from ggn_ntk.problem.errors import (
+    RouteWarning,
+    UnsupportedModelError,
+    is_bug,
+    is_out_of_memory,
+    listed,
+    warn,
+)
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
 
@@ -31,12 +37,14 @@ def all_jacobians(request: Request, checked: Sequence[Checked]) -> tuple[dict[st
 def _of_batch(request: Request, checked: Checked) -> list[dict[str, Tensor]]:
     """Compute the Jacobians of a batch's x1 and x2, by ``vmap`` where it gets all samples right."""
     # -> [N, C, P]
-    sets = [x for x in (request.x1, request.x2) if x is not None]
+    sets, plain = [x for x in (request.x1, request.x2) if x is not None], request.detached()
     try:
         found = [_jacobians(request, x) for x in sets]
         # They are wrong where the model keeps references to parameters elsewhere than in its modules, and for some
         # layers in some releases (PReLU in torch 2.6).
-        why = "" if _hold_for_all(request, found, checked) else "it gets some samples wrong"
+        why = "" if _hold_for_all(plain, _detached(found), checked) else "it gets some samples wrong"
+        if request.graph is not None and not why and not have_right_derivatives(plain, _jacobians, checked):
+            why = "it gets second derivatives wrong"
     except UnsupportedModelError:
         raise
     except Exception as error:
@@ -47,8 +55,15 @@ def _of_batch(request: Request, checked: Checked) -> list[dict[str, Tensor]]:
         what = f"Jacobians of {listed(request.params)} come from a loop over samples and outputs: exact, but slower"
         warn(f"{what}, since torch.func does not go through the model ({why}).", RouteWarning)
         found = [_loop_jacobians(request, x) for x in sets]
-        _compare_with_batch(request, found, checked)
+        _compare_with_batch(plain, _detached(found), checked)
+        if request.graph is not None:
+            check_derivatives(plain, _loop_jacobians, checked)
     return found
+
+
+def _detached(found: list[dict[str, Tensor]]) -> list[dict[str, Tensor]]:
+    """Take Jacobians out of their graphs."""
+    return [{name: jacobian.detach() for name, jacobian in jacobians.items()} for jacobians in found]
 
 
 def first_line(error: Exception) -> str:
@@ -105,19 +120,6 @@ def _agrees(request: Request, jacobians: dict[str, Tensor], sample: Inputs, v: T
     return difference(products, expected).within(tolerance)
 
 
-def finest(request: Request) -> tuple[Request, float]:
-    """Choose the precision in which ``torch.func`` is compared with plain autograd, and its tolerance."""
-
-    def measure(wide: Request) -> bool:
-        with torch.enable_grad():  # for the graph, which shows all precisions that take part
-            output = evaluate(wide, leaves_of(wide), request.x1[:1])
-        return precisions(output) == {torch.float64}
-
-    if in_double(request, measure):
-        return replace(request, widened=True), GRADIENT_TOLERANCES[torch.float64]
-    return request, KINKS
-
-
 def _summed(request: Request, found: list[dict[str, Tensor]], checked: Checked) -> dict[str, Tensor]:
     """Compute ``sum v J`` over all samples from their Jacobians, by name."""
     # -> [*parameter]
@@ -151,6 +153,13 @@ def _loop_jacobians(request: Request, inputs: Inputs) -> dict[str, Tensor]:
 def _autograd_jacobian(request: Request, sample: Inputs) -> dict[str, Tensor]:
     """Compute one sample's Jacobian with plain autograd, output by output."""
     # -> [C, P]
-    output = evaluate(request, None, sample).flatten()
-    rows = [gradients_of(entry, torch.ones_like(entry), request.params, retain_graph=True) for entry in output]
+    output, params, again = (
+        evaluate(request, None, sample).flatten(),
+        with_graph(request, request.params),
+        request.graph,
+    )
+    rows = [
+        gradients_of(entry, torch.ones_like(entry), params, retain_graph=True, create_graph=again is not None)
+        for entry in output
+    ]
     return {name: torch.stack([row[name].flatten() for row in rows]) for name in request.params}

@@ -62,7 +62,9 @@ def _stand_ins(
 ) -> dict[int, Tensor]:
     """Choose the tensors that take the place of parameters and buffers, by the id of what they stand for."""
     model, values = request.model, dict[int, Tensor]()
-    if request.widened:
+    if request.graph is not None:  # all are the user's tensors
+        values = dict[int, Tensor](request.graph)
+    elif request.widened:
         values = {id(t): _widened(t.detach()) for t in (*model.parameters(), *model.buffers())}
     elif primals is not None:  # parameters that are not wanted are constants, as quantised ones are already
         others = (p for p in model.parameters() if session.written or p.is_floating_point() or p.is_complex())
@@ -148,10 +150,18 @@ def runs_foreign_code(request: Request) -> bool:
 
 
 def primals_of(request: Request) -> dict[str, Tensor]:
-    """Detach the wanted parameters: the point at which ``torch.func`` takes derivatives."""
+    """List the wanted parameters, detached where no graph is asked for: where ``torch.func`` takes derivatives."""
+    if request.graph is not None:
+        return with_graph(request, request.params)
     with isolated(request.model) as session:
         copy = _widened if request.widened else torch.clone if session.written else torch.Tensor.detach
         return {name: copy(p.detach()) for name, p in request.params.items()}
+
+
+def with_graph(request: Request, params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """List the user's tensors that parameters are or stand for."""
+    given = request.graph or {}
+    return {name: given.get(id(p), p) for name, p in params.items()}
 
 
 def leaves_of(request: Request, jitter: int | None = None) -> dict[str, Tensor]:

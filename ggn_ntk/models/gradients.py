@@ -52,14 +52,21 @@ def gradients(
 
 
 def gradients_of(
-    output: Tensor, v: Tensor, params: dict[str, Tensor], *, retain_graph: bool = False
+    output: Tensor, v: Tensor, params: dict[str, Tensor], *, retain_graph: bool = False, create_graph: bool = False
 ) -> dict[str, Tensor]:
     """Compute the gradient of ``sum v f`` with respect to parameters, by name."""
     if not (output.requires_grad and params):
         return {name: torch.zeros_like(p) for name, p in params.items()}
-    found = torch.autograd.grad(output, list(params.values()), v, retain_graph=retain_graph, allow_unused=True)
+    found = torch.autograd.grad(
+        output,
+        list(params.values()),
+        v,
+        retain_graph=retain_graph or create_graph,
+        create_graph=create_graph,
+        allow_unused=True,
+    )
     return {
-        name: torch.zeros_like(p) if g is None else dense(g).detach()
+        name: torch.zeros_like(p) if g is None else dense(g) if create_graph else dense(g).detach()
         for (name, p), g in zip(params.items(), found, strict=True)
     }
 

@@ -83,6 +83,19 @@ def in_double(request: Request, measure: Callable[[Request], _T | None]) -> _T |
         return None
 
 
+def finest(request: Request) -> tuple[Request, float]:
+    """Choose the precision in which ``torch.func`` is compared with plain autograd, and its tolerance."""
+
+    def measure(wide: Request) -> bool:
+        with torch.enable_grad():  # for the graph, which shows all precisions that take part
+            output = evaluate(wide, leaves_of(wide), request.x1[:1])
+        return precisions(output) == {torch.float64}
+
+    if in_double(request, measure):
+        return replace(request, widened=True), GRADIENT_TOLERANCES[torch.float64]
+    return request, KINKS
+
+
 def errors_in_double(request: Request, inputs: Inputs, output: Tensor, samples: list[int]) -> Tensor | None:
     """Measure in float64 how far outputs of some samples by themselves are from those in the batch of all."""
 

@@ -100,6 +100,14 @@ def own_parameters(model: Module, *, remove_duplicate: bool = True) -> dict[str,
     return dict(model.named_parameters(recurse=recurse, remove_duplicate=remove_duplicate))
 
 
+def given_with_graph(model: Module, params: Any) -> dict[int, Tensor]:
+    """List what a function was given that requires a gradient, by the id of the parameter that stands for it."""
+    if not isinstance(model, FunctionModule):
+        return {}
+    named, _ = named_leaves(dict(params))
+    return {id(parameters_of(model)[name]): tensor for name, tensor in named if tensor.requires_grad}
+
+
 def shared_by(model: Module) -> set[int]:
     """List the ids of what a model uses besides its modules and parameters, and others may use, too."""
     return model.shared if isinstance(model, FunctionModule) else set()

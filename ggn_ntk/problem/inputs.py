@@ -116,24 +116,51 @@ class Inputs:
         same_shapes = all(x.shape[1:] == other.tensors[label].shape[1:] for label, x in self.tensors.items())
         return same_shapes and all(_equal(x, other.constants[label]) for label, x in self.constants.items())
 
+    def detached(self) -> "Inputs":
+        """Take all tensors out of their graphs."""
+        return self.each(Tensor.detach)
+
+    def exchanged(self, tensors: dict[str, Tensor]) -> "Inputs":
+        """Put other tensors in the places of some, also of those that samples share."""
+        return replace(
+            self,
+            tensors={k: tensors.get(k, t) for k, t in self.tensors.items()},
+            constants={k: tensors.get(k, c) for k, c in self.constants.items()},
+        )
+
+    def with_graphs(self) -> dict[str, Tensor]:
+        """List the tensors that require a gradient, also those that samples share."""
+        return {k: t for k, t in (self.tensors | self.constants).items() if isinstance(t, Tensor) and t.requires_grad}
+
+    def each(self, function: Callable[[Tensor], Tensor]) -> "Inputs":
+        """Apply a function to each tensor, also to those that samples share."""
+        constants = {k: function(c) if isinstance(c, Tensor) else c for k, c in self.constants.items()}
+        return replace(self.map(function), constants=constants)
+
     def stack(self, other: "Inputs | None") -> "Inputs":
         """Put the samples of another set behind these: N1 + N2 samples."""
         return self if other is None else self.map(lambda a, b: torch.cat([a, b]), other)
 
 
-def parse_inputs(x: Any, argument: str, model: Module) -> Inputs:
+def parse_inputs(x: Any, argument: str, model: Module, *, graph: bool = False) -> Inputs:
     """Bring one set of inputs to the form of positional and keyword arguments, and check it against the model."""
     inputs = _read(x, argument)
     _check_tensors(inputs, argument, model)
+    if not graph:
+        _refuse_graphs(inputs, argument)
     with torch.inference_mode(False):  # tensors of inference mode take no part in a graph: copies do
-        inputs = inputs.map(_plain)
-        constants = {k: _plain(c) if isinstance(c, Tensor) else c for k, c in inputs.constants.items()}
-        return replace(inputs, constants=constants)
+        inputs = inputs.each(lambda t: t.clone() if t.is_inference() else t)
+        return inputs if graph else inputs.detached()
 
 
-def _plain(tensor: Tensor) -> Tensor:
-    """Take a tensor out of its graph, and out of inference mode."""
-    return tensor.clone() if tensor.is_inference() else tensor.detach()
+def _refuse_graphs(inputs: Inputs, argument: str) -> None:
+    """Refuse inputs that require a gradient."""
+    for label in inputs.with_graphs():
+        raise ValueError(
+            f"{argument}{label} requires a gradient, but what is computed carries no graph to inputs: pass "
+            f"{argument}{label}.detach(). For kernels that are differentiable in inputs and parameters, call "
+            "ggn_ntk.reference.jacobian_contraction(..., create_graph=True)."
+        )
 
 
 def parts_of(x: Any, label: str = "", *, is_shared: bool = False) -> Iterator[tuple[str, Any, bool]]:
@@ -270,18 +297,12 @@ def _check_tensors(inputs: Inputs, argument: str, model: Module) -> None:
 
 
 def _check_like_model(inputs: Inputs, argument: str, model: Module) -> None:
-    """Check that inputs have no graph, and are on the model's device and, where real, of its dtype."""
+    """Check that inputs are on the model's device and, where real, of a dtype of its parameters."""
     params = own_parameters(model).values()
     devices, dtypes = {p.device for p in params}, {p.dtype for p in params if p.is_floating_point()}
     for label, tensor in (inputs.tensors | inputs.constants).items():
         if not isinstance(tensor, Tensor):
             continue
-        if tensor.requires_grad:
-            raise ValueError(
-                f"{argument}{label} requires a gradient, but what is computed carries no graph to inputs: pass "
-                f"{argument}{label}.detach(). For kernels that are differentiable in inputs and parameters, call "
-                "ggn_ntk.reference.jacobian_contraction(..., create_graph=True)."
-            )
         if devices and tensor.device not in devices:
             raise ValueError(
                 f"{argument}{label} is on {tensor.device}, the model's parameters on {_sorted(devices)}. "

@@ -15,7 +15,7 @@ from torch.nn import DataParallel, Module
 from torch.nn.parallel import DistributedDataParallel
 
 from ggn_ntk.problem.errors import kind_of
-from ggn_ntk.problem.functions import FunctionModule, Model, Params, as_module, own_parameters
+from ggn_ntk.problem.functions import FunctionModule, Model, Params, as_module, given_with_graph, own_parameters
 from ggn_ntk.problem.inputs import Inputs, check_alike, parse_inputs, parts_of
 from ggn_ntk.problem.output_axes import AxesRequest, KernelAxes
 from ggn_ntk.problem.result import finish, sum_kernels
@@ -50,6 +50,8 @@ class Request:
     thorough: bool = False  # whether samples are compared in as many halves as separate every pair of them
     # Whether the model is evaluated in float64, whatever its dtype: to tell rounding from other errors
     widened: bool = False
+    # Where a graph leads from kernels to the user's tensors: those that parameters of a function stand for, by id
+    graph: dict[int, Tensor] | None = None
     names: tuple[str, str] = ("x1", "x2")  # what the user calls x1 and x2
 
     @classmethod
@@ -66,6 +68,7 @@ class Request:
         chunk_size: int | None = None,
         capture: str = "auto",
         transforms: bool = False,
+        create_graph: bool = False,
     ) -> "Request":
         """Check the arguments of a call and bring them to one form; ``transforms`` may be under way if so stated."""
         module, names = (model, params) if isinstance(model, Module) else (as_module(model, params), None)
@@ -76,6 +79,8 @@ class Request:
         check_per_parameter(per_parameter)
         if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
             raise ValueError(f"chunk_size must be a positive integer or None, got {chunk_size!r}.")
+        if not isinstance(create_graph, bool):
+            raise TypeError(f"create_graph must be True or False, got {kind_of(create_graph)}.")
         with nullcontext() if transforms else outside_of_transforms(), alone_with(module):
             if not transforms and any(
                 map(is_wrapped, (*(part for _, part, _ in parts_of((x1, x2))), *module.parameters()))
@@ -87,8 +92,9 @@ class Request:
             wanted = _parse_params(module, names)
             if isinstance(module, DistributedDataParallel):
                 module = module.module  # the same function, without communication
-            first = parse_inputs(x1, "x1", module)
-            second = None if x2 is None else parse_inputs(x2, "x2", module)
+            first = parse_inputs(x1, "x1", module, graph=create_graph)
+            second = None if x2 is None else parse_inputs(x2, "x2", module, graph=create_graph)
+            graph = given_with_graph(module, params) if create_graph else None
         if second is not None:
             check_alike(first, second)
             if axes.paired and len(first) != len(second):
@@ -96,7 +102,7 @@ class Request:
                     "paired=True takes x1[n] with x2[n] alone, so x1 and x2 must hold the same number of samples, "
                     f"got {len(first)} and {len(second)}."
                 )
-        return cls(module, first, second, axes, wanted, per_parameter, outputs, chunk_size, capture)
+        return cls(module, first, second, axes, wanted, per_parameter, outputs, chunk_size, capture, graph=graph)
 
     @property
     def symmetric(self) -> bool:
@@ -182,6 +188,10 @@ class Request:
         # [N, ...] of each batch -> [N1, ...] and [N2, ...]
         parts = [p for batch, rows in zip(self.batches, of_batches, strict=True) for p in rows.split(batch.sizes)]
         return parts[0], parts[-1]
+
+    def detached(self) -> "Request":
+        """Ask the same of tensors without graphs."""
+        return replace(self, x1=self.x1.detached(), x2=None if self.x2 is None else self.x2.detached(), graph=None)
 
     def of_all_parameters(self) -> "Request":
         """Ask the same for all parameters that require a gradient."""
