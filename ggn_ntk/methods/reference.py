@@ -311,7 +311,7 @@ def _holds_for_all(request: Request, axes: KernelAxes, kernel: Tensor, tolerance
     if axes.paired:  # each pair by itself
         alone = KernelAxes(*(replace(side, paired=False) for side in axes))
         pairs = ((_block(request, slice(n, n + 1)), of_pair) for n, of_pair in enumerate(kernel.split(1)))
-        return all(_holds_for_all(pair, alone, of_pair.unsqueeze(1)) for pair, of_pair in pairs)
+        return all(_holds_for_all(pair, alone, of_pair.unsqueeze(1), tolerance) for pair, of_pair in pairs)
     first, second = _sides(request, axes)
     a, b = (
         cotangent(kernel, seed, torch.Size([len(side.inputs), *side.axes.roles[:2]]))

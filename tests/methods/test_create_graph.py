@@ -83,6 +83,14 @@ def test_derivatives_of_any_kernel(model, options, symmetric):
     slopes(model, x1, x2, **options)
 
 
+def test_derivatives_of_pairs_and_of_sides_that_differ_in_shape(model):
+    slopes(model, X[:2].clone().requires_grad_(), X[2:4].clone().requires_grad_(), paired=True)
+    sequences = nn.Sequential(model, nn.Flatten(1))
+    pooled = lambda out: out.unflatten(1, (-1, 3)).mean(1)  # noqa: E731
+    longer, shorter = torch.randn(2, 4, 5).double().requires_grad_(), torch.randn(3, 2, 5).double().requires_grad_()
+    slopes(sequences, longer, shorter, output=(pooled, lambda out: out[:, :2]))
+
+
 def test_the_values_are_those_without_a_graph(model):
     kernel = jacobian_contraction(model, X, create_graph=True)
     assert kernel.requires_grad
