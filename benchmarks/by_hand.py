@@ -3,7 +3,7 @@
 A small network, recurrent layers, weights that are computed or used again, and derivatives as outputs: the symmetric
 kernel by ``empirical_ntk``; by ``empirical_ntk_fn``, which has verified it before; by ``vmap(jacrev)`` and by a loop
 over samples and outputs as one would write them for a model, without any checks; and by this library's Jacobian
-contraction. They take turns; times are medians.
+contraction. Where so named, it is that of each sample with itself alone. They take turns; times are medians.
 """
 
 import argparse
@@ -13,6 +13,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -117,6 +118,13 @@ def _mlp(layer: Callable[[int, int], nn.Module], *sizes: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
+def _cnn() -> nn.Sequential:
+    """Build a small convolutional network."""
+    convolutions = (nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1))
+    layers = [m for convolution in convolutions for m in (convolution, nn.ReLU(), nn.MaxPool2d(2))]
+    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
+
+
 def _pruned(inputs: int, outputs: int) -> nn.Module:
     """Build a linear layer, half of whose weights are pruned at random."""
     layer: nn.Module = prune.random_unstructured(nn.Linear(inputs, outputs), "weight", 0.5)
@@ -165,6 +173,7 @@ class Case(NamedTuple):
     build: Callable[[], nn.Module]
     inputs: Callable[[], Tensor]
     plain: str = ""  # the case it is compared with, where that is not a loop by hand
+    paired: bool = False  # whether each sample meets itself alone
 
 
 _SIZES, _WIDE = (784, 512, 512, 10), (3072, 1024, 1024, 10)
@@ -184,12 +193,16 @@ CASES = {
     "nf_resnet26": Case(_nf_resnet, lambda: torch.randn(8, 3, 64, 64)),
     "PDE residual, autograd": Case(lambda: _Residual(64), lambda: torch.randn(300, 2)),
     "PDE residual, torch.func": Case(lambda: _MappedResidual(64), lambda: torch.randn(300, 2)),
+    "paired, mlp, 1 output": Case(
+        lambda: _mlp(nn.Linear, 784, 256, 256, 1), lambda: torch.randn(2000, 784), paired=True
+    ),
+    "paired, cnn, 10 outputs": Case(_cnn, lambda: torch.randn(2000, 3, 16, 16), paired=True),
 }
 
 
-def _mapped(model: nn.Module, x: Tensor) -> Tensor:
+def _mapped(model: nn.Module, x: Tensor, paired: bool) -> Tensor:
     """Compute a kernel from the Jacobians that ``vmap(jacrev)`` computes."""
-    # x [N, ...] -> [N, N, C, C]
+    # x [N, ...] -> [N, N, C, C], or [N, C, C] of each sample with itself, a hundred at a time
     params = {name: p.detach() for name, p in model.named_parameters()}
 
     def output(params: dict[str, Tensor], z: Tensor) -> Tensor:
@@ -198,14 +211,23 @@ def _mapped(model: nn.Module, x: Tensor) -> Tensor:
         value: Tensor = functional_call(model, params, (z[None],))[0]
         return value
 
+    def with_itself(z: Tensor) -> Tensor:
+        jacobian = torch.cat([j.flatten(1) for j in jacrev(output)(params, z).values()], 1)
+        return jacobian @ jacobian.T
+
+    if paired:
+        kernel: Tensor = vmap(with_itself, chunk_size=100)(x)
+        return kernel
     jacobians = vmap(jacrev(output), (None, 0))(params, x)
     jacobian = torch.cat([j.flatten(2) for j in jacobians.values()], 2)
     return torch.einsum("ncp,mdp->nmcd", jacobian, jacobian)
 
 
-def _looped(model: nn.Module, x: Tensor) -> Tensor:
+def _looped(model: nn.Module, x: Tensor, paired: bool) -> Tensor:
     """Compute a kernel from the gradient of each output of each sample."""
-    # x [N, ...] -> [N, N, C, C]
+    # x [N, ...] -> [N, N, C, C], or [N, C, C] of each sample with itself
+    if paired:
+        return torch.cat([_looped(model, z[None], False)[0] for z in x])
     outputs, params = model(x).flatten(1) if model(x).ndim > 1 else model(x).unsqueeze(1), list(model.parameters())
     rows = [torch.autograd.grad(entry, params, retain_graph=True) for sample in outputs for entry in sample]
     jacobian = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]).unflatten(0, outputs.shape)
@@ -225,15 +247,16 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     case = CASES[name]
     model, x = case.build().eval(), case.inputs()
-    explained = explain(model, x)
-    prepared = empirical_ntk_fn(model)
-    contenders: dict[str, Callable[[], Any]] = {_OURS: lambda: empirical_ntk(model, x), _PREPARED: lambda: prepared(x)}
+    explained = explain(model, x, paired=case.paired)
+    prepared = empirical_ntk_fn(model, paired=case.paired)
+    ours = partial(empirical_ntk, model, x, paired=case.paired)
+    contenders: dict[str, Callable[[], Any]] = {_OURS: ours, _PREPARED: lambda: prepared(x)}
     for _ in range(3):  # the first verifies; for small networks the third writes down what is done
         prepared(x)
     if not case.plain and name not in ("mlp", "wide mlp"):
         copy = deepcopy(model)  # torch.func may leave weights of recurrent layers replaced where it fails
-        contenders |= {_MAPPED: lambda: _mapped(copy, x), _LOOP: lambda: _looped(model, x)}
-        contenders |= {_CONTRACTION: lambda: empirical_ntk(model, x, method="jacobian_contraction")}
+        contenders |= {_MAPPED: lambda: _mapped(copy, x, case.paired), _LOOP: lambda: _looped(model, x, case.paired)}
+        contenders |= {_CONTRACTION: partial(ours, method="jacobian_contraction")}
     seconds: dict[str, list[float]] = {}
     kernels: dict[str, Tensor] = {}
     for number in range(rounds + 1):

@@ -158,10 +158,11 @@ def test_models_beside_loops_by_hand(monkeypatch):
     residuals = [
         by_hand.Case(partial(kind, 4), lambda: torch.randn(4, 2)) for kind in by_hand._Residual.__subclasses__()
     ]
-    monkeypatch.setattr(by_hand, "CASES", {"unrolled": case, "residual": residuals[0]})
+    paired = by_hand.Case(lambda: torch.nn.Linear(3, 2), lambda: torch.randn(4, 3), paired=True)
+    monkeypatch.setattr(by_hand, "CASES", {"unrolled": case, "residual": residuals[0], "paired": paired})
     results = {name: by_hand.measure(name, 1) for name in by_hand.CASES}
     for result in results.values():
         assert result["error"] < 1e-5
         assert result["covered"] == 1
-        assert len(result["seconds"]) == 4
-    assert by_hand.table(results).splitlines()[2].startswith("| unrolled | 100.0% | 0.")
+        assert len(result["seconds"]) == 5
+    assert by_hand.table(results).splitlines()[2].startswith("| unrolled | 100.0% | ")

@@ -29,6 +29,7 @@ from ggn_ntk import (
     UnsupportedRouteError,
     empirical_kernels,
     empirical_ntk,
+    empirical_ntk_fn,
     explain,
     nngp,
 )
@@ -230,6 +231,9 @@ def test_a_contraction_that_is_played_again(symmetric):
     for _ in range(4):
         assert_close(empirical_ntk(model, x1, x2, paired=True), of_pairs(expected))
         assert_close(empirical_ntk(model, x1, x2), expected)
+    prepared = empirical_ntk_fn(model, paired=True)
+    for _ in range(4):
+        assert torch.equal(prepared(x1, x2), empirical_ntk(model, x1, x2, paired=True))
 
 
 def test_what_nothing_uses_has_a_kernel_of_zeros():

@@ -32,7 +32,8 @@ class PreparedKernel:
         self._model, self._keywords = model, keywords
         self._check: bool = keywords.pop("check")
         self._method = parse_method(keywords.pop("method"), self._check, keywords["capture"])
-        self._axes = AxesRequest.parse(*(keywords.pop(name) for name in ("compute", "trace_axes", "diagonal_axes")))
+        of_axes = ("compute", "trace_axes", "diagonal_axes", "paired")
+        self._axes = AxesRequest.parse(**{name: keywords.pop(name) for name in of_axes})
         if isinstance(keywords["params"], Iterator):
             keywords["params"] = list(keywords["params"])
         self._known: dict[Hashable, Plans] = {}
