@@ -368,7 +368,6 @@ class Checkpointed(nn.Module):
 @pytest.mark.parametrize("method", ["auto", "jacobian_contraction", "ntk_vector_products"])
 def test_checkpointed_models(method):
     models, x = [Checkpointed(use_reentrant=False), Checkpointed(use_reentrant=True)], torch.randn(3, 8).double()
-    x.requires_grad_()
     expected = [empirical_ntk(model, x, method="jacobian_contraction") for model in models]
     with left_as_found(*models):
         found = in_threads(lambda i: empirical_ntk(models[i % 2], x, method=method), range(12), threads=4)
