@@ -32,7 +32,7 @@ class PreparedKernel:
         self._model, self._keywords = model, keywords
         self._check: bool = keywords.pop("check")
         self._method = parse_method(keywords.pop("method"), self._check, keywords["capture"])
-        of_axes = ("compute", "trace_axes", "diagonal_axes", "paired")
+        of_axes = inspect.signature(AxesRequest.parse).parameters
         self._axes = AxesRequest.parse(**{name: keywords.pop(name) for name in of_axes})
         if isinstance(keywords["params"], Iterator):
             keywords["params"] = list(keywords["params"])
@@ -103,6 +103,9 @@ class PreparedKernel:
 def empirical_ntk_fn(model: Model, **keywords: Any) -> PreparedKernel:
     """Prepare the empirical neural tangent kernel of a model, to compute it again and again.
 
+    Say at each step of training, to see how it changes (Fort, Dziugaite, Paul, Kharaghani, Roy, Ganguli: "Deep learning
+    versus kernel learning", NeurIPS 2020).
+
     The first call for samples of some shapes verifies all that :func:`ggn_ntk.empirical_ntk` does, and takes as long.
     Those after it take what was learnt for granted: which rules are right, where parameters are used, that samples
     leave one another alone. They follow the parameters' values, however these change. All else that verification
@@ -120,8 +123,8 @@ def empirical_ntk_fn(model: Model, **keywords: Any) -> PreparedKernel:
             independent computation whenever everything is verified.
 
     Returns:
-        A function ``(x1, x2=None, *, verify=False)`` that returns what :func:`ggn_ntk.empirical_ntk` does, to the last
-        bit.
+        A function ``(x1, x2=None, *, verify=False)`` that returns what :func:`ggn_ntk.empirical_ntk` does, say
+        ``[N1, N2, *out, *out]``, to the last bit.
 
     Raises:
         TypeError: If a keyword is none of :func:`ggn_ntk.empirical_ntk`'s, or of the wrong type.
