@@ -211,6 +211,9 @@ def test_keywords():
     kernel = empirical_ntk_fn(model, **keywords)
     for _ in range(4):
         assert _equal(kernel(x), empirical_ntk(model, x, **keywords))
+    kernel = empirical_ntk_fn(model, paired=True)
+    for _ in range(4):
+        assert torch.equal(kernel(x), empirical_ntk(model, x, paired=True))
     kernel = empirical_ntk_fn(model, params=iter(["0.weight"]))
     assert torch.equal(kernel(x), kernel(x))
     with pytest.raises(TypeError, match="takes the keywords of empirical_ntk, got parameters"):
