@@ -55,8 +55,7 @@ def put_together(uses: Iterable[Factored]) -> list[Factored]:
 def added_up(uses: Iterable[Factored]) -> Tensor:
     """Form the sum of several Jacobians."""
     # -> [C, N, P]
-    formed = [use.formed() for use in put_together(uses)]
-    return formed[0] if len(formed) == 1 else torch.stack(formed).sum(0)
+    return _total([use.formed() for use in put_together(uses)])
 
 
 def _form(use: Factored) -> _Form | None:
@@ -132,5 +131,15 @@ def _added(formed: Sequence[Factored]) -> Factored:
     """Add up Jacobians that are formed, whose axes may be split in different ways."""
     first, *others = formed
     if all(use.equation == first.equation and use.sizes == first.sizes for use in others):
-        return Factored(first.equation, (torch.stack([use.labelled[0].tensor for use in formed]).sum(0),))
-    return Factored("cnk->cnk", (torch.stack([use.formed() for use in formed]).sum(0),))
+        return Factored(first.equation, (_total([use.labelled[0].tensor for use in formed]),))
+    return Factored("cnk->cnk", (_total([use.formed() for use in formed]),))
+
+
+def _total(terms: Sequence[Tensor]) -> Tensor:
+    """Add tensors up, without a copy of all of them."""
+    if len(terms) == 1:
+        return terms[0]
+    total = terms[0] + terms[1]
+    for term in terms[2:]:
+        total += term
+    return total

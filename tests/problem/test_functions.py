@@ -460,7 +460,6 @@ def test_threads_that_use_one_function_take_turns():
             r"params must be names .* of a mapping, make it",
         ),
     ],
-    ids=str,
 )
 def test_bad_arguments(arguments, error, message):
     for function in (empirical_ntk, jacobian_contraction, explain, empirical_kernels):
