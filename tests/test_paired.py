@@ -60,9 +60,10 @@ def test_structured(case):
     kernels = empirical_ntk(model, x1, x2, per_parameter=True, **options)
     for name, expected in oracle(case.name).items():
         assert_close(kernels[name], of_pairs(expected), scale=of_pairs(oracle_sum(case)))
-    compute = COMPUTES[len(case.name) % 3]
-    kernel = empirical_ntk(model, x1, compute=compute, **options)
-    assert_close(kernel, of_pairs(oracle_sum(case, symmetric=True, compute=compute))[: len(kernel)])
+    if case in CASES:
+        compute = COMPUTES[CASES.index(case) % 3]
+        kernel = empirical_ntk(model, x1, compute=compute, **options)
+        assert_close(kernel, of_pairs(oracle_sum(case, symmetric=True, compute=compute))[: len(kernel)])
 
 
 @pytest.mark.parametrize("case", CASES, ids=str)
@@ -78,10 +79,10 @@ def test_other_routes(case):
 @pytest.mark.parametrize(
     "case", [BY_NAME[name] for name in ("tutorial_cnn_small", "tied_transformer", "embedding")], ids=str
 )
-def test_on_devices(case, method, compute, device):
+def test_on_devices(case, method, device):
     model, x1, x2 = build_pairs(case, device=device)
-    kernel = empirical_ntk(model, x1, x2, compute=compute, method=method, paired=True)
-    assert_close(kernel, of_pairs(oracle_sum(case, compute=compute, device=device)))
+    kernel = empirical_ntk(model, x1, x2, method=method, paired=True)
+    assert_close(kernel, of_pairs(oracle_sum(case, device=device)))
 
 
 @pytest.mark.parametrize("method", ROUTES)
@@ -110,9 +111,7 @@ def test_axes(roles):
 
 
 @pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize(
-    "name", ["tutorial_cnn_small", "linear_3d", "tied", "max_pool2d", "embedding", "tied_transformer"]
-)
+@pytest.mark.parametrize("name", ["tutorial_cnn_small", "linear_3d", "tied", "max_pool2d", "embedding"])
 def test_samples_and_outputs_a_few_at_a_time(name, symmetric, compute, monkeypatch):
     case = BY_NAME[name]
     model, x1, x2 = build_pairs(case)
@@ -120,7 +119,7 @@ def test_samples_and_outputs_a_few_at_a_time(name, symmetric, compute, monkeypat
     expected = of_pairs(oracle_sum(case, symmetric, compute))[: num_samples(x1)]
     for limits in ({"passing": 8}, {"passing": 4000}, {"rows": 8, "backpropagated": 8, "jacobians": 8}):
         limit_memory(monkeypatch, **limits)
-        for method in ROUTES:
+        for method in ROUTES if name == "tied" else ROUTES[:1]:
             kernel = empirical_ntk(model, x1, x2, compute=compute, method=method, paired=True)
             assert_close(kernel, expected)
 
