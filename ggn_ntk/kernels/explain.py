@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any
 
@@ -11,6 +11,7 @@ from ggn_ntk.contraction.one_hot import looked_up
 from ggn_ntk.jacobians.places import Place, Places
 from ggn_ntk.methods.structured import Recorded, recorded_products
 from ggn_ntk.models.isolation import isolated
+from ggn_ntk.models.several import of_all_outputs
 from ggn_ntk.problem.errors import Problem, UnsupportedRouteError
 from ggn_ntk.problem.functions import Model, Params
 from ggn_ntk.problem.output_axes import AxesRequest
@@ -224,6 +225,12 @@ def explain(
         raise ValueError(f"sort must be one of {', '.join(map(repr, _SORTS))} or None, got {sort!r}.")
     axes = AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired)
     request = Request.parse(model, x1, x2, axes, params=params, per_parameter=True, capture=capture, output=output)
+    explanation = of_all_outputs(request, lambda request: _explanation(request, method))
+    return replace(explanation, depth=depth, sort=sort)
+
+
+def _explanation(request: Request, method: str) -> Explanation:
+    """Explain a request."""
     with outside_of_transforms(), isolated(request.model):
         try:
             recorded = recorded_products(request)
@@ -243,8 +250,6 @@ def explain(
         entries=sum(entries.values()),
         covered=sum(size for name, size in entries.items() if name not in fallback),
         places={name: tuple(found) for name, found in places.used.items() if name not in fallback},
-        depth=depth,
-        sort=sort,
     )
 
 

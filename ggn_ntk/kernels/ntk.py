@@ -9,18 +9,19 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from ggn_ntk.methods.computation import Kernels, carry_out, is_finite
+from ggn_ntk.methods.computation import carry_out, is_finite
 from ggn_ntk.methods.reference import contract_jacobians, jacobian_kernels, multiply_vectors, product_kernels
 from ggn_ntk.methods.structured import structured_kernels
 from ggn_ntk.models.comparison import SEEN, TOLERANCES, Difference, cotangent, kernel_tolerance, norms
 from ggn_ntk.models.evaluation import evaluate
 from ggn_ntk.models.requirements import check_model
 from ggn_ntk.models.rounding import rounding_of
+from ggn_ntk.models.several import of_all_outputs
 from ggn_ntk.problem.errors import NTKMismatchError, RouteWarning, UnsupportedRouteError, silent, warn
 from ggn_ntk.problem.functions import Model, Params
 from ggn_ntk.problem.output_axes import AxesRequest, KernelAxes
 from ggn_ntk.problem.request import Pick, Request
-from ggn_ntk.problem.result import Computed
+from ggn_ntk.problem.result import Computed, Kernels
 
 
 class Method(str, Enum):
@@ -79,7 +80,7 @@ def empirical_ntk(
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
     paired: bool = False,
-) -> Tensor | dict[str, Tensor]:
+) -> Tensor | dict[Any, Any]:
     """Compute the empirical neural tangent kernel of a model.
 
     Theta[n, m, c, d] = sum_p J[n, c, p] J[m, d, p] with the Jacobian J[n, c, p] = d f(x_n)_c / d theta_p (Jacot,
@@ -117,7 +118,8 @@ def empirical_ntk(
             parameters are used. ``"auto"`` takes the first where it can. Another value forces the structured route.
         output: Turns what the model returns into the tensor ``[N, *out]`` to differentiate, say
             ``lambda out: out.logits``. A pair of these takes one output of x1 and another of x2, where ``None`` is what
-            the model returns; with ``x2=None``, two outputs of the same samples.
+            the model returns; with ``x2=None``, two outputs of the same samples. What is left may be a mapping, a tuple
+            or a list of such tensors, of one dtype: all of them are outputs.
         trace_axes: Output axes to sum at equal indices, counted without the sample axis (of ``[N, C, H, W]``, the
             image axes are ``(1, 2)``); negative ones count from the last. With ``compute="full"`` alone, as
             ``diagonal_axes``: ``"trace"`` is all axes here, ``"diagonal"`` all axes there.
@@ -129,7 +131,9 @@ def empirical_ntk(
         ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]`` for a model with outputs ``[N, *out]``; with
         axes, ``[N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]``; or a dict of such
         kernels. Where outputs of x1 and x2 differ in shape, ``compute="full"`` alone has a meaning, ``[N1, N2, *out1,
-        *out2]``. Each in the widest dtype of the parameters it sums over, on the model's device, without a graph.
+        *out2]``. Of several outputs, a dict of kernels by pairs of their keys, ``("u", "v")``, or for ``"diagonal"``
+        and ``"trace"`` by keys; with ``per_parameter``, such a dict for each name. Each in the widest dtype of the
+        parameters it sums over, on the model's device, without a graph.
 
     Warns:
         RouteWarning: If another route or a slower way is taken, with the reason.
@@ -152,7 +156,8 @@ def empirical_ntk(
         capture=capture,
         output=output,
     )
-    return compute_kernels(request, parse_method(method, check, capture), check)[0]
+    wanted = parse_method(method, check, capture)
+    return of_all_outputs(request, lambda request: compute_kernels(request, wanted, check)[0])
 
 
 def parse_method(method: str, check: bool, capture: str = "auto") -> Method:
@@ -195,9 +200,7 @@ def _take_route(request: Request, method: Method) -> tuple[Method, Computed]:
         return Method.JACOBIAN_CONTRACTION, _ROUTES[Method.JACOBIAN_CONTRACTION](request)
 
 
-def _compare_with_oracle(
-    request: Request, result: Tensor | dict[str, Tensor], method: Method, axes: KernelAxes
-) -> None:
+def _compare_with_oracle(request: Request, result: Kernels, method: Method, axes: KernelAxes) -> None:
     """Compare a random block of a kernel with an independent computation."""
     drawn = torch.Generator("cpu").manual_seed(0)
     rows, columns = (
@@ -214,25 +217,33 @@ def _compare_with_oracle(
         else:
             kernels = multiply_vectors(block, axes)
         expected = block.assemble(kernels, axes)
-    actuals = result if isinstance(result, dict) else {"": result}
-    expecteds = expected if isinstance(expected, dict) else {"": expected}
-    scale, *errors = norms(
-        [
-            torch.stack([kernel.double() for kernel in expecteds.values()]).sum(0),
-            *(
-                (actuals[name][rows] if axes.paired else actuals[name][rows][:, columns]).double() - kernel.double()
-                for name, kernel in expecteds.items()
-            ),
-        ]
-    )
-    for (name, kernel), error in zip(expecteds.items(), errors, strict=True):
-        tolerance, differs = max(least, TOLERANCES[kernel.dtype]), Difference(error, scale)
-        if not differs.within(tolerance) and not error <= _rounding_of_kernel(block, axes, math.sqrt(scale)):
-            of = f" of {'module' if request.per_parameter == 'module' else 'parameter'} {name!r}" if name else ""
-            raise NTKMismatchError(
-                f"The kernel{of} by method={method.value!r} differs from the oracle's on samples {rows} of x1 and "
-                f"{columns} of x2: relative error {differs.relative:.1e}, above {tolerance:.0e} for {kernel.dtype}."
-            )
+    actuals, expecteds = _by_outputs(request, result), _by_outputs(request, expected)
+    for key, of_outputs in expecteds.items():
+        found = {name: k[rows] if axes.paired else k[rows][:, columns] for name, k in actuals[key].items()}
+        scale, *errors = norms(
+            [
+                torch.stack([kernel.double() for kernel in of_outputs.values()]).sum(0),
+                *(found[name].double() - kernel.double() for name, kernel in of_outputs.items()),
+            ]
+        )
+        for (name, kernel), error in zip(of_outputs.items(), errors, strict=True):
+            tolerance, differs = max(least, TOLERANCES[kernel.dtype]), Difference(error, scale)
+            if not differs.within(tolerance) and not error <= _rounding_of_kernel(block, axes, math.sqrt(scale)):
+                of = f" of {'module' if request.per_parameter == 'module' else 'parameter'} {name!r}" if name else ""
+                at = "" if key is None else f" at {key!r}"
+                raise NTKMismatchError(
+                    f"The kernel{of}{at} by method={method.value!r} differs from the oracle's on samples {rows} of x1 "
+                    f"and {columns} of x2: relative error {differs.relative:.1e}, above {tolerance:.0e} for "
+                    f"{kernel.dtype}."
+                )
+
+
+def _by_outputs(request: Request, kernels: Any) -> dict[Any, dict[str, Tensor]]:
+    """List kernels by the keys of several outputs, or ``None``, and then by name, empty for the sum."""
+    named = kernels if request.per_parameter else {"": kernels}
+    if request.several is None:
+        return {None: named}
+    return {key: {name: by_key[key] for name, by_key in named.items()} for key in next(iter(named.values()))}
 
 
 def _rounding_of_kernel(request: Request, axes: KernelAxes, size: float) -> float:

@@ -7,7 +7,7 @@ as Gaussian Processes", ICLR 2018, section 2).
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Size, Tensor, einsum
@@ -19,6 +19,7 @@ from ggn_ntk.models.evaluation import evaluate_checked
 from ggn_ntk.models.independence import compare_alone, look
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.requirements import configuration_problems
+from ggn_ntk.models.several import of_all_outputs
 from ggn_ntk.problem.errors import NotFiniteWarning, Problem, UnsupportedModelError, listed, warn, without
 from ggn_ntk.problem.functions import Model, Params
 from ggn_ntk.problem.output_axes import AxesRequest
@@ -40,7 +41,7 @@ def nngp(
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
     paired: bool = False,
-) -> Tensor:
+) -> Tensor | dict[Any, Tensor]:
     """Compute the empirical NNGP kernel of a model.
 
     K[n, m, c, d] = f(x1_n)_c f(x2_m)_d. With outputs flattened, that of one network has rank one: average it over
@@ -64,8 +65,9 @@ def nngp(
 
     Returns:
         ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]`` for a model with outputs ``[N, *out]``; with
-        axes, ``[N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]``. In the dtype of the
-        model's output on its device, without a graph.
+        axes, ``[N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]``; of several outputs
+        a dict of such kernels, as of :func:`ggn_ntk.empirical_ntk`. In the dtype of the model's output on its device,
+        without a graph.
 
     Raises:
         UnsupportedModelError: If samples influence one another, or the output is random or no tensor.
@@ -76,7 +78,8 @@ def nngp(
         raise TypeError("params goes with functions alone: the NNGP kernel of a module has no sum over parameters.")
     axes = AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired)
     request = Request.parse(model, x1, x2, axes, params=params, per_parameter=False, output=output)
-    return _multiply_outputs(request)
+    with without(_KIND):
+        return of_all_outputs(request, _multiply_outputs)
 
 
 def empirical_kernels(
@@ -114,7 +117,8 @@ def empirical_kernels(
         paired: Take x1[n] with x2[n] alone, or with itself where ``x2`` is ``None``: ``[N]`` stands for ``[N1, N2]``.
 
     Returns:
-        Both kernels, each ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``, or as the axes say.
+        Both kernels, each ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``, or as the axes say; of several
+        outputs, a dict of such kernels each.
 
     Raises:
         UnsupportedModelError: If the model has no exact kernel.
@@ -125,13 +129,17 @@ def empirical_kernels(
     axes = AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired)
     request = Request.parse(model, x1, x2, axes, params=params, per_parameter=False, capture=capture, output=output)
     wanted = parse_method(method, check, capture)
-    with outside_of_transforms(), isolated(request.model):
-        ntk, computed = compute_kernels(request, wanted, check)
-        evaluated = list(map(len, computed.outputs)) == [len(batch.inputs) for batch in request.batches]
-        return EmpiricalKernels(cast(Tensor, ntk), _multiply_outputs(request, computed.outputs if evaluated else None))
+
+    def both(request: Request) -> EmpiricalKernels:
+        with outside_of_transforms(), isolated(request.model):
+            ntk, computed = compute_kernels(request, wanted, check)
+            evaluated = list(map(len, computed.outputs)) == [len(batch.inputs) for batch in request.batches]
+            return EmpiricalKernels(ntk, _multiply_outputs(request, computed.outputs if evaluated else None))
+
+    return of_all_outputs(request, both)
 
 
-def _multiply_outputs(request: Request, outputs: Sequence[Tensor] | None = None) -> Tensor:
+def _multiply_outputs(request: Request, outputs: Sequence[Tensor] | None = None) -> Tensor | dict[Any, Tensor]:
     """Compute an NNGP kernel, from outputs of each batch where they have been evaluated."""
     # outputs [N, *out]
     described = f"the NNGP kernel of {sum(request.sizes)} samples"
@@ -143,14 +151,14 @@ def _multiply_outputs(request: Request, outputs: Sequence[Tensor] | None = None)
         without(_KIND),
     ):
         outputs = _checked_outputs(request) if outputs is None else outputs
-        axes = request.axes.resolve(outputs[0].shape[1:], outputs[-1].shape[1:])
+        axes = request.resolve(outputs[0].shape[1:], outputs[-1].shape[1:])
         pairs = zip(axes, request.sides(outputs), strict=True)
         first, second = (side.arrange(f.reshape(len(f), -1)) for side, f in pairs)  # [N, E, F, T]
         kernel = einsum("necf,nedf->necd" if axes.paired else "necf,medf->nmecd", first, second)
         infinite = [~f.isfinite().reshape(len(f), -1).all(1) for f in outputs]
         if any(map(torch.any, infinite)):
             _fill(kernel, request, infinite)
-        return finish(kernel, axes, request.symmetric)
+        return request.by_key(finish(kernel, axes, request.symmetric))
 
 
 def _fill(kernel: Tensor, request: Request, infinite: Sequence[Tensor]) -> None:

@@ -2,6 +2,7 @@
 
 import inspect
 from collections.abc import Hashable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -10,14 +11,16 @@ from torch import Tensor
 from ggn_ntk.contraction.tape import Tapes
 from ggn_ntk.jacobians.plan import Plans
 from ggn_ntk.kernels.ntk import compute_kernels, empirical_ntk, parse_method
-from ggn_ntk.methods.computation import Kernels, is_finite, session
+from ggn_ntk.methods.computation import is_finite, session
 from ggn_ntk.methods.structured import repeated_kernels
 from ggn_ntk.models.isolation import plain_torch
+from ggn_ntk.models.several import of_all_outputs
 from ggn_ntk.models.structure import form_of, structure_of
-from ggn_ntk.problem.errors import NotFiniteError
+from ggn_ntk.problem.errors import NoTensorError, NotFiniteError
 from ggn_ntk.problem.functions import Model
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request
+from ggn_ntk.problem.result import Kernels
 from ggn_ntk.process.transforms import outside_of_transforms
 
 # Of how many forms of samples what was learnt is kept.
@@ -39,7 +42,7 @@ class PreparedKernel:
         self._known: dict[Hashable, Plans] = {}
         self._tapes = Tapes()
 
-    def __call__(self, x1: Any, x2: Any = None, *, verify: bool = False) -> Tensor | dict[str, Tensor]:
+    def __call__(self, x1: Any, x2: Any = None, *, verify: bool = False) -> Tensor | dict[Any, Any]:
         """Compute the kernel at the parameters' current values.
 
         Args:
@@ -65,7 +68,7 @@ class PreparedKernel:
             if result is not None and is_finite(result):
                 return result
         self._known.pop(form, None)
-        result, computed = compute_kernels(request, self._method, self._check)
+        result, computed = of_all_outputs(request, lambda r: compute_kernels(r, self._method, self._check))
         if isinstance(computed.plans, Plans) and is_finite(result):
             if len(self._known) >= _FORMS:
                 self._known.clear()
@@ -80,6 +83,7 @@ class PreparedKernel:
     def _repeated(self, request: Request, form: Hashable) -> Kernels | None:
         """Compute kernels with what is known; ``None`` where that does not hold."""
         known, model, found = self._known[form], request.model, dict[str, Tensor]()
+        request = replace(request, outputs=known.request.outputs)  # joined, where there are several
         inputs = [*(t for x in (request.x1, request.x2) if x is not None for t in x.tensors.values())]
         inputs += [*model.parameters(), *model.buffers()]
 
@@ -87,17 +91,17 @@ class PreparedKernel:
             with session(request):
                 try:
                     computed = repeated_kernels(request, known)
-                except NotFiniteError:
+                except (NotFiniteError, NoTensorError):
                     return
-                kernels = None if computed is None else request.assemble(computed.kernels, computed.axes)
-                found.update(kernels if isinstance(kernels, dict) else {} if kernels is None else {"": kernels})
+                if computed is not None:
+                    found.update(request.finished(computed.kernels, computed.axes))
 
         if known.follows_shapes and len(known.plans) == len(request.batches):
             with outside_of_transforms(), plain_torch(model), torch.no_grad():
                 self._tapes.run(form, inputs, found, compute)
         else:
             compute()
-        return None if not found else found if request.per_parameter else found[""]
+        return request.by_name(found) if found else None
 
 
 def empirical_ntk_fn(model: Model, **keywords: Any) -> PreparedKernel:

@@ -105,7 +105,7 @@ def resolve_axes(request: Request, outputs: Sequence[Tensor]) -> KernelAxes:
         raise ValueError(
             f"Outputs of x1 are {first.dtype}, and of x2 {second.dtype}: bring them to one dtype, say in output=."
         )
-    axes = request.axes.resolve(first.shape[1:], second.shape[1:])
+    axes = request.resolve(first.shape[1:], second.shape[1:])
     check_result((*request.sample_axes, *axes.shape), list(request.params.values()), len(request.grouped()))
     return axes
 

@@ -16,13 +16,12 @@ from ggn_ntk.models.comparison import all_finite, cotangent
 from ggn_ntk.models.evaluation import evaluate
 from ggn_ntk.models.gradients import gradients
 from ggn_ntk.models.isolation import isolated
+from ggn_ntk.models.several import of_all_outputs
 from ggn_ntk.problem.errors import NotFiniteError, NotFiniteWarning, Problem, UnsupportedModelError, listed, warn
 from ggn_ntk.problem.request import Request
-from ggn_ntk.problem.result import Computed
+from ggn_ntk.problem.result import Computed, Kernels
+from ggn_ntk.process.torch_internals import tree_leaves, tree_map
 from ggn_ntk.process.transforms import outside_of_transforms
-
-#: A kernel, or one for each parameter by name.
-Kernels = Tensor | dict[str, Tensor]
 
 _INFINITE = Problem("", "its gradients are not finite", "Look for overflow in its weights and inputs")
 
@@ -34,7 +33,7 @@ def compute(request: Request, route: Callable[[Request], Computed]) -> Kernels:
         computed = route(request)
         return request.assemble(computed.kernels, computed.axes), computed
 
-    return carry_out(request, assembled)[0]
+    return of_all_outputs(request, lambda request: carry_out(request, assembled)[0])
 
 
 @contextmanager
@@ -84,9 +83,7 @@ def _around(
         result, computed = _without_numbers(request)
     warn(f"Jacobians of {listed(request.labels(infinite))} are not finite: NaN in the kernel.", NotFiniteWarning)
     places, sizes = [rows] if request.axes.paired else [rows, columns], request.sample_axes
-    if isinstance(result, dict):
-        return {name: _spread(kernel, places, sizes) for name, kernel in result.items()}, computed
-    return _spread(result, places, sizes), computed
+    return tree_map(lambda kernel: _spread(kernel, places, sizes), result), computed
 
 
 def _without_numbers(request: Request) -> tuple[Kernels, Computed]:
@@ -117,7 +114,7 @@ def _spread(kernel: Tensor, places: list[list[int]], sizes: tuple[int, ...]) -> 
 
 def is_finite(result: Kernels) -> bool:
     """Tell whether no entry is infinite or NaN."""
-    return all_finite(result.values() if isinstance(result, dict) else [result])
+    return all_finite(tree_leaves(result))
 
 
 def _infinite_samples(request: Request) -> Tensor:

@@ -58,7 +58,7 @@ def jacobian_contraction(
     paired: bool = False,
     chunk_size: int | None = None,
     create_graph: bool = False,
-) -> Tensor | dict[str, Tensor]:
+) -> Tensor | dict[Any, Any]:
     """Compute the empirical NTK by contracting per-sample Jacobians.
 
     Theta[n, m, c, d] = sum_p J[n, c, p] J[m, d, p], with J by ``vmap(jacrev)``. Where ``vmap`` fails (recurrent
@@ -86,7 +86,8 @@ def jacobian_contraction(
 
     Returns:
         ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``; with axes, ``[N1, N2, *(x1's axes not traced),
-        *(x2's axes neither traced nor diagonal)]``; or a dict of such kernels. In the model's dtype on its device.
+        *(x2's axes neither traced nor diagonal)]``; or dicts of such kernels, as of :func:`ggn_ntk.empirical_ntk`. In
+        the model's dtype on its device.
 
     Raises:
         UnsupportedModelError: If the model has no exact kernel.
@@ -123,7 +124,7 @@ def ntk_vector_products(
     diagonal_axes: int | Iterable[int] | None = None,
     paired: bool = False,
     chunk_size: int | None = None,
-) -> Tensor | dict[str, Tensor]:
+) -> Tensor | dict[Any, Any]:
     """Compute the empirical NTK from its products with the basis vectors of the outputs.
 
     Theta(x1, x2) e_d = J(x1) (J(x2)^T e_d): a vjp, then a jvp, for one sample of x2 after the other. No
@@ -150,7 +151,8 @@ def ntk_vector_products(
 
     Returns:
         ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``; with axes, ``[N1, N2, *(x1's axes not traced),
-        *(x2's axes neither traced nor diagonal)]``; or a dict of such kernels. In the model's dtype on its device.
+        *(x2's axes neither traced nor diagonal)]``; or dicts of such kernels, as of :func:`ggn_ntk.empirical_ntk`. In
+        the model's dtype on its device.
 
     Raises:
         UnsupportedModelError: If the model has no exact kernel.

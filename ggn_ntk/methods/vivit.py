@@ -51,7 +51,7 @@ def empirical_ntk_vivit(
     output: Pick | tuple[Pick, Pick] = None,
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
-) -> Tensor | dict[str, Tensor]:
+) -> Tensor | dict[Any, Any]:
     """Compute the empirical NTK of a Sequential model from ViViT's GGN Gram matrices.
 
     One backward pass yields the Gram matrix of all (N1 + N2)^2 pairs, of which the N1 N2 wanted ones are kept:

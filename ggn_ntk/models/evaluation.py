@@ -12,7 +12,7 @@ from ggn_ntk.models.comparison import TOLERANCES
 from ggn_ntk.models.inspection import in_low_precision, without_draws
 from ggn_ntk.models.isolation import Session, isolated
 from ggn_ntk.models.precision import too_coarse
-from ggn_ntk.problem.errors import Problem, UnsupportedModelError
+from ggn_ntk.problem.errors import NoTensorError, Problem, UnsupportedModelError
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
 from ggn_ntk.process.torch_internals import tree_map
@@ -113,9 +113,8 @@ def check_output(output: object, n: int) -> Tensor:
     # -> [N, *out]
     problem = None
     if not isinstance(output, Tensor):
-        remedy = "Pass output=, a function that picks the tensor [N, ...] to differentiate"
-        problem = Problem("", f"it returns {type(output).__name__}, not a tensor", remedy)
-    elif output.ndim == 0 or len(output) != n or output.numel() == 0:
+        raise NoTensorError.of(output)
+    if output.ndim == 0 or len(output) != n or output.numel() == 0:
         what = f"its output for {n} sample{'s' * (n > 1)} has shape {list(output.shape)}"
         problem = Problem("", what, "Its leading axis must be the samples, and it must not be empty")
     elif output.dtype not in TOLERANCES:
@@ -124,7 +123,6 @@ def check_output(output: object, n: int) -> Tensor:
         )
     if problem is not None:
         raise UnsupportedModelError([problem])
-    assert isinstance(output, Tensor)
     return output
 
 

@@ -65,6 +65,17 @@ class UnsupportedModelError(ValueError):
         super().__init__("\n".join([f"No {route} of this model:", *(f"  - {line}" for line in _lines(self.problems))]))
 
 
+class NoTensorError(UnsupportedModelError):
+    """A model returns something else than a tensor."""
+
+    @classmethod
+    def of(cls, returned: object, why: str = "") -> "NoTensorError":
+        """Name what is returned, and why it is not several outputs either."""
+        remedy = "Pass output=, a function that picks the tensor [N, ...] to differentiate"
+        several = f"; of several tensors each must be an output, but {why}" if why else ""
+        return cls([Problem("", f"it returns {type(returned).__name__}, not a tensor", remedy + several)])
+
+
 class UnsupportedRouteError(UnsupportedModelError):
     """One route cannot compute the kernel of a model, though others may: the error at which ``"auto"`` gives way."""
 

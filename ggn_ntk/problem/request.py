@@ -2,31 +2,29 @@
 
 import operator
 from collections import defaultdict
-from collections.abc import Callable, ItemsView, Iterable, Mapping
+from collections.abc import ItemsView, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
 from typing import Any, SupportsIndex
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.jit import ScriptModule
 from torch.nn import DataParallel, Module
 from torch.nn.parallel import DistributedDataParallel
 
-from ggn_ntk.problem.errors import kind_of
+from ggn_ntk.problem.errors import kind_of, listed
 from ggn_ntk.problem.functions import FunctionModule, Model, Params, as_module, given_with_graph, own_parameters
 from ggn_ntk.problem.inputs import Inputs, check_alike, parse_inputs, parts_of
 from ggn_ntk.problem.output_axes import AxesRequest, KernelAxes
-from ggn_ntk.problem.result import finish, sum_kernels
+from ggn_ntk.problem.result import Kernels, finish, sum_kernels
 from ggn_ntk.problem.selection import selected
+from ggn_ntk.problem.several import Pick, Several, split
 from ggn_ntk.process.transforms import is_wrapped, outside_of_transforms
 from ggn_ntk.process.turns import alone_with
 
 CAPTURES = ("auto", "sequential", "autograd")
-
-#: Turns what a model returns into a tensor; ``None`` where it is one.
-Pick = Callable[[Any], Tensor] | None
 
 
 @dataclass(frozen=True, eq=False)
@@ -40,7 +38,8 @@ class Request:
     params: dict[str, Tensor]  # the parameters the kernel sums over, by the name the user knows them by
     # Whether one kernel for each parameter, or each ``"module"``, is wanted instead of the sum
     per_parameter: bool | str
-    # Turn what the model returns for x1, and for x2, into the tensor ``[N, *out]``; ``None`` where it is that tensor
+    # Turn what the model returns for x1, and for x2, into the tensor ``[N, *out]``; ``None`` where it is that tensor.
+    # Several tensors are joined to one, and kernels taken apart again
     outputs: tuple[Pick, Pick] = (None, None)
     chunk_size: int | None = None  # how many samples or vectors ``vmap`` takes at once; ``None`` for all
     # How the structured route takes the model apart: ``"auto"``, ``"sequential"`` or ``"autograd"``
@@ -136,6 +135,12 @@ class Request:
         return self.outputs[0]
 
     @property
+    def several(self) -> tuple[Several, Several] | None:
+        """The outputs of x1 and of x2, where there are several."""
+        first, second = self.outputs
+        return (first, second) if isinstance(first, Several) and isinstance(second, Several) else None
+
+    @property
     def second(self) -> Inputs:
         """x2, or x1 where they are the same."""
         return self.x1 if self.x2 is None else self.x2
@@ -200,15 +205,48 @@ class Request:
         others = {name: p for name, p in known.items() if p.requires_grad and id(p) not in wanted}
         return replace(self, params=self.params | others)
 
-    def assemble(self, kernels: Iterable[tuple[str, Tensor]], axes: KernelAxes) -> Tensor | dict[str, Tensor]:
+    def resolve(self, first: Size, second: Size) -> KernelAxes:
+        """Find the role of each output axis, given the shapes of outputs of x1 and x2."""
+        # first [*out1], second [*out2]
+        if self.several is None:
+            return self.axes.resolve(first, second)
+        ours, theirs = (list(outputs.shapes) for outputs in self.several)
+        if self.axes.trace_axes or self.axes.diagonal_axes:
+            raise ValueError(
+                f"trace_axes and diagonal_axes count the axes of one output, but there are several, {listed(ours)}: "
+                "pick one (output=), or ask for compute='diagonal' or 'trace'."
+            )
+        if self.axes.compute == "full":
+            return self.axes.resolve(first, second)
+        if self.several[0].shapes != self.several[1].shapes:
+            raise ValueError(
+                f"compute={self.axes.compute!r} pairs each output of x1 with that of x2 at the same key, but keys or "
+                f"shapes differ: {listed(ours)} for x1, {listed(theirs)} for x2. Ask for compute='full', or pick "
+                "others (output=)."
+            )
+        return replace(self.axes, compute="diagonal").resolve(first)  # for a trace, what is summed by key in the end
+
+    def assemble(self, kernels: Iterable[tuple[str, Tensor]], axes: KernelAxes) -> Kernels:
         """Bring what a route computed to the layout of the public API."""
+        return self.by_name(self.finished(kernels, axes))
+
+    def finished(self, kernels: Iterable[tuple[str, Tensor]], axes: KernelAxes) -> dict[str, Tensor]:
+        """Add up what a route computed, by names of kernels."""
         # kernels [N1, N2, E, F1, F2] -> [N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]
         sums = sum_kernels(kernels)
         dtypes = {
             group: reduce(torch.promote_types, (p.dtype for p in params.values())) for group, params in self.grouped()
         }
-        found = {group: finish(sums[group], axes, self.symmetric).to(dtype) for group, dtype in dtypes.items()}
+        return {group: finish(sums[group], axes, self.symmetric).to(dtype) for group, dtype in dtypes.items()}
+
+    def by_name(self, finished: dict[str, Tensor]) -> Kernels:
+        """Return kernels by name where they are kept apart."""
+        found = {group: self.by_key(kernel) for group, kernel in finished.items()}
         return found if self.per_parameter else found[""]
+
+    def by_key(self, finished: Tensor) -> Tensor | dict[Any, Tensor]:
+        """Take a kernel of several outputs apart: one for each pair of them, or for each."""
+        return finished if self.several is None else split(finished, self.axes.compute, *self.several)
 
 
 def _parse_outputs(output: Any) -> tuple[Pick, Pick]:

@@ -13,6 +13,9 @@ from torch import Tensor
 
 from ggn_ntk.problem.output_axes import KernelAxes
 
+#: A kernel; or kernels by name of the parameter, by keys of several outputs, or the latter for each of the former.
+Kernels = Tensor | dict[Any, Any]
+
 
 class Computed(NamedTuple):
     """The kernels of a route, before they get the layout of the public API."""
@@ -55,9 +58,9 @@ class EmpiricalKernels(NamedTuple):
     """The two kernels of a network, of one shape.
 
     Attributes:
-        ntk: The empirical neural tangent kernel.
-        nngp: The empirical NNGP kernel.
+        ntk: The empirical neural tangent kernel; of several outputs, kernels by their keys.
+        nngp: The empirical NNGP kernel, alike.
     """
 
-    ntk: Tensor
-    nngp: Tensor
+    ntk: Any
+    nngp: Any

@@ -223,12 +223,6 @@ def test_output_on_every_route(method):
         assert_close(actual, kernel)
 
 
-def test_a_model_that_returns_no_tensor():
-    for function in (nngp, empirical_kernels):
-        with pytest.raises(UnsupportedModelError, match=r"it returns dict, not a tensor. Pass output="):
-            function(Named(fully_convolutional()), torch.randn(3, 1, 5, 4).double())
-
-
 def test_both_kernels_by_a_capture():
     model, x = nn.Sequential(nn.Linear(5, 4), nn.Tanh(), nn.Linear(4, 3)).double(), torch.randn(3, 5).double()
     for capture in ("sequential", "autograd"):

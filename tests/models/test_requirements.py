@@ -77,7 +77,7 @@ def test_configuration(function, build, message):
         (lambda: Wrapped(lambda h: h.cumsum(0)), "the model: samples influence one another"),
         (lambda: Wrapped(F.dropout), "the model: its forward pass draws random numbers"),
         (lambda: Wrapped(lambda h: h + torch.randn_like(h)), "the model: its forward pass draws random numbers"),
-        (lambda: Wrapped(lambda h: (h, h)), "the model: it returns tuple, not a tensor"),
+        (lambda: Wrapped(lambda h: (h, None)), "the model: it returns tuple, not a tensor"),
         (lambda: Wrapped(lambda h: h.argmax(1)), "the model: its output is torch.int64"),
         (lambda: Wrapped(lambda h: torch.complex(h, h)), "the model: its output is torch.complex64"),
         (lambda: Wrapped(lambda h: h.bfloat16()), "the model: its output is torch.bfloat16"),

@@ -1,0 +1,68 @@
+"""What a model returns, looked at: is it a tensor, or several that can all be outputs?"""
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from ggn_ntk.models.comparison import TOLERANCES
+from ggn_ntk.models.evaluation import evaluate
+from ggn_ntk.models.isolation import isolated
+from ggn_ntk.problem.errors import NoTensorError, kind_of
+from ggn_ntk.problem.request import Request
+from ggn_ntk.problem.several import Several, entries_by_key
+from ggn_ntk.process.transforms import outside_of_transforms
+
+_T = TypeVar("_T")
+
+
+def of_all_outputs(request: Request, answer: Callable[[Request], _T]) -> _T:
+    """Answer a request; for a model that returns several tensors, with all of them as outputs."""
+    try:
+        return answer(request)
+    except NoTensorError as error:
+        joined = _joined(request, error)
+    return answer(joined)
+
+
+def _joined(request: Request, error: NoTensorError) -> Request:
+    """Let outputs of a model be joined; raise the error that it is no tensor which it returns, where they cannot be."""
+    with outside_of_transforms(), isolated(request.model), torch.enable_grad():
+        returned = [evaluate(b, None, b.inputs[[0, len(b.inputs) - 1]]) for b in request.batches]  # two in any case
+    tensors = [isinstance(found, Tensor) for found in returned]
+    if any(tensors) and not all(tensors):
+        first, second = map(kind_of, returned)
+        raise ValueError(
+            f"What is returned must be a tensor for both x1 and x2, or several for both, got {first} and {second}: "
+            "pass output=."
+        )
+    entries = [entries_by_key(found) for found in returned]
+    for found in entries:
+        if not found:
+            raise error
+        for key, x in found.items():
+            why = _why_not(x, found)
+            if why:
+                raise NoTensorError.of(returned[0], f"the one at {key!r} {why}")
+    shapes = [{key: x.shape[1:] for key, x in found.items()} for found in entries]
+    if shapes[0].keys() == shapes[-1].keys():
+        shapes[-1] = {key: shapes[-1][key] for key in shapes[0]}  # in one order
+    picks = [Several(batch.output, shape) for batch, shape in zip(request.batches, shapes, strict=True)]
+    return replace(request, outputs=(picks[0], picks[-1]))
+
+
+def _why_not(x: Any, entries: dict[Any, Any]) -> str:
+    """Say why something that a model returns for two samples is no output; empty where it is one."""
+    if not isinstance(x, Tensor):
+        return f"is a {kind_of(x)}"
+    if x.dtype not in TOLERANCES:
+        return f"is {x.dtype}"
+    if x.shape[:1] != (2,) or not x.numel():
+        return f"has shape {list(x.shape)} for 2 samples"
+    others = [y for y in entries.values() if isinstance(y, Tensor)]
+    if not x.requires_grad and any(y.requires_grad for y in others):
+        return "depends on no parameter"
+    dtypes = {y.dtype for y in others if y.dtype in TOLERANCES}
+    return f"is {x.dtype}, and another is not" if len(dtypes) > 1 else ""
