@@ -66,6 +66,7 @@ _ORDER = [
     "example_layer_rule.py",
     "example_linearized_training.py",
     "example_kernel_during_training.py",
+    "example_pinn_weights.py",
     "example_ntk_regression.py",
     "example_spectrum_alignment.py",
 ]
