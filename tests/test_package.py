@@ -33,6 +33,21 @@ def test_importing_takes_no_compiler_and_no_route_that_is_not_taken():
     )
 
 
+def test_kernels_take_no_compiler():
+    """Its import takes seconds."""
+    run_in_a_new_process(
+        "import sys, torch, ggn_ntk\n"
+        "class Twice(torch.nn.Linear):\n"
+        "    def forward(self, x):\n"
+        "        return super().forward(x) * 2\n"
+        "for layer in (torch.nn.Linear(3, 3), Twice(3, 3)):\n"
+        "    kernel = ggn_ntk.empirical_ntk_fn(torch.nn.Sequential(layer, torch.nn.Tanh()))\n"
+        "    for _ in range(4):\n"
+        "        kernel(torch.randn(2, 3))\n"
+        "assert 'torch._dynamo' not in sys.modules"
+    )
+
+
 WITH_VIVIT = (
     "ggn_ntk.empirical_ntk(model, x, method='vivit')",
     "ggn_ntk.empirical_ntk_vivit",

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ggn_ntk.process.torch_internals import TorchDispatchMode, schema_of, tree_leaves
+from ggn_ntk.process.torch_internals import OperationMode, schema_of, tree_leaves
 
 # Up to how many numbers inputs and intermediate results hold together, and how many steps are kept; of how many forms.
 _NUMBERS, _STEPS, _FORMS = 2**22, 1024, 512
@@ -107,7 +107,7 @@ class Tape(NamedTuple):
             kernels[name] = tensors[number]
 
 
-class _Recording(TorchDispatchMode):
+class _Recording(OperationMode):
     """Writes down the operations that are carried out."""
 
     def __init__(self, inputs: Sequence[Tensor]) -> None:

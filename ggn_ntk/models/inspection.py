@@ -17,7 +17,7 @@ from torch import Tensor
 from ggn_ntk.models.comparison import TOLERANCES
 from ggn_ntk.models.entries import generator_of_numpy, generators_of_torch, global_generators, storage_of
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError, listed
-from ggn_ntk.process.torch_internals import TorchDispatchMode, schema_of, tree_leaves
+from ggn_ntk.process.torch_internals import OperationMode, schema_of, tree_leaves
 
 _T = TypeVar("_T")
 
@@ -36,7 +36,7 @@ UNSTEADY = Problem(
 )
 
 
-class Inspection(TorchDispatchMode):
+class Inspection(OperationMode):
     """Looks at each operation of a forward pass before it is carried out.
 
     Attributes:
@@ -87,7 +87,7 @@ def _leaves(values: Any) -> Iterable[Any]:
     return (values,) if isinstance(values, Tensor) else tree_leaves(values) if values else ()
 
 
-class OwnGenerator(TorchDispatchMode):
+class OwnGenerator(OperationMode):
     """Lets operations draw random numbers from new generators, and leaves those of the process alone."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:

@@ -111,6 +111,11 @@ class Inputs:
         places = {x.device: torch.as_tensor(index, device=x.device) for x in self.tensors.values()}
         return self.map(lambda x: x[places[x.device]])
 
+    def first(self) -> "Inputs":
+        """Copy the first sample, and keep none of the others, nor the structure that they were given in."""
+        few = self[[0]]
+        return replace(few, structure=_made(self.structure, few.tensors | few.constants))
+
     def fits(self, other: "Inputs") -> bool:
         """Tell whether a set that is alike has samples of the same shapes, and shares with them what these share."""
         same_shapes = all(x.shape[1:] == other.tensors[label].shape[1:] for label, x in self.tensors.items())

@@ -175,7 +175,7 @@ class Request:
 
     def few(self) -> "Request":
         """Ask the same of one sample."""
-        return replace(self, x1=self.x1[[0]], x2=None if self.x2 is None else self.x2[[0]])
+        return replace(self, x1=self.x1.first(), x2=None if self.x2 is None else self.x2.first())
 
     def label(self, sample: int) -> str:
         """Name a sample of a batch in a message, by its place among those of x1 and x2."""

@@ -220,8 +220,15 @@ weight_norm: Callable[..., Tensor] = torch._weight_norm
 #: The name, arguments and results of an operation of ``torch.ops``.
 schema_of: Callable[[Any], Any] = attrgetter("_schema")
 
-#: A mode that sees each operation before it is carried out.
-TorchDispatchMode = _python_dispatch.TorchDispatchMode
+
+class OperationMode(_python_dispatch.TorchDispatchMode):
+    """A mode that sees each operation before it is carried out."""
+
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        """Leave torch's compiler alone: to tell it what to skip is to import it, which takes seconds."""
+        return False
+
 
 # Nested lists, tuples and dicts: their entries, and a function applied to each.
 tree_leaves = _pytree.tree_leaves

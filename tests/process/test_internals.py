@@ -68,6 +68,8 @@ def private_names(path: Path, *, attributes: bool) -> set[str]:
             found.add(node.attr)
         elif attributes and isinstance(node, ast.ImportFrom):
             found |= {*node.module.split("."), *(alias.name for alias in node.names)}
+        elif attributes and isinstance(node, ast.ClassDef):  # what a class overrides
+            found |= {method.name for method in node.body if isinstance(method, ast.FunctionDef)}
     return {name for name in found if name.startswith("_") and not name.endswith("__")}
 
 
@@ -353,16 +355,22 @@ def _():
     assert torch_internals.weight_norm in seen
 
 
-@part("torch.ops.OpOverload._schema", "torch.utils._python_dispatch.TorchDispatchMode", used_by="models/inspection.py")
+MODE = "torch.utils._python_dispatch.TorchDispatchMode"
+
+
+@part(
+    "torch.ops.OpOverload._schema", f"{MODE}._should_skip_dynamo", used_by="models/inspection.py, contraction/tape.py"
+)
 def _():
     seen = []
 
-    class Watch(torch_internals.TorchDispatchMode):
-        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-            seen.append(torch_internals.schema_of(func))
-            return func(*args, **kwargs or {})
+    def watch(self, func, types, args=(), kwargs=None):
+        seen.append(torch_internals.schema_of(func))
+        return func(*args, **kwargs or {})
 
-    with Watch():
+    mode = type("Watch", (torch_internals.OperationMode,), {"__torch_dispatch__": watch})
+    assert mode.__torch_dispatch__ is watch  # not wrapped in what imports torch's compiler
+    with mode():
         torch.ones(2).add_(1)
     schema = next(schema for schema in seen if schema.name == "aten::add_")
     writes = {a.name for a in schema.arguments if a.alias_info is not None and a.alias_info.is_write}
