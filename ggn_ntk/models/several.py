@@ -1,5 +1,6 @@
 """What a model returns, looked at: is it a tensor, or several that can all be outputs?"""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, TypeVar
@@ -7,15 +8,19 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
-from ggn_ntk.models.comparison import TOLERANCES
+from ggn_ntk.models.comparison import TOLERANCES, cotangent, total_norm
 from ggn_ntk.models.evaluation import evaluate
+from ggn_ntk.models.gradients import gradients_of
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.problem.errors import NoTensorError, kind_of
 from ggn_ntk.problem.request import Request
-from ggn_ntk.problem.several import Several, entries_by_key
+from ggn_ntk.problem.several import Output, Several, entries_by_key
 from ggn_ntk.process.transforms import outside_of_transforms
 
 _T = TypeVar("_T")
+
+# No output is multiplied by more than two to this power, for the range of float32.
+_MOST = 40
 
 
 def of_all_outputs(request: Request, answer: Callable[[Request], _T]) -> _T:
@@ -46,11 +51,22 @@ def _joined(request: Request, error: NoTensorError) -> Request:
             why = _why_not(x, found)
             if why:
                 raise NoTensorError.of(returned[0], f"the one at {key!r} {why}")
-    shapes = [{key: x.shape[1:] for key, x in found.items()} for found in entries]
-    if shapes[0].keys() == shapes[-1].keys():
-        shapes[-1] = {key: shapes[-1][key] for key in shapes[0]}  # in one order
-    picks = [Several(batch.output, shape) for batch, shape in zip(request.batches, shapes, strict=True)]
+    outputs = [_outputs(batch, found) for batch, found in zip(request.batches, entries, strict=True)]
+    if outputs[0].keys() == outputs[-1].keys():
+        outputs[-1] = {key: outputs[-1][key] for key in outputs[0]}  # in one order
+    picks = [Several(batch.output, found) for batch, found in zip(request.batches, outputs, strict=True)]
     return replace(request, outputs=(picks[0], picks[-1]))
+
+
+def _outputs(request: Request, entries: dict[Any, Tensor]) -> dict[Any, Output]:
+    """Take down the shapes of outputs, and what brings their gradients to one size, where these are finite."""
+    # A difference is looked for among the numbers of all outputs: in one far smaller than others it would not show.
+    gradients = {key: gradients_of(x, cotangent(x, 0), request.params, retain_graph=True) for key, x in entries.items()}
+    sizes = {key: total_norm(found.values()) for key, found in gradients.items()}
+    usual = {key: size for key, size in sizes.items() if 0 < size < math.inf}
+    largest = max(usual.values(), default=1.0)
+    powers = {key: round(math.log2(largest / usual.get(key, largest))) for key in entries}
+    return {key: Output(x.shape[1:], 2.0 ** min(_MOST, powers[key])) for key, x in entries.items()}
 
 
 def _why_not(x: Any, entries: dict[Any, Any]) -> str:

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Size, Tensor
@@ -20,17 +20,30 @@ def entries_by_key(returned: object) -> dict[Hashable, Any]:
     return dict(enumerate(returned)) if isinstance(returned, tuple | list) else {}
 
 
+class Output(NamedTuple):
+    """One of several outputs."""
+
+    shape: Size  # ``[*out]``
+    # What it is multiplied by, a power of two: nothing rounds, and outputs of one size are compared alike
+    scale: float
+
+
 @dataclass(frozen=True)
 class Several:
     """Turns several outputs ``[N, *out]`` of a model into one, ``[N, C]``."""
 
     pick: Pick  # what is applied to the model's results before
-    shapes: dict[Hashable, Size]  # ``[*out]`` of each output, by key
+    outputs: dict[Hashable, Output]  # by key
+
+    @property
+    def shapes(self) -> dict[Hashable, Size]:
+        """The shapes ``[*out]`` by key."""
+        return {key: output.shape for key, output in self.outputs.items()}
 
     @property
     def sizes(self) -> list[int]:
         """The number of outputs at each key, which add up to C."""
-        return [shape.numel() for shape in self.shapes.values()]
+        return [output.shape.numel() for output in self.outputs.values()]
 
     def __call__(self, returned: Any) -> Tensor:
         """Join outputs."""
@@ -38,20 +51,20 @@ class Several:
         entries = entries_by_key(found)
         if {key: x.shape[1:] if isinstance(x, Tensor) else None for key, x in entries.items()} != self.shapes:
             raise NoTensorError.of(found, "their keys or shapes change from one evaluation to another")
-        return torch.cat([entries[key].reshape(len(entries[key]), -1) for key in self.shapes], 1)
+        return torch.cat([o.scale * entries[key].reshape(len(entries[key]), -1) for key, o in self.outputs.items()], 1)
 
 
 def split(kernel: Tensor, compute: str, first: Several, second: Several) -> dict[Any, Tensor]:
     """Take a kernel apart by the keys of outputs: by pairs of them, or by keys that meet themselves."""
     # kernel [N1, N2, C1, C2] -> [N1, N2, *out1, *out2]; [N1, N2, C] -> [N1, N2, *out] or, summed, [N1, N2]
     if compute == "full":
-        rows = zip(first.shapes.items(), kernel.split(first.sizes, -2), strict=True)
         return {
-            (ours, theirs): block.reshape(*block.shape[:-2], *shape, *other)
-            for (ours, shape), row in rows
-            for (theirs, other), block in zip(second.shapes.items(), row.split(second.sizes, -1), strict=True)
+            (key, other): block.reshape(*block.shape[:-2], *a.shape, *b.shape) / (a.scale * b.scale)
+            for (key, a), row in zip(first.outputs.items(), kernel.split(first.sizes, -2), strict=True)
+            for (other, b), block in zip(second.outputs.items(), row.split(second.sizes, -1), strict=True)
         }
-    parts = zip(first.shapes.items(), kernel.split(first.sizes, -1), strict=True)
-    if compute == "trace":
-        return {key: part.sum(-1) for (key, _), part in parts}
-    return {key: part.reshape(*part.shape[:-1], *shape) for (key, shape), part in parts}
+    pairs = zip(first.outputs.items(), second.outputs.values(), kernel.split(first.sizes, -1), strict=True)
+    return {
+        key: (part.sum(-1) if compute == "trace" else part.reshape(*part.shape[:-1], *a.shape)) / (a.scale * b.scale)
+        for (key, a), b, part in pairs
+    }
