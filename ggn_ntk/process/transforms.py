@@ -72,15 +72,22 @@ def _grad(
     grad_outputs: Tensor | Sequence[Tensor | None] | None = None,
     retain_graph: bool | None = None,
     create_graph: bool = False,
+    is_grads_batched: bool = False,
     **kwargs: Any,
 ) -> tuple[Tensor | None, ...]:
     """Compute the gradients of each sample, as ``torch.autograd.grad`` does."""
     ys, xs = (list((t,) if isinstance(t, Tensor) else t) for t in (outputs, inputs))
+    given: Sequence[Tensor | None] = (grad_outputs,) if isinstance(grad_outputs, Tensor) else grad_outputs or ()
+    if is_grads_batched:  # torch maps over them by an older vmap, which does not go with transforms
+        rows = [
+            _grad(ys, xs, vectors, True, create_graph, **kwargs)
+            for vectors in zip(*(v.unbind() for v in given if v is not None), strict=True)
+        ]
+        return tuple(None if column[0] is None else torch.stack(column) for column in zip(*rows, strict=True))
     if not any(isinstance(t, Tensor) and is_sample(t) for t in (*ys, *xs)):
         return torch.autograd.grad(ys, xs, grad_outputs, retain_graph, create_graph, **kwargs)
-    if not all(map(is_sample, xs)) or kwargs.get("is_grads_batched"):
+    if not all(map(is_sample, xs)):
         raise RuntimeError("autograd.grad with respect to what samples share cannot be computed inside of vmap.")
-    given: Sequence[Tensor | None] = (grad_outputs,) if isinstance(grad_outputs, Tensor) else grad_outputs or ()
     cotangents = [
         _like_all(torch.ones_like(y) if v is None and y.ndim == 0 else v, y)
         for y, v in zip(ys, given or [None] * len(ys), strict=True)

@@ -44,6 +44,21 @@ def test_in_no_grad_and_in_two_maps():
     assert not x.requires_grad
 
 
+@pytest.mark.parametrize("shared", [False, True])
+def test_gradients_of_each_sample_along_several_vectors(shared):
+    def hessian(x, v):
+        x = x.detach().requires_grad_()
+        with torch.enable_grad():
+            (first,) = torch.autograd.grad((x**3).sum() * x[0], x, create_graph=True)
+            return torch.autograd.grad(first, x, v, is_grads_batched=True)[0]
+
+    x, v = torch.randn(5, 3, dtype=torch.float64), torch.randn(2, 5, 3, dtype=torch.float64)
+    given = v[:, 0] if shared else v
+    found = vmap(_inside(hessian), (1, None if shared else 1))(x.T, given)
+    expected = torch.stack([hessian(row, given if shared else given[:, n]) for n, row in enumerate(x)])
+    torch.testing.assert_close(found, expected)
+
+
 def test_unused_and_shared_inputs():
     shared = torch.randn(3, dtype=torch.float64, requires_grad=True)
 
