@@ -248,17 +248,19 @@ def recorded(
     try:
         return recording, uses, read(uses, recording)
     except NotCapturedError:  # it computes something else than for the samples that were looked at
-        if len(inputs) == 1:
+        if len(inputs) == 1 and not inputs.whole:
             inputs = inputs[[0, 0]]
             recording = record(request, inputs, within=within)
-        twice = record(request, inputs[[*range(len(inputs))] * 2])
-        uses = find_uses([recording, twice], request.params)
+        twice = [] if inputs.whole else [record(request, inputs[[*range(len(inputs))] * 2])]
+        uses = find_uses([recording, *twice], request.params)
         return recording, uses, read(uses, recording)
 
 
 def _few(request: Request, alone: Alone, out_shape: Size) -> list[Recording]:
     """Evaluate two samples, and three; or one, if the model takes no more at a time."""
     n, sample = len(alone.inputs), alone.samples[0]
+    if alone.inputs.whole:
+        return alone.recordings
     found = []
     for count in (2, 3):
         try:
@@ -274,7 +276,11 @@ def _few(request: Request, alone: Alone, out_shape: Size) -> list[Recording]:
 
 def _is_sequential(request: Request) -> bool:
     """Tell whether the model is a sequence of layers, and is to be taken as one."""
-    problems = [] if request.capture == "autograd" else list(structure_problems(request))
+    if request.axes.interacting:
+        what, remedy = "its layers see the whole batch (interacting=True)", "Use capture='autograd'"
+        problems = [Problem("", what, remedy)]
+    else:
+        problems = [] if request.capture == "autograd" else list(structure_problems(request))
     if problems and request.capture == "sequential":
         raise UnsupportedRouteError(problems, _ROUTE)
     return request.capture != "autograd" and not problems

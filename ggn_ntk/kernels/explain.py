@@ -178,6 +178,7 @@ def explain(
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
     paired: bool = False,
+    interacting: bool = False,
     depth: int | None = None,
     sort: str | None = None,
 ) -> Explanation:
@@ -201,6 +202,7 @@ def explain(
             the last.
         diagonal_axes: Output axes to take at equal indices.
         paired: Take x1[n] with x2[n] alone, or with itself where ``x2`` is ``None``: ``[N]`` stands for ``[N1, N2]``.
+        interacting: Take the whole batch for one input, as for :func:`ggn_ntk.empirical_ntk`.
         depth: Sums the rows of the table by so many components of the names of modules: 1 for the model's children, 0
             for one row. What several modules use has a row of its own. ``None`` for a row for each parameter.
         sort: Puts first the rows that cost most ``"flops"`` or ``"memory"``; ``None`` for the order from the output
@@ -223,7 +225,7 @@ def explain(
         raise ValueError(f"depth must be 0, 1, 2, ... or None, got {depth}.")
     if sort is not None and sort not in _SORTS:
         raise ValueError(f"sort must be one of {', '.join(map(repr, _SORTS))} or None, got {sort!r}.")
-    axes = AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired)
+    axes = AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired, interacting=interacting)
     request = Request.parse(model, x1, x2, axes, params=params, per_parameter=True, capture=capture, output=output)
     explanation = of_all_outputs(request, lambda request: _explanation(request, method))
     return replace(explanation, depth=depth, sort=sort)

@@ -80,6 +80,7 @@ def empirical_ntk(
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
     paired: bool = False,
+    interacting: bool = False,
 ) -> Tensor | dict[Any, Any]:
     """Compute the empirical neural tangent kernel of a model.
 
@@ -88,10 +89,10 @@ def empirical_ntk(
     an error is raised. The model, its gradients and all global settings are left as found.
 
     Args:
-        model: Any module whose samples do not influence one another, with outputs and wanted parameters in float32 or
-            float64; what is frozen may be of any dtype, and its rounding is then the kernel's. Or a function
-            ``f(params, *args, **kwargs)``, as ``torch.func`` has it, of the batch ``[N, ...]``. What it refers to
-            is constant, modules included.
+        model: Any module whose samples do not influence one another (but see ``interacting``), with outputs and wanted
+            parameters in float32 or float64; what is frozen may be of any dtype, and its rounding is then the
+            kernel's. Or a function ``f(params, *args, **kwargs)``, as ``torch.func`` has it, of the batch ``[N, ...]``.
+            What it refers to is constant, modules included.
         x1: N1 samples: a tensor ``[N1, ...]``, a tuple (called as ``model(*x1)``) or a mapping (``model(**x1)``) of
             tensors that share their leading axis, on the model's device, and of a dtype of its parameters where real.
             In lists, tuples, mappings and dataclasses, if the model takes them; beside entries that are no tensors, and
@@ -112,7 +113,7 @@ def empirical_ntk(
             for each module, summed over the parameters that are its own and not of a module inside it. The model's own
             are under ``""``; what several modules share counts for the first.
         check: Compare a small random block with an independent ``torch.func`` computation, and look for samples that
-            influence one another in as many ways as tell every pair of them apart.
+            influence one another in as many ways as tell every pair of them apart. Of whole batches, all is compared.
         capture: How the structured route takes the model apart: ``"sequential"`` walks through a Sequential model layer
             by layer, as the BackPACK extension does; ``"autograd"`` finds in the graph of any model where
             parameters are used. ``"auto"`` takes the first where it can. Another value forces the structured route.
@@ -126,18 +127,23 @@ def empirical_ntk(
         diagonal_axes: Output axes to take at equal indices.
         paired: Take x1[n] with x2[n] alone, or with itself where ``x2`` is ``None``, for the price of N kernels of one
             sample. In the shape of every result ``[N]`` stands for ``[N1, N2]``.
+        interacting: Take the whole batch for one input, as BatchNorm in train mode does, attention across samples and
+            contrastive losses: J[n, c] is then the derivative of the batch's output n, with all of x1, or all of x2,
+            in the batch. x1 and x2 are evaluated apart. Buffers are left alone. Roles of axes are those of ``[*out]``;
+            ``paired=True`` takes the kernel of n with n.
 
     Returns:
         ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]`` for a model with outputs ``[N, *out]``; with
         axes, ``[N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]``; or a dict of such
-        kernels. Where outputs of x1 and x2 differ in shape, ``compute="full"`` alone has a meaning, ``[N1, N2, *out1,
-        *out2]``. Of several outputs, a dict of kernels by pairs of their keys, ``("u", "v")``, or for ``"diagonal"``
+        kernels. Outputs of x1 and x2 may differ in shape, ``[N1, N2, *out1, *out2]``, but for axes that are traced or
+        diagonal. Of several outputs, a dict of kernels by pairs of their keys, ``("u", "v")``, or for ``"diagonal"``
         and ``"trace"`` by keys; with ``per_parameter``, such a dict for each name. Each in the widest dtype of the
         parameters it sums over, on the model's device, without a graph.
 
     Warns:
         RouteWarning: If another route or a slower way is taken, with the reason.
-        NotFiniteWarning: If Jacobians of some samples are infinite or NaN: their rows and columns are NaN.
+        NotFiniteWarning: If Jacobians of some samples are infinite or NaN: their rows and columns are NaN; of a batch
+            that is one input, all.
 
     Raises:
         UnsupportedModelError: If the model has no exact kernel, or not by this method; lists every problem.
@@ -150,7 +156,7 @@ def empirical_ntk(
         model,
         x1,
         x2,
-        AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired),
+        AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired, interacting=interacting),
         params=params,
         per_parameter=per_parameter,
         capture=capture,
@@ -206,7 +212,7 @@ def _compare_with_oracle(request: Request, result: Kernels, method: Method, axes
     rows, columns = (
         torch.randperm(len(x), generator=drawn, device="cpu")[:_BLOCK].tolist() for x in (request.x1, request.second)
     )
-    columns = rows if request.symmetric or request.axes.paired else columns
+    columns = rows if request.symmetric or request.axes.pairs else columns
     second = None if request.symmetric else request.second[columns]
     block = replace(request, x1=request.x1[rows], x2=second)
     with torch.enable_grad():  # for the graph, which shows all precisions that take part
@@ -219,7 +225,7 @@ def _compare_with_oracle(request: Request, result: Kernels, method: Method, axes
         expected = block.assemble(kernels, axes)
     actuals, expecteds = _by_outputs(request, result), _by_outputs(request, expected)
     for key, of_outputs in expecteds.items():
-        found = {name: k[rows] if axes.paired else k[rows][:, columns] for name, k in actuals[key].items()}
+        found = {name: _block(kernel, rows, columns, axes) for name, kernel in actuals[key].items()}
         scale, *errors = norms(
             [
                 torch.stack([kernel.double() for kernel in of_outputs.values()]).sum(0),
@@ -244,6 +250,14 @@ def _by_outputs(request: Request, kernels: Any) -> dict[Any, dict[str, Tensor]]:
     if request.several is None:
         return {None: named}
     return {key: {name: by_key[key] for name, by_key in named.items()} for key in next(iter(named.values()))}
+
+
+def _block(kernel: Tensor, rows: list[int], columns: list[int], axes: KernelAxes) -> Tensor:
+    """Restrict a kernel to some samples; that of whole batches, of which there is one, is left as it is."""
+    # kernel [N1, N2, ...], or [N, ...] of paired samples
+    if axes.first.interacting:
+        return kernel
+    return kernel[rows] if axes.paired else kernel[rows][:, columns]
 
 
 def _rounding_of_kernel(request: Request, axes: KernelAxes, size: float) -> float:

@@ -41,6 +41,7 @@ def nngp(
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
     paired: bool = False,
+    interacting: bool = False,
 ) -> Tensor | dict[Any, Tensor]:
     """Compute the empirical NNGP kernel of a model.
 
@@ -62,6 +63,7 @@ def nngp(
             the last.
         diagonal_axes: Output axes to take at equal indices.
         paired: Take x1[n] with x2[n] alone, or with itself where ``x2`` is ``None``: ``[N]`` stands for ``[N1, N2]``.
+        interacting: Take the whole batch for one input, as for :func:`ggn_ntk.empirical_ntk`.
 
     Returns:
         ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]`` for a model with outputs ``[N, *out]``; with
@@ -76,7 +78,7 @@ def nngp(
     """
     if isinstance(model, Module) and params is not None:
         raise TypeError("params goes with functions alone: the NNGP kernel of a module has no sum over parameters.")
-    axes = AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired)
+    axes = AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired, interacting=interacting)
     request = Request.parse(model, x1, x2, axes, params=params, per_parameter=False, output=output)
     with without(_KIND):
         return of_all_outputs(request, _multiply_outputs)
@@ -96,6 +98,7 @@ def empirical_kernels(
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
     paired: bool = False,
+    interacting: bool = False,
 ) -> EmpiricalKernels:
     """Compute the empirical NTK and the empirical NNGP kernel of a model.
 
@@ -115,6 +118,7 @@ def empirical_kernels(
         trace_axes: Output axes to sum at equal indices, in both kernels.
         diagonal_axes: Output axes to take at equal indices, in both kernels.
         paired: Take x1[n] with x2[n] alone, or with itself where ``x2`` is ``None``: ``[N]`` stands for ``[N1, N2]``.
+        interacting: Take the whole batch for one input, as for :func:`ggn_ntk.empirical_ntk`.
 
     Returns:
         Both kernels, each ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``, or as the axes say; of several
@@ -126,7 +130,7 @@ def empirical_kernels(
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has a value that is not accepted.
     """
-    axes = AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired)
+    axes = AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired, interacting=interacting)
     request = Request.parse(model, x1, x2, axes, params=params, per_parameter=False, capture=capture, output=output)
     wanted = parse_method(method, check, capture)
 

@@ -42,8 +42,8 @@ def split_outputs(axes: KernelAxes, size: int, *, apart: bool) -> list[Chunk]:
     return [
         Chunk(_chosen(numbers, i, free, k), Roles(len(i), len(free[0]), len(k)), i, free, new)
         for i in torch.arange(e).split(diagonal)
-        for free, new in pairs
         for k in torch.arange(t).split(traced)
+        for free, new in pairs  # innermost: those of one part of x1 follow one another, and its Jacobians are kept
     ]
 
 

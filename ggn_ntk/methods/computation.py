@@ -70,27 +70,29 @@ def _around(
 ) -> tuple[Kernels, Computed]:
     """Compute the kernels of all other samples, and put NaN in the rows and columns of these."""
     # infinite [N] of each batch
-    if all(map(torch.all, infinite)):
+    if all(map(torch.all, infinite)) and not request.axes.interacting:
         raise UnsupportedModelError([_INFINITE])
     bad = request.sides(infinite)
-    if request.axes.paired:  # a pair needs both
+    if request.axes.pairs:  # a pair needs both
         bad = (bad[0] | bad[1],) * 2
     rows, columns = ((~of_side).nonzero().flatten().tolist() for of_side in bad)
     if rows and columns:
         x2 = None if request.symmetric else request.second[columns]
         result, computed = kernels(replace(request, x1=request.x1[rows], x2=x2))
+        places, sizes = [rows] if request.axes.pairs else [rows, columns], request.sample_axes
+        result = tree_map(lambda kernel: _spread(kernel, places, sizes), result)
     else:
         result, computed = _without_numbers(request)
     warn(f"Jacobians of {listed(request.labels(infinite))} are not finite: NaN in the kernel.", NotFiniteWarning)
-    places, sizes = [rows] if request.axes.paired else [rows, columns], request.sample_axes
-    return tree_map(lambda kernel: _spread(kernel, places, sizes), result), computed
+    return result, computed
 
 
 def _without_numbers(request: Request) -> tuple[Kernels, Computed]:
-    """Make kernels of a set without any sample that has a row or a column."""
+    """Make kernels of a set without any sample that has a row or a column: of NaN."""
     outputs = [_output_of_one(batch) for batch in request.batches]
-    axes, none = resolve_axes(request, outputs), [0 for _ in request.sample_axes]
-    kernels = ((name, outputs[0].new_empty(*none, *axes.shape)) for name, _ in request.grouped())
+    axes = resolve_axes(request, outputs)
+    nothing = outputs[0].new_full((*request.sample_axes, *axes.shape), torch.nan)
+    kernels = ((name, nothing) for name, _ in request.grouped())
     return request.assemble(kernels, axes), Computed(axes, ())
 
 
@@ -106,9 +108,8 @@ def _spread(kernel: Tensor, places: list[list[int]], sizes: tuple[int, ...]) -> 
     """Put the kernel of some samples into that of all, with NaN elsewhere."""
     # kernel [len(rows), len(columns), ...] -> [*sizes, ...], or of paired samples with one axis for both
     whole = kernel.new_full((*sizes, *kernel.shape[len(sizes) :]), torch.nan)
-    if all(places):
-        axes = (torch.tensor(chosen, device=kernel.device) for chosen in places)
-        whole[torch.meshgrid(*axes, indexing="ij")] = kernel
+    axes = (torch.tensor(chosen, device=kernel.device) for chosen in places)
+    whole[torch.meshgrid(*axes, indexing="ij")] = kernel
     return whole
 
 
@@ -138,6 +139,7 @@ def _infinite_samples(request: Request) -> Tensor:
 
 def _described(request: Request) -> str:
     """Describe a kernel in a message."""
-    samples = " x ".join(map(str, request.sample_axes))
+    counts = [request.x1.count] if request.axes.paired else [request.x1.count, request.second.count]
+    samples = " x ".join(map(str, counts))
     of = "pairs of samples" if request.axes.paired else "samples"
     return f"the {request.axes.compute} kernel of {samples} {of} and {len(request.params)} parameters"

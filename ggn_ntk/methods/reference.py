@@ -56,6 +56,7 @@ def jacobian_contraction(
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
     paired: bool = False,
+    interacting: bool = False,
     chunk_size: int | None = None,
     create_graph: bool = False,
 ) -> Tensor | dict[Any, Any]:
@@ -79,6 +80,7 @@ def jacobian_contraction(
             the last.
         diagonal_axes: Output axes to take at equal indices.
         paired: Take x1[n] with x2[n] alone, or with itself where ``x2`` is ``None``: ``[N]`` stands for ``[N1, N2]``.
+        interacting: Take the whole batch for one input, as for :func:`ggn_ntk.empirical_ntk`.
         chunk_size: How many samples to differentiate at once; ``None`` for all.
         create_graph: Whether the kernel is to be differentiable in the model's parameters and in inputs that require a
             gradient, which are accepted here alone. Its slope along a random direction is compared with a difference of
@@ -94,7 +96,7 @@ def jacobian_contraction(
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has a value that is not accepted.
     """
-    wanted = AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired)
+    wanted = AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired, interacting=interacting)
     request = Request.parse(
         model,
         x1,
@@ -123,6 +125,7 @@ def ntk_vector_products(
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
     paired: bool = False,
+    interacting: bool = False,
     chunk_size: int | None = None,
 ) -> Tensor | dict[Any, Any]:
     """Compute the empirical NTK from its products with the basis vectors of the outputs.
@@ -146,6 +149,7 @@ def ntk_vector_products(
             the last.
         diagonal_axes: Output axes to take at equal indices.
         paired: Take x1[n] with x2[n] alone, or with itself where ``x2`` is ``None``: ``[N]`` stands for ``[N1, N2]``.
+        interacting: Take the whole batch for one input, as for :func:`ggn_ntk.empirical_ntk`.
         chunk_size: How many basis vectors to multiply at once; ``None`` for all C. Of ``paired`` samples, a few at a
             time are multiplied together.
 
@@ -159,7 +163,7 @@ def ntk_vector_products(
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has a value that is not accepted.
     """
-    wanted = AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired)
+    wanted = AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired, interacting=interacting)
     request = Request.parse(
         model, x1, x2, wanted, params=params, per_parameter=per_parameter, output=output, chunk_size=chunk_size
     )

@@ -88,9 +88,13 @@ def empirical_ntk_vivit(
 
 def vivit_kernels(request: Request) -> Computed:
     """Compute kernels, if ViViT gets them right for the model. Call it inside ``isolated(request.model)``."""
-    if request.axes.paired:
-        what = "ViViT computes the Gram matrix of all pairs of samples, of which paired=True takes N"
-        raise UnsupportedRouteError([Problem("", what, OTHER_METHOD)], _ROUTE)
+    refused = {
+        "ViViT computes the Gram matrix of all pairs of samples, of which paired=True takes N": request.axes.paired,
+        "ViViT takes each sample for an input, and interacting=True the whole batch": request.axes.interacting,
+    }
+    problems = [Problem("", what, OTHER_METHOD) for what, asked in refused.items() if asked]
+    if problems:
+        raise UnsupportedRouteError(problems, _ROUTE)
     axes = resolve_axes(request, [check_vivit(request)])
     problems = list(_compare_kernels(request, axes.first.out_shape))
     if problems:

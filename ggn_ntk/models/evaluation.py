@@ -21,7 +21,7 @@ from ggn_ntk.process.transforms import AutogradInside, is_transformed
 #: What to do about a sample axis that is lost for some numbers of samples.
 SHAPE_REMEDY = (
     "Keep the sample axis also for a single sample (say squeeze(-1), not squeeze()), and mark inputs that all samples "
-    "share with ggn_ntk.shared"
+    "share with ggn_ntk.shared; or pass interacting=True, if the whole batch is one input"
 )
 
 
@@ -36,7 +36,7 @@ def evaluate(
 ) -> Any:
     """Evaluate the model as a pure function of the wanted parameters and the inputs."""
     # The session puts the model back to how it was found before each call.
-    # -> [N, *out]
+    # -> [N, *out], or [1, N, *out] of a batch that is one input
     with isolated(request.model) as session:
         values = _stand_ins(request, session, primals, jitter)
 
@@ -50,7 +50,10 @@ def evaluate(
             inside = AutogradInside() if is_transformed() else nullcontext()
             with session.evaluation(values, inspect=inspect), within(), inside:
                 result = request.model(*args, **kwargs)
-                return result if request.output is None else request.output(result)
+                result = result if request.output is None else request.output(result)
+                if inputs.whole and isinstance(result, Tensor):
+                    return check_output(result, inputs.count).unsqueeze(0)
+                return result
 
         if inspect:
             return _inspected(request, session, without_draws(call, within))

@@ -48,7 +48,7 @@ _LESS = 0.1
 
 _REMEDY = (
     "Remove what mixes the leading axis, e.g. use batch_first=True, or eval(); mark inputs that all samples share with "
-    "ggn_ntk.shared; or make each sample a call of its own"
+    "ggn_ntk.shared; or make each sample a call of its own; or pass interacting=True, if the whole batch is one input"
 )
 
 

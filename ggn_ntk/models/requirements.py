@@ -32,8 +32,9 @@ def check_model(request: Request) -> tuple[KernelAxes, list[Checked]]:
 
 def configuration_problems(request: Request) -> list[Problem]:
     """Find all problems that modules and parameters show without being used."""
+    checks = [check for check in MODULE_CHECKS if check is not BATCH_STATISTICS or not request.axes.interacting]
     modules = request.model.named_modules()
-    return [p for name, m in modules for p in find(MODULE_CHECKS, m, name)] + list(_parameter_problems(request))
+    return [p for name, m in modules for p in find(checks, m, name)] + list(_parameter_problems(request))
 
 
 class ModuleCheck(NamedTuple):
@@ -63,7 +64,8 @@ def _is_active_dropout(module: Any) -> bool:
 BATCH_STATISTICS = ModuleCheck(
     lambda m: isinstance(m, AnyBatchNorm) and (m.training or m.running_mean is None),
     "normalises by batch statistics, so samples influence one another",
-    "Call eval() on it, and give it running statistics (track_running_stats=True)",
+    "Call eval() on it, and give it running statistics (track_running_stats=True); or, if the whole batch is one "
+    "input, pass interacting=True to empirical_ntk",
 )
 
 MODULE_CHECKS = [

@@ -35,7 +35,8 @@ def of_all_outputs(request: Request, answer: Callable[[Request], _T]) -> _T:
 def _joined(request: Request, error: NoTensorError) -> Request:
     """Let outputs of a model be joined; raise the error that it is no tensor which it returns, where they cannot be."""
     with outside_of_transforms(), isolated(request.model), torch.enable_grad():
-        returned = [evaluate(b, None, b.inputs[[0, len(b.inputs) - 1]]) for b in request.batches]  # two in any case
+        few = [b.inputs if b.inputs.whole else b.inputs[[0, len(b.inputs) - 1]] for b in request.batches]  # two
+        returned = [evaluate(b, None, x) for b, x in zip(request.batches, few, strict=True)]
     tensors = [isinstance(found, Tensor) for found in returned]
     if any(tensors) and not all(tensors):
         first, second = map(kind_of, returned)
@@ -44,11 +45,11 @@ def _joined(request: Request, error: NoTensorError) -> Request:
             "pass output=."
         )
     entries = [entries_by_key(found) for found in returned]
-    for found in entries:
+    for found, inputs in zip(entries, few, strict=True):
         if not found:
             raise error
         for key, x in found.items():
-            why = _why_not(x, found)
+            why = _why_not(x, found, inputs.count)
             if why:
                 raise NoTensorError.of(returned[0], f"the one at {key!r} {why}")
     outputs = [_outputs(batch, found) for batch, found in zip(request.batches, entries, strict=True)]
@@ -69,14 +70,14 @@ def _outputs(request: Request, entries: dict[Any, Tensor]) -> dict[Any, Output]:
     return {key: Output(x.shape[1:], 2.0 ** min(_MOST, powers[key])) for key, x in entries.items()}
 
 
-def _why_not(x: Any, entries: dict[Any, Any]) -> str:
-    """Say why something that a model returns for two samples is no output; empty where it is one."""
+def _why_not(x: Any, entries: dict[Any, Any], n: int) -> str:
+    """Say why something that a model returns for N samples is no output; empty where it is one."""
     if not isinstance(x, Tensor):
         return f"is a {kind_of(x)}"
     if x.dtype not in TOLERANCES:
         return f"is {x.dtype}"
-    if x.shape[:1] != (2,) or not x.numel():
-        return f"has shape {list(x.shape)} for 2 samples"
+    if x.shape[:1] != (n,) or not x.numel():
+        return f"has shape {list(x.shape)} for {n} samples"
     others = [y for y in entries.values() if isinstance(y, Tensor)]
     if not x.requires_grad and any(y.requires_grad for y in others):
         return "depends on no parameter"

@@ -14,6 +14,7 @@ from torch.nn import Module
 
 from ggn_ntk.problem.errors import kind_of
 from ggn_ntk.problem.functions import own_parameters
+from ggn_ntk.process.torch_internals import tree_map
 
 _WRAPPER = """
 What is in another form goes into a wrapper that takes tensors [N, ...] and makes it of them, say:
@@ -67,6 +68,7 @@ class Inputs:
     constants: dict[str, Any]  # what all samples share: tensors, and entries that are none, by label
     kinds: dict[str, type]  # of the structures that hold these, by label
     structure: Any  # as it was given: a tensor, or a tuple or dict of arguments
+    whole: bool = False  # whether a batch ``[1, N, ...]`` is a single sample, and all of it one input of the model
 
     def __len__(self) -> int:
         """Return the number of samples N."""
@@ -80,7 +82,7 @@ class Inputs:
 
     def arguments(self, copied: Callable[[Tensor], Tensor]) -> tuple[tuple[Any, ...], dict[str, Any]]:
         """Make positional and keyword arguments for one call of the model, with copies of all tensors."""
-        entries = self.tensors | self.constants
+        entries = {**(self.only() if self.whole else self.tensors), **self.constants}
         made = _made(self.structure, {k: copied(x) if isinstance(x, Tensor) else x for k, x in entries.items()})
         if isinstance(self.structure, dict):
             return (), made
@@ -93,11 +95,29 @@ class Inputs:
     def over_samples(self, function: Callable[..., Any], *others: "Inputs", chunk_size: int | None = None) -> Any:
         """Map a function over samples with ``vmap``, together with those in their place in other inputs."""
         sets = (self, *others)
+        if self.whole:
+            found = function(*(replace(x, tensors=x.only()) for x in sets))
+            return tree_map(lambda y: y.unsqueeze(0), found)
 
         def of_sample(*tensors: dict[str, Tensor]) -> Any:
             return function(*(replace(x, tensors=one) for x, one in zip(sets, tensors, strict=True)))
 
         return vmap(of_sample, chunk_size=chunk_size)(*(x.tensors for x in sets))
+
+    def as_one(self) -> "Inputs":
+        """Take all samples for one."""
+        return replace(self.map(lambda x: x.unsqueeze(0)), whole=True)
+
+    @property
+    def count(self) -> int:
+        """The number of samples as they were given."""
+        return next(iter(self.tensors.values())).shape[1 if self.whole else 0]
+
+    def only(self) -> dict[str, Tensor]:
+        """Take the tensors of a single sample."""
+        if len(self) > 1:
+            raise ValueError(f"A model that sees whole batches takes one at a time, not {len(self)}.")
+        return {label: x.squeeze(0) for label, x in self.tensors.items()}
 
     def _with(self, tensors: dict[str, Tensor]) -> "Inputs":
         """Put other tensors in the places of those of samples."""
@@ -117,7 +137,9 @@ class Inputs:
         return replace(few, structure=_made(self.structure, few.tensors | few.constants))
 
     def fits(self, other: "Inputs") -> bool:
-        """Tell whether a set that is alike has samples of the same shapes, and shares with them what these share."""
+        """Tell whether a set that is alike can be evaluated together with this one: shapes, and what samples share."""
+        if self.whole:
+            return False
         same_shapes = all(x.shape[1:] == other.tensors[label].shape[1:] for label, x in self.tensors.items())
         return same_shapes and all(_equal(x, other.constants[label]) for label, x in self.constants.items())
 

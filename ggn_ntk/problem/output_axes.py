@@ -4,7 +4,9 @@ A kernel pairs two outputs of shape ``[*out]``; where all axes are kept, x2's ma
 ``compute="diagonal"`` takes all output axes at equal indices, and ``compute="trace"`` sums over them; ``diagonal_axes``
 and ``trace_axes`` do so for single axes. A kernel has the shape
 ``[N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]``. ``paired=True`` takes the samples, too,
-at equal indices: then ``[N]`` stands for ``[N1, N2]`` here and everywhere.
+at equal indices: then ``[N]`` stands for ``[N1, N2]`` here and everywhere. With ``interacting=True`` a batch is one
+input, whose outputs are ``[N, *out]``: inside there is one sample on each side, and the axis of those that are counted
+is a free output axis; a diagonal one, if they are paired.
 
 Inside, the axes of each role are merged to one: of the C = E F T outputs, E diagonal ones are outermost, then come F
 free and T traced ones, and a kernel is ``[N1, N2, E, F1, F2]``. What ``compute`` offers are the three cases where two
@@ -38,10 +40,11 @@ class Roles(NamedTuple):
 class OutputAxes:
     """The role of each output axis of x1, or of x2, in a kernel."""
 
-    out_shape: Size  # ``[*out]``, the shape of one sample's output
+    out_shape: Size  # ``[*out]``, the shape of one sample's output; ``[N, *out]`` of a batch that is one input
     traced: tuple[int, ...] = ()  # the axes that are summed at equal indices, ascending
     diagonal: tuple[int, ...] = ()  # the axes that are taken at equal indices, ascending
     paired: bool = False  # whether samples are taken at equal indices
+    interacting: bool = False  # whether the first axis is that of samples in a batch
 
     @property
     def kept(self) -> tuple[int, ...]:
@@ -72,7 +75,7 @@ class OutputAxes:
 
 
 class KernelAxes(NamedTuple):
-    """The roles of the output axes of x1 and of x2, which may differ in shape where all axes are free."""
+    """The roles of the output axes of x1 and of x2, which may differ in size where axes are free."""
 
     first: OutputAxes  # of x1
     second: OutputAxes  # of x2
@@ -96,13 +99,27 @@ class KernelAxes(NamedTuple):
         sizes = [first.out_shape[axis] for axis in (*first.diagonal, *first.free)]
         sizes += [second.out_shape[axis] for axis in second.free]
         n = self._samples
-        return kernel.reshape(*kernel.shape[:n], *sizes).permute(*range(n), *(n + axis for axis in self._order))
+        kernel = kernel.reshape(*kernel.shape[:n], *sizes).permute(*range(n), *(n + axis for axis in self._order))
+        return self._with_samples_in_front(kernel[0, 0]) if first.interacting else kernel
+
+    def _with_samples_in_front(self, kernel: Tensor) -> Tensor:
+        """Put the samples of two batches in front."""
+        # kernel [N1, *(x1's axes not traced), N2, ...] -> [N1, N2, ...]; [N, ...] of paired samples
+        return kernel if 0 in self.first.diagonal else kernel.movedim(len(self.first.kept), 1)
 
     def merge(self, kernel: Tensor) -> Tensor:
         """Undo :meth:`separate`."""
         # kernel [N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)] -> [N1, N2, E, F1, F2]
         n, places = self._samples, [self._order.index(axis) for axis in range(len(self._order))]
         return kernel.permute(*range(n), *(n + axis for axis in places)).reshape(*kernel.shape[:n], *self.shape)
+
+    @property
+    def agree(self) -> bool:
+        """Whether axes of x1 and x2 that are taken at equal indices have the same sizes."""
+        first, second = (
+            [[side.out_shape[axis] for axis in axes] for axes in (side.traced, side.diagonal)] for side in self
+        )
+        return first == second
 
     @property
     def paired(self) -> bool:
@@ -130,6 +147,12 @@ class AxesRequest:
     trace_axes: tuple[int, ...]  # the axes to sum, as given
     diagonal_axes: tuple[int, ...]  # the axes to take at equal indices, as given
     paired: bool  # whether samples are taken at equal indices
+    interacting: bool = False  # whether a batch is one input, whose outputs are ``[N, *out]``
+
+    @property
+    def pairs(self) -> bool:
+        """Whether inputs of the model are taken at equal indices."""
+        return self.paired and not self.interacting
 
     @classmethod
     def parse(
@@ -139,6 +162,7 @@ class AxesRequest:
         diagonal_axes: int | Iterable[int] | None = None,
         *,
         paired: bool = False,
+        interacting: bool = False,
     ) -> "AxesRequest":
         """Check the arguments of a call, as far as possible before the model runs."""
         if compute not in COMPUTES:
@@ -148,38 +172,42 @@ class AxesRequest:
         for argument, axes in given.items():
             if axes is not None and compute != "full":
                 raise ValueError(f"{argument} goes with compute='full' alone, got compute={compute!r}: leave one out.")
-        if not isinstance(paired, bool):
-            raise TypeError(f"paired must be True or False, got {type(paired).__name__}.")
-        return cls(compute, **parsed, paired=paired)
+        for argument, value in {"paired": paired, "interacting": interacting}.items():
+            if not isinstance(value, bool):
+                raise TypeError(f"{argument} must be True or False, got {type(value).__name__}.")
+        return cls(compute, **parsed, paired=paired, interacting=interacting)
 
     def resolve(self, first: Size, second: Size | None = None) -> KernelAxes:
         """Find the role of each output axis of x1 and of x2; without a shape of its own, x2 has that of x1."""
         # first [*out1], second [*out2]
-        if second is None or second == first:
-            axes = self._resolve(first)
-            return KernelAxes(axes, axes)
-        if self.compute != "full" or self.trace_axes or self.diagonal_axes:
+        axes = KernelAxes(self._resolve(first), self._resolve(first if second is None else second))
+        if second is not None and not axes.agree:
             what = "trace_axes and diagonal_axes" if self.compute == "full" else f"compute={self.compute!r}"
+            shapes = " and ".join(str(list(shape[self.interacting :])) for shape in (first, second))
             raise ValueError(
-                f"{what} pair each output of x1 with the same output of x2, but their shapes differ: {list(first)} and "
-                f"{list(second)}, without the sample axis. Ask for compute='full' without axes, or pick outputs of one "
-                "shape (output=)."
+                f"{what} pair each output of x1 with the same output of x2, but their shapes differ: {shapes}, without "
+                "the sample axis. Ask for compute='full' without axes, or pick outputs of one shape (output=)."
             )
-        return KernelAxes(self._resolve(first), self._resolve(second))
+        return axes
 
-    def _resolve(self, out_shape: Size) -> OutputAxes:
+    def _resolve(self, shape: Size) -> OutputAxes:
         """Find the role of each output axis of one shape."""
-        # out_shape [*out]
-        ndim = len(out_shape)
-        if self.compute == "diagonal":
-            return OutputAxes(out_shape, diagonal=tuple(range(ndim)), paired=self.paired)
-        if self.compute == "trace":
-            return OutputAxes(out_shape, traced=tuple(range(ndim)), paired=self.paired)
-        traced = _resolve("trace_axes", self.trace_axes, ndim)
-        diagonal = _resolve("diagonal_axes", self.diagonal_axes, ndim)
+        # shape [*out], or [N, *out] of a batch that is one input
+        leading = int(self.interacting)
+        ndim = len(shape) - leading
+        everything = tuple(range(ndim))
+        traced = everything if self.compute == "trace" else _resolve("trace_axes", self.trace_axes, ndim)
+        diagonal = everything if self.compute == "diagonal" else _resolve("diagonal_axes", self.diagonal_axes, ndim)
         if both := sorted(set(traced) & set(diagonal)):
             raise ValueError(f"trace_axes and diagonal_axes both name output axis {both[0]}: name it in one of them.")
-        return OutputAxes(out_shape, traced, diagonal, self.paired)
+        of_samples = (0,) if self.interacting and self.paired else ()
+        return OutputAxes(
+            shape,
+            traced=tuple(leading + axis for axis in traced),
+            diagonal=(*of_samples, *(leading + axis for axis in diagonal)),
+            paired=self.pairs,
+            interacting=self.interacting,
+        )
 
 
 def _parse_axes(argument: str, axes: Any) -> tuple[int, ...]:

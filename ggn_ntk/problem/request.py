@@ -101,6 +101,8 @@ class Request:
                     "paired=True takes x1[n] with x2[n] alone, so x1 and x2 must hold the same number of samples, "
                     f"got {len(first)} and {len(second)}."
                 )
+        if axes.interacting:
+            first, second = first.as_one(), None if second is None else second.as_one()
         return cls(module, first, second, axes, wanted, per_parameter, outputs, chunk_size, capture, graph=graph)
 
     @property
@@ -153,7 +155,7 @@ class Request:
     @property
     def sample_axes(self) -> tuple[int, ...]:
         """The sizes of the sample axes of a kernel: N1 and N2, or N of paired samples."""
-        return (len(self.x1),) if self.axes.paired else (len(self.x1), len(self.second))
+        return (len(self.x1),) if self.axes.pairs else (len(self.x1), len(self.second))
 
     @cached_property
     def groups(self) -> dict[str, str]:
@@ -180,6 +182,8 @@ class Request:
     def label(self, sample: int) -> str:
         """Name a sample of a batch in a message, by its place among those of x1 and x2."""
         first, second = self.names
+        if self.x1.whole:
+            return first
         return f"{first}[{sample}]" if sample < len(self.x1) else f"{second}[{sample - len(self.x1)}]"
 
     def labels(self, chosen: Iterable[Tensor]) -> list[str]:
@@ -224,7 +228,9 @@ class Request:
                 f"shapes differ: {listed(ours)} for x1, {listed(theirs)} for x2. Ask for compute='full', or pick "
                 "others (output=)."
             )
-        return replace(self.axes, compute="diagonal").resolve(first)  # for a trace, what is summed by key in the end
+        return replace(self.axes, compute="diagonal").resolve(
+            first, second
+        )  # for a trace, what is summed by key in the end
 
     def assemble(self, kernels: Iterable[tuple[str, Tensor]], axes: KernelAxes) -> Kernels:
         """Bring what a route computed to the layout of the public API."""

@@ -187,7 +187,7 @@ def test_outputs_in_chunks(n1, n2, sizes, budget):
     [
         ({"compute": "trace"}, r"compute='trace' pair"),
         ({"compute": "diagonal"}, r"compute='diagonal' pair"),
-        ({"trace_axes": 0}, "trace_axes and diagonal_axes pair"),
+        ({"trace_axes": (0, 1)}, "trace_axes and diagonal_axes pair"),
     ],
 )
 @pytest.mark.parametrize("function", [empirical_ntk, nngp, explain])
@@ -196,6 +196,24 @@ def test_outputs_that_have_no_pairs(function, arguments, what):
     message = rf"{what}.* x2, but their shapes differ: \[2, 3, 2\] and \[2, 1, 2\], without the sample axis"
     with pytest.raises(ValueError, match=message):
         function(model, images(2, 5, 4), images(2, 3, 4), **arguments)
+
+
+@pytest.mark.parametrize("route", ROUTES)
+def test_axes_where_others_differ(route):
+    model, x1, x2 = seeded(fully_convolutional)(), images(2, 5, 4), images(2, 3, 4)
+    full = sum(kernels_of(model, x1, x2).values())  # [2, 2, 2, 3, 2, 2, 1, 2]
+    kernel = empirical_ntk(model, x1, x2, trace_axes=0, diagonal_axes=-1, **route)
+    assert_close(kernel, torch.einsum("nmchwcvw->nmhwv", full))
+
+
+@pytest.mark.parametrize("size", [500, 1000, 2000, 4000])
+def test_axes_where_others_differ_a_few_outputs_at_a_time(size, monkeypatch):
+    model, x1, x2 = seeded(fully_convolutional)(), images(2, 5, 4), images(2, 4, 4)
+    full = sum(kernels_of(model, x1, x2).values())  # [2, 2, 2, 3, 2, 2, 2, 2]
+    limit_memory(monkeypatch, backpropagated=size)
+    monkeypatch.setattr(contract, "available", lambda device: None)
+    kernel = empirical_ntk(model, x1, x2, trace_axes=0, diagonal_axes=-1)
+    assert_close(kernel, torch.einsum("nmchwcvw->nmhwv", full))
 
 
 def test_outputs_of_two_dtypes():

@@ -39,6 +39,13 @@ def model():
         ({"check": 1}, TypeError, "check must be True or False, got int"),
         ({"paired": 1}, TypeError, "paired must be True or False, got int"),
         ({"paired": True, "x2": X[:2]}, ValueError, r"paired=True takes x1\[n\] with x2\[n\] .* got 3 and 2"),
+        ({"interacting": 1}, TypeError, "interacting must be True or False, got int"),
+        (
+            {"interacting": True, "paired": True, "x2": X[:2]},
+            ValueError,
+            "paired=True .* same number of samples, got 3 and 2",
+        ),
+        ({"interacting": True, "capture": "sequential"}, ValueError, "its layers see the whole batch"),
         ({"x1": {1: X}}, TypeError, "The keys of x1 must be strings"),
         ({"params": []}, ValueError, "params is empty"),
         (
@@ -91,11 +98,11 @@ def test_arguments_of_the_oracle(function, model):
 
 
 OF_A_ROUTE = {"method", "check", "capture"}
-OF_A_KERNEL = {"x1", "x2", "compute", "per_parameter", "trace_axes", "diagonal_axes", "paired"}
+OF_A_KERNEL = {"x1", "x2", "compute", "per_parameter", "trace_axes", "diagonal_axes", "paired", "interacting"}
 
 # What front doors leave out of the arguments of empirical_ntk.
 FRONT_DOORS = {
-    empirical_ntk_vivit: {"paired", *OF_A_ROUTE},
+    empirical_ntk_vivit: {"paired", "interacting", *OF_A_ROUTE},
     jacobian_contraction: OF_A_ROUTE,
     ntk_vector_products: OF_A_ROUTE,
     explain: {"per_parameter", "check"},
