@@ -486,7 +486,7 @@ def test_a_call_without_s_is_an_error_and_shifts_no_other(largest, monkeypatch):
 
     limit_memory(monkeypatch, one_by_one=4 * largest)
     model, x = Aside(nn.Linear(3, 2), nn.Linear(3, 2)), torch.randn(4, 3)
-    request = Request.parse(model, x, None, AxesRequest("full", (), ()), params=None, per_parameter=False)
+    request = Request.parse(model, x, None, AxesRequest.parse("full"), params=None, per_parameter=False)
     recording = record(request, request.x1, every=True)
     assert len(recording.calls) == 2
     *_, stage = stages(recording.output, recording.calls)

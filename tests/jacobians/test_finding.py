@@ -29,7 +29,7 @@ class Written(nn.Module):
 
 def uses_of(model, x, sizes=(2, 3)):
     """Find uses in the graphs of the first samples."""
-    request = Request.parse(model, x, None, AxesRequest("full", (), ()), params=None, per_parameter=False)
+    request = Request.parse(model, x, None, AxesRequest.parse("full"), params=None, per_parameter=False)
     few = [record(request, request.x1[[i % len(request.x1) for i in range(n)]]) for n in sizes]
     return find_uses(few, request.params)
 

@@ -34,7 +34,7 @@ class Written(nn.Module):
 
 def calls_of(model, x):
     """The uses of a model's parameters."""
-    request = Request.parse(model, x, None, AxesRequest("full", (), ()), params=None, per_parameter=False)
+    request = Request.parse(model, x, None, AxesRequest.parse("full"), params=None, per_parameter=False)
     few = [record(request, request.x1[list(range(n))]) for n in (2, 3)]
     return request, read(find_uses(few, request.params), record(request, request.x1))
 

@@ -51,7 +51,7 @@ class Branches(nn.Module):
 
 def stages_of(model, x):
     """Evaluate a model, find the uses of its parameters, and divide its way back."""
-    request = Request.parse(model, x, None, AxesRequest("full", (), ()), params=None, per_parameter=False)
+    request = Request.parse(model, x, None, AxesRequest.parse("full"), params=None, per_parameter=False)
     few = [record(request, request.x1[[i % len(x) for i in range(n)]]) for n in (2, 3)]
     recording = record(request, request.x1)
     calls = read(find_uses(few, request.params), recording)
