@@ -56,8 +56,10 @@ resnet = nn.Sequential(
     nn.AdaptiveAvgPool2d(1),
     nn.Flatten(),
     nn.Linear(64, 10),
-).eval()
+)
 x1, x2 = torch.randn(6, 3, 16, 16), torch.randn(4, 3, 16, 16)
+resnet(torch.randn(32, 3, 16, 16))  # in train mode, so that BatchNorm has statistics
+resnet.eval()
 ntk = empirical_ntk(resnet, x1, x2)
 print(f"ResNet, [N1, N2, C, C]: {list(ntk.shape)}")
 

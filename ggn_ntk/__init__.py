@@ -15,6 +15,7 @@ from ggn_ntk.problem.errors import (
     NotFiniteWarning,
     NTKMismatchError,
     RouteWarning,
+    StatisticsWarning,
     UnsupportedModelError,
     UnsupportedRouteError,
 )
@@ -38,6 +39,7 @@ __all__ = [
     "NTKMismatchError",
     "NotFiniteWarning",
     "RouteWarning",
+    "StatisticsWarning",
     "TaylorExpansion",
     "UnsupportedModelError",
     "UnsupportedRouteError",

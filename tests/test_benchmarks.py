@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks import by_hand, check, contenders, plan
+from benchmarks import by_hand, check, contenders, plan, te_nas
 from benchmarks.environment import slug
 from benchmarks.failures import OUT_OF_MEMORY, describe
 from benchmarks.floor import floor
@@ -166,3 +166,13 @@ def test_models_beside_loops_by_hand(monkeypatch):
         assert result["covered"] == 1
         assert len(result["seconds"]) == 5
     assert by_hand.table(results).splitlines()[2].startswith("| unrolled | 100.0% | ")
+
+
+def test_condition_numbers_of_cells(capsys):
+    te_nas.main(["--cells", "1", "--batch", "6", "--size", "4"])
+    _, row, last = capsys.readouterr().out.strip().splitlines()
+    *_, covered, by_loop, by_library, error, _, _ = row.split()
+    assert covered == "100%"
+    assert float(error) < 1e-5
+    assert float(by_library) == pytest.approx(float(by_loop), rel=1e-2)
+    assert last.startswith("The loop takes ")

@@ -18,7 +18,7 @@ from ggn_ntk.memory.budget import explained, resolve_axes
 from ggn_ntk.models.evaluation import evaluate_checked
 from ggn_ntk.models.independence import compare_alone, look
 from ggn_ntk.models.isolation import isolated
-from ggn_ntk.models.requirements import configuration_problems
+from ggn_ntk.models.requirements import configuration_problems, warn_of_statistics
 from ggn_ntk.models.several import of_all_outputs
 from ggn_ntk.problem.errors import NotFiniteWarning, Problem, UnsupportedModelError, listed, warn, without
 from ggn_ntk.problem.functions import Model, Params
@@ -154,7 +154,9 @@ def _multiply_outputs(request: Request, outputs: Sequence[Tensor] | None = None)
         explained(lambda: described),
         without(_KIND),
     ):
-        outputs = _checked_outputs(request) if outputs is None else outputs
+        if outputs is None:
+            outputs = _checked_outputs(request)
+            warn_of_statistics(request.model)
         axes = request.resolve(outputs[0].shape[1:], outputs[-1].shape[1:])
         pairs = zip(axes, request.sides(outputs), strict=True)
         first, second = (side.arrange(f.reshape(len(f), -1)) for side, f in pairs)  # [N, E, F, T]

@@ -16,6 +16,7 @@ from ggn_ntk.models.comparison import all_finite, cotangent
 from ggn_ntk.models.evaluation import evaluate
 from ggn_ntk.models.gradients import gradients
 from ggn_ntk.models.isolation import isolated
+from ggn_ntk.models.requirements import warn_of_statistics
 from ggn_ntk.models.several import of_all_outputs
 from ggn_ntk.problem.errors import NotFiniteError, NotFiniteWarning, Problem, UnsupportedModelError, listed, warn
 from ggn_ntk.problem.request import Request
@@ -49,6 +50,7 @@ def carry_out(request: Request, kernels: Callable[[Request], tuple[Kernels, Comp
         try:
             result, computed = kernels(request)
             if is_finite(result):
+                warn_of_statistics(request.model)
                 return result, computed
         except NotFiniteError:
             computed = None

@@ -6,13 +6,13 @@ from typing import Any, NamedTuple
 
 from torch import nn
 from torch.nn import Module
-from torch.nn.parameter import UninitializedParameter
+from torch.nn.parameter import UninitializedParameter, is_lazy
 
 from ggn_ntk.memory.budget import resolve_axes
-from ggn_ntk.models.comparison import TOLERANCES
+from ggn_ntk.models.comparison import TOLERANCES, read
 from ggn_ntk.models.independence import Checked, check_samples, look
 from ggn_ntk.models.isolation import runs_hooks
-from ggn_ntk.problem.errors import OTHER_METHOD, Problem, UnsupportedModelError
+from ggn_ntk.problem.errors import OTHER_METHOD, Problem, StatisticsWarning, UnsupportedModelError, listed, warn
 from ggn_ntk.problem.functions import FunctionModule, own_parameters
 from ggn_ntk.problem.output_axes import KernelAxes
 from ggn_ntk.problem.request import Request
@@ -35,6 +35,34 @@ def configuration_problems(request: Request) -> list[Problem]:
     checks = [check for check in MODULE_CHECKS if check is not BATCH_STATISTICS or not request.axes.interacting]
     modules = request.model.named_modules()
     return [p for name, m in modules for p in find(checks, m, name)] + list(_parameter_problems(request))
+
+
+def warn_of_statistics(model: Module) -> None:
+    """Warn of running statistics that are in use, but were never set."""
+    layers: dict[str, Any] = {
+        name: m for name, m in model.named_modules() if isinstance(m, AnyBatchNorm) and _uses_statistics(m)
+    }
+    counts = read([m.num_batches_tracked for m in layers.values()])  # waits for the device once
+    new = [name for (name, m), count in zip(layers.items(), counts, strict=True) if not count and _as_made(m)]
+    if new:
+        warn(
+            f"{listed(name or 'the model' for name in new)}: BatchNorm normalises by running statistics that were "
+            "never set, so the kernel has no normalisation at all. Let batches pass in train mode before, or call "
+            "train() and pass interacting=True, for the statistics of the batch itself.",
+            StatisticsWarning,
+        )
+
+
+def _uses_statistics(module: Any) -> bool:
+    """Tell whether a BatchNorm layer uses running statistics, of which it counts the batches."""
+    counts = module.num_batches_tracked
+    held = (counts, module.running_mean, module.running_var)
+    return not module.training and all(t is not None and not is_lazy(t) and not t.is_meta for t in held)
+
+
+def _as_made(module: Any) -> bool:
+    """Tell whether running statistics are those that a layer is made with; others may have been copied."""
+    return not module.running_mean.any() and bool((module.running_var == 1).all())
 
 
 class ModuleCheck(NamedTuple):

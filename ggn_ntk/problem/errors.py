@@ -104,6 +104,10 @@ class NotFiniteWarning(RuntimeWarning):
     """Jacobians of some samples are not finite: their rows and columns of the kernel are NaN."""
 
 
+class StatisticsWarning(UserWarning):
+    """BatchNorm normalises by running statistics that were never set: the kernel is that of a model without it."""
+
+
 @contextmanager
 def without(route: str) -> Iterator[None]:
     """Let the message about problems that are found inside name what cannot be computed."""

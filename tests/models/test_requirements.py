@@ -1,6 +1,7 @@
 """Every problem of a model is found and named."""
 
 import random
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,7 +10,7 @@ from cases import mlp
 from torch import nn
 from torch.nn import functional as F
 
-from ggn_ntk import UnsupportedModelError, empirical_ntk, empirical_ntk_vivit
+from ggn_ntk import StatisticsWarning, UnsupportedModelError, empirical_ntk, empirical_ntk_vivit, nngp
 from ggn_ntk.reference import jacobian_contraction, ntk_vector_products, relative_error
 
 X = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
@@ -225,3 +226,21 @@ def test_relative_error():
     assert relative_error(ones, ones) == relative_error(0 * ones, 0 * ones) == 0
     assert relative_error(1.5 * ones, ones) == 0.5
     assert relative_error(ones, 0 * ones) == float("inf")
+
+
+@pytest.mark.parametrize("method", ["auto", "vivit", "jacobian_contraction", "ntk_vector_products", None])
+def test_statistics_that_were_never_set(method):
+    model, x = nn.Sequential(nn.Linear(5, 3), nn.BatchNorm1d(3), nn.Linear(3, 2)), torch.randn(4, 5)
+    kernel = nngp if method is None else partial(empirical_ntk, method=method)
+    message = r"1: BatchNorm normalises by running statistics that were never set.* pass interacting=True"
+    with pytest.warns(StatisticsWarning, match=message) as found:
+        kernel(model.eval(), x)
+    assert len(found) == 1
+    model.train()(x)
+    kernel(model.eval(), x)
+    model[1].reset_running_stats()
+    model[1].running_mean += 1  # copied from elsewhere
+    kernel(model, x)
+    model[1].reset_running_stats()
+    if method != "vivit":
+        kernel(model.train(), x, interacting=True)
