@@ -45,7 +45,7 @@ def korteweg_de_vries(u, t, x):
 def of_several_vectors(u, t, x):
     point = torch.stack([t, x], 1)
     first = slope(u(*point.unbind(1)), point)
-    basis = torch.eye(2, dtype=x.dtype).unsqueeze(1).expand(2, len(x), 2)
+    basis = torch.eye(2, dtype=x.dtype, device=x.device).unsqueeze(1).expand(2, len(x), 2)
     (second,) = torch.autograd.grad(first, point, basis, create_graph=True, is_grads_batched=True)
     return second.movedim(0, 1)
 
