@@ -53,7 +53,7 @@ nitpicky = True
 nitpick_ignore_regex = [
     (r"py:.*", r"(backpack|collections|matplotlib|numpy|torch|typing|vivit)\..*"),
     (r"py:.*", r"(Any|Axes|Callable|Iterable|Mapping|Module|Size|Tensor|ArrayLike|optional|.*\bTensor\b.*)"),
-    (r"py:.*", r"ggn_ntk\..*\._\w+"),  # type variables
+    (r"py:.*", r"ggn_ntk\..*\.(_\w+|Shared)"),  # type variables, and what only `shared` makes
 ]
 
 # torch, at each backward pass of a BackPACK pipeline whose input needs no gradient
@@ -106,7 +106,7 @@ def _add_results(app: Sphinx, docname: str, source: list[str]) -> None:
         parts.append(f"### [{title}]({folder}/README.md)")
         summaries = [section.removeprefix("Summary") for section in sections if section.startswith("Summary")]
         parts += [summary.replace("](", f"]({folder}/") for summary in summaries]
-    parts.append("```{toctree}\n:hidden:\n:glob:\n\n*/README\n```")
+    parts.append("```{toctree}\n:hidden:\n:glob:\n\n*/README\n*/by_hand\n```")
     before, after = source[0].split(_AFTER_RESULTS)
     source[0] = "\n\n".join([before, *parts, _AFTER_RESULTS + after])
 

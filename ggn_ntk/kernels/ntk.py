@@ -104,7 +104,7 @@ def empirical_ntk(
         compute: ``"full"``, ``"diagonal"`` (entries with c = d) or ``"trace"`` (their sum over c).
         method: ``"auto"`` or another value of :class:`ggn_ntk.kernels.Method`, which says when each wins.
         params: The parameters to sum over: an entry, or several, each a name as in ``model.named_parameters()``, a
-            glob (``"encoder.layer.*.bias"``, as in :mod:`fnmatch`), or the dotted name of a module, for all that are in
+            glob (``"encoder.layer.*.bias"``, as in ``fnmatch``), or the dotted name of a module, for all that are in
             it. Globs and modules leave frozen parameters out; to name one is an error. A tied parameter counts once.
             ``None`` for all that require a gradient. For a function the mapping of names to tensors that is its first
             argument: all of them that are real, whether they require a gradient or not. Tensors in nested dicts, lists
