@@ -39,7 +39,7 @@ from ggn_ntk.plots import COLORS
 from ggn_ntk.reference import relative_error
 
 REDUCED = os.environ.get("GGN_NTK_GALLERY") == "reduced"  # a smaller run, for tests
-N, WIDTH, STEPS, EVERY = (8, 16, 20, 10) if REDUCED else (100, 128, 200, 10)
+N, WIDTH, STEPS, EVERY = (8, 16, 20, 10) if REDUCED else (80, 96, 200, 10)
 
 torch.manual_seed(0)
 
