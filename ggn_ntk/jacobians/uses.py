@@ -75,14 +75,22 @@ class Use:
 
     @property
     def shape(self) -> Size:
-        """Shape of its output."""
+        """Shape of its output; samples that take turns along an axis have one of their own, and memory with it."""
+        shape, (axis, outer, _) = self._output, self.site.samples
+        if axis is None or outer == 1:
+            return shape
+        return Size([*shape[:axis], *self.site.samples.sizes(shape[axis]), *shape[axis + 1 :]])
+
+    @property
+    def _output(self) -> Size:
+        """Shape of its output, as it is in the graph."""
         return Size(output_metadata(self.nodes[self.site.node])[0].shape)
 
     @property
     def n(self) -> int | None:
         """The number of samples; ``None`` if its output is all about one."""
-        axis, outer, inner = self.site.samples
-        return None if axis is None else self.shape[axis] // (outer * inner)
+        axis = self.site.samples.axis
+        return None if axis is None else self.site.samples.sizes(self._output[axis])[1]
 
     @property
     def label(self) -> str:
@@ -91,13 +99,14 @@ class Use:
 
     @property
     def axis(self) -> int | None:
-        """The axis of the samples in its output."""
-        return self.site.samples.axis
+        """The axis of the samples in :attr:`shape`."""
+        axis, outer, _ = self.site.samples
+        return axis if axis is None or outer == 1 else axis + 1
 
     @property
     def rows(self) -> int:
-        """How many entries of that axis, one behind the other, belong to a sample."""
-        return self.site.samples.inner
+        """How many entries of the axis of the samples in its output belong to each."""
+        return self.site.samples.outer * self.site.samples.inner
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -129,7 +138,7 @@ class Use:
 
     def add_to(self, sums: Sums, s: Tensor) -> Jacobians:
         """Write Jacobians: those of parameters whose last use it is."""
-        # s [C, *output]
+        # s [C, *shape]
         complete = sums.add(Writer(self.label, self.names, partial(self._written, s))) if self.site.paths else {}
         for (path, _), weight in zip(self.site.weights, self.weights, strict=True):
             complete |= sums.add_weight(weight, partial(self._jacobians, path, s))
@@ -146,7 +155,9 @@ class Use:
         """Write the Jacobian with respect to what a path leads to, as a sum."""
         operations = [Operation(self.nodes[step.node], step.place, step.number) for step in path]
         dtype = torch.promote_types(s.dtype, torch.float32)  # of lower ones, no products are formed
-        return [flow.jacobian(dtype) for flow in Flow.along(operations, s, self.site.samples)]
+        flows = Flow.along(operations, s, self.site.samples)
+        flows = [flow.samples_first() for flow in flows] if self.site.samples.outer > 1 else flows
+        return [flow.jacobian(dtype) for flow in flows]
 
 
 def read(uses: Uses | None, recording: Recording) -> list[LayerCall | Use]:

@@ -24,6 +24,10 @@ class SampleAxis(NamedTuple):
     outer: int = 1
     inner: int = 1
 
+    def sizes(self, total: int) -> tuple[int, int, int]:
+        """Split the entries of the axis."""
+        return self.outer, total // (self.outer * self.inner), self.inner
+
 
 @dataclass(frozen=True, eq=False)
 class Flow:
@@ -34,15 +38,15 @@ class Flow:
     factor: float | Tensor = 1
 
     @classmethod
-    def start(cls, s: Tensor, samples: SampleAxis) -> "Flow":
+    def start(cls, s: Tensor, samples: SampleAxis, *, apart: bool = False) -> "Flow":
         """Start at the output of an operation that the samples enter."""
-        # s [C, *output]
-        axis, outer, inner = samples
+        # s [C, *output], or with the axis of the samples split to [outer, N, inner] where it is taken apart
+        axis = samples.axis
         if axis is None:
             flow = cls.start(s.unsqueeze(1), SampleAxis())
             return replace(flow, axes=flow.axes[1:])
-        n = s.shape[1 + axis] // (outer * inner)
-        s = s.unflatten(1 + axis, (outer, n, inner))
+        if not apart:
+            s = s.unflatten(1 + axis, samples.sizes(s.shape[1 + axis]))
         letters = list(_LETTERS[: s.ndim - 1])
         letters[axis + 1] = "n"
         kept = [place for place, size in enumerate(s.shape[1:]) if size > 1 or place == axis + 1]
@@ -54,9 +58,15 @@ class Flow:
     @classmethod
     def along(cls, path: Sequence[Operation], s: Tensor, samples: SampleAxis) -> "list[Flow]":
         """Pass ``s`` from the output of an operation that the samples enter along a path, to the last argument."""
-        # s [C, *output] -> Jacobians that are to be added up
+        # s [C, *output], or with the axis of the samples apart -> Jacobians that are to be added up
+        apart = s.ndim > 1 + len(path[0].output)
+        whole = s.flatten(1 + samples.axis, 3 + samples.axis) if apart and samples.axis is not None else s
         flows = [
-            cls.start(s if linear.spread is None else linear.spread(s), samples).through(linear)
+            (
+                cls.start(s, samples, apart=apart)
+                if linear.spread is None
+                else cls.start(linear.spread(whole), samples)
+            ).through(linear)
             for linear in path[0].maps()
         ]
         for operation in path[1:]:
@@ -105,6 +115,10 @@ class Flow:
             operands.append(_renamed(operand, names, sizes))
         axes = tuple("".join(names[letter] for letter in letters) for letters in linear.argument)
         return Flow(tuple(operands), axes, self.factor * linear.factor)
+
+    def samples_first(self) -> "Flow":
+        """Copy what samples take turns in, so that each has memory of its own; not ``s``, which is large."""
+        return replace(self, operands=tuple(_samples_first(o) if "c" not in o.letters else o for o in self.operands))
 
     def jacobian(self, dtype: torch.dtype) -> Factored:
         """Write the Jacobian with respect to the tensor that was reached, in a parameter's dtype."""
@@ -177,6 +191,15 @@ def _renamed(operand: Operand, names: dict[str, str], sizes: dict[str, int]) -> 
         else:
             tensor = tensor.squeeze(axis)
     return operand._replace(letters=letters, tensor=tensor, hot=operand.hot and names[operand.hot])
+
+
+def _samples_first(operand: Operand) -> Operand:
+    """Put samples outermost in memory."""
+    n = operand.letters.find("n")
+    if n < 0:
+        return operand
+    letters = "n" + operand.letters.replace("n", "")
+    return operand._replace(letters=letters, tensor=operand.tensor.movedim(n, 0).contiguous())
 
 
 def _unflattened(operand: Operand, letter: str, new: str, sizes: Sequence[int]) -> Operand:
