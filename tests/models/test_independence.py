@@ -479,6 +479,7 @@ def test_independent_samples_are_never_refused(first, bounded):
 @pytest.mark.parametrize("plain", [True, False])
 def test_one_sample_behind_batch_norm(plain, n, after, capture, bounded):
     layers = nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4), after(), nn.Flatten(), nn.Linear(64, 2))
+    nn.init.normal_(layers[1].running_mean)
     model, x = (layers if plain else Within(layers)).double().eval(), torch.randn(n, 2, 6, 6).double()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
