@@ -537,7 +537,7 @@ def test_a_wrong_name_lists_close_ones(function):
     assert len(message) < 400
 
 
-@pytest.mark.parametrize("name", ["", "xyz", "0", "model.0.weight", "Weight"])
+@pytest.mark.parametrize("name", ["", "xyz", "7", "model.0.weight", "Weight"])
 def test_a_name_unlike_any_other(name):
     model = mlp(nn.Tanh)()
     with pytest.raises(ValueError, match=r"which the model does not have\. It has: 0\.weight, 0\.bias") as info:
