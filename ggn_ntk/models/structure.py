@@ -2,6 +2,7 @@
 
 from collections.abc import Hashable
 from itertools import chain
+from numbers import Number
 
 import torch
 from torch import Tensor
@@ -11,8 +12,8 @@ from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.process.torch_internals import buffers_of, forward_hooks, has_global_hooks, parameters_of
 from ggn_ntk.rules.registry import registered
 
-# Attributes that a layer's own options are of, such as its padding.
-_PLAIN = (bool, int, float, str, type(None))
+# What a layer's own options are, such as its padding, or made of.
+_PLAIN = (Number, str, type(None), torch.dtype)
 
 
 class _Same:
@@ -41,7 +42,7 @@ def structure_of(model: Module, params: dict[str, Tensor]) -> Hashable:
     for module in model.modules():
         held = vars(module)
         found += [_Same(type(module)), module.training, _Same(held.get("forward"))]
-        found += [(key, value) for key, value in held.items() if _is_plain(value)]
+        found += [(key, _option(value)) for key, value in held.items() if _is_option(value)]
         found += [_Same(hook) for hooks in forward_hooks(module) for hook in hooks.values()]
         for key, tensor in chain(parameters_of(module).items(), buffers_of(module).items()):
             place = tensors.setdefault(id(tensor), len(tensors))
@@ -52,15 +53,20 @@ def structure_of(model: Module, params: dict[str, Tensor]) -> Hashable:
 def form_of(inputs: Inputs) -> Hashable:
     """Describe samples without their values, and what they share."""
     constants = (
-        (key, _form(c) if isinstance(c, Tensor) else c if _is_plain(c) else _Same(c))
+        (key, _form(c) if isinstance(c, Tensor) else _option(c) if _is_option(c) else _Same(c))
         for key, c in inputs.constants.items()
     )
     return (*((key, _form(x)) for key, x in inputs.tensors.items()), *constants, *inputs.kinds.items())
 
 
-def _is_plain(value: object) -> bool:
-    """Tell whether an attribute of a module is an option, or several."""
-    return isinstance(value, _PLAIN) or (isinstance(value, tuple) and all(isinstance(v, _PLAIN) for v in value))
+def _is_option(value: object) -> bool:
+    """Tell whether an attribute of a module is an option, or several in tuples and lists."""
+    return isinstance(value, _PLAIN) or (isinstance(value, tuple | list) and all(map(_is_option, value)))
+
+
+def _option(value: object) -> Hashable:
+    """Take an option down as it is now, also one in a list that may be written to."""
+    return tuple(map(_option, value)) if isinstance(value, tuple | list) else value
 
 
 def _form(tensor: Tensor) -> tuple[Hashable, ...]:

@@ -296,3 +296,71 @@ def test_what_is_kept_is_bounded(monkeypatch):
     for n in range(1, 8):
         kernel(torch.randn(n, 3))
     assert len(kernel._known) <= 3
+
+
+def test_options_in_lists_are_compared(verified):
+    model = nn.Sequential(nn.Conv2d(2, 3, 3), nn.AvgPool2d([3, 3], 1, [1, 1]), nn.Flatten(), nn.Linear(48, 2)).double()
+    x = torch.randn(3, 2, 6, 6).double()
+    kernel = empirical_ntk_fn(model)
+    for _ in range(4):
+        kernel(x)
+    model[1].kernel_size[:], model[1].padding[:] = [1, 1], [0, 0]  # of the same output shape
+    assert torch.equal(kernel(x), empirical_ntk(model, x))
+    assert len(verified) == 2
+
+
+class Failing(nn.Module):
+    """Raises at some calls, in the middle of what it does to itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.layer, self.norm = nn.Linear(3, 3), nn.BatchNorm1d(3)
+        self.seen = []
+
+    def forward(self, x):
+        h = self.norm(self.layer(x)).tanh()
+        self.seen.append(len(x))
+        if torch.is_grad_enabled() and x.sum() > 1e3:
+            raise ArithmeticError("half-way")
+        return h
+
+
+def test_an_exception_half_way_in_a_repeated_call():
+    model, x = Failing().double().eval(), torch.randn(4, 3).double()
+    model.norm.running_mean.add_(0.1)
+    model.norm.num_batches_tracked.add_(1)
+    model(x).sum().backward()
+    calls = []
+    handle = model.register_forward_hook(lambda *args: calls.append(1))
+    kernel = empirical_ntk_fn(model)
+    expected = [kernel(x) for _ in range(3)][-1]
+    state = {name: t.clone() for name, t in model.state_dict().items()}
+    grads, seen, hooks = [p.grad.clone() for p in model.parameters()], list(model.seen), dict(model._forward_hooks)
+    flags = torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_float32_matmul_precision()
+    with pytest.raises(ArithmeticError, match="half-way"):
+        kernel(x + 1e4)
+    assert all(torch.equal(t, state[name]) for name, t in model.state_dict().items())
+    assert all(torch.equal(p.grad, g) for p, g in zip(model.parameters(), grads, strict=True))
+    assert (model.seen, dict(model._forward_hooks), model.training) == (seen, hooks, False)
+    assert flags == (torch.get_default_dtype(), torch.is_grad_enabled(), torch.get_float32_matmul_precision())
+    assert torch.equal(kernel(x), expected)
+    handle.remove()
+
+
+def test_three_samples_of_two_hundred_that_interact(verified):
+    class Rare(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(3, 2)
+
+        def forward(self, x):
+            y = self.layer(x)
+            marked = (x[:, 0] > 50).to(y)[:, None]
+            return y + marked * y.mean(0)
+
+    model, x = Rare().double(), torch.randn(200, 3).double()
+    kernel = empirical_ntk_fn(model)
+    kernel(x)
+    x[[20, 111, 180], 0] = 100.0
+    with pytest.raises(UnsupportedModelError, match=r"x1\[20\].*x1\[111\].*x1\[180\]"):
+        kernel(x, verify=True)
