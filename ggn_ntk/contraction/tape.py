@@ -240,11 +240,6 @@ class Tapes:
         """Start without any."""
         self._tapes: dict[Hashable, Tape | bool] = {}  # a form that was seen, one that cannot be taped, or the tape
 
-    def find(self, form: Hashable) -> Tape | None:
-        """Look up what to do at inputs of a form."""
-        found = self._tapes.get(form)
-        return found if isinstance(found, Tape) else None
-
     def run(self, form: Hashable, inputs: Sequence[Tensor], kernels: _Kernels, compute: Callable[[], None]) -> None:
         """Add to kernels by a function that takes its tensors from inputs, or do what it did at inputs of the form."""
         found = self._tapes.get(form)

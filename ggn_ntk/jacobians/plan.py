@@ -129,6 +129,8 @@ class Plans(NamedTuple):
     axes: KernelAxes  # the roles of output axes
     plans: list[Plan]
     sides: list[Side]
+    # Whether nothing but the shapes of samples and parameters is known to decide on what is computed
+    follows_shapes: bool = False
 
     @property
     def verifications(self) -> list[Verification]:
@@ -157,11 +159,6 @@ class Plans(NamedTuple):
         """How the model is taken apart."""
         return ", ".join(dict.fromkeys(plan.capture for plan in self.plans))
 
-    @property
-    def follows_shapes(self) -> bool:
-        """Whether nothing but the shapes of samples and parameters decides on what is computed."""
-        return all(plan.uses is None and is_known(plan.request) for plan in self.plans) and not self.fallback
-
     def for_others(self, request: Request) -> "Plans | None":
         """Evaluate samples of the same form; ``None`` if the model computes something else for these."""
         found = zip(self.plans, request.batches, strict=True)
@@ -176,7 +173,8 @@ class Plans(NamedTuple):
         """Keep what was learnt alone."""
         request, fallback = self.request.few(), self.fallback
         plans = [replace(plan, request=request, fallback=fallback) for plan in self.plans]
-        return Plans(request, self.axes, plans, [])
+        known = all(plan.uses is None and is_known(plan.request) for plan in plans)
+        return Plans(request, self.axes, plans, [], follows_shapes=known and not fallback)
 
 
 def make_plans(request: Request, fallback: dict[str, str], *, everyone: bool) -> Plans:

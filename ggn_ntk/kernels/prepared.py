@@ -77,15 +77,12 @@ class PreparedKernel:
 
     def _form(self, request: Request) -> Hashable:
         """Describe what the verification of a kernel depends on."""
-        sets = [x for x in (request.x1, request.x2) if x is not None]
-        return structure_of(request.model, request.params), len(request.batches), *map(form_of, sets)
+        return structure_of(request.model, request.params), len(request.batches), *map(form_of, request.sets)
 
     def _repeated(self, request: Request, form: Hashable) -> Kernels | None:
         """Compute kernels with what is known; ``None`` where that does not hold."""
         known, model, found = self._known[form], request.model, dict[str, Tensor]()
         request = replace(request, outputs=known.request.outputs)  # joined, where there are several
-        inputs = [*(t for x in (request.x1, request.x2) if x is not None for t in x.tensors.values())]
-        inputs += [*model.parameters(), *model.buffers()]
 
         def compute() -> None:
             with session(request):
@@ -96,7 +93,8 @@ class PreparedKernel:
                 if computed is not None:
                     found.update(request.finished(computed.kernels, computed.axes))
 
-        if known.follows_shapes and len(known.plans) == len(request.batches):
+        if known.follows_shapes:
+            inputs = [t for x in request.sets for t in x.tensors.values()] + [*model.parameters(), *model.buffers()]
             with outside_of_transforms(), plain_torch(model), torch.no_grad():
                 self._tapes.run(form, inputs, found, compute)
         else:

@@ -229,7 +229,7 @@ def _pairs(
 
 def _block(request: Request, block: slice) -> Request:
     """Restrict paired samples to some of them."""
-    return replace(request, x1=request.x1[block], x2=None if request.x2 is None else request.x2[block])
+    return request.of_others(lambda x: x[block])
 
 
 def _known(batch: Request, checked: Checked, block: slice, n: int) -> Checked:
@@ -298,9 +298,8 @@ def _products_agree(request: Request, sample: Inputs, tolerance: float) -> bool:
     # holds elsewhere than in its modules.
     primals, alone = primals_of(request), sample.map(lambda x: x[0])
     sizes = [p.numel() for p in primals.values()]
-    numbers = cotangent(next(iter(primals.values())), 0, torch.Size([sum(sizes)])).split(
-        sizes
-    )  # one copy to the device
+    # One copy to the device, of the numbers for all parameters.
+    numbers = cotangent(next(iter(primals.values())), 0, torch.Size([sum(sizes)])).split(sizes)
     tangent = {name: t.view(p.shape).to(p) for (name, p), t in zip(primals.items(), numbers, strict=True)}
     output, pullback, *_ = vjp(lambda p: evaluate(request, p, sample), primals)
     v = cotangent(output, seed=1)

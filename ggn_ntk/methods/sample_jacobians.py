@@ -37,7 +37,7 @@ def all_jacobians(request: Request, checked: Sequence[Checked]) -> tuple[dict[st
 def _of_batch(request: Request, checked: Checked) -> list[dict[str, Tensor]]:
     """Compute the Jacobians of a batch's x1 and x2, by ``vmap`` where it gets all samples right."""
     # -> [N, C, P]
-    sets, plain = [x for x in (request.x1, request.x2) if x is not None], request.detached()
+    sets, plain = request.sets, request.detached()
     try:
         found = [_jacobians(request, x) for x in sets]
         # They are wrong where the model keeps references to parameters elsewhere than in its modules, and for some

@@ -48,7 +48,7 @@ def check_derivatives(request: Request, jacobians: Method, checked: Checked) -> 
 def have_right_derivatives(request: Request, jacobians: Method, checked: Checked) -> bool:
     """Tell whether kernels made of Jacobians have the right derivatives with respect to parameters and inputs."""
     everything = request.of_all_parameters()
-    params, sets = leaves_of(everything), [_as_leaves(x) for x in _sets(request)]
+    params, sets = leaves_of(everything), [_as_leaves(x) for x in request.sets]
     attached = replace(request, graph={id(everything.params[name]): leaf for name, leaf in params.items()})
     product = _inner(
         {name: v.flatten().to(j) @ j.flatten(0, 1) for name, j in jacobians(attached, x).items()}
@@ -66,11 +66,6 @@ def have_right_derivatives(request: Request, jacobians: Method, checked: Checked
         if Difference(error.abs().item(), sizes.sum().sqrt().item()).within(tolerance):
             return True
     return False
-
-
-def _sets(request: Request) -> list[Inputs]:
-    """List x1, and x2 if it is another set."""
-    return [x for x in (request.x1, request.x2) if x is not None]
 
 
 def _key(number: int, label: str) -> str:
@@ -114,7 +109,7 @@ def _difference(request: Request, steps: dict[str, Tensor], checked: Checked) ->
 
         params = {name: moved(p.detach(), name).requires_grad_() for name, p in everything.params.items()}
         found = []
-        for i, (x, v) in enumerate(zip(_sets(request), _numbers(request, checked), strict=True)):
+        for i, (x, v) in enumerate(zip(request.sets, _numbers(request, checked), strict=True)):
             real = {label: t for label, t in (x.tensors | x.constants).items() if _key(i, label) in steps}
             inputs = x.exchanged({label: moved(x, _key(i, label)) for label, x in real.items()})
             found.append(gradients(everything, inputs, v.to(dtype), params)[1])

@@ -2,7 +2,7 @@
 
 import operator
 from collections import defaultdict
-from collections.abc import ItemsView, Iterable, Mapping
+from collections.abc import Callable, ItemsView, Iterable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import cached_property, reduce
@@ -148,9 +148,14 @@ class Request:
         return self.x1 if self.x2 is None else self.x2
 
     @property
+    def sets(self) -> list[Inputs]:
+        """x1, and x2 if it is another set."""
+        return [x for x in (self.x1, self.x2) if x is not None]
+
+    @property
     def sizes(self) -> list[int]:
         """How many samples there are in x1, and in x2 if it is another set."""
-        return [len(x) for x in (self.x1, self.x2) if x is not None]
+        return [len(x) for x in self.sets]
 
     @property
     def sample_axes(self) -> tuple[int, ...]:
@@ -177,7 +182,7 @@ class Request:
 
     def few(self) -> "Request":
         """Ask the same of one sample."""
-        return replace(self, x1=self.x1.first(), x2=None if self.x2 is None else self.x2.first())
+        return self.of_others(Inputs.first)
 
     def label(self, sample: int) -> str:
         """Name a sample of a batch in a message, by its place among those of x1 and x2."""
@@ -200,7 +205,11 @@ class Request:
 
     def detached(self) -> "Request":
         """Ask the same of tensors without graphs."""
-        return replace(self, x1=self.x1.detached(), x2=None if self.x2 is None else self.x2.detached(), graph=None)
+        return replace(self.of_others(Inputs.detached), graph=None)
+
+    def of_others(self, make: Callable[[Inputs], Inputs]) -> "Request":
+        """Ask the same of what is made of x1 and of x2."""
+        return replace(self, x1=make(self.x1), x2=None if self.x2 is None else make(self.x2))
 
     def of_all_parameters(self) -> "Request":
         """Ask the same for all parameters that require a gradient."""
@@ -228,9 +237,8 @@ class Request:
                 f"shapes differ: {listed(ours)} for x1, {listed(theirs)} for x2. Ask for compute='full', or pick "
                 "others (output=)."
             )
-        return replace(self.axes, compute="diagonal").resolve(
-            first, second
-        )  # for a trace, what is summed by key in the end
+        # For a trace, the diagonal is what is summed by key in the end.
+        return replace(self.axes, compute="diagonal").resolve(first, second)
 
     def assemble(self, kernels: Iterable[tuple[str, Tensor]], axes: KernelAxes) -> Kernels:
         """Bring what a route computed to the layout of the public API."""
