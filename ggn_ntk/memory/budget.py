@@ -12,6 +12,7 @@ from torch import Tensor
 from ggn_ntk.problem.errors import KernelMemoryError, bytes_asked_for, is_out_of_memory
 from ggn_ntk.problem.output_axes import KernelAxes
 from ggn_ntk.problem.request import Request
+from ggn_ntk.problem.sizes import shown
 
 _HELP = (
     "What helps: compute='trace' or 'diagonal' (or trace_axes=) instead of the full kernel, fewer parameters at a time "
@@ -118,7 +119,7 @@ def check_result(shape: Sequence[int], params: Sequence[Tensor], count: int) -> 
     device = params[0].device
     free = available(device) if size > 2**26 else None  # asking takes longer than such a kernel matters
     if free is not None and size > free:
-        raise KernelMemoryError(f"The kernel alone takes {_shown(size)}, and {device} has {_shown(free)} left. {_HELP}")
+        raise KernelMemoryError(f"The kernel alone takes {shown(size)}, and {device} has {shown(free)} left. {_HELP}")
 
 
 @contextmanager
@@ -139,9 +140,4 @@ def explained(what: Callable[[], str]) -> Iterator[None]:
 def _readable(size: str) -> str:
     """Write a size, a number of bytes or one with its unit, for a message."""
     number, *unit = size.split()
-    return _shown(int(number)) if unit in ([], ["bytes"]) and number.isdigit() else size
-
-
-def _shown(size: int) -> str:
-    """Write a number of bytes for a message."""
-    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"
+    return shown(int(number)) if unit in ([], ["bytes"]) and number.isdigit() else size
