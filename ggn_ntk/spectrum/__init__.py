@@ -11,13 +11,24 @@ a warning.
 """
 
 from ggn_ntk.spectrum.alignment import centered_kernel_alignment, kernel_target_alignment, relative_kernel_change
-from ggn_ntk.spectrum.spectra import condition_number, effective_rank, eigenvalues, ggn_eigenvalues
+from ggn_ntk.spectrum.matrix import as_matrix
+from ggn_ntk.spectrum.spectra import (
+    Eigenpairs,
+    condition_number,
+    effective_rank,
+    eigenvalues,
+    eigenvectors,
+    ggn_eigenvalues,
+)
 
 __all__ = [
+    "Eigenpairs",
+    "as_matrix",
     "centered_kernel_alignment",
     "condition_number",
     "effective_rank",
     "eigenvalues",
+    "eigenvectors",
     "ggn_eigenvalues",
     "kernel_target_alignment",
     "relative_kernel_change",

@@ -3,7 +3,15 @@
 import torch
 from torch import Tensor
 
-from ggn_ntk.spectrum.matrix import Axes, check_entries, find_axes, symmetric_matrices, symmetric_matrix, to_columns
+from ggn_ntk.spectrum.matrix import (
+    Axes,
+    check_entries,
+    check_kernel,
+    find_axes,
+    symmetric_matrices,
+    symmetric_matrix,
+    to_columns,
+)
 
 
 def kernel_target_alignment(
@@ -36,6 +44,7 @@ def kernel_target_alignment(
     """
     if not isinstance(y, Tensor) or not y.is_floating_point():
         raise TypeError("y must be a tensor of real numbers; for classes, torch.nn.functional.one_hot(y).to(dtype).")
+    kernel = check_entries(kernel, "kernel")
     axes = find_axes(kernel, "kernel", y, "y", trace_axes, diagonal_axes)
     columns = to_columns(y.detach(), axes)
     return _cosine(symmetric_matrices(kernel, "kernel", axes), columns @ columns.mT, "kernel and y")
@@ -60,6 +69,7 @@ def centered_kernel_alignment(kernel1: Tensor, kernel2: Tensor) -> float:
         TypeError: If an argument is not a real tensor.
         ValueError: If the shapes differ or are not those of kernels of a set with itself, or a centred kernel is zero.
     """
+    kernel1, kernel2 = check_kernel(kernel1, "kernel1"), check_kernel(kernel2, "kernel2")
     first, second = symmetric_matrix(kernel1, "kernel1"), symmetric_matrix(kernel2, "kernel2")
     _check_same_shape("kernel1", kernel1, "kernel2", kernel2)
     n = len(kernel1)
@@ -84,7 +94,7 @@ def relative_kernel_change(before: Tensor, after: Tensor) -> float:
         ValueError: If the shapes differ, or the kernel before is zero.
     """
     first, second = check_entries(before, "before").double(), check_entries(after, "after").double()
-    _check_same_shape("before", before, "after", after)
+    _check_same_shape("before", first, "after", second)
     norm = torch.linalg.vector_norm(first)
     if norm == 0:
         raise ValueError("before is zero, so there is no relative change.")

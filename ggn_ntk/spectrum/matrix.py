@@ -1,4 +1,4 @@
-"""Kernels as symmetric matrices: flattened, checked, and decomposed in float64.
+"""Kernels as matrices: read, checked and flattened, in float64.
 
 With E diagonal, F free and T traced outputs (:mod:`ggn_ntk.problem.output_axes`), a kernel is E matrices
 ``[N1 F, N2 F]`` with rows ``(n, c)`` and columns ``(m, d)``, one for each diagonal output, and outputs are columns
@@ -8,21 +8,19 @@ column.
 
 import math
 from collections.abc import Iterable
-from dataclasses import dataclass
+from itertools import combinations_with_replacement
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ggn_ntk.problem.errors import warn
 from ggn_ntk.problem.output_axes import COMPUTES, AxesRequest, KernelAxes
 
 #: Output axes, as :func:`ggn_ntk.empirical_ntk` takes them.
 Axes = int | Iterable[int] | None
 
-
-class IllConditionedWarning(UserWarning):
-    """A kernel is singular up to rounding, and what was computed from it depends on how that is handled."""
+# Rows and columns of a matrix that are transposed at once: a tile of half a MB fits a cache.
+_TILE = 256
 
 
 def check_real(tensor: Any, argument: str) -> Tensor:
@@ -34,12 +32,18 @@ def check_real(tensor: Any, argument: str) -> Tensor:
     return real
 
 
+def read(kernel: Any) -> Any:
+    """Read a kernel that is kept elsewhere, a store on disk say, as a tensor; leave any other alone."""
+    return kernel.to_torch() if hasattr(kernel, "to_torch") else kernel
+
+
 def check_entries(kernel: Any, argument: str) -> Tensor:
-    """Refuse what cannot be a kernel of any kind; detach it from its graph."""
-    entries = check_real(kernel, argument)
+    """Refuse what cannot be a kernel of any kind; read it if it is kept elsewhere, and detach it from its graph."""
+    entries = check_real(read(kernel), argument)
     if entries.ndim < 2 or entries.numel() == 0:
         raise ValueError(f"{argument} must have shape [N1, N2, ...] and not be empty, got {list(entries.shape)}.")
-    if not entries.isfinite().all():
+    # a finite sum has finite summands, and is fast; that of finite ones may overflow
+    if not entries.sum().isfinite() and not entries.isfinite().all():
         raise ValueError(f"{argument} holds numbers that are not finite.")
     return entries
 
@@ -56,15 +60,21 @@ def find_axes(
     kernel: Any, argument: str, y: Tensor, y_argument: str, trace_axes: Axes, diagonal_axes: Axes
 ) -> KernelAxes:
     """Find the roles of output axes in a training set's kernel: as stated, or of the ``compute`` with this shape."""
-    # kernel [N, N, ...], y [N, *out]
-    shape = list(check_entries(kernel, argument).shape)
+    # kernel [N, N, ...], or an operator [N F, N F]; y [N, *out]
+    shape = list(kernel.shape)
     stated = trace_axes is not None or diagonal_axes is not None
     computes = ("full",) if stated else COMPUTES
     requests = [AxesRequest.parse(compute, trace_axes, diagonal_axes) for compute in computes]
     if y.ndim == 0:
         raise ValueError(f"{y_argument} must have shape [N, *out], got [].")
     candidates = [request.resolve(y.shape[1:]) for request in requests]
-    shapes = [[len(y), len(y), *axes.kernel_shape] for axes in candidates]
+    if isinstance(kernel, Tensor):
+        shapes = [[len(y), len(y), *axes.kernel_shape] for axes in candidates]
+    else:  # one matrix, so one diagonal output
+        candidates = [axes for axes in candidates if axes.first.roles.diagonal == 1]
+        shapes = [[len(y) * axes.first.roles.free] * 2 for axes in candidates]
+    if not shapes:
+        raise ValueError(f"{argument} must be a tensor for diagonal_axes: it is a matrix for each diagonal output.")
     if shape not in shapes:
         accepted = " or ".join(dict.fromkeys(map(str, shapes)))
         remedy = "" if stated else " For some axes traced or diagonal, pass trace_axes= and diagonal_axes=."
@@ -108,18 +118,31 @@ def from_columns(columns: Tensor, axes: KernelAxes) -> Tensor:
 
 def symmetric_matrices(kernel: Any, argument: str, axes: KernelAxes) -> Tensor:
     """Turn the kernel of a set with itself into symmetric matrices, which they have to be up to rounding."""
-    # kernel [N, N, *axes.kernel_shape] -> [E, N F, N F]
+    # kernel [N, N, *axes.kernel_shape] -> [E, N F, N F], which is a copy
     if kernel.shape[0] != kernel.shape[1]:
         raise ValueError(f"{argument} must be the kernel of a set with itself, [N, N, ...], got {list(kernel.shape)}.")
     matrices = flatten(kernel, axes)
-    norm = torch.linalg.vector_norm
-    asymmetry = norm(matrices - matrices.mT).item()
-    if asymmetry > math.sqrt(torch.finfo(kernel.dtype).eps) * norm(matrices).item():
+    symmetric, asymmetry = _symmetric_part(matrices)
+    norm = torch.linalg.vector_norm(matrices).item()
+    if asymmetry > math.sqrt(torch.finfo(kernel.dtype).eps) * norm:
         raise ValueError(
             f"{argument} must be symmetric, the kernel of a set with itself: K and its transpose differ by "
-            f"{asymmetry / norm(matrices).item():.1e} of the norm."
+            f"{asymmetry / norm:.1e} of the norm."
         )
-    return (matrices + matrices.mT) / 2
+    return symmetric
+
+
+def _symmetric_part(matrices: Tensor) -> tuple[Tensor, float]:
+    """Compute the symmetric part of matrices, and the norm of their difference from their transposes."""
+    # [E, n, n] -> [E, n, n]; tile by tile, since transposes of whole matrices are read out of order
+    symmetric, squares = torch.empty_like(matrices, memory_format=torch.contiguous_format), matrices.new_zeros(())
+    tiles = [slice(start, start + _TILE) for start in range(0, matrices.shape[1], _TILE)]
+    for rows, columns in combinations_with_replacement(tiles, 2):
+        tile, mirrored = matrices[:, rows, columns], matrices[:, columns, rows].mT
+        squares += (tile - mirrored).square().sum() * (1 if rows == columns else 2)
+        symmetric[:, rows, columns] = mean = (tile + mirrored) / 2
+        symmetric[:, columns, rows] = mean.mT
+    return symmetric, squares.sqrt().item()
 
 
 def symmetric_matrix(kernel: Any, argument: str) -> Tensor:
@@ -129,77 +152,42 @@ def symmetric_matrix(kernel: Any, argument: str) -> Tensor:
     return symmetric_matrices(kernel, argument, _paired_axes(kernel))[0]
 
 
+def as_matrix(kernel: Any) -> Tensor:
+    """Turn a full kernel into the matrix that it stands for, as operators have it.
+
+    Args:
+        kernel: ``[N1, N2, *out1, *out2]`` with as many axes for either output, or ``[N1, N2]``; or anything that
+            ``to_torch()`` reads as such a tensor.
+
+    Returns:
+        ``[N1 C1, N2 C2]`` in the kernel's dtype, with rows ``(n, c)`` and columns ``(m, d)``: outputs ``[N, *out]``,
+        flattened, are vectors that it multiplies.
+
+    Raises:
+        TypeError: If the kernel is no tensor of real numbers.
+        ValueError: If it has another number of axes.
+    """
+    entries = read(kernel)
+    check_real(entries, "kernel")
+    if entries.ndim < 2 or entries.ndim % 2:
+        raise ValueError(f"kernel must have shape [N1, N2] or [N1, N2, *out, *out], got {list(entries.shape)}.")
+    half = 1 + entries.ndim // 2
+    rows, columns = [0, *range(2, half)], [1, *range(half, entries.ndim)]
+    matrix: Tensor = entries.permute(*rows, *columns).flatten(half - 1).flatten(0, half - 2)
+    return matrix
+
+
 def _paired_axes(kernel: Tensor) -> KernelAxes:
     """Take each output axis for one that is kept for both inputs."""
     # kernel [N1, N2, *out, *out]
     return AxesRequest.parse("full").resolve(kernel.shape[2 : 1 + kernel.ndim // 2])
 
 
-def rounding(eigenvalues: Tensor, dtype: torch.dtype) -> float:
+def rounding(kernel: Tensor, dtype: torch.dtype) -> float:
     """Compute the size below which eigenvalues cannot be told from zero: 10 eps |K|, the bound of Weyl's inequality."""
-    norm: float = torch.linalg.vector_norm(eigenvalues).item()
+    # of matrices or of their eigenvalues, whose norm is the same
+    norm: float = torch.linalg.vector_norm(kernel).item()
     return 10 * torch.finfo(dtype).eps * norm
-
-
-@dataclass(frozen=True, eq=False)
-class Decomposition:
-    """A kernel in the basis of its eigenvectors."""
-
-    argument: str  # the name of the argument that held the kernel
-    values: Tensor  # eigenvalues [E, n], ascending, in float64; negative ones, which are rounding, are zero
-    vectors: Tensor  # eigenvectors [E, n, n], in columns
-    rounding: float  # the size below which eigenvalues cannot be told from zero
-    # What to add to the eigenvalues of a kernel that is singular up to rounding: sqrt(eps) of the mean diagonal, so
-    # that larger eigenvalues hardly move, and rounding grows to about sqrt(eps)
-    jitter: float
-
-    @property
-    def singular(self) -> bool:
-        """Whether the kernel is singular up to rounding."""
-        return self.values.min().item() <= self.rounding
-
-    @property
-    def certain_values(self) -> Tensor:
-        """The eigenvalues ``[E, n]``, zero where they cannot be told from it."""
-        return torch.where(self.values > self.rounding, self.values, 0.0)
-
-    def warn(self, consequence: str) -> None:
-        """Warn that the kernel is singular up to rounding."""
-        condition = self.values.max().item() / self.rounding if self.rounding else math.inf
-        what = (
-            f"{self.argument} is singular up to rounding, with a condition number above {condition:.1e}: {consequence}"
-        )
-        warn(f"{what}. Pass a larger diag_reg to regularise it as you see fit.", IllConditionedWarning)
-
-    def inverse(self) -> Tensor:
-        """Invert the kernel, with a jitter and a warning if it is singular up to rounding."""
-        # -> [E, n, n]
-        values = self.values
-        if self.singular:
-            self.warn(f"a jitter of {self.jitter:.1e} is added to its diagonal")
-            values = values + self.jitter
-        inverse: Tensor = (self.vectors / values[:, None]) @ self.vectors.mT
-        return inverse
-
-
-def decompose(kernel: Any, argument: str, axes: KernelAxes, diag_reg: float = 0.0) -> Decomposition:
-    """Decompose the kernel of a set with itself, with ``diag_reg`` times its mean diagonal added to the diagonal."""
-    # kernel [N, N, *axes.kernel_shape] -> eigenvalues [E, N F], eigenvectors [E, N F, N F]
-    check_number("diag_reg", diag_reg, 0.0)
-    matrices = symmetric_matrices(kernel, argument, axes)
-    mean_diagonal = matrices.diagonal(dim1=1, dim2=2).mean().item()
-    values, vectors = torch.linalg.eigh(matrices)
-    small = rounding(values, kernel.dtype)  # of the kernel that was given: what is added has no rounding
-    values = values + diag_reg * mean_diagonal
-    smallest, largest = values.min().item(), values.max().item()
-    if smallest < -math.sqrt(torch.finfo(kernel.dtype).eps) * abs(largest):
-        raise ValueError(
-            f"{argument} must be positive semi-definite, but its eigenvalues, with diag_reg={diag_reg:g}, go from "
-            f"{smallest:.3g} to {largest:.3g}. If its entries have errors, a larger diag_reg makes up for them."
-        )
-    jitter = math.sqrt(torch.finfo(kernel.dtype).eps) * mean_diagonal
-    # for the zero kernel, any jitter will do
-    return Decomposition(argument, values.clamp(min=0), vectors, small, jitter or 1.0)
 
 
 def check_number(argument: str, value: Any, low: float, high: float = math.inf, *, above: bool = False) -> None:

@@ -1,36 +1,87 @@
 """Eigenvalues of kernels, and what they tell."""
 
 import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from ggn_ntk.problem.errors import warn
-from ggn_ntk.spectrum.matrix import rounding, symmetric_matrix
+from ggn_ntk.spectrum.lanczos import eigenpairs, leading
+from ggn_ntk.spectrum.losses import hessian_roots
+from ggn_ntk.spectrum.matrix import check_kernel, rounding, symmetric_matrix
+from ggn_ntk.spectrum.operator import Operator, is_operator, parse_kernel
 
 
-def eigenvalues(kernel: Tensor) -> Tensor:
-    """Compute the eigenvalues of a kernel.
+class Eigenpairs(NamedTuple):
+    """Eigenvalues and eigenvectors of a kernel.
+
+    Attributes:
+        values: ``[K]``, ascending.
+        vectors: ``[N, *out, K]``: functions on the samples, orthonormal, each up to its sign. Of an operator,
+            ``[N C, K]``.
+    """
+
+    values: Tensor
+    vectors: Tensor
+
+
+def eigenvalues(kernel: Any, k: int | None = None) -> Tensor:
+    """Compute the eigenvalues of a kernel, or the largest.
 
     They are not negative but for rounding, which moves each by up to about ``10 eps |K|`` in the Frobenius norm (by
     Weyl's inequality; Golub, Van Loan: "Matrix Computations", 2013, section 8.1; see :mod:`ggn_ntk.spectrum`).
     Negative ones are returned as they are, and a warning states their size in this unit.
 
+    A few of a large kernel, and those of an operator, come from SciPy's Lanczos iterations, to all digits.
+
     Args:
-        kernel: ``[N, N, *out, *out]`` or ``[N, N]``, symmetric up to rounding.
+        kernel: ``[N, N, *out, *out]`` or ``[N, N]``, symmetric up to rounding. Or an operator of SciPy's or curvlinops'
+            kind, ``[N C, N C]``.
+        k: How many of the largest to compute; ``None`` for all, but of an operator.
 
     Returns:
-        ``[N C]`` or ``[N]``, ascending, in the kernel's dtype.
+        ``[N C]``, ``[N]`` or ``[K]``, ascending, in the kernel's dtype.
 
     Raises:
-        TypeError: If the kernel is not a real tensor.
-        ValueError: If it has not the shape of a kernel of a set with itself, or is not symmetric.
+        TypeError: If the kernel is not a real tensor or operator, or ``k`` not an integer.
+        ValueError: If it has not the shape of a kernel of a set with itself, is not symmetric, or has fewer than ``k``
+            eigenvalues.
     """
-    values = torch.linalg.eigvalsh(symmetric_matrix(kernel, "kernel"))
-    if values[0] < 0:
-        warn(_report_negative(values, kernel.dtype), UserWarning)
-    result: Tensor = values.to(kernel.dtype)
-    return result
+    if k is None and not is_operator(kernel):
+        matrix = symmetric_matrix(kernel := check_kernel(kernel, "kernel"), "kernel")
+        return _in_dtype(torch.linalg.eigvalsh(matrix), kernel.dtype)
+    return eigenvectors(kernel, k).values
+
+
+def eigenvectors(kernel: Any, k: int | None = None) -> Eigenpairs:
+    """Compute the eigenvalues of a kernel, or the largest, and their eigenvectors.
+
+    With targets y, ``vectors.flatten(0, -2).T @ y.flatten()`` is how much of each has to be learned.
+
+    Args:
+        kernel: As for :func:`eigenvalues`.
+        k: As for :func:`eigenvalues`.
+
+    Returns:
+        Eigenvalues ``[K]``, ascending, and eigenvectors ``[N, *out, K]``, in the kernel's dtype.
+
+    Raises:
+        TypeError: If the kernel is not a real tensor or operator, or ``k`` not an integer.
+        ValueError: If it has not the shape of a kernel of a set with itself, is not symmetric, or has fewer than ``k``
+            eigenvalues.
+    """
+    parsed = parse_kernel(kernel, "kernel")
+    if isinstance(parsed, Operator):
+        parsed.check_symmetric()
+        values, vectors = leading(parsed.products, _parse_count(k, parsed.shape[0], "an operator"))
+        values, vectors = values.to(parsed.device), vectors.to(parsed.device)
+    else:
+        matrix = symmetric_matrix(parsed, "kernel")
+        values, vectors = eigenpairs(matrix, None if k is None else _parse_count(k, len(matrix)))
+        vectors = vectors.reshape(*_samples_and_outputs(parsed), -1)
+    return Eigenpairs(_in_dtype(values, parsed.dtype), vectors.to(parsed.dtype))
 
 
 def condition_number(kernel: Tensor) -> float:
@@ -90,29 +141,83 @@ def effective_rank(kernel: Tensor, definition: str = "entropy") -> float:
     return float(rank)
 
 
-def ggn_eigenvalues(kernel: Tensor, *, reduction: str = "mean") -> Tensor:
-    """Compute the eigenvalues that the GGN of ``torch.nn.MSELoss`` shares with its Gram matrix.
+def ggn_eigenvalues(
+    kernel: Any,
+    loss: Callable[[Tensor, Tensor], Tensor] | None = None,
+    f: Tensor | None = None,
+    y: Tensor | None = None,
+    *,
+    reduction: str = "mean",
+) -> Tensor:
+    """Compute the eigenvalues that the GGN of a loss shares with its Gram matrix.
 
-    The loss Hessian is h I, with h = 2 for reduction "sum" and 2 / (N C) for "mean". So the GGN is h J^T J, and h times
-    the NTK is h J J^T: the two have the same non-zero eigenvalues (Dangel, Tatzel, Hennig: "ViViT: Curvature access
-    through the generalized Gauss-Newton's low-rank structure", TMLR 2022).
+    With S Sᵀ the Hessian of the loss in the outputs, which has a block for each sample, the GGN is (Jᵀ S) (Jᵀ S)ᵀ, and
+    its Gram matrix (Jᵀ S)ᵀ (Jᵀ S) = Sᵀ Θ S: the two have the same non-zero eigenvalues (Dangel, Tatzel, Hennig:
+    "ViViT: Curvature access through the generalized Gauss-Newton's low-rank structure", TMLR 2022). The Hessian of
+    ``torch.nn.MSELoss`` is h I, with h = 2 for reduction "sum" and 2 / (N C) for "mean", whatever the outputs are; that
+    of any other loss is computed by autograd.
+
+    >>> K, f, y = torch.eye(4).reshape(2, 2, 2, 2).transpose(1, 2), torch.zeros(2, 2), torch.tensor([0, 1])
+    >>> ggn_eigenvalues(K, torch.nn.CrossEntropyLoss(reduction="sum"), f, y)
+    tensor([0.0000, 0.0000, 0.5000, 0.5000])
 
     Args:
         kernel: The full NTK ``[N, N, *out, *out]`` of the batch with itself; ``[N, N]`` for outputs ``[N]``.
-        reduction: The reduction of the loss, ``"mean"`` or ``"sum"``.
+        loss: ``loss(f, y)``, convex in the outputs, and a sum or a mean over samples: ``nn.CrossEntropyLoss()``,
+            ``nn.BCEWithLogitsLoss()`` or another. It takes floating-point tensors in float64. ``None`` for
+            ``nn.MSELoss``.
+        f: With a loss, the network's outputs ``[N, *out]``.
+        y: With a loss, its targets.
+        reduction: Without a loss, the reduction of ``nn.MSELoss``, ``"mean"`` or ``"sum"``.
 
     Returns:
         ``[N C]``, ascending, in the kernel's dtype: the non-zero eigenvalues of the GGN, and zeros.
 
     Raises:
-        TypeError: If the kernel is not a real tensor.
-        ValueError: If it has not the shape of a kernel of a set with itself or is not symmetric, or if there is no such
-            reduction.
+        TypeError: If an argument is of the wrong type.
+        ValueError: If the kernel has not the shape of one of a set with itself or is not symmetric, if there is no such
+            reduction, if outputs do not fit, or if the loss is not convex or couples samples.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
-    values = eigenvalues(kernel)
-    return values * (2 / len(values) if reduction == "mean" else 2)
+    if loss is None:
+        if f is not None or y is not None:
+            raise ValueError("loss must be given beside f and y: the Hessian of nn.MSELoss does not depend on them.")
+        values = eigenvalues(kernel)
+        return values * (2 / len(values) if reduction == "mean" else 2)
+    if reduction != "mean":
+        raise ValueError(f"reduction is that of nn.MSELoss, got {reduction!r} beside a loss, which has its own.")
+    kernel = check_kernel(kernel, "kernel")
+    matrix = symmetric_matrix(kernel, "kernel")
+    roots = hessian_roots(loss, f, y, _samples_and_outputs(kernel))
+    n, c, _ = roots.shape
+    gram = torch.einsum("nac,namb,mbd->ncmd", roots, matrix.reshape(n, c, n, c), roots).reshape(matrix.shape)
+    return _in_dtype(torch.linalg.eigvalsh((gram + gram.mT) / 2), kernel.dtype)
+
+
+def _samples_and_outputs(kernel: Tensor) -> list[int]:
+    """Read the shape of outputs off the kernel of a set with itself."""
+    # kernel [N, N, *out, *out] -> [N, *out]
+    return [len(kernel), *kernel.shape[2 : 1 + kernel.ndim // 2]]
+
+
+def _parse_count(k: Any, n: int, of: str = "") -> int:
+    """Check how many eigenvalues of n are wanted."""
+    if k is None:
+        raise ValueError(f"k must be given for {of}: how many of its {n} eigenvalues to compute.")
+    if isinstance(k, bool) or not isinstance(k, int):
+        raise TypeError(f"k must be an integer or None, got {type(k).__name__}.")
+    if not 0 < k <= n:
+        raise ValueError(f"k must be from 1 to {n}, the number of eigenvalues, got {k}.")
+    return k
+
+
+def _in_dtype(values: Tensor, dtype: torch.dtype) -> Tensor:
+    """Round eigenvalues of a kernel to its dtype, and warn of negative ones."""
+    # [K] ascending
+    if values[0] < 0:
+        warn(_report_negative(values, dtype), UserWarning)
+    return values.to(dtype)
 
 
 def _report_negative(values: Tensor, dtype: torch.dtype) -> str:

@@ -29,8 +29,8 @@ Everything is computed in float64 on the kernel's device. Results have the wider
 and no graph.
 """
 
-from ggn_ntk.spectrum.matrix import IllConditionedWarning
-from ggn_ntk.training.any_loss import gradient_flow
+from ggn_ntk.spectrum.decompositions import IllConditionedWarning
+from ggn_ntk.training.any_loss import gradient_descent, gradient_flow
 from ggn_ntk.training.arguments import Gaussian
 from ggn_ntk.training.regression import kernel_ridge_regression, nngp_posterior, ntk_ensemble
 from ggn_ntk.training.squared_loss import gradient_descent_mse, gradient_flow_mse, max_learning_rate
@@ -38,6 +38,7 @@ from ggn_ntk.training.squared_loss import gradient_descent_mse, gradient_flow_ms
 __all__ = [
     "Gaussian",
     "IllConditionedWarning",
+    "gradient_descent",
     "gradient_descent_mse",
     "gradient_flow",
     "gradient_flow_mse",

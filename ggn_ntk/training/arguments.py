@@ -22,6 +22,7 @@ from ggn_ntk.spectrum.matrix import (
     to_columns,
     unflatten,
 )
+from ggn_ntk.spectrum.operator import Operator, is_operator
 
 #: Outputs at time 0: a number stands for all of them, and ``None`` for zero.
 Outputs = Tensor | float | None
@@ -55,14 +56,14 @@ class Layout:
     @classmethod
     def parse(
         cls,
-        k_train_train: Any,
+        k_train_train: Tensor | Operator,
         argument: str,
         f: Any,
         trace_axes: Axes,
         diagonal_axes: Axes,
         kernel: str = "k_train_train",
     ) -> "Layout":
-        """Find the layout from the training set's kernel and outputs."""
+        """Find the layout from the training set's kernel, which is checked already, and outputs."""
         f = check_real(f, argument)
         axes = find_axes(k_train_train, kernel, f, argument, trace_axes, diagonal_axes)
         if f.device != k_train_train.device:
@@ -92,11 +93,20 @@ class Layout:
 
     def cross(self, argument: str, kernel: Any, samples: int | None = None) -> Tensor:
         """Check and flatten a kernel of test and training samples."""
-        # kernel [M, N, *axes.kernel_shape] -> [E, M F, N F]
+        # kernel [M, N, *axes.kernel_shape], or an operator [M F, N F] -> [E, M F, N F]
+        if is_operator(kernel):
+            return self._operator(argument, kernel, samples).dense()[None]
         kernel = check_entries(kernel, argument)
         samples = len(kernel) if samples is None else samples
         self._check(argument, kernel, [samples, self.n, *self.axes.kernel_shape])
         return flatten(kernel, self.axes)
+
+    def product(self, argument: str, kernel: Any, columns: Tensor) -> Tensor:
+        """Multiply columns by a kernel of test and training samples."""
+        # columns [E, N F, T], kernel [M, N, *axes.kernel_shape] or an operator [M F, N F] -> [E, M F, T]
+        if is_operator(kernel):
+            return (self._operator(argument, kernel) @ columns[0])[None]
+        return self.cross(argument, kernel) @ columns
 
     def symmetric(self, argument: str, kernel: Any, samples: int, why: str = "") -> Tensor:
         """Check and flatten a kernel of a set with itself."""
@@ -111,7 +121,16 @@ class Layout:
         kernel = unflatten((covariance + covariance.mT) / 2, self.axes)
         return Gaussian(self.outputs(mean), kernel.to(self.dtype))
 
-    def _check(self, argument: str, tensor: Tensor, shape: list[int], why: str = "") -> None:
+    def _operator(self, argument: str, kernel: Any, samples: int | None = None) -> Operator:
+        """Check an operator of test and training samples."""
+        operator, free = Operator.parse(kernel, argument), self.axes.first.roles.free
+        rows = operator.shape[0] // free * free if samples is None else samples * free
+        if self.axes.first.roles.diagonal > 1:
+            raise ValueError(f"{argument} must be a tensor like the training set's kernel, which is several matrices.")
+        self._check(argument, operator, [rows, self.n * free])
+        return operator
+
+    def _check(self, argument: str, tensor: Tensor | Operator, shape: list[int], why: str = "") -> None:
         """Refuse a tensor of another shape, or on another device than the training set's kernel."""
         if list(tensor.shape) != shape:
             raise ValueError(f"{argument} must have shape {shape}{why}, got {list(tensor.shape)}.")
@@ -135,6 +154,7 @@ def parse_test(layout: Layout, f_train_0: Any, f_test_0: Any, k_test_train: Any)
     if f_test_0 is None and isinstance(f_train_0, Tensor):
         raise ValueError("f_test_0 must be given beside k_test_train, as f_train_0 is: 0.0 for outputs that are zero.")
     f_test_0 = f_train_0 if f_test_0 is None else f_test_0
+    k_test_train = check_entries(k_test_train, "k_test_train")
     cross = layout.cross("k_test_train", k_test_train)
     return layout.start("f_test_0", f_test_0, len(k_test_train)), cross
 

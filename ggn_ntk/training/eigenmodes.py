@@ -6,7 +6,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
-from ggn_ntk.spectrum.matrix import Axes, Decomposition, decompose
+from ggn_ntk.spectrum.decompositions import Decomposition, decompose
+from ggn_ntk.spectrum.matrix import Axes, check_entries
 from ggn_ntk.training.arguments import Layout, parse_test
 
 
@@ -93,6 +94,7 @@ class Training:
         argument: str = "k_train_train",
     ) -> "Training":
         """Check the arguments and decompose the kernel."""
+        kernel = check_entries(kernel, argument)
         layout = Layout.parse(kernel, "y_train", y_train, trace_axes, diagonal_axes, argument)
         return cls(layout, decompose(kernel, argument, layout.axes, diag_reg), layout.columns("y_train", y_train))
 
@@ -124,19 +126,20 @@ class Training:
         # -> [*t, E, n]; the schedule's response has the 1 / w, so that nothing is divided by zero
         response, undetermined = schedule.response(self.kernel.values), self._undetermined(schedule)
         if undetermined.any():
-            bounded = schedule.response(self.kernel.values + self.kernel.jitter)
+            bounded = schedule.response(self.kernel.values + self.kernel.ridged.jitter)
             response = torch.where(undetermined[..., None, None], bounded, response)
         return response
 
     def _undetermined(self, schedule: Schedule) -> Tensor:
         """Find lengths of training at which eigenvalues below rounding matter, and warn of them."""
         # -> [*t]
-        rounding = self.kernel.rounding
+        rounding = self.kernel.ridged.rounding
         long = schedule.reach > (1 / rounding if rounding else torch.finfo(torch.float64).max)
         if not self.kernel.singular or not long.any():
             return torch.zeros_like(long)
+        jitter = self.kernel.ridged.jitter
         self.kernel.warn(
-            f"for so long a training, a jitter of {self.kernel.jitter:.1e} is added to its diagonal for test outputs, "
+            f"for so long a training, a jitter of {jitter:.1e} is added to its diagonal for test outputs, "
             "and after infinite time, training outputs are left as they are in directions that it cannot tell from zero"
         )
         return long

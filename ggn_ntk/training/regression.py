@@ -12,13 +12,15 @@ from ggn_ntk.problem.result import EmpiricalKernels
 from ggn_ntk.spectrum.matrix import Axes
 from ggn_ntk.training.arguments import Gaussian, Predict, check_kernels, parse_rate, parse_times
 from ggn_ntk.training.eigenmodes import Flow, Training
+from ggn_ntk.training.solvers import Regression, Solver
 
 
 def kernel_ridge_regression(
-    k_train_train: Tensor,
+    k_train_train: Any,
     y_train: Tensor,
     *,
     diag_reg: float = 0.0,
+    solver: Solver | None = None,
     trace_axes: Axes = None,
     diagonal_axes: Axes = None,
 ) -> Predict:
@@ -26,39 +28,48 @@ def kernel_ridge_regression(
 
     f_test = K_test,train (K + diag_reg mean(diag K) I)⁻¹ y. With the NTK, it is where gradient flow takes a linearized
     network that starts from zero. A kernel that is singular up to rounding gets a jitter, and an
-    :class:`IllConditionedWarning` says so.
+    :class:`IllConditionedWarning` says so; with a solver of your own or an operator, what is singular is for the solver
+    to find.
 
     Args:
-        k_train_train: ``[N, N, *out, *out]``, ``[N, N, *out]``, ``[N, N]`` or with axes as stated.
+        k_train_train: ``[N, N, *out, *out]``, ``[N, N, *out]``, ``[N, N]`` or with axes as stated. Or an operator of
+            SciPy's or curvlinops' kind, ``[N C, N C]`` for outputs that influence one another, and ``[N F, N F]`` where
+            only F outputs are not traced.
         y_train: Targets ``[N, *out]``.
-        diag_reg: The ridge, as a multiple of the mean diagonal.
+        diag_reg: The ridge, as a multiple of the mean diagonal, for which an operator has to have ``diagonal()``.
+        solver: ``None`` for Cholesky's factorisation of a tensor, and for SciPy's conjugate gradients on an operator;
+            or a solver like these of SciPy's, called as ``solver(operator, vector)`` for each column, with SciPy's
+            operator of the kernel and its ridge, and a vector in float64. It returns the solution, or the pair of it
+            and a flag that is zero for success: ``functools.partial(scipy.sparse.linalg.minres, rtol=1e-8)``.
         trace_axes: The output axes that the kernels are traced along, counted as in :func:`ggn_ntk.empirical_ntk`:
             outputs along them share a kernel.
         diagonal_axes: The output axes that the kernels are diagonal along. With both ``None``, the shape tells full,
             diagonal and trace kernels apart.
 
     Returns:
-        ``predict(k_test_train)``, which takes ``[M, N, ...]`` with the output axes of ``k_train_train`` and returns
-        ``[M, *out]``.
+        ``predict(k_test_train)``, which takes ``[M, N, ...]`` with the output axes of ``k_train_train``, or an operator
+        ``[M F, N F]``, and returns ``[M, *out]``.
 
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If a shape does not fit, the kernel is not symmetric, or a number is not accepted.
+        RuntimeError: If the solver fails.
     """
-    training = Training.parse(k_train_train, y_train, diag_reg, trace_axes, diagonal_axes)
-    weights = training.kernel.inverse() @ training.targets
+    regression = Regression.parse(k_train_train, y_train, diag_reg, solver, trace_axes, diagonal_axes)
+    layout = regression.layout
 
-    def predict(k_test_train: Tensor) -> Tensor:
-        return training.layout.outputs(training.layout.cross("k_test_train", k_test_train) @ weights)
+    def predict(k_test_train: Any) -> Tensor:
+        return layout.outputs(layout.product("k_test_train", k_test_train, regression.weights))
 
     return predict
 
 
 def nngp_posterior(
-    k_train_train: Tensor,
+    k_train_train: Any,
     y_train: Tensor,
     *,
     diag_reg: float = 0.0,
+    solver: Solver | None = None,
     trace_axes: Axes = None,
     diagonal_axes: Axes = None,
 ) -> Predict:
@@ -70,9 +81,11 @@ def nngp_posterior(
     one finite network, :func:`ggn_ntk.nngp`, has rank one: average it over initialisations.
 
     Args:
-        k_train_train: ``[N, N, *out, *out]``, ``[N, N, *out]``, ``[N, N]`` or with axes as stated.
+        k_train_train: ``[N, N, *out, *out]``, ``[N, N, *out]``, ``[N, N]`` or with axes as stated; or an operator, as
+            :func:`kernel_ridge_regression` takes it.
         y_train: Targets ``[N, *out]``.
-        diag_reg: The noise, as a multiple of the mean diagonal.
+        diag_reg: The noise, as a multiple of the mean diagonal, for which an operator has to have ``diagonal()``.
+        solver: As for :func:`kernel_ridge_regression`. The covariance takes a solution for each test output.
         trace_axes: The output axes that the kernels are traced along, counted as in :func:`ggn_ntk.empirical_ntk`:
             outputs along them share a kernel.
         diagonal_axes: The output axes that the kernels are diagonal along. With both ``None``, the shape tells full,
@@ -80,20 +93,21 @@ def nngp_posterior(
 
     Returns:
         ``predict(k_test_train, k_test_test)``, which takes kernels ``[M, N, ...]`` and ``[M, M, ...]`` with the output
-        axes of ``k_train_train``, and returns a :class:`Gaussian`.
+        axes of ``k_train_train``, the first of which may be an operator, and returns a :class:`Gaussian`.
 
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If a shape does not fit, the kernel is not symmetric, or a number is not accepted.
+        RuntimeError: If the solver fails.
     """
-    training = Training.parse(k_train_train, y_train, diag_reg, trace_axes, diagonal_axes)
-    inverse = training.kernel.inverse()
+    regression = Regression.parse(k_train_train, y_train, diag_reg, solver, trace_axes, diagonal_axes)
+    layout = regression.layout
 
-    def predict(k_test_train: Tensor, k_test_test: Tensor) -> Gaussian:
-        cross = training.layout.cross("k_test_train", k_test_train)
-        prior = training.layout.symmetric("k_test_test", k_test_test, len(k_test_train), " to fit k_test_train")
-        hat = cross @ inverse
-        return training.layout.gaussian(hat @ training.targets, prior - hat @ cross.mT)
+    def predict(k_test_train: Any, k_test_test: Any) -> Gaussian:
+        cross = layout.cross("k_test_train", k_test_train)
+        samples = cross.shape[1] // layout.axes.first.roles.free
+        prior = layout.symmetric("k_test_test", k_test_test, samples, " to fit k_test_train")
+        return layout.gaussian(cross @ regression.weights, prior - cross @ regression.solve(cross.mT))
 
     return predict
 
@@ -147,7 +161,8 @@ def ntk_ensemble(
 
     def predict(k_test_train: EmpiricalKernels, nngp_test_test: Tensor, t: Any = None) -> Gaussian:
         check_kernels("k_test_train", k_test_train)
-        cross, m = layout.cross("k_test_train.ntk", k_test_train.ntk), len(k_test_train.ntk)
+        cross = layout.cross("k_test_train.ntk", k_test_train.ntk)
+        m = cross.shape[1] // layout.axes.first.roles.free
         nngp_cross = layout.cross("k_test_train.nngp", k_test_train.nngp, m)
         prior = layout.symmetric("nngp_test_test", nngp_test_test, m, " to fit k_test_train")
         hat = training.hat(Flow(parse_times(t, y_train) * rate), cross)  # [*t, E, M F, N F]

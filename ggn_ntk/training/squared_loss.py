@@ -3,10 +3,11 @@
 import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from ggn_ntk.spectrum.lanczos import largest_eigenvalue, leading
 from ggn_ntk.spectrum.matrix import Axes, check_number, symmetric_matrices, symmetric_matrix
+from ggn_ntk.spectrum.operator import Operator, parse_kernel
 from ggn_ntk.training.arguments import Layout, Outputs, Predict, parse_rate, parse_steps, parse_times
 from ggn_ntk.training.eigenmodes import Descent, Flow, Training
 
@@ -114,7 +115,7 @@ def gradient_descent_mse(
 
 
 def max_learning_rate(
-    k_train_train: Tensor,
+    k_train_train: Any,
     momentum: float = 0.0,
     *,
     y_train: Tensor | None = None,
@@ -124,10 +125,12 @@ def max_learning_rate(
     """Compute the learning rate above which gradient descent on the squared loss diverges.
 
     2 (1 + μ) N C / λ_max(Θ), for the steps of :func:`gradient_descent_mse`: in each eigendirection they contract if and
-    only if η λ / (N C) is below 2 (1 + μ) (Goh: "Why Momentum Really Works", Distill 2017).
+    only if η λ / (N C) is below 2 (1 + μ) (Goh: "Why Momentum Really Works", Distill 2017). The largest eigenvalue of a
+    large kernel or of an operator comes from Lanczos iterations, to all digits.
 
     Args:
-        k_train_train: ``[N, N, *out, *out]``, or any other kernel together with ``y_train``.
+        k_train_train: ``[N, N, *out, *out]``, or any other kernel together with ``y_train``. Or an operator of SciPy's
+            or curvlinops' kind, ``[N C, N C]``.
         momentum: The momentum μ.
         y_train: Targets ``[N, *out]``, for their shape alone. Without them, the kernel counts as full: ``[N, N]`` for
             all of C outputs does not tell C, by which the result has to be multiplied.
@@ -142,13 +145,21 @@ def max_learning_rate(
         ValueError: If a shape does not fit, the kernel is not symmetric, or a number is not accepted.
     """
     check_number("momentum", momentum, 0.0, 1.0)
+    kernel = parse_kernel(k_train_train, "k_train_train")
+    layout = None
     if y_train is not None:
-        layout = Layout.parse(k_train_train, "y_train", y_train, trace_axes, diagonal_axes)
-        matrices, outputs = symmetric_matrices(k_train_train, "k_train_train", layout.axes), y_train.numel()
+        layout = Layout.parse(kernel, "y_train", y_train, trace_axes, diagonal_axes)
     elif trace_axes is not None or diagonal_axes is not None:
         raise ValueError("y_train must be given beside trace_axes and diagonal_axes: it tells the shape of outputs.")
+    if isinstance(kernel, Operator):
+        kernel.check_symmetric()
+        largest, outputs = leading(kernel.products, 1)[0].item(), kernel.shape[0]
     else:
-        matrices = symmetric_matrix(k_train_train, "k_train_train")
-        outputs = len(matrices)
-    largest = torch.linalg.eigvalsh(matrices).max().item()
+        matrices = (
+            symmetric_matrix(kernel, "k_train_train")[None]
+            if layout is None
+            else symmetric_matrices(kernel, "k_train_train", layout.axes)
+        )
+        largest, outputs = largest_eigenvalue(matrices), matrices.shape[1]
+    outputs = outputs if y_train is None else y_train.numel()
     return 2 * (1 + momentum) * outputs / largest if largest > 0 else math.inf
