@@ -28,6 +28,7 @@ if PRETENDS:
 
 torch.set_num_threads(1)  # the models are tiny, and test processes run side by side
 
+DTYPES = [torch.float32, torch.float64]
 METHODS = ["structured", "vivit", "jacobian_contraction", "ntk_vector_products", "auto"]
 COMPUTES = ["full", "diagonal", "trace"]
 
@@ -69,15 +70,16 @@ def _seed():
         registered.update(before)
 
 
-def _if(condition: bool, device: str, reason: str) -> Any:
-    return pytest.param(device, marks=pytest.mark.skipif(not condition, reason=reason))
+# The pretend device stands in for a GPU where there is none, with torch 2.9 or later.
+DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available(), *["pretend"] * PRETENDS]
+
+# Where to compute, and in what. The pretend device computes as the CPU does: float64 tells more of it.
+PLACES = [(dtype, device) for device in DEVICES for dtype in DTYPES if (dtype, device) != (torch.float32, "pretend")]
 
 
-DEVICES = [
-    "cpu",
-    _if(torch.cuda.is_available(), "cuda", "no GPU"),
-    _if(PRETENDS, "pretend", "stands in for a GPU, with torch 2.9 or later"),
-]
+def pytest_report_header() -> str:
+    """Say which devices are under test."""
+    return f"devices: {', '.join(DEVICES)}"
 
 
 @pytest.fixture(params=DEVICES)
@@ -87,16 +89,13 @@ def device(request: pytest.FixtureRequest) -> Iterator[str]:
         yield request.param
         return
     asked = request.node.callspec.params
-    case, method = asked.get("case"), asked.get("method")
-    if asked.get("dtype") == torch.float32 and not getattr(case, "rounds", False):
+    if asked.get("dtype") == torch.float32 and not getattr(asked.get("case"), "rounds", False):
         pytest.skip("float64 tells more")
-    if method in ("jacobian_contraction", "ntk_vector_products") and "prelu" in case.name.lower():
-        pytest.skip("vmap raises inside of the backward pass")
     with torch.autograd.set_multithreading_enabled(False):
         yield request.param
 
 
-@pytest.fixture(params=[torch.float32, torch.float64], ids=["float32", "float64"])
+@pytest.fixture(params=DTYPES, ids=["float32", "float64"])
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
 
@@ -193,25 +192,35 @@ def loop_kernel(build, x1, x2=None):
 
 
 @cache
-def oracle(name: str, symmetric: bool = False, compute: str = "full", device: str = "cpu") -> dict[str, Tensor]:
-    """Each parameter's float64 kernel of a case: from the CPU, where what the device computes is the same function."""
-    if device != "cpu" and not (device == "cuda" and name in ROUNDED_ON_CUDA):
-        return oracle(name, symmetric, compute)
+def full_kernels(name: str, device: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """Each parameter's float64 kernel of x1 and x2, and of x1 alone, of a case."""
     case = NAMED[name]
     model, x1, x2 = case.build(device=device)
     found = call(model, x1)
     out = (found if case.output is None else case.output(found)).shape[1:]
-    first, second = loop_jacobians(model, x1, case.output), loop_jacobians(model, x1 if symmetric else x2, case.output)
-    kernels = {}
-    for name, j1 in first.items():
-        kernel = torch.einsum("ncp,mdp->nmcd", j1, second[name])
-        shape = kernel.shape[:2] + out
-        if compute == "full":
-            kernels[name] = kernel.reshape(shape + out)
-        else:
-            diagonal = kernel.diagonal(dim1=2, dim2=3)
-            kernels[name] = diagonal.reshape(shape) if compute == "diagonal" else diagonal.sum(-1)
-    return kernels
+    first, second = loop_jacobians(model, x1, case.output), loop_jacobians(model, x2, case.output)
+    of_two, of_one = (
+        {name: torch.einsum("ncp,mdp->nmcd", j, other[name]) for name, j in first.items()} for other in (second, first)
+    )
+    return tuple({name: k.reshape(*k.shape[:2], *out, *out) for name, k in ks.items()} for ks in (of_two, of_one))
+
+
+@cache
+def oracle(name: str, symmetric: bool = False, compute: str = "full", device: str = "cpu") -> dict[str, Tensor]:
+    """Each parameter's float64 kernel of a case: from the CPU, where what the device computes is the same function."""
+    if device != "cpu" and not (device == "cuda" and name in ROUNDED_ON_CUDA):
+        return oracle(name, symmetric, compute)
+    kernels = full_kernels(name, device)[symmetric]
+    return {name: reduced(kernel, compute) for name, kernel in kernels.items()}
+
+
+def reduced(kernel: Tensor, compute: str) -> Tensor:
+    """A full kernel of outputs of one shape, with entries of equal outputs alone."""
+    if compute == "full" or kernel.ndim == 2:
+        return kernel
+    k = (kernel.ndim - 2) // 2
+    diagonal = kernel.flatten(2, 1 + k).flatten(3).diagonal(dim1=2, dim2=3)
+    return diagonal.sum(-1) if compute == "trace" else diagonal.reshape(kernel.shape[: 2 + k])
 
 
 def oracle_sum(case: Case, symmetric: bool = False, compute: str = "full", device: str = "cpu") -> Tensor:

@@ -7,9 +7,10 @@ Unlike CUDA, it has no fused recurrent layers, moving a model breaks its ties, a
 may abort the process: wrap calls in ``torch.autograd.set_multithreading_enabled(False)``, and keep to what succeeds.
 """
 
+from functools import cache
+
 import torch
 from torch.utils._mode_utils import no_dispatch
-from torch.utils._pytree import tree_leaves, tree_map
 from torch.utils.backend_registration import _DummyBackendModule, _setup_privateuseone_for_python_backend
 
 NAME = "pretend"
@@ -113,11 +114,27 @@ def _inner(value):
     return value._inner if isinstance(value, PretendTensor) else value
 
 
+def _mapped(function, value):
+    """Apply a function to each tensor that an operation takes or returns: in lists at most, and so without pytrees."""
+    if isinstance(value, torch.Tensor):
+        return function(value)
+    return type(value)(_mapped(function, entry) for entry in value) if isinstance(value, list | tuple) else value
+
+
+@cache
+def _facts(func):
+    """Whether an operation is waited for, whether it starts anything, and what it does to its first tensor."""
+    launches = func.__name__.split(".")[0].strip("_") not in _VIEWS
+    in_place = func._schema.is_mutable and func._schema.name.endswith("_")
+    return func in _SYNCS, launches, torch.Tag.inplace_view in func.tags, in_place
+
+
 def _compute(func, args, kwargs):
     """Compute an operation on the numbers inside, where CUDA would."""
-    tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+    tensors = []
+    _mapped(tensors.append, (*args, *kwargs.values()))
     on_device = any(isinstance(t, PretendTensor) for t in tensors)
-    mixed = on_device and any(t.ndim and not isinstance(t, PretendTensor) for t in tensors)
+    mixed = on_device and any(not isinstance(t, PretendTensor) and t.ndim for t in tensors)
     if mixed and func not in _MIXED:
         devices = f"at least two devices, {DEVICE} and cpu!"
         raise RuntimeError(f"Expected all tensors to be on the same device, but found {devices} ({func})")
@@ -128,18 +145,19 @@ def _compute(func, args, kwargs):
     generator = kwargs.get("generator")
     if to_device and generator is not None and generator.device.type != NAME:
         raise RuntimeError(f"Expected a '{NAME}' device type for generator but found '{generator.device.type}'")
+    syncs, launches, changes_shape, in_place = _facts(func)
     COUNTS["copies"] += mixed or (bool(tensors) and to_device != on_device)
-    COUNTS["syncs"] += func in _SYNCS
-    COUNTS["launches"] += func.__name__.split(".")[0].strip("_") not in _VIEWS
-    result = func(*tree_map(_inner, args), **tree_map(_inner, kwargs))
-    if torch.Tag.inplace_view in func.tags:
+    COUNTS["syncs"] += syncs
+    COUNTS["launches"] += launches
+    result = func(*_mapped(_inner, args), **{key: _mapped(_inner, value) for key, value in kwargs.items()})
+    if changes_shape:
         with no_dispatch():  # what the outer tensor shows of its shape changes as well
             func(*args, **kwargs)
-    if func._schema.is_mutable and func._schema.name.endswith("_"):
+    if in_place:
         return args[0]
     if isinstance(kwargs.get("out"), torch.Tensor):
         return kwargs["out"]
-    return tree_map(lambda t: PretendTensor(t) if to_device and isinstance(t, torch.Tensor) else t, result)
+    return _mapped(PretendTensor, result) if to_device else result
 
 
 def _making(func):

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from cases import moved
-from conftest import COMPUTES, assert_close, fully_convolutional, limit_memory, loop_jacobians, mapped, seeded
+from conftest import COMPUTES, assert_close, fully_convolutional, limit_memory, loop_jacobians, mapped, reduced, seeded
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -119,15 +119,6 @@ def kernels_of(model, x1, x2, outputs=(None, None)):
 def shape_of(model, x, output):
     found = model(**x) if isinstance(x, dict) else model(x)
     return (found if output is None else output(found)).shape[1:]
-
-
-def reduced(kernel, compute):
-    """A full kernel of outputs of one shape, with entries of equal outputs alone."""
-    if compute == "full" or kernel.ndim == 2:
-        return kernel
-    k = (kernel.ndim - 2) // 2
-    diagonal = kernel.flatten(2, 1 + k).flatten(3).diagonal(dim1=2, dim2=3)
-    return diagonal.sum(-1) if compute == "trace" else diagonal.reshape(kernel.shape[: 2 + k])
 
 
 @pytest.mark.parametrize("compute", COMPUTES)
