@@ -4,11 +4,13 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ggn_ntk import kernels, plots, reference, rules, spectrum, training
+from ggn_ntk import kernels, large, plots, reference, rules, spectrum, training
 from ggn_ntk.kernels.explain import explain
 from ggn_ntk.kernels.ntk import empirical_ntk
 from ggn_ntk.kernels.outputs import empirical_kernels, nngp
 from ggn_ntk.kernels.prepared import empirical_ntk_fn
+from ggn_ntk.large.store import KernelStore
+from ggn_ntk.large.tiled import tiled_ntk
 from ggn_ntk.linearization.taylor import TaylorExpansion, linearize, taylor_expand
 from ggn_ntk.problem.errors import (
     KernelMemoryError,
@@ -36,6 +38,7 @@ __all__ = [
     "EmpiricalNTK",
     "Factored",
     "KernelMemoryError",
+    "KernelStore",
     "NTKMismatchError",
     "NotFiniteWarning",
     "RouteWarning",
@@ -49,6 +52,7 @@ __all__ = [
     "empirical_ntk_vivit",
     "explain",
     "kernels",
+    "large",
     "linearize",
     "nngp",
     "plots",
@@ -58,6 +62,7 @@ __all__ = [
     "shared",
     "spectrum",
     "taylor_expand",
+    "tiled_ntk",
     "training",
 ]
 

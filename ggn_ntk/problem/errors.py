@@ -140,9 +140,10 @@ def kind_of(value: Any) -> str:
 
 
 class _Here(threading.local):
-    """Whether warnings are off in this thread."""
+    """What becomes of warnings in this thread."""
 
-    silent = False
+    silent = False  # whether they are off
+    kept: "list[tuple[type[Warning], str]] | None" = None  # where they are kept instead
 
 
 _HERE = _Here()
@@ -158,9 +159,22 @@ def silent() -> Iterator[None]:
         _HERE.silent = before
 
 
+@contextmanager
+def collected() -> Iterator[list[tuple[type[Warning], str]]]:
+    """Keep this package's warnings in this thread, for who is to say them elsewhere."""
+    before, _HERE.kept = _HERE.kept, []
+    try:
+        yield _HERE.kept
+    finally:
+        _HERE.kept = before
+
+
 def warn(message: str, category: type[Warning]) -> None:
     """Warn at the line of the user's code that called this package."""
     if _HERE.silent:
+        return
+    if _HERE.kept is not None:
+        _HERE.kept.append((category, message))
         return
     frame, level = sys._getframe(1), 1  # noqa: SLF001 - Python documents it
     while frame.f_back is not None and frame.f_globals.get("__name__", "").split(".")[0] in _PASSED_BY:

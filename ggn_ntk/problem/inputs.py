@@ -172,12 +172,55 @@ class Inputs:
 def parse_inputs(x: Any, argument: str, model: Module, *, graph: bool = False) -> Inputs:
     """Bring one set of inputs to the form of positional and keyword arguments, and check it against the model."""
     inputs = _read(x, argument)
-    _check_tensors(inputs, argument, model)
+    _check_tensors(inputs, argument)
+    _check_like_model(inputs, argument, model)
     if not graph:
         _refuse_graphs(inputs, argument)
     with torch.inference_mode(False):  # tensors of inference mode take no part in a graph: copies do
         inputs = inputs.each(lambda t: t.clone() if t.is_inference() else t)
         return inputs if graph else inputs.detached()
+
+
+def count_samples(x: Any, argument: str) -> int:
+    """Count the samples of one set of inputs, checked but for what the model says to them."""
+    inputs = _read(x, argument)
+    _check_tensors(inputs, argument)
+    _refuse_graphs(inputs, argument)
+    return len(inputs)
+
+
+def select(x: Any, index: slice, device: torch.device) -> Any:
+    """Take some samples of one set of inputs, in the structure in which it was given, on a device."""
+    x = dict(x) if _is_mapping(x) else x
+    return _each(x, lambda tensor, is_shared: (tensor if is_shared else tensor[index]).to(device))
+
+
+def _each(x: Any, function: Callable[[Tensor, bool], Tensor], *, is_shared: bool = False) -> Any:
+    """Make a structure like another, of what a function makes of each tensor and of whether it is marked as shared."""
+    if isinstance(x, Shared):
+        return replace(x, value=_each(x.value, function, is_shared=True))
+    parts = _parts(x)
+    if parts is None:
+        return function(x, is_shared) if isinstance(x, Tensor) else x
+    return _with_parts(x, [_each(part, function, is_shared=is_shared) for part in parts.values()])
+
+
+def stack_samples(samples: list[Any], argument: str) -> Any:
+    """Put inputs of the model for one sample each, of one structure, together to a set."""
+    first, parts = samples[0], [_parts(sample) or {} for sample in samples]
+    if any(type(sample) is not type(first) for sample in samples) or any(p.keys() != parts[0].keys() for p in parts):
+        raise ValueError(f"Samples of {argument} must have one structure, got {kind_of(first)} and others.")
+    if isinstance(first, Tensor):
+        if len({(tuple(sample.shape), sample.dtype) for sample in samples}) > 1:
+            raise ValueError(f"Samples of {argument} must have one shape and dtype: pad them, or make a set of each.")
+        return torch.stack(samples)
+    if not parts[0]:
+        if not all(_equal(first, sample) for sample in samples):
+            raise ValueError(
+                f"What is no tensor must be the same in all samples of {argument}, got {first!r} and others."
+            )
+        return first
+    return _with_parts(first, [stack_samples([p[label] for p in parts], argument + label) for label in parts[0]])
 
 
 def _refuse_graphs(inputs: Inputs, argument: str) -> None:
@@ -291,8 +334,8 @@ def _is_array(x: Any) -> bool:
     return not isinstance(x, Tensor | type) and getattr(x, "ndim", 0) != 0
 
 
-def _check_tensors(inputs: Inputs, argument: str, model: Module) -> None:
-    """Check that inputs are tensors with one common leading axis, of the model's dtype and device."""
+def _check_tensors(inputs: Inputs, argument: str) -> None:
+    """Check that inputs are tensors with one common leading axis."""
     for label, entry in inputs.constants.items():
         if _is_array(entry):
             what = f"{argument}{label}"
@@ -320,7 +363,6 @@ def _check_tensors(inputs: Inputs, argument: str, model: Module) -> None:
         )
     if 0 in sizes.values():
         raise ValueError(f"{argument} has no samples: its leading axis is empty.")
-    _check_like_model(inputs, argument, model)
 
 
 def _check_like_model(inputs: Inputs, argument: str, model: Module) -> None:

@@ -67,6 +67,19 @@ def registered() -> Hashable:
     return (*_RULES.items(), *_BACKPROPAGATIONS.items())
 
 
+def users_entries() -> tuple[dict[Any, Rule], dict[Any, "Backpropagation"]]:
+    """List what users have registered, for another process."""
+    rules = {kind: rule for kind, rule in _RULES.items() if not _is_own(rule)}
+    return rules, {kind: way for kind, way in _BACKPROPAGATIONS.items() if not _is_own(way.function)}
+
+
+def register_entries(entries: tuple[dict[Any, Rule], dict[Any, "Backpropagation"]]) -> None:
+    """Register what users have registered in another process."""
+    rules, ways = entries
+    _RULES.update(rules)
+    _BACKPROPAGATIONS.update(ways)
+
+
 def users_rule_for(module: Module) -> Rule | None:
     """Look up the rule that a user has registered for a layer; none where the rule is this package's, for torch's."""
     rule = rule_for(module)

@@ -1,0 +1,161 @@
+"""Strips of tiles: a row's samples are loaded once, and meet those of one column after the other."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
+from pathlib import Path as FilePath
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Size, Tensor
+from torch.nn import Module
+
+from ggn_ntk.kernels.outputs import nngp
+from ggn_ntk.kernels.prepared import empirical_ntk_fn
+from ggn_ntk.large.plan import Path, Plan, Tile
+from ggn_ntk.large.samples import Samples
+from ggn_ntk.large.store import KernelStore
+from ggn_ntk.problem.inputs import select
+from ggn_ntk.problem.output_axes import AxesRequest
+
+#: Numbers of the kernels that are computed together, by their keys.
+Numbers = dict[Path, np.ndarray[Any, Any]]
+
+
+@dataclass
+class Kernels:
+    """Which kernels are computed, of any samples."""
+
+    model: Any
+    keywords: Mapping[str, Any]  # of :func:`ggn_ntk.empirical_ntk`, or of :func:`ggn_ntk.nngp`
+    kind: str  # ``"ntk"`` or ``"nngp"``
+    # The kernels that the parameters' kernels are summed to in float64, by the parameters' names; none where these are
+    # not kept apart before
+    groups: Mapping[str, Path] | None = None
+
+    @cached_property
+    def _function(self) -> Callable[..., Any]:
+        """What computes them."""
+        if self.kind == "nngp":
+            return partial(nngp, self.model, **self.keywords)
+        keywords = dict(self.keywords)
+        if self.groups is not None:
+            keywords["per_parameter"] = True
+        return empirical_ntk_fn(self.model, **keywords)
+
+    def on(self, device: torch.device) -> "Kernels":
+        """Compute the same on another device."""
+        if isinstance(self.model, Module):
+            return replace(self, model=self.model.to(device))
+        params = select(self.keywords["params"], slice(None), device)
+        return replace(self, keywords={**self.keywords, "params": params})
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is learnt of the model, which another process learns anew."""
+        return {key: value for key, value in vars(self).items() if key != "_function"}
+
+    def __call__(self, x1: Any, x2: Any = None) -> dict[Path, Tensor]:
+        """Compute them, by their keys."""
+        found = by_keys(self._function(x1, x2))
+        if self.groups is None:
+            return found
+        sums: dict[Path, Tensor] = {}
+        for (name, *others), kernel in found.items():
+            keys = (*self.groups[name], *others)
+            sums[keys] = sums[keys].add_(kernel) if keys in sums else kernel.double()
+        return sums
+
+
+@dataclass
+class Job:
+    """All that is needed to compute tiles of a kernel."""
+
+    kernels: Kernels
+    x1: Samples
+    x2: Samples
+    axes: AxesRequest
+    plan: Plan
+    path: FilePath
+    device: torch.device
+
+    def on(self, device: torch.device) -> "Job":
+        """Compute the same on another device."""
+        return replace(self, kernels=self.kernels.on(device), device=device)
+
+    def work(self, row: int, done: Callable[[], object] = lambda: None) -> None:
+        """Compute the tiles of a strip that are not there, and write each."""
+        store = KernelStore(self.path)
+        missing = [
+            tile for tile in (Tile(row, column) for column in self.plan.columns(row)) if not done_in(store, tile)
+        ]
+        if not missing:
+            return
+        strip = Strip(self, self.x1.take(self.plan.rows_of(missing[0]), self.device))
+        for tile in missing:
+            numbers = strip.tile(tile)
+            mirror = self.plan.mirror(tile)
+            if mirror is not None:
+                store.write(mirror, self._transposed(numbers))
+            store.write(tile, numbers)
+            done()
+
+    def _transposed(self, numbers: Numbers) -> Numbers:
+        """Exchange x1 and x2 in kernels of a set with itself."""
+        found = {}
+        for keys, kernel in numbers.items():
+            source = keys
+            if keys and isinstance(keys[-1], tuple):  # a pair of outputs, each of which is now the other's
+                u, v = keys[-1]
+                source, twice = (*keys[:-1], (v, u)), (*keys[:-1], (v, v))
+                order = exchanged(kernel.ndim, first=len(self.plan.forms[twice].outputs) // 2)
+            else:
+                order = self._exchanged(kernel.ndim)
+            found[keys] = numbers[source].transpose(order)
+        return found
+
+    def _exchanged(self, ndim: int) -> list[int]:
+        """Order the axes of one kernel so that x1 and x2 are exchanged."""
+        if self.axes.compute != "full":
+            return [1, 0, *range(2, ndim)]
+        outputs = (ndim - 2 + 2 * len(self.axes.trace_axes) + len(self.axes.diagonal_axes)) // 2
+        side = self.axes.resolve(Size([1] * outputs)).first
+        kept, free = list(side.kept), list(side.free)
+        first = [2 + kept.index(axis) if axis in side.diagonal else 2 + len(kept) + free.index(axis) for axis in kept]
+        return [1, 0, *first, *(2 + kept.index(axis) for axis in free)]
+
+
+class Strip:
+    """The samples of x1 in a row of tiles, which stay while those of x2 come and go."""
+
+    def __init__(self, job: Job, x1: Any) -> None:
+        """Take the samples."""
+        self._job, self._x1 = job, x1
+
+    def tile(self, tile: Tile) -> Numbers:
+        """Compute a tile."""
+        job = self._job
+        alone = job.plan.symmetric and (job.plan.paired or tile.row == tile.column)
+        x2 = None if alone else job.x2.take(job.plan.columns_of(tile), job.device)
+        found = job.kernels(self._x1, x2)
+        return {
+            keys: kernel.cpu().numpy().astype(job.plan.forms[keys].dtype, copy=False) for keys, kernel in found.items()
+        }
+
+
+def by_keys(result: Any, keys: Path = ()) -> dict[Path, Tensor]:
+    """List kernels by their keys on all levels."""
+    if isinstance(result, Tensor):
+        return {keys: result}
+    return {k: kernel for key, part in result.items() for k, kernel in by_keys(part, (*keys, key)).items()}
+
+
+def exchanged(ndim: int, first: int) -> list[int]:
+    """Order the axes of a kernel, of which so many are x1's outputs, so that x1 and x2 are exchanged."""
+    return [1, 0, *range(2 + first, ndim), *range(2, 2 + first)]
+
+
+def done_in(store: KernelStore, tile: Tile) -> bool:
+    """Tell whether a tile and the one that is the same, transposed, are there."""
+    mirror = store.plan.mirror(tile)
+    return store.has(tile) and (mirror is None or store.has(mirror))

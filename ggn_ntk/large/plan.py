@@ -1,0 +1,159 @@
+"""How a kernel is divided into tiles."""
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from math import ceil, prod, sqrt
+from typing import Any, NamedTuple
+
+from ggn_ntk.problem.errors import KernelMemoryError
+from ggn_ntk.problem.sizes import shown
+
+#: Where a kernel stands among those that a call returns: its keys on all levels, none where it is the only one.
+Path = tuple[Any, ...]
+
+# Bytes of a tile on disk, above which larger ones gain nothing: samples are evaluated once for each tile.
+_LARGEST = 2**26
+
+# How many times a tile is held: as it is computed, made symmetric, brought to the processor and written.
+_HELD = 4
+
+
+class Tile(NamedTuple):
+    """The place of a tile in the grid of tiles: which rows it has, and which columns."""
+
+    row: int
+    column: int
+
+
+@dataclass(frozen=True)
+class Form:
+    """One of the kernels that are computed together."""
+
+    outputs: tuple[int, ...]  # the sizes of its axes behind those of samples
+    dtype: str  # of what is stored
+
+    @property
+    def bytes(self) -> int:
+        """What an entry of the sample axes takes."""
+        return prod(self.outputs) * (8 if self.dtype == "float64" else 4)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How a kernel is divided into tiles; ``print`` shows it.
+
+    Attributes:
+        samples: N1 and N2.
+        tile: How many samples of x1 and of x2 make a tile; at the ends, what is left of them.
+        symmetric: Whether tiles below the diagonal are those above it, transposed.
+        paired: Whether each sample of x1 meets its partner alone.
+        forms: The kernels that are computed together, by their keys.
+    """
+
+    samples: tuple[int, int]
+    tile: tuple[int, int]
+    symmetric: bool
+    paired: bool
+    forms: Mapping[Path, Form]
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """The numbers of rows and columns of tiles."""
+        rows, columns = (ceil(n / t) for n, t in zip(self.samples, self.tile, strict=True))
+        return rows, 1 if self.paired else columns
+
+    @property
+    def strips(self) -> range:
+        """The rows of tiles, each of which is computed as one."""
+        return range(self.grid[0])
+
+    def columns(self, row: int) -> range:
+        """List the tiles of a strip that are computed."""
+        return range(row if self.symmetric and not self.paired else 0, self.grid[1])
+
+    def tiles(self) -> Iterator[Tile]:
+        """List the tiles that are computed, strip by strip."""
+        return (Tile(row, column) for row in self.strips for column in self.columns(row))
+
+    def mirror(self, tile: Tile) -> Tile | None:
+        """Find the tile that is this one, transposed; there is none for tiles on the diagonal."""
+        mirrored = self.symmetric and not self.paired and tile.row != tile.column
+        return Tile(tile.column, tile.row) if mirrored else None
+
+    def rows_of(self, tile: Tile) -> slice:
+        """Find the samples of x1 in a tile."""
+        return slice(tile.row * self.tile[0], min((tile.row + 1) * self.tile[0], self.samples[0]))
+
+    def columns_of(self, tile: Tile) -> slice:
+        """Find the samples of x2 in a tile."""
+        if self.paired:
+            return self.rows_of(tile)
+        return slice(tile.column * self.tile[1], min((tile.column + 1) * self.tile[1], self.samples[1]))
+
+    def sample_axes(self, sizes: tuple[int, int]) -> tuple[int, ...]:
+        """Choose the sample axes of a kernel: two of them, or one of paired samples."""
+        return sizes[:1] if self.paired else sizes
+
+    @property
+    def bytes(self) -> int:
+        """What the kernel takes on disk, edges of the grid of tiles included."""
+        return self.tile_bytes * prod(self.grid)
+
+    @property
+    def tile_bytes(self) -> int:
+        """What a tile takes."""
+        return tile_bytes(self.forms, self.sample_axes(self.tile))
+
+    def __str__(self) -> str:
+        """Format as lines.
+
+        Returns:
+            The lines.
+        """
+        n1, n2 = self.samples
+        samples = f"{n1} pairs of samples" if self.paired else f"{n1} x {n2} samples"
+        names = "" if () in self.forms else f", {len(self.forms)} kernels"
+        tiles = " x ".join(map(str, self.sample_axes(self.tile)))
+        count = len(list(self.tiles()))
+        mirrored = prod(self.grid) - count
+        lines = [
+            f"kernel of {samples}{names}: {shown(self.bytes)} on disk",
+            f"{prod(self.grid)} tiles of {tiles} samples, {shown(self.tile_bytes)} each, in {len(self.strips)} strips",
+        ]
+        lines += [f"{count} tiles are computed, {mirrored} are these transposed"] if mirrored else []
+        return "\n".join(lines)
+
+
+def tile_bytes(forms: Mapping[Path, Form], sizes: tuple[int, ...]) -> int:
+    """Compute what a tile of so many samples takes."""
+    return prod(sizes) * sum(form.bytes for form in forms.values())
+
+
+def choose_tile(
+    samples: tuple[int, int], forms: Mapping[Path, Form], memory: int, *, symmetric: bool, paired: bool, per_sample: int
+) -> tuple[int, int]:
+    """Choose the largest tile that is worth it and fits, as even as the grid allows."""
+    # A tile holds `_HELD t² entry` bytes, and `2 t per_sample` for the samples' evaluation.
+    entry = sum(form.bytes for form in forms.values())
+    if paired:
+        largest = min(_LARGEST // entry, memory // (_HELD * entry + 2 * per_sample))
+    else:
+        fits = (sqrt(per_sample**2 + _HELD * entry * memory) - per_sample) / (_HELD * entry)
+        largest = int(min(sqrt(_LARGEST / entry), fits))
+    check_tile((max(1, largest),) * 2, forms, memory, paired=paired, per_sample=per_sample)
+    largest = max(1, largest)
+    sizes = [ceil(n / ceil(n / largest)) for n in samples]
+    return (sizes[0], sizes[0]) if symmetric or paired else (sizes[0], sizes[1])
+
+
+def check_tile(
+    tile: tuple[int, int], forms: Mapping[Path, Form], memory: int, *, paired: bool, per_sample: int
+) -> None:
+    """Refuse a tile that cannot fit into memory."""
+    needed = _HELD * tile_bytes(forms, tile[:1] if paired else tile) + per_sample * sum(tile)
+    if needed > memory:
+        raise KernelMemoryError(
+            f"A tile of {tile[0]} x {tile[1]} samples takes about {shown(needed)} to compute, and memory= allows "
+            f"{shown(memory)}. What helps: a smaller tile=, compute='trace' or 'diagonal' instead of the full kernel, "
+            "fewer parameters at a time (params=)."
+        )
