@@ -5,11 +5,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks import plan
+from benchmarks import by_hand, plan, te_nas
 from benchmarks.contenders import BEFORE_FOLDER
 from benchmarks.counts import measure_counts
 from benchmarks.environment import describe_environment, slug
@@ -18,12 +20,12 @@ from benchmarks.process import ROOT
 from benchmarks.report import summary_line, write_report
 from benchmarks.results import Results, WorkloadResult
 from benchmarks.runner import run_sweep, run_workload
-from benchmarks.workloads import ANY_MODULE, AXES, FULL, QUICK, SMALL, SWEEPS, SYMMETRIC, TRACE
+from benchmarks.workloads import QUICK, SWEEPS, TABLES, WORKLOADS, Workload
 
-_TABLES = {workload.name: workload for workload in (*FULL, *TRACE, *SMALL, *SYMMETRIC, *AXES, *ANY_MODULE)}
-_OVERHEAD, _COUNTS = "overhead", "counts"
-_NAMES = [*_TABLES, *SWEEPS, _OVERHEAD, _COUNTS]
+_OVERHEAD, _COUNTS, _BY_HAND, _TE_NAS = "overhead", "counts", "by_hand", "te_nas"
+_NAMES = [*TABLES, *SWEEPS, _OVERHEAD, _COUNTS, _BY_HAND, _TE_NAS]
 _SWEEP_ROUNDS = 3
+_BY_HAND_ROUNDS = 5
 _QUICK_ROUNDS = 2
 
 
@@ -37,7 +39,7 @@ def main(arguments: list[str] | None = None) -> int:
         The exit status: 0 if every kernel of ggn_ntk is right, else 1.
     """
     options = _parse(arguments)
-    with _at_commit(options.before) as commit:
+    with _at_commit(options.against) as commit:
         return _run(options, describe_environment(options.device) | commit)
 
 
@@ -72,47 +74,70 @@ def _run(options: argparse.Namespace, environment: dict[str, str]) -> int:
     Returns:
         The exit status.
     """
-    folder = options.output / slug(environment)
+    folder = options.output or options.parent / slug(environment)
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "results.json"
-    # A part of the run replaces that part of the same day's results.
+    # A part of the run replaces that part of what the folder has.
     results = Results.load(file) if options.part and file.exists() else Results(environment)
-    if options.quick:
-        chosen, sweeps, overhead, counts = {workload.name: workload for workload in QUICK}, [], True, False
-    else:
-        chosen = {name: workload for name, workload in _TABLES.items() if name in options.only}
-        sweeps = [name for name in SWEEPS if name in options.only]
-        overhead, counts = _OVERHEAD in options.only, _COUNTS in options.only
-
-    for workload in chosen.values():
-        contenders = plan.available(plan.contenders_of(workload), options.device)
-        if options.before is not None:
-            contenders = [plan.GGN_NTK, plan.BEFORE]
-        result = run_workload(
-            workload,
-            contenders,
-            options.rounds,
-            options.device,
-            with_floor=not (workload.symmetric or workload.architecture or workload.trace_axes),
-        )
-        results.put(result)
-        _show(result)
+    results.environment |= {name: value for name, value in environment.items() if name == plan.BEFORE}
+    for name in options.only:
+        start = time.monotonic()
+        _measure(name, options, results, file)
+        results.took[f"{name} against" if options.against else name] = (time.monotonic() - start) / 60
         results.save(file)  # an interrupted run keeps what it has
-    for quantity in sweeps:
-        results.sweeps[quantity] = {}
-        for value, result in run_sweep(SWEEPS[quantity], min(options.rounds, _SWEEP_ROUNDS), options.device):
-            results.sweeps[quantity][value] = result
-            _show(result)
-            results.save(file)
-    if overhead:
-        results.overhead = measure_overhead(options.rounds, options.device)
-        results.save(file)
-    if counts:
-        results.counts = measure_counts()
-        results.save(file)
     write_report(results, folder)
+    for name, minutes in results.took.items():
+        print(f"  {name:<28}{minutes:.1f} minutes")
     print(f"Report written to {folder}")
     return int(_ours_is_wrong(results))
+
+
+def _measure(name: str, options: argparse.Namespace, results: Results, file: Path) -> None:
+    """Measure a part of the run.
+
+    Args:
+        name: The part.
+        options: The options.
+        results: Where to keep what is measured.
+        file: Where they are kept.
+    """
+    if name in WORKLOADS:
+        result = _run_workload(WORKLOADS[name], options)
+        results.put(result, bool(options.against))
+        _show(result)
+    elif name in SWEEPS:
+        results.sweeps[name] = {}
+        for value, result in run_sweep(SWEEPS[name], min(options.rounds, _SWEEP_ROUNDS), options.device):
+            results.sweeps[name][value] = result
+            _show(result)
+            results.save(file)
+    elif name == _OVERHEAD:
+        results.overhead = measure_overhead(options.rounds, options.device)
+    elif name == _COUNTS:
+        results.counts = measure_counts()
+    else:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            if name == _TE_NAS:
+                results.te_nas = te_nas.measure()
+            for model in by_hand.CASES if name == _BY_HAND else ():
+                results.by_hand[model] = by_hand.measure(model, min(options.rounds, _BY_HAND_ROUNDS))
+                results.save(file)
+
+
+def _run_workload(workload: Workload, options: argparse.Namespace) -> WorkloadResult:
+    """Measure a workload.
+
+    Args:
+        workload: The workload.
+        options: The options.
+
+    Returns:
+        The results.
+    """
+    contenders = plan.AGAINST if options.against else plan.available(plan.contenders_of(workload), options.device)
+    counted = not (workload.symmetric or workload.architecture or workload.trace_axes or workload.paired)
+    return run_workload(workload, contenders, options.rounds, options.device, with_floor=counted)
 
 
 def _parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -129,20 +154,26 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         "--only", nargs="+", choices=_NAMES, metavar="NAME", help=f"part of the run: {', '.join(map(repr, _NAMES))}"
     )
     parser.add_argument("--rounds", type=int, help=f"timed rounds (default: 7; at most {_SWEEP_ROUNDS} in sweeps)")
-    parser.add_argument("--before", metavar="COMMIT", help="compare with ggn_ntk at this commit alone, not with peers")
+    parser.add_argument(
+        "--against", metavar="REV", help="this library beside itself at another commit, on workloads, without peers"
+    )
     parser.add_argument("--quick", action="store_true", help="tiny workloads, to try the command")
     parser.add_argument("--device", choices=("cpu", "cuda"), default="cpu", help="(default: %(default)s)")
     parser.add_argument(
         "--output",
         type=Path,
         metavar="FOLDER",
-        help="where to make a folder for the report (default: docs/benchmarks, for a part or --quick build/benchmarks)",
+        help="of the report (default: a new one in docs/benchmarks, for a part or --quick in build/benchmarks)",
     )
     options = parser.parse_args(arguments)
-    options.part = bool(options.only)
-    options.output = options.output or ROOT / ("build" if options.quick or options.part else "docs") / "benchmarks"
+    unable = sorted(set(options.only or []) - set(TABLES)) if options.against else []
+    if unable:
+        parser.error(f"--against compares workloads, not {', '.join(unable)}")
+    options.part = bool(options.only or options.against)
+    options.parent = ROOT / ("build" if options.quick or options.part else "docs") / "benchmarks"
     options.rounds = options.rounds or (_QUICK_ROUNDS if options.quick else 7)
-    options.only = options.only or _NAMES
+    everything = [workload.name for workload in QUICK] + [_OVERHEAD] if options.quick else _NAMES
+    options.only = options.only or (list(TABLES) if options.against else everything)
     return options
 
 
@@ -170,7 +201,11 @@ def _ours_is_wrong(results: Results) -> bool:
         Whether there are any, or it failed.
     """
     swept = [result for sweep in results.sweeps.values() for result in sweep.values()]
-    ours = [r.measurements[plan.GGN_NTK] for r in (*results.workloads, *swept) if plan.GGN_NTK in r.measurements]
+    ours = [
+        r.measurements[plan.GGN_NTK]
+        for r in (*results.workloads, *results.against, *swept)
+        if plan.GGN_NTK in r.measurements
+    ]
     return any(measurement.wrong or measurement.failure for measurement in ours)
 
 

@@ -1,21 +1,17 @@
-"""``python -m benchmarks.by_hand [--out FOLDER] [NAME ...]``: any modules, beside loops by hand.
+"""Any modules, beside loops by hand.
 
-A small network, recurrent layers, weights that are computed or used again, and derivatives as outputs: the symmetric
-kernel by ``empirical_ntk``; by ``empirical_ntk_fn``, which has verified it before; by ``vmap(jacrev)`` and by a loop
-over samples and outputs as one would write them for a model, without any checks; and by this library's Jacobian
-contraction. Where so named, it is that of each sample with itself alone. They take turns; times are medians.
+Recurrent layers, weights that are computed or used again, and derivatives as outputs: the symmetric kernel by
+``empirical_ntk``; by ``empirical_ntk_fn``, which has verified it before; by ``vmap(jacrev)`` and by a loop over samples
+and outputs as one would write them for a model, without any checks; and by this library's Jacobian contraction. They
+take turns; times are medians.
 """
 
-import argparse
-import json
 import statistics
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from copy import deepcopy
 from functools import partial
 from itertools import pairwise
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -24,7 +20,6 @@ from torch.func import functional_call, grad, jacrev, vmap
 from torch.nn import functional as F
 from torch.nn.utils import prune
 
-from benchmarks.environment import describe_environment, title
 from ggn_ntk import empirical_ntk, empirical_ntk_fn, explain
 from ggn_ntk.reference import relative_error
 
@@ -34,9 +29,6 @@ _PATIENCE = 20.0
 _OURS, _PREPARED, _MAPPED, _LOOP = "empirical_ntk", "empirical_ntk_fn", "vmap(jacrev)", "loop"
 _CONTRACTION = "Jacobian contraction"
 _COLUMNS = [_OURS, _PREPARED, _MAPPED, _LOOP, _CONTRACTION]
-
-# A call of these takes milliseconds: so many are timed together.
-_CALLS = {"small mlp": 50}
 
 
 class _Scaled(nn.Linear):
@@ -118,13 +110,6 @@ def _mlp(layer: Callable[[int, int], nn.Module], *sizes: int) -> nn.Sequential:
     return nn.Sequential(*layers[:-1])
 
 
-def _cnn() -> nn.Sequential:
-    """Build a small convolutional network."""
-    convolutions = (nn.Conv2d(3, 16, 3, padding=1), nn.Conv2d(16, 32, 3, padding=1))
-    layers = [m for convolution in convolutions for m in (convolution, nn.ReLU(), nn.MaxPool2d(2))]
-    return nn.Sequential(*layers, nn.Flatten(), nn.Linear(512, 10))
-
-
 def _pruned(inputs: int, outputs: int) -> nn.Module:
     """Build a linear layer, half of whose weights are pruned at random."""
     layer: nn.Module = prune.random_unstructured(nn.Linear(inputs, outputs), "weight", 0.5)
@@ -173,12 +158,10 @@ class Case(NamedTuple):
     build: Callable[[], nn.Module]
     inputs: Callable[[], Tensor]
     plain: str = ""  # the case it is compared with, where that is not a loop by hand
-    paired: bool = False  # whether each sample meets itself alone
 
 
 _SIZES, _WIDE = (784, 512, 512, 10), (3072, 1024, 1024, 10)
 CASES = {
-    "small mlp": Case(lambda: _mlp(nn.Linear, 784, 64, 64, 10), lambda: torch.randn(16, 784)),
     "mlp": Case(lambda: _mlp(nn.Linear, *_SIZES), lambda: torch.randn(32, 784)),
     "mlp, NTK parametrization": Case(lambda: _mlp(_Scaled, *_SIZES), lambda: torch.randn(32, 784), "mlp"),
     "mlp, pruned": Case(lambda: _mlp(_pruned, *_SIZES), lambda: torch.randn(32, 784), "mlp"),
@@ -193,16 +176,12 @@ CASES = {
     "nf_resnet26": Case(_nf_resnet, lambda: torch.randn(8, 3, 64, 64)),
     "PDE residual, autograd": Case(lambda: _Residual(64), lambda: torch.randn(300, 2)),
     "PDE residual, torch.func": Case(lambda: _MappedResidual(64), lambda: torch.randn(300, 2)),
-    "paired, mlp, 1 output": Case(
-        lambda: _mlp(nn.Linear, 784, 256, 256, 1), lambda: torch.randn(2000, 784), paired=True
-    ),
-    "paired, cnn, 10 outputs": Case(_cnn, lambda: torch.randn(2000, 3, 16, 16), paired=True),
 }
 
 
-def _mapped(model: nn.Module, x: Tensor, paired: bool) -> Tensor:
+def _mapped(model: nn.Module, x: Tensor) -> Tensor:
     """Compute a kernel from the Jacobians that ``vmap(jacrev)`` computes."""
-    # x [N, ...] -> [N, N, C, C], or [N, C, C] of each sample with itself, a hundred at a time
+    # x [N, ...] -> [N, N, C, C]
     params = {name: p.detach() for name, p in model.named_parameters()}
 
     def output(params: dict[str, Tensor], z: Tensor) -> Tensor:
@@ -211,23 +190,14 @@ def _mapped(model: nn.Module, x: Tensor, paired: bool) -> Tensor:
         value: Tensor = functional_call(model, params, (z[None],))[0]
         return value
 
-    def with_itself(z: Tensor) -> Tensor:
-        jacobian = torch.cat([j.flatten(1) for j in jacrev(output)(params, z).values()], 1)
-        return jacobian @ jacobian.T
-
-    if paired:
-        kernel: Tensor = vmap(with_itself, chunk_size=100)(x)
-        return kernel
     jacobians = vmap(jacrev(output), (None, 0))(params, x)
     jacobian = torch.cat([j.flatten(2) for j in jacobians.values()], 2)
     return torch.einsum("ncp,mdp->nmcd", jacobian, jacobian)
 
 
-def _looped(model: nn.Module, x: Tensor, paired: bool) -> Tensor:
+def _looped(model: nn.Module, x: Tensor) -> Tensor:
     """Compute a kernel from the gradient of each output of each sample."""
-    # x [N, ...] -> [N, N, C, C], or [N, C, C] of each sample with itself
-    if paired:
-        return torch.cat([_looped(model, z[None], False)[0] for z in x])
+    # x [N, ...] -> [N, N, C, C]
     outputs, params = model(x).flatten(1) if model(x).ndim > 1 else model(x).unsqueeze(1), list(model.parameters())
     rows = [torch.autograd.grad(entry, params, retain_graph=True) for sample in outputs for entry in sample]
     jacobian = torch.stack([torch.cat([g.flatten() for g in row]) for row in rows]).unflatten(0, outputs.shape)
@@ -247,29 +217,28 @@ def measure(name: str, rounds: int) -> dict[str, Any]:
     torch.manual_seed(0)
     case = CASES[name]
     model, x = case.build().eval(), case.inputs()
-    explained = explain(model, x, paired=case.paired)
-    prepared = empirical_ntk_fn(model, paired=case.paired)
-    ours = partial(empirical_ntk, model, x, paired=case.paired)
+    explained = explain(model, x)
+    prepared = empirical_ntk_fn(model)
+    ours = partial(empirical_ntk, model, x)
     contenders: dict[str, Callable[[], Any]] = {_OURS: ours, _PREPARED: lambda: prepared(x)}
     for _ in range(3):  # the first verifies; for small networks the third writes down what is done
         prepared(x)
     if not case.plain and name not in ("mlp", "wide mlp"):
         copy = deepcopy(model)  # torch.func may leave weights of recurrent layers replaced where it fails
-        contenders |= {_MAPPED: lambda: _mapped(copy, x, case.paired), _LOOP: lambda: _looped(model, x, case.paired)}
+        contenders |= {_MAPPED: lambda: _mapped(copy, x), _LOOP: lambda: _looped(model, x)}
         contenders |= {_CONTRACTION: partial(ours, method="jacobian_contraction")}
     seconds: dict[str, list[float]] = {}
     kernels: dict[str, Tensor] = {}
     for number in range(rounds + 1):
         for contender in list(contenders)[:: 1 if number % 2 else -1]:
-            start, calls = time.perf_counter(), _CALLS.get(name, 1)
+            start = time.perf_counter()
             try:
-                for _ in range(calls):
-                    kernels[contender] = contenders[contender]()
+                kernels[contender] = contenders[contender]()
             except RuntimeError as error:
                 print(f"{name}: {contender} fails ({str(error).splitlines()[0]})")
                 del contenders[contender]
                 continue
-            taken = (time.perf_counter() - start) / calls
+            taken = time.perf_counter() - start
             if number:
                 seconds.setdefault(contender, []).append(taken)
             elif taken > _PATIENCE:
@@ -298,27 +267,3 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         ratios = [f"{medians[name][c] / medians[plain][c]:.2f}" for c in (_OURS, _PREPARED) if plain in medians]
         lines.append(f"| {name} | {result['covered']:.1%} | {' | '.join(times)} | {', '.join(ratios)} |")
     return "\n".join(lines)
-
-
-def main() -> None:
-    """Run what the command line asks for."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join(CASES)}")
-    parser.add_argument("--out", type=Path, default=Path("build/benchmarks/by_hand"))
-    parser.add_argument("--rounds", type=int, default=5)
-    options = parser.parse_args()
-    warnings.simplefilter("ignore")
-    results = {name: measure(name, options.rounds) for name in options.names or CASES}
-    environment = describe_environment("cpu")
-    options.out.mkdir(parents=True, exist_ok=True)
-    saved = {"environment": environment, "results": results}
-    (options.out / "by_hand.json").write_text(json.dumps(saved, indent=1))
-    text = (
-        f"# Beside loops by hand: {title(environment)}\n\n{__doc__.split(chr(10), 2)[2].strip()}\n\n{table(results)}\n"
-    )
-    (options.out / "by_hand.md").write_text(text)
-    print(text)
-
-
-if __name__ == "__main__":
-    main()

@@ -22,14 +22,14 @@ class Spot:
 
     Attributes:
         n: A sample of x1.
-        m: A sample of x2.
+        m: A sample of x2; ``None`` where x1[n] meets x2[n] alone.
         c: Outputs of the first, or all for the trace.
         d: Outputs of the second, or all for the trace.
         entries: ``[c, d]``, or for the trace ``[]``.
     """
 
     n: int
-    m: int
+    m: int | None
     c: NDArray[np.int64]
     d: NDArray[np.int64]
     entries: NDArray[np.float64]
@@ -38,12 +38,12 @@ class Spot:
         """Compare a kernel.
 
         Args:
-            kernel: ``[N1, N2, O, O]``, or for the trace ``[N1, N2]``.
+            kernel: ``[N1, N2, O, O]``, or for the trace ``[N1, N2]``; of pairs with ``[N]`` in the place of both.
 
         Returns:
             The relative error of the entries.
         """
-        block = kernel[self.n, self.m]
+        block = kernel[self.n] if self.m is None else kernel[self.n, self.m]
         return relative_error(block if block.ndim == 0 else block[np.ix_(self.c, self.d)], self.entries)
 
 
@@ -60,6 +60,9 @@ def spot(workload: Workload, model: nn.Module, seed: int) -> Spot:
     """
     rng, trace = np.random.default_rng(seed), workload.compute == "trace"
     n, m = int(rng.integers(workload.n1)), int(rng.integers(workload.n2))
+    if workload.paired:
+        m = n
+    place = None if workload.paired else m
     number = workload.outputs if trace else min(workload.outputs, _OUTPUTS)
     c = rng.permutation(workload.outputs)[:number]
     d = c if trace else rng.permutation(workload.outputs)[:number]
@@ -67,12 +70,12 @@ def spot(workload: Workload, model: nn.Module, seed: int) -> Spot:
     first = [_gradients(model, x1[n], int(output)) for output in c]
     if trace:
         products = [_product(g, _gradients(model, x2[m], int(output))) for g, output in zip(first, d, strict=True)]
-        return Spot(n, m, c, d, torch.stack(products).sum().numpy())
+        return Spot(n, place, c, d, torch.stack(products).sum().numpy())
     columns = []
     for output in d:  # gradients of the second sample are many numbers, and needed once
         second = _gradients(model, x2[m], int(output))
         columns.append(torch.stack([_product(g, second) for g in first]))
-    return Spot(n, m, c, d, torch.stack(columns, 1).numpy())
+    return Spot(n, place, c, d, torch.stack(columns, 1).numpy())
 
 
 def relative_error(actual: Array, expected: Array | NDArray[np.float64]) -> float:

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, jacrev, jvp, vjp, vmap
+from torch.func import functional_call, grad, jacrev, jvp, vjp, vmap
 
 from benchmarks import plan
 from benchmarks.network import network
@@ -21,6 +21,8 @@ Kernel = Callable[[Tensor, Tensor], Tensor]
 
 #: The environment variable that says where this library lies as it was at another commit.
 BEFORE_FOLDER = "GGN_NTK_BEFORE"
+
+_PAIRS = 100  # samples whose Jacobians are held at once, of kernels of pairs
 
 #: Rows and columns of the matrices whose product measures the rate of arithmetic.
 MATRIX_SIZE = 4096
@@ -58,18 +60,17 @@ def _ggn_ntk(model: nn.Module, workload: Workload, clone: bool = False, capture:
     """
     from ggn_ntk import empirical_ntk
 
+    keywords = _keywords(workload)
+
     def kernel(x1: Tensor, x2: Tensor) -> Any:
         second = x1.clone() if clone else None if workload.symmetric else x2
-        traced = workload.trace_axes or None
-        return empirical_ntk(
-            model, x1, second, compute=workload.compute, method="structured", capture=capture, trace_axes=traced
-        )
+        return empirical_ntk(model, x1, second, capture=capture, **keywords)
 
     return kernel
 
 
-def _before(model: nn.Module, workload: Workload) -> Kernel:
-    """Use this library as it was at another commit.
+def _prepared(model: nn.Module, workload: Workload) -> Kernel:
+    """Use this library for a kernel that is computed again and again, and is verified in the first call.
 
     Args:
         model: The network.
@@ -78,8 +79,74 @@ def _before(model: nn.Module, workload: Workload) -> Kernel:
     Returns:
         The kernel function.
     """
+    from ggn_ntk import empirical_ntk_fn
+
+    kernel_fn = empirical_ntk_fn(model, **_keywords(workload))
+
+    def kernel(x1: Tensor, x2: Tensor) -> Any:
+        return kernel_fn(x1, None if workload.symmetric else x2)
+
+    return kernel
+
+
+def _keywords(workload: Workload) -> dict[str, Any]:
+    """Say what this library is asked for.
+
+    Args:
+        workload: The workload.
+
+    Returns:
+        Keywords of ``empirical_ntk``.
+    """
+    keywords: dict[str, Any] = {"compute": workload.compute, "method": "structured", "paired": workload.paired}
+    return keywords | {"trace_axes": workload.trace_axes or None}
+
+
+def _before(kind: Callable[[nn.Module, Workload], Kernel], model: nn.Module, workload: Workload) -> Kernel:
+    """Use this library as it was at another commit.
+
+    Args:
+        kind: How it is used.
+        model: The network.
+        workload: The workload.
+
+    Returns:
+        The kernel function.
+    """
     sys.path.insert(0, os.environ[BEFORE_FOLDER])
-    return _ggn_ntk(model, workload)
+    return kind(model, workload)
+
+
+def _by_hand(model: nn.Module, workload: Workload) -> Kernel:
+    """Write down the kernel of a network of fully-connected layers and ReLUs, without any checks.
+
+    Args:
+        model: The network.
+        workload: The workload, of a full kernel.
+
+    Returns:
+        The kernel function.
+    """
+    layers = [layer for layer in model.children() if isinstance(layer, nn.Linear)]
+
+    def gram(x: Tensor, n1: int) -> Tensor:
+        return (x[:n1] @ x[n1:].T + 1)[:, :, None, None]  # the 1 is the bias
+
+    @torch.no_grad()
+    def kernel(x1: Tensor, x2: Tensor) -> Tensor:
+        n1, x, inputs = len(x1), torch.cat([x1, x2]), []
+        for layer in layers:
+            inputs.append(x)
+            x = layer(x).relu()
+        s = torch.eye(len(layers[-1].weight), device=x.device)
+        total = gram(inputs[-1], n1) * s
+        for number in reversed(range(len(layers) - 1)):
+            s = (s @ layers[number + 1].weight) * (inputs[number + 1] > 0)[:, None]  # [N1 + N2, C, O]
+            products = s[:n1].flatten(0, 1) @ s[n1:].flatten(0, 1).T  # [N1 C, N2 D]
+            total = total + gram(inputs[number], n1) * products.view(n1, s.shape[1], -1, s.shape[1]).transpose(1, 2)
+        return total
+
+    return kernel
 
 
 def _reduced(model: nn.Module, workload: Workload) -> Kernel:
@@ -129,14 +196,40 @@ def _jacobian_contraction(model: nn.Module, workload: Workload) -> Kernel:
     """
     params, evaluate = _functional(model)
     jacobian = vmap(jacrev(evaluate), (None, 0))
-    equation = {"full": "ncp,mdp->nmcd", "trace": "ncp,mcp->nm"}[workload.compute]
+    equation = (
+        "ncp,ndp->ncd" if workload.paired else {"full": "ncp,mdp->nmcd", "trace": "ncp,mcp->nm"}[workload.compute]
+    )
 
     def kernel(x1: Tensor, x2: Tensor) -> Any:
         first, second = jacobian(params, x1), jacobian(params, x2)
         # of outputs with several axes, positions are summed with the entries of parameters
         return sum(torch.einsum(equation, first[name].flatten(2), second[name].flatten(2)) for name in params)
 
-    return kernel
+    def of_pairs(x1: Tensor, x2: Tensor) -> Tensor:
+        return torch.cat([kernel(*some) for some in zip(x1.split(_PAIRS), x2.split(_PAIRS), strict=True)])
+
+    return of_pairs if workload.paired else kernel
+
+
+def _gradients(model: nn.Module, workload: Workload) -> Kernel:
+    """Sum the kernels of one output after the other, each from the gradients of all samples.
+
+    Args:
+        model: The network.
+        workload: The workload, of a trace.
+
+    Returns:
+        The kernel function.
+    """
+    params, evaluate = _functional(model)
+
+    def of_output(x1: Tensor, x2: Tensor, output: int) -> Any:
+        gradients = vmap(grad(lambda params, x: evaluate(params, x)[output]), (None, 0))
+        first = gradients(params, x1)
+        second = first if workload.symmetric else gradients(params, x2)
+        return sum(first[name].flatten(1) @ second[name].flatten(1).T for name in params)
+
+    return lambda x1, x2: sum(of_output(x1, x2, output) for output in range(workload.outputs))
 
 
 def _ntk_vector_products(model: nn.Module, workload: Workload) -> Kernel:
@@ -247,11 +340,15 @@ def _matrix_product(model: nn.Module, workload: Workload) -> Kernel:
 
 _CONTENDERS: dict[str, Callable[[nn.Module, Workload], Kernel]] = {
     plan.GGN_NTK: _ggn_ntk,
-    plan.BEFORE: _before,
+    plan.PREPARED: _prepared,
+    plan.BEFORE: partial(_before, _ggn_ntk),
+    plan.PREPARED_BEFORE: partial(_before, _prepared),
+    plan.BY_HAND: _by_hand,
     plan.CLONE: partial(_ggn_ntk, clone=True),
     plan.REDUCED: _reduced,
     plan.AUTOGRAD: partial(_ggn_ntk, capture="autograd"),
     plan.JACOBIANS: _jacobian_contraction,
+    plan.GRADIENTS: _gradients,
     plan.PRODUCTS: _ntk_vector_products,
     plan.VIVIT: _vivit,
     plan.NNGEOMETRY: _nngeometry,

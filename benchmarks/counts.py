@@ -1,6 +1,7 @@
 """What a GPU would pay for in a call: ``python -m benchmarks.counts`` prints it in JSON.
 
-It is counted on the device that the tests pretend to have, in a process of its own.
+Of ``empirical_ntk`` and of ``empirical_ntk_fn``. It is counted on the device that the tests pretend to have, in a
+process of its own.
 """
 
 import json
@@ -10,11 +11,14 @@ import warnings
 from collections.abc import Iterator
 from typing import Any
 
+from benchmarks import plan
 from benchmarks.process import ROOT
 from benchmarks.workloads import ANY_MODULE, FULL, SMALL, TRACE
 
-#: Operations that are started, waits for all of them to end, and copies from or to the CPU.
+#: Operations that are started, waits for all of them to end, and copies from or to the CPU, by what is called.
 Counts = dict[str, int]
+
+_CALLS = 3  # the first verifies, the second may write down what it does, the third is counted
 
 _COUNTED = (*FULL, *TRACE, *SMALL, *ANY_MODULE)
 
@@ -54,21 +58,28 @@ def _calls() -> Iterator[tuple[str, Any, Any, Any, dict[str, Any]]]:
 
 
 def main() -> None:
-    """Count launches, syncs and copies of each call, when it runs for the second time."""
+    """Count launches, syncs and copies of a call, when all that is done once is done."""
     sys.path.insert(0, str(ROOT / "tests"))
     import torch
     from pretend_device import COUNTS, reset
 
-    from ggn_ntk import empirical_ntk
+    from ggn_ntk import empirical_ntk, empirical_ntk_fn
 
     counted: dict[str, Counts] = {}
     with torch.autograd.set_multithreading_enabled(False), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         for name, model, x1, x2, options in _calls():
-            for _ in range(2):
-                reset()
-                empirical_ntk(model, x1, x2, method="structured", **options)
-            counted[name] = dict(COUNTS)
+            kernel_fn = empirical_ntk_fn(model, method="structured", **options)
+            calls = {
+                plan.GGN_NTK: lambda: empirical_ntk(model, x1, x2, method="structured", **options),
+                plan.PREPARED: lambda: kernel_fn(x1, x2),
+            }
+            counted[name] = {}
+            for called, call in calls.items():
+                for _ in range(_CALLS):
+                    reset()
+                    call()
+                counted[name] |= {f"{called}: {kind}": number for kind, number in COUNTS.items()}
     print(json.dumps(counted))
 
 

@@ -55,6 +55,21 @@ def _resnet18(outputs: int) -> nn.Module:
     return model
 
 
+def _resnet18_cifar(outputs: int) -> nn.Module:
+    """Build ResNet-18 for CIFAR-10: its first convolution is 3x3 and keeps all positions, and no pooling follows it.
+
+    Args:
+        outputs: The number of outputs.
+
+    Returns:
+        The network, with random weights.
+    """
+    model: Any = _resnet18(outputs)
+    model.conv1, model.maxpool = nn.Conv2d(3, 64, 3, padding=1, bias=False), nn.Identity()
+    changed: nn.Module = model
+    return changed
+
+
 class _Transformer(nn.Module):
     """A transformer of four layers on sequences of vectors, with the mean of the last layer's outputs on top."""
 
@@ -82,7 +97,11 @@ class _Transformer(nn.Module):
         return self.head(self.encoder(x).mean(1))
 
 
-_ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {"resnet18": _resnet18, "transformer": _Transformer}
+_ARCHITECTURES: dict[str, Callable[[int], nn.Module]] = {
+    "resnet18": _resnet18,
+    "resnet18_cifar": _resnet18_cifar,
+    "transformer": _Transformer,
+}
 
 
 def samples(workload: Workload, seed: int, device: str = "cpu", dtype: torch.dtype = torch.float32) -> list[Tensor]:

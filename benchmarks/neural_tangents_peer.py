@@ -30,6 +30,7 @@ def prepare(workload: Workload) -> tuple[Callable[[Array], Any], Callable[[Any, 
         nt.empirical_ntk_fn(
             lambda params, x: _apply(workload, params, x),
             trace_axes=axes,
+            diagonal_axes=(0,) if workload.paired else (),
             vmap_axes=0,
             implementation=nt.NtkImplementation.STRUCTURED_DERIVATIVES,
         )

@@ -1,13 +1,17 @@
 """Who takes part, and in what."""
 
-from benchmarks.workloads import Workload
+from benchmarks.workloads import Sweep, Workload
 
 GGN_NTK = "ggn_ntk"
+PREPARED = "empirical_ntk_fn"
 BEFORE = "ggn_ntk before"
+PREPARED_BEFORE = "empirical_ntk_fn before"
 CLONE = "ggn_ntk, x2=x1.clone()"
 REDUCED = "ggn_ntk, full kernel reduced"
 AUTOGRAD = "ggn_ntk, capture='autograd'"
+BY_HAND = "by hand, unchecked"
 JACOBIANS = "Jacobian contraction"
+GRADIENTS = "vmap(grad), output by output"
 PRODUCTS = "NTK-vector products"
 VIVIT = "ViViT"
 NNGEOMETRY = "nngeometry"
@@ -23,7 +27,8 @@ BATCH_GRAD_STEP = "with BatchGrad"
 KERNEL_STEP = "with BatchGrad and EmpiricalNTK"
 ALONE = "empirical_ntk by itself"
 
-SWEPT = [GGN_NTK, JACOBIANS, PRODUCTS, VIVIT, NEURAL_TANGENTS]
+#: This library beside itself at another commit.
+AGAINST = [GGN_NTK, BEFORE, PREPARED, PREPARED_BEFORE]
 
 
 def contenders_of(workload: Workload) -> list[str]:
@@ -35,6 +40,12 @@ def contenders_of(workload: Workload) -> list[str]:
     Returns:
         The contenders.
     """
+    if workload.name == "small":
+        return [GGN_NTK, PREPARED, BY_HAND, VIVIT, NEURAL_TANGENTS]
+    if workload.paired:
+        return [GGN_NTK, PREPARED, JACOBIANS, NEURAL_TANGENTS]
+    if workload.architecture and workload.compute == "trace":
+        return [GGN_NTK, GRADIENTS]
     if workload.architecture:
         return [GGN_NTK, CLONE, JACOBIANS] if workload.symmetric else [GGN_NTK, JACOBIANS]
     if workload.trace_axes:
@@ -45,6 +56,23 @@ def contenders_of(workload: Workload) -> list[str]:
         return [GGN_NTK, JACOBIANS, NEURAL_TANGENTS]
     captured = [AUTOGRAD] if workload.name in ("cnn", "vgg") else []
     return [GGN_NTK, *captured, JACOBIANS, PRODUCTS, VIVIT, NNGEOMETRY, ASDFGHJKL, NEURAL_TANGENTS]
+
+
+def swept(sweep: Sweep) -> list[str]:
+    """Choose who runs the workloads of a sweep.
+
+    Args:
+        sweep: The sweep.
+
+    Returns:
+        The contenders.
+    """
+    workload = next(iter(sweep.workloads.values()))
+    if workload.architecture:
+        return [GGN_NTK]
+    if workload.compute == "trace":
+        return [GGN_NTK, PREPARED, JACOBIANS, NEURAL_TANGENTS]
+    return [GGN_NTK, PREPARED, JACOBIANS, PRODUCTS, VIVIT, NEURAL_TANGENTS]
 
 
 def available(contenders: list[str], device: str) -> list[str]:

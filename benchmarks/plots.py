@@ -8,12 +8,16 @@ from matplotlib.figure import Figure
 from benchmarks import plan
 from benchmarks.environment import title
 from benchmarks.results import Results, WorkloadResult, three_digits
+from benchmarks.workloads import SWEEPS, Sweep
 
 SUMMARY_PLOT = "ratios.png"
 
 # Colours of Okabe and Ito, which people with colour blindness can tell apart, and a marker for each contender.
 _STYLES = {
     plan.GGN_NTK: ("#D55E00", "o"),
+    plan.PREPARED: ("#D55E00", "*"),
+    plan.BY_HAND: ("0.6", "h"),
+    plan.GRADIENTS: ("#F0E442", "<"),
     plan.JACOBIANS: ("#0072B2", "s"),
     plan.PRODUCTS: ("#56B4E9", "v"),
     plan.VIVIT: ("#009E73", "^"),
@@ -22,23 +26,29 @@ _STYLES = {
     plan.ASDFGHJKL: ("#000000", "X"),
 }
 
-_SWEPT_NETWORKS = {
-    "N": ("N, samples in each of x1 and x2", "CNN of the PyTorch tutorial, 10 outputs"),
-    "O": ("O, outputs", "784-512-512-O network, 16 x 16 samples"),
-    "width": ("width of both hidden layers", "784-width-width-10 network, 16 x 16 samples"),
-}
 
-
-def sweep_plot(quantity: str) -> str:
+def sweep_plot(name: str) -> str:
     """Name the picture of a sweep.
 
     Args:
-        quantity: What is swept.
+        name: The sweep.
 
     Returns:
         The name of the file.
     """
-    return f"time_against_{quantity.lower()}.png"
+    return f"against_{name.lower()}.png"
+
+
+def contenders_in(sweep: dict[int, WorkloadResult]) -> list[str]:
+    """List who took part in a sweep.
+
+    Args:
+        sweep: The results by value.
+
+    Returns:
+        The contenders at its first value, of which others drop out.
+    """
+    return list(next(iter(sweep.values())).measurements)
 
 
 def draw(results: Results, folder: Path) -> None:
@@ -49,10 +59,10 @@ def draw(results: Results, folder: Path) -> None:
         folder: Where to put the pictures.
     """
     source = title(results.environment)
-    if results.has_peers:
+    if results.workloads:
         _draw_ratios(results.workloads, source).savefig(folder / SUMMARY_PLOT, dpi=150)
-    for quantity, sweep in results.sweeps.items():
-        _draw_sweep(quantity, sweep, source).savefig(folder / sweep_plot(quantity), dpi=150)
+    for name, sweep in results.sweeps.items():
+        _draw_sweep(SWEEPS[name], sweep, source).savefig(folder / sweep_plot(name), dpi=150)
 
 
 def _draw_ratios(results: list[WorkloadResult], source: str) -> Figure:
@@ -153,70 +163,101 @@ def _dress(figure: Figure, axes: Axes, heading: str, source: str) -> None:
     axes.set_title(source, fontsize=9, color="0.35")
 
 
-def _draw_sweep(quantity: str, sweep: dict[int, WorkloadResult], source: str) -> Figure:
-    """Draw times against a quantity, both on logarithmic axes.
+def _draw_sweep(sweep: Sweep, results: dict[int, WorkloadResult], source: str) -> Figure:
+    """Draw times and memory against a quantity, on logarithmic axes.
 
     Args:
-        quantity: What is swept.
-        sweep: The results by its value.
+        sweep: What is swept.
+        results: The results by its value.
         source: Where they ran.
 
     Returns:
         The picture.
     """
-    label, what = _SWEPT_NETWORKS[quantity]
-    figure = Figure(figsize=(8, 6), layout="constrained")
-    axes = figure.subplots()
-    for name in plan.SWEPT:
-        times = {value: seconds for value, r in sweep.items() if (seconds := r.seconds(name)) is not None}
-        if times:
-            colour, marker = _STYLES[name]
-            width = 2.6 if name == plan.GGN_NTK else 1.6
-            described = f"{name}{_end(name, sweep)}"
-            axes.plot(list(times), list(times.values()), marker=marker, color=colour, linewidth=width, label=described)
-    axes.set_xscale("log", base=2)
-    axes.set_yscale("log")
-    axes.set_xticks(list(sweep), [str(value) for value in sweep])
-    axes.set(xlabel=label, ylabel="seconds for the full kernel")
-    figure.legend(loc="outside lower center", ncols=2, frameon=False, fontsize=9)
-    _draw_slopes(axes, quantity, sweep)
-    _dress(figure, axes, f"Time against {quantity}: {what}", source)
+    figure = Figure(figsize=(12, 6), layout="constrained")
+    panels = zip(figure.subplots(ncols=2), ("seconds", "peak memory in MB"), (_times, _peaks), strict=True)
+    for axes, label, values in panels:
+        for name in contenders_in(results):
+            if found := values(name, results):
+                colour, marker = _STYLES[name]
+                width = 2.6 if name == plan.GGN_NTK else 1.6
+                drawn = {
+                    "marker": marker,
+                    "color": colour,
+                    "linewidth": width,
+                    "label": f"{name}{_end(name, sweep, results)}",
+                }
+                axes.plot(list(found), list(found.values()), **drawn)
+        axes.set_xscale("log", base=2)
+        axes.set_yscale("log")
+        axes.set_xticks(list(results), [str(value) for value in results])
+        axes.set(xlabel=sweep.label, ylabel=label)
+        _draw_slopes(axes, sweep.quantity, values(plan.GGN_NTK, results))
+        _dress(figure, axes, f"Against {sweep.quantity}: {sweep.network}", source)
+    handles = figure.axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=2, frameon=False, fontsize=9)
     return figure
 
 
-def _draw_slopes(axes: Axes, quantity: str, sweep: dict[int, WorkloadResult]) -> None:
-    """Draw lines that grow as the quantity and as its square, through the last time of ggn_ntk.
+def _times(name: str, results: dict[int, WorkloadResult]) -> dict[int, float]:
+    """Look up median times.
+
+    Args:
+        name: The contender.
+        results: The results by value.
+
+    Returns:
+        Seconds by value, where it has any.
+    """
+    return {value: seconds for value, r in results.items() if (seconds := r.seconds(name)) is not None}
+
+
+def _peaks(name: str, results: dict[int, WorkloadResult]) -> dict[int, float]:
+    """Look up peaks of memory.
+
+    Args:
+        name: The contender.
+        results: The results by value.
+
+    Returns:
+        Megabytes by value, where it has any and takes memory.
+    """
+    return {value: peak for value, r in results.items() if (peak := r.peak(name))}
+
+
+def _draw_slopes(axes: Axes, quantity: str, values: dict[int, float]) -> None:
+    """Draw lines that grow as the quantity and as its square, through the last value of ggn_ntk.
 
     Args:
         axes: Where to draw.
         quantity: What is swept.
-        sweep: The results by its value.
+        values: Those of ggn_ntk.
     """
-    times = {value: seconds for value, r in sweep.items() if (seconds := r.seconds(plan.GGN_NTK)) is not None}
-    if not times:
+    if not values:
         return
-    last = max(times)
+    last = max(values)
     first = last / 8
     for power, sign in ((1, ""), (2, "²")):
-        start = times[last] / 8**power
-        axes.plot([first, last], [start, times[last]], linestyle=":", color="0.45", linewidth=1.2, zorder=1)
+        start = values[last] / 8**power
+        axes.plot([first, last], [start, values[last]], linestyle=":", color="0.45", linewidth=1.2, zorder=1)
         axes.annotate(
             f"∝ {quantity}{sign}", (first, start), (-4, 0), textcoords="offset points", ha="right", va="center"
         )
 
 
-def _end(name: str, sweep: dict[int, WorkloadResult]) -> str:
+def _end(name: str, sweep: Sweep, results: dict[int, WorkloadResult]) -> str:
     """Say why a line ends before the largest value.
 
     Args:
         name: The contender.
-        sweep: The results by value.
+        sweep: What is swept.
+        results: The results by value.
 
     Returns:
         The reason, or nothing.
     """
-    failures = [(value, r.measurements[name].failure) for value, r in sweep.items() if name in r.measurements]
+    failures = [(value, r.measurements[name].failure) for value, r in results.items() if name in r.measurements]
     value, failure = failures[-1]
     if failure is not None:
         return f" ({_shortened(failure)}, from {value})"
-    return "" if value == list(sweep)[-1] else f" (more than 10 s at {value})"
+    return "" if value == list(results)[-1] else f" (more than {sweep.patience:.0f} s at {value})"

@@ -1,15 +1,15 @@
 """Tables of results in Markdown. ``python -m benchmarks.report FOLDER`` writes them again from kept results."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import plan
+from benchmarks import by_hand, plan, te_nas
 from benchmarks.check import TOLERANCE
 from benchmarks.environment import title
-from benchmarks.plots import SUMMARY_PLOT, draw, sweep_plot
+from benchmarks.plots import SUMMARY_PLOT, contenders_in, draw, sweep_plot
 from benchmarks.results import Measurement, Results, WorkloadResult, three_digits
-from benchmarks.workloads import WORKLOADS
+from benchmarks.workloads import SWEEPS, WORKLOADS
 
 _NONE = "–"
 
@@ -17,9 +17,9 @@ _HOW = """Times are medians in seconds; peak memory is in megabytes above each p
 relative to the kernels of ggn_ntk, the largest of all rounds. [How it is measured](../README.md)."""
 
 _COUNTED = """Operations that a call starts on a device, how often it waits for all of them to end (to read numbers),
-and copies from or to the CPU. They are counted in a second call, on the device that the tests pretend to have."""
+and copies from or to the CPU. They are counted in a third call, on the device that the tests pretend to have."""
 
-_COUNTS_FILE = "counts.md"
+_COUNTS_FILE, _BY_HAND_FILE, _TE_NAS_FILE = "counts.md", "by_hand.md", "te_nas.md"
 
 
 def write_report(results: Results, folder: Path) -> None:
@@ -31,17 +31,28 @@ def write_report(results: Results, folder: Path) -> None:
     """
     draw(results, folder)
     sections = [f"# {title(results.environment)}", _HOW]
-    if results.workloads and not results.has_peers:
-        sections += ["## Summary", _before(results.workloads)]
-    elif results.workloads:
+    if results.workloads:
         sections += ["## Summary", _summary(results.workloads), f"![Times relative to ggn_ntk]({SUMMARY_PLOT})"]
     sections += ["## Environment", _environment(results)]
     sections += [part for r in results.workloads for part in (f"## {_heading(r)}", _workload(r))]
-    for quantity, sweep in results.sweeps.items():
-        picture = f"![Time against {quantity}]({sweep_plot(quantity)})"
-        sections += [f"## Time against {quantity}", picture, _sweep(quantity, sweep)]
+    for name, sweep in results.sweeps.items():
+        quantity, network = SWEEPS[name].quantity, SWEEPS[name].network
+        picture = f"![Time and memory against {quantity}]({sweep_plot(name)})"
+        sections += [f"## Against {quantity}: {network}", picture, "Seconds:", _sweep(quantity, sweep, _seconds_in)]
+        sections += ["Peak MB:", _sweep(quantity, sweep, _peak_in)]
+    if results.against:
+        sections += [f"## Against {results.environment[plan.BEFORE]}", _against(results.against)]
     if results.overhead:
         sections += ["## EmpiricalNTK beside BatchGrad", _overhead(results.overhead)]
+    for file, what, measured in (
+        (_BY_HAND_FILE, by_hand, results.by_hand),
+        (_TE_NAS_FILE, te_nas, results.te_nas),
+    ):
+        if measured:
+            heading, text = (what.__doc__ or "").strip().split("\n\n", 1)
+            table = what.table(measured)
+            (folder / file).write_text(f"# {heading} {title(results.environment)}\n\n{text}\n\n{table}\n")
+            sections += [f"## {heading.rstrip('.')}", f"[Times of each]({file})."]
     if results.counts:
         workloads = {name: counts for name, counts in results.counts.items() if name in WORKLOADS}
         more = f"[The same for the cases of the tests]({_COUNTS_FILE})."
@@ -101,7 +112,7 @@ def _summary(results: list[WorkloadResult]) -> str:
     return _table(header, rows)
 
 
-def _before(results: list[WorkloadResult]) -> str:
+def _against(results: list[WorkloadResult]) -> str:
     """Compare ggn_ntk with itself at another commit.
 
     Args:
@@ -110,12 +121,16 @@ def _before(results: list[WorkloadResult]) -> str:
     Returns:
         A table.
     """
-    rows = []
+    header, rows = ["workload"], []
+    for name in (plan.GGN_NTK, plan.PREPARED):
+        header += [name, "before", "time now", "memory now"]
     for r in results:
-        seconds, before = r.seconds(plan.GGN_NTK), r.seconds(plan.BEFORE)
-        memory = _ratio(r.peak(plan.GGN_NTK), r.peak(plan.BEFORE))
-        rows.append([r.name, _seconds(seconds), _seconds(before), _ratio(seconds, before), memory])
-    return _table(["workload", "seconds", "before", "time now", "memory now"], rows)
+        row = [r.name]
+        for name, before in ((plan.GGN_NTK, plan.BEFORE), (plan.PREPARED, plan.PREPARED_BEFORE)):
+            times = r.seconds(name), r.seconds(before)
+            row += [_seconds(times[0]), _seconds(times[1]), _ratio(*times), _ratio(r.peak(name), r.peak(before))]
+        rows.append(row)
+    return _table(header, rows)
 
 
 def _faster(result: WorkloadResult, peer: str, ours: float | None) -> str:
@@ -147,6 +162,8 @@ def _environment(results: Results) -> str:
     rates = [rate for result in results.workloads for rate in result.rates]
     if rates:
         rows.append(["rate of a matrix product over the run", _rates(rates)])
+    if results.took:
+        rows.append(["minutes of the run", f"{sum(results.took.values()):.0f}"])
     return _table(["", ""], rows)
 
 
@@ -192,21 +209,46 @@ def _exactness(result: WorkloadResult) -> str:
     return f"error {_error(ours.spot_error)}{f', **above {TOLERANCE:.0e}**' if ours.wrong else ''}"
 
 
-def _sweep(quantity: str, sweep: dict[int, WorkloadResult]) -> str:
-    """Show all times of a sweep.
+def _sweep(quantity: str, sweep: dict[int, WorkloadResult], cell: Callable[[Measurement], str]) -> str:
+    """Show what was measured in a sweep.
 
     Args:
         quantity: What is swept.
         sweep: The results by its value.
+        cell: What to show of each.
 
     Returns:
         A table.
     """
-    rows = []
+    names, rows = contenders_in(sweep), []
     for value, result in sweep.items():
-        found = [result.measurements.get(name) for name in plan.SWEPT]
-        rows.append([str(value), *(_NONE if m is None else m.failure or _seconds(m.median) for m in found)])
-    return _table([quantity, *plan.SWEPT], rows)
+        found = [result.measurements.get(name) for name in names]
+        rows.append([str(value), *(_NONE if m is None else m.failure or cell(m) for m in found)])
+    return _table([quantity, *names], rows)
+
+
+def _seconds_in(measurement: Measurement) -> str:
+    """Format the time of a measurement.
+
+    Args:
+        measurement: The measurement.
+
+    Returns:
+        A cell.
+    """
+    return _seconds(measurement.median)
+
+
+def _peak_in(measurement: Measurement) -> str:
+    """Format the memory of a measurement.
+
+    Args:
+        measurement: The measurement.
+
+    Returns:
+        A cell.
+    """
+    return _megabytes(measurement.peak_mb)
 
 
 def _overhead(measured: dict[str, Measurement]) -> str:
@@ -243,7 +285,8 @@ def _heading(result: WorkloadResult) -> str:
     Returns:
         The heading.
     """
-    return f"{result.name}: {result.n1} x {result.n2} samples, {result.outputs} outputs"
+    samples = f"{result.n1} pairs of" if result.paired else f"{result.n1} x {result.n2}"
+    return f"{result.name}: {samples} samples, {result.outputs} outputs"
 
 
 def _rates(rates: list[float]) -> str:

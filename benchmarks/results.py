@@ -6,8 +6,8 @@ from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from benchmarks import plan
 from benchmarks.check import TOLERANCE
+from benchmarks.workloads import WORKLOADS
 
 
 @dataclass
@@ -51,6 +51,7 @@ class WorkloadResult:
         measurements: By contender.
         rates: Operations in a second of a matrix product, measured between the contenders.
         floor: Operations that the kernel needs; ``None`` where they are not counted.
+        paired: Whether each sample of x1 met the one of x2 at its place alone.
     """
 
     name: str
@@ -60,6 +61,7 @@ class WorkloadResult:
     measurements: dict[str, Measurement]
     rates: list[float] = field(default_factory=list)
     floor: float | None = None
+    paired: bool = False
 
     @property
     def floor_seconds(self) -> float | None:
@@ -96,33 +98,35 @@ class Results:
     Attributes:
         environment: What it ran in, by what it is called in the report.
         workloads: The results.
-        sweeps: Results by the value of the quantity that is swept, by quantity.
+        against: Those of this library beside itself at another commit.
+        sweeps: Results by the value of the quantity that is swept, by the name of the sweep.
         overhead: The cost of the kernel in a training step: times by variant.
         counts: What a GPU would pay for in a call, by the name of a workload or of a case of the tests.
+        by_hand: Models that are no sequence of layers beside loops by hand: what was measured, by model.
+        te_nas: Condition numbers of cells beside a loop: what was measured, by cell.
+        took: The minutes that each part of the run took.
     """
 
     environment: dict[str, str]
     workloads: list[WorkloadResult] = field(default_factory=list)
+    against: list[WorkloadResult] = field(default_factory=list)
     sweeps: dict[str, dict[int, WorkloadResult]] = field(default_factory=dict)
     overhead: dict[str, Measurement] = field(default_factory=dict)
     counts: dict[str, dict[str, int]] = field(default_factory=dict)
+    by_hand: dict[str, dict[str, Any]] = field(default_factory=dict)
+    te_nas: dict[str, dict[str, float]] = field(default_factory=dict)
+    took: dict[str, float] = field(default_factory=dict)
 
-    @property
-    def has_peers(self) -> bool:
-        """Whether peers took part in a workload, and not only this library at another commit."""
-        return any(name not in (plan.GGN_NTK, plan.BEFORE) for r in self.workloads for name in r.measurements)
-
-    def put(self, result: WorkloadResult) -> None:
-        """Add the results of a workload, in the place of earlier ones.
+    def put(self, result: WorkloadResult, against: bool = False) -> None:
+        """Add the results of a workload, in the place of earlier ones, in the order of the tables.
 
         Args:
             result: The results.
+            against: Whether this library ran beside itself at another commit.
         """
-        names = [known.name for known in self.workloads]
-        if result.name in names:
-            self.workloads[names.index(result.name)] = result
-        else:
-            self.workloads.append(result)
+        results, order = self.against if against else self.workloads, list(WORKLOADS)
+        results[:] = [known for known in results if known.name != result.name] + [result]
+        results.sort(key=lambda known: order.index(known.name))
 
     def save(self, path: Path) -> None:
         """Write to a file.
@@ -146,12 +150,13 @@ class Results:
         return cls(
             environment=kept["environment"],
             workloads=[_workload_result(result) for result in kept["workloads"]],
+            against=[_workload_result(result) for result in kept.get("against", [])],
             sweeps={
                 quantity: {int(value): _workload_result(result) for value, result in sweep.items()}
                 for quantity, sweep in kept["sweeps"].items()
             },
             overhead={variant: Measurement(**kept) for variant, kept in kept["overhead"].items()},
-            counts=kept.get("counts", {}),
+            **{name: kept.get(name, {}) for name in ("counts", "by_hand", "te_nas", "took")},
         )
 
 

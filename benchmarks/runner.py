@@ -15,15 +15,18 @@ from benchmarks.floor import floor
 from benchmarks.network import network
 from benchmarks.process import Contender, ContenderError
 from benchmarks.results import Measurement, WorkloadResult
-from benchmarks.workloads import Array, Workload
+from benchmarks.workloads import Array, Sweep, Workload
 
 #: After a round in which it takes longer than this many seconds, a contender is left out.
 PATIENCE = 20.0
-SWEEP_PATIENCE = 10.0
 
 #: A contender whose kernel takes less than this many seconds computes another just before each that is timed: while it
 #: waits for its turn, the operating system takes memory and caches from it, as it would not in a program at work.
 PRIMED = 2.0
+
+#: Of kernels that take less than this many seconds, as many are computed in a row, and timed one by one.
+LEAST = 0.1
+_MOST_CALLS = 20
 
 _OTHER_INPUTS = 10**6  # added to the seed of a call that is not timed
 
@@ -52,8 +55,9 @@ def run_workload(
     Returns:
         The results.
     """
+    measurements = {name: Measurement() for name in contenders}
     result = WorkloadResult(
-        workload.name, workload.n1, workload.n2, workload.outputs, {name: Measurement() for name in contenders}
+        workload.name, workload.n1, workload.n2, workload.outputs, measurements, paired=workload.paired
     )
     if with_floor:
         result.floor = floor(workload).total
@@ -65,23 +69,23 @@ def run_workload(
     return result
 
 
-def run_sweep(values: dict[int, Workload], rounds: int, device: str) -> Iterator[tuple[int, WorkloadResult]]:
+def run_sweep(sweep: Sweep, rounds: int, device: str) -> Iterator[tuple[int, WorkloadResult]]:
     """Measure contenders on workloads of growing size, each up to the size where it fails or gets slow.
 
     Args:
-        values: The workloads, by the value that grows.
+        sweep: The workloads.
         rounds: How often each contender is timed.
         device: Where to compute.
 
     Yields:
         Each value, and the results.
     """
-    contenders = plan.available(plan.SWEPT, device)
-    for value, workload in values.items():
-        result = run_workload(workload, contenders, rounds, device, patience=SWEEP_PATIENCE)
+    contenders = plan.available(plan.swept(sweep), device)
+    for value, workload in sweep.workloads.items():
+        result = run_workload(workload, contenders, rounds, device, patience=sweep.patience)
         yield value, result
         medians = {name: result.seconds(name) for name in contenders}
-        contenders = [name for name, median in medians.items() if median is not None and median <= SWEEP_PATIENCE]
+        contenders = [name for name, median in medians.items() if median is not None and median <= sweep.patience]
 
 
 class _Run:
@@ -102,15 +106,18 @@ class _Run:
         self._processes: dict[str, Contender] = {}
 
     def warm_up(self) -> None:
-        """Start the processes and let every contender compute a kernel, without a measurement.
+        """Start the processes and let every contender compute kernels, without a measurement.
 
-        One after the other: who needs all memory should find out while few others are there.
+        One after the other: who needs all memory should find out while few others are there. Who is fast computes
+        several: what compiles or writes down its operations may do that in the second call, or in the third.
         """
         kernels: dict[str, Array] = {}
         for name in self._result.measurements:
             try:
                 self._processes[name] = self._start(name)
-                _, kernels[name] = self._compute(name, 0)
+                (seconds, _), kernels[name] = self._compute(name, 0)
+                if seconds < PRIMED:
+                    self._processes[name].compute(_OTHER_INPUTS, calls=2)
             except ContenderError as error:
                 self._leave_out(name, error)
         self._check(kernels, 0)
@@ -127,10 +134,12 @@ class _Run:
         """
         kernels: dict[str, Array] = {}
         for name in list(self._processes)[:: 1 if number % 2 else -1]:
+            calls = 1
             try:
                 if max(self._result.measurements[name].seconds, default=0.0) < PRIMED:
-                    self._processes[name].compute(_OTHER_INPUTS + number)
-                (seconds, peak_mb), kernels[name] = self._compute(name, number)
+                    seconds, _ = self._processes[name].compute(_OTHER_INPUTS + number)
+                    calls = max(1, min(_MOST_CALLS, int(LEAST / seconds)))
+                (seconds, peak_mb), kernels[name] = self._compute(name, number, calls)
             except ContenderError as error:
                 self._leave_out(name, error)
                 continue
@@ -155,18 +164,19 @@ class _Run:
         process.wait()
         return process
 
-    def _compute(self, name: str, seed: int) -> tuple[tuple[float, float], Array]:
+    def _compute(self, name: str, seed: int, calls: int = 1) -> tuple[tuple[float, float], Array]:
         """Let a contender compute a kernel.
 
         Args:
             name: The contender.
             seed: Decides on the inputs.
+            calls: How often, and of other inputs before.
 
         Returns:
             Time in seconds and peak of memory in megabytes, and the kernel.
         """
         path = self._folder / "kernel.npy"
-        measured = self._processes[name].compute(seed, path)
+        measured = self._processes[name].compute(seed, path, calls)
         time.sleep(_PAUSE)
         return measured, np.load(path)
 

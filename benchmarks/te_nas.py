@@ -1,4 +1,4 @@
-"""``python -m benchmarks.te_nas [--cells N] [--batch N] [--size N] [--seed N]``: condition numbers of random cells.
+"""Condition numbers of random cells, with BatchNorm in train mode.
 
 Architectures are ranked without training by the condition number of the NTK of their summed logits, with BatchNorm in
 train mode, over all weights (Chen, Gong, Wang: "Neural Architecture Search on ImageNet in Four GPU Hours: A
@@ -7,7 +7,6 @@ usual there, takes turns with ``empirical_ntk(..., interacting=True)``. Cells ar
 Yang: "NAS-Bench-201", ICLR 2020): four nodes, and on each of six edges one of four operations.
 """
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
@@ -115,33 +114,52 @@ def condition(kernel: Tensor) -> float:
     return float(eigenvalues[-1] / eigenvalues[0])
 
 
-def main(arguments: list[str] | None = None) -> None:
+def measure(cells: int = 20, batch: int = 32, size: int = 16) -> dict[str, dict[str, float]]:
     """Compare kernels and times.
 
     Args:
-        arguments: Command line arguments; ``None`` for the process's.
+        cells: The number of cells.
+        batch: The number of images.
+        size: Their height and width.
+
+    Returns:
+        Numbers by what they are, for each cell by its operations.
     """
-    parser = argparse.ArgumentParser(description=__doc__)
-    for name, default in {"cells": 20, "batch": 32, "size": 16, "seed": 0}.items():
-        parser.add_argument(f"--{name}", type=int, default=default)
-    options = parser.parse_args(arguments)
-    torch.manual_seed(options.seed)
-    x = torch.randn(options.batch, 3, options.size, options.size)
-    print(f"{'cell':<30} entries  rules  condition: loop   library  error of kernel  seconds: loop  library")
-    ratios = []
-    for _ in range(options.cells):
+    torch.manual_seed(0)
+    x = torch.randn(batch, 3, size, size)
+    measured = {}
+    for _ in range(cells):
         names = [list(_OPERATIONS)[i] for i in torch.randint(len(_OPERATIONS), (_NODES * (_NODES - 1) // 2,))]
         model = network(names)
         covered = explain(model, x, params="*weight", output=lambda out: out.sum(1), interacting=True)
-        kernels, seconds = _taking_turns([by_loop, by_library], model, x)
-        expected, found = kernels
-        ratios.append(seconds[0] / seconds[1])
-        print(
-            f"{' '.join(names):<30} {covered.entries:>7} {covered.covered / covered.entries:>6.0%}"
-            f" {condition(expected):>16.4g} {condition(found):>9.4g} {relative_error(found, expected):>16.1e}"
-            f" {seconds[0]:>14.3f} {seconds[1]:>8.3f}"
-        )
-    print(f"The loop takes {statistics.median(ratios):.2f} times as long (median of {options.cells} cells).")
+        (expected, found), (by_loop_seconds, by_library_seconds) = _taking_turns([by_loop, by_library], model, x)
+        measured[" ".join(names)] = {
+            "entries": covered.entries,
+            "covered by rules": covered.covered / covered.entries,
+            "condition, loop": condition(expected),
+            "condition, library": condition(found),
+            "error of the kernel": relative_error(found, expected),
+            "seconds, loop": by_loop_seconds,
+            "seconds, library": by_library_seconds,
+        }
+    return measured
+
+
+def table(measured: dict[str, dict[str, float]]) -> str:
+    """Write results as a table.
+
+    Args:
+        measured: What :func:`measure` returns.
+
+    Returns:
+        The table in Markdown, and what follows from it.
+    """
+    kinds = list(next(iter(measured.values())))
+    lines = [["cell", *kinds], ["---"] * (1 + len(kinds))]
+    lines += [[cell, *(f"{numbers[kind]:.4g}" for kind in kinds)] for cell, numbers in measured.items()]
+    ratio = statistics.median(numbers["seconds, loop"] / numbers["seconds, library"] for numbers in measured.values())
+    rows = "\n".join(f"| {' | '.join(line)} |" for line in lines)
+    return f"{rows}\n\nThe loop takes {ratio:.2f} times as long (median of {len(measured)} cells)."
 
 
 def _taking_turns(
@@ -156,7 +174,3 @@ def _taking_turns(
             results.append(function(model, x))
             own.append(time.perf_counter() - start)
     return results, [statistics.median(own) for own in times]
-
-
-if __name__ == "__main__":
-    main()

@@ -1,6 +1,6 @@
 """What is computed: networks, sizes and random numbers, for every framework alike."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 from math import prod, sqrt
 
@@ -27,6 +27,7 @@ class Workload:
         compute: ``"full"`` or ``"trace"``.
         symmetric: Whether x2 is x1.
         trace_axes: Output axes to sum over, of those behind the first.
+        paired: Whether each sample of x1 meets the one of x2 at its place alone.
         architecture: A network that is no sequence of layers, by its name in :mod:`benchmarks.network`; then ``layers``
             holds the last one alone.
     """
@@ -40,6 +41,7 @@ class Workload:
     symmetric: bool = False
     architecture: str = ""
     trace_axes: tuple[int, ...] = ()
+    paired: bool = False
 
     @property
     def outputs(self) -> int:
@@ -98,6 +100,25 @@ class Workload:
         return x1, x1.copy() if self.symmetric else x2
 
 
+@dataclass(frozen=True)
+class Sweep:
+    """Workloads of growing size, for a plot.
+
+    Attributes:
+        quantity: What grows.
+        label: What it is.
+        network: What computes, and of how much.
+        workloads: The workload of each value.
+        patience: After a round in which it takes longer than this many seconds, a contender is left out.
+    """
+
+    quantity: str
+    label: str
+    network: str
+    workloads: dict[int, Workload]
+    patience: float = 10.0
+
+
 def _mlp(*sizes: int) -> tuple[Layer, ...]:
     """Build a fully-connected network.
 
@@ -140,7 +161,11 @@ ANY_MODULE = tuple(
     for name, last, shape in (("resnet18", _RESNET, _IMAGE), ("transformer", _TRANSFORMER, (32, 128)))
     for symmetric in (False, True)
 )
-SMALL = (Workload("fcn_wideout 4x4", FULL[3].layers, FULL[3].shape, 4, 4),)
+RESNET_CIFAR = Workload("resnet18_cifar", _RESNET, _IMAGE, 32, 32, "trace", True, architecture="resnet18_cifar")
+SMALL = (
+    Workload("fcn_wideout 4x4", FULL[3].layers, FULL[3].shape, 4, 4),
+    Workload("small", _mlp(784, 64, 64, 10), (784,), 16, 16),
+)
 # A small segmentation network: 512 outputs for a sample, of which the kernel keeps 8 classes.
 AXES = (
     Workload(
@@ -152,10 +177,19 @@ AXES = (
         trace_axes=(1, 2),
     ),
 )
+_SMALL_CNN: tuple[Layer, ...] = (
+    *(("conv", 3, 16, 1), _RELU, _POOL, ("conv", 16, 32, 1), _RELU, _POOL),
+    *(_FLATTEN, ("linear", 512, 10)),
+)
+PAIRED = (
+    Workload("paired mlp", _mlp(784, 256, 256, 1), (784,), 2000, 2000, paired=True),
+    Workload("paired cnn", _SMALL_CNN, (3, 16, 16), 2000, 2000, paired=True),
+)
 SYMMETRIC = tuple(Workload(f"{w.name} symmetric", w.layers, w.shape, 20, 20, symmetric=True) for w in FULL[:2])
 
-#: Loads the code of a contender; in no table.
-TINY = Workload("tiny", (("conv", 1, 2, 0), _RELU, _POOL, _FLATTEN, ("linear", 8, 2)), (1, 6, 6), 2, 2)
+# Load the code of a contender; in no table.
+_TINY_CNN = Workload("tiny", (("conv", 1, 2, 0), _RELU, _POOL, _FLATTEN, ("linear", 8, 2)), (1, 6, 6), 2, 2)
+_TINY_MLP = Workload("tiny", _mlp(8, 4, 4, 2), (8,), 2, 2)
 
 #: To try the command: one of each kind, in a second or so.
 QUICK = (
@@ -165,28 +199,70 @@ QUICK = (
     Workload("quick cnn symmetric", _CNN, _IMAGE, 3, 3, symmetric=True),
 )
 
-#: For plots: the quantity on the axis, and the workload of each of its values.
+_SAMPLES, _TRACED_SIZES = "N, samples in each of x1 and x2", (8, 32, 128, 512, 2000)
+
+#: By how they are asked for.
 SWEEPS = {
-    "N": {n: Workload(f"cnn N={n}", _CNN, _IMAGE, n, n) for n in (4, 8, 16, 32, 64, 128)},
-    "O": {
-        o: Workload(f"mlp O={o}", _mlp(784, 512, 512, o), (784,), 16, 16) for o in (1, 2, 4, 8, 16, 32, 64, 128, 256)
-    },
-    "width": {
-        w: Workload(f"mlp width={w}", _mlp(784, w, w, 10), (784,), 16, 16)
-        for w in (64, 128, 256, 512, 1024, 2048, 4096)
-    },
+    "N": Sweep(
+        "N",
+        _SAMPLES,
+        "CNN of the PyTorch tutorial, full kernel of 10 outputs",
+        {n: Workload(f"cnn N={n}", _CNN, _IMAGE, n, n) for n in (4, 8, 16, 32, 64, 128)},
+    ),
+    "O": Sweep(
+        "O",
+        "O, outputs",
+        "784-512-512-O network, full kernel of 16 x 16 samples",
+        {o: Workload(f"mlp O={o}", _mlp(784, 512, 512, o), (784,), 16, 16) for o in (1, 2, 4, 8, 16, 32, 64, 128, 256)},
+    ),
+    "width": Sweep(
+        "width",
+        "width of both hidden layers",
+        "784-width-width-10 network, full kernel of 16 x 16 samples",
+        {
+            w: Workload(f"mlp width={w}", _mlp(784, w, w, 10), (784,), 16, 16)
+            for w in (64, 128, 256, 512, 1024, 2048, 4096)
+        },
+    ),
+    "N-cnn-trace": Sweep(
+        "N",
+        _SAMPLES,
+        "CNN of the PyTorch tutorial, trace over 10 outputs",
+        {n: Workload(f"cnn trace N={n}", _CNN, _IMAGE, n, n, "trace") for n in _TRACED_SIZES},
+    ),
+    "N-mlp-trace": Sweep(
+        "N",
+        _SAMPLES,
+        "784-512-512-10 network, trace",
+        {n: Workload(f"mlp trace N={n}", _mlp(784, 512, 512, 10), (784,), n, n, "trace") for n in _TRACED_SIZES},
+    ),
+    "N-resnet18_cifar": Sweep(
+        "N",
+        "N, samples of x1, which is x2",
+        "ResNet-18 for CIFAR-10, trace over 10 outputs",
+        {n: replace(RESNET_CIFAR, name=f"resnet18_cifar N={n}", n1=n, n2=n) for n in (8, 32, 128, 512)},
+        patience=40.0,
+    ),
 }
 
+#: Those that are compared in tables, by name.
+TABLES = {w.name: w for w in (*FULL, *TRACE, *SMALL, *SYMMETRIC, *PAIRED, *AXES, *ANY_MODULE, RESNET_CIFAR)}
+
 WORKLOADS = {
-    w.name: w
-    for w in (
-        *FULL,
-        *TRACE,
-        *SMALL,
-        *SYMMETRIC,
-        *AXES,
-        *ANY_MODULE,
-        *QUICK,
-        *(w for sweep in SWEEPS.values() for w in sweep.values()),
-    )
+    **TABLES,
+    **{w.name: w for w in (*QUICK, *(w for sweep in SWEEPS.values() for w in sweep.workloads.values()))},
 }
+
+
+def tiny(workload: Workload) -> Workload:
+    """Take a workload of the same kind that is computed at once.
+
+    Args:
+        workload: The workload.
+
+    Returns:
+        It, with a tiny network and two samples.
+    """
+    linear = {"linear", "relu"} >= {layer[0] for layer in workload.layers} and not workload.architecture
+    size = _TINY_MLP if linear else _TINY_CNN
+    return replace(size, compute=workload.compute, symmetric=workload.symmetric, paired=workload.paired)

@@ -1,20 +1,23 @@
 """What the benchmarks compute, count and report; not how long it takes."""
 
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
 import pytest
 import torch
 
+from benchmarks import __main__ as main
 from benchmarks import by_hand, check, contenders, plan, te_nas
 from benchmarks.environment import slug
 from benchmarks.failures import OUT_OF_MEMORY, describe
 from benchmarks.floor import floor
 from benchmarks.network import network, samples
 from benchmarks.plots import SUMMARY_PLOT, sweep_plot
+from benchmarks.process import Contender
 from benchmarks.report import write_report
 from benchmarks.results import Measurement, Results, WorkloadResult
-from benchmarks.workloads import SWEEPS, WORKLOADS, Workload
+from benchmarks.workloads import SWEEPS, WORKLOADS, Workload, tiny
 from ggn_ntk import empirical_ntk, explain
 
 SMALL = Workload(
@@ -24,6 +27,7 @@ SMALL = Workload(
     3,
     2,
 )
+MLP = Workload("mlp", (("linear", 6, 5), ("relu",), ("linear", 5, 4), ("relu",), ("linear", 4, 3)), (6,), 3, 2)
 TRACED = Workload("traced", (("conv", 2, 3, 1), ("relu",), ("conv", 3, 4, 0)), (2, 4, 4), 3, 2, trace_axes=(1, 2))
 ENVIRONMENT = {"date": "2026-01-31", "CPU": "A CPU (TM)", "cores": "2", "torch": "2.6.0"}
 
@@ -58,21 +62,56 @@ def test_check_tells_right_from_wrong(compute):
 
 
 @pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:FutureWarning")  # by torch's own jvp
-@pytest.mark.parametrize("contender", [plan.JACOBIANS, plan.PRODUCTS, plan.VIVIT, plan.GGN_NTK])
-def test_contenders_agree(contender):
-    load, run = contenders.prepare(contender, SMALL, "cpu")
-    spot = check.spot(SMALL, network(SMALL, dtype=torch.float64), 3)
-    assert spot.error(run(*(load(x) for x in SMALL.inputs(3))).numpy()) < 1e-5
-
-
-@pytest.mark.parametrize("contender", plan.contenders_of(TRACED))
-def test_contenders_agree_where_axes_are_traced(contender):
-    load, run = contenders.prepare(contender, TRACED, "cpu")
-    spot = check.spot(TRACED, network(TRACED, dtype=torch.float64), 3)
-    kernel = run(*(load(x) for x in TRACED.inputs(3))).numpy()
-    assert kernel.shape == (3, 2, 4, 4)
+@pytest.mark.parametrize(
+    ("workload", "contender", "shape"),
+    [
+        *((SMALL, name, (3, 2, 5, 5)) for name in (plan.JACOBIANS, plan.PRODUCTS, plan.VIVIT, plan.GGN_NTK)),
+        *((MLP, name, (3, 2, 3, 3)) for name in (plan.PREPARED, plan.BY_HAND)),
+        *((replace(MLP, compute="trace"), name, (3, 2)) for name in (plan.PREPARED, plan.GRADIENTS)),
+        (replace(MLP, n2=3, compute="trace", symmetric=True), plan.GRADIENTS, (3, 3)),
+        *((replace(SMALL, n2=3, paired=True), name, (3, 5, 5)) for name in (plan.GGN_NTK, plan.JACOBIANS)),
+        *((TRACED, name, (3, 2, 4, 4)) for name in plan.contenders_of(TRACED)),
+    ],
+    ids=lambda value: value.name if isinstance(value, Workload) else str(value),
+)
+def test_contenders_agree(workload, contender, shape):
+    load, run = contenders.prepare(contender, workload, "cpu")
+    spot = check.spot(workload, network(workload, dtype=torch.float64), 3)
+    kernel = run(*(load(x) for x in workload.inputs(3))).numpy()
+    assert kernel.shape == shape
     assert spot.error(kernel) < 1e-5
     assert spot.error(1.01 * kernel) > check.TOLERANCE
+
+
+def test_each_workload_has_a_tiny_one_that_its_contenders_can_do():
+    for workload in WORKLOADS.values():
+        small = tiny(workload)
+        assert (small.compute, small.symmetric, small.paired) == (
+            workload.compute,
+            workload.symmetric,
+            workload.paired,
+        )
+    load, run = contenders.prepare(plan.BY_HAND, tiny(WORKLOADS["small"]), "cpu")
+    assert run(*(load(x) for x in tiny(WORKLOADS["small"]).inputs(0))).shape == (2, 2, 2, 2)
+
+
+def test_resnet_for_small_images_keeps_their_positions():
+    workload = WORKLOADS["resnet18_cifar"]
+    seen = []
+    model = network(workload)
+    model.layer1.register_forward_hook(lambda module, inputs, output: seen.append(output.shape))
+    assert model(samples(workload, 0)[0][:1]).shape == (1, 10)
+    assert seen == [(1, 64, 32, 32)]
+
+
+def test_a_process_computes_several_kernels_and_saves_that_of_its_seed(tmp_path):
+    workload = WORKLOADS["quick mlp"]
+    with Contender(plan.GGN_NTK, workload, "cpu", tmp_path) as process:
+        process.wait()
+        seconds, _ = process.compute(7, tmp_path / "kernel.npy", calls=3)
+    assert seconds > 0
+    spot = check.spot(workload, network(workload, dtype=torch.float64), 7)
+    assert spot.error(np.load(tmp_path / "kernel.npy")) < 1e-5
 
 
 def test_floor_counts_what_explain_counts():
@@ -106,13 +145,25 @@ def test_failures(message, said):
 
 
 def made_up_results() -> Results:
-    measurements = {name: Measurement([0.5, 0.1 * (i + 1), 0.3], 100.0 * i, 1e-7) for i, name in enumerate(plan.SWEPT)}
+    names = plan.swept(SWEEPS["N"])
+    measurements = {name: Measurement([0.5, 0.1 * (i + 1), 0.3], 100.0 * i, 1e-7) for i, name in enumerate(names)}
     measurements[plan.PRODUCTS] = Measurement(failure=OUT_OF_MEMORY)
     measurements[plan.VIVIT].spot_error = 0.07
     result = WorkloadResult("cnn", 20, 5, 10, measurements, [2e11, 3e11, 2.5e11], 1e10)
     overhead = dict.fromkeys((plan.STEP, plan.BATCH_GRAD_STEP, plan.KERNEL_STEP, plan.ALONE), Measurement([0.1], 0, 0))
     counts = {"cnn": {"launches": 304, "syncs": 5}, "mlp_ReLU": {"launches": 192, "syncs": 6}}
-    return Results(ENVIRONMENT, [result], {"N": dict.fromkeys(SWEEPS["N"], result)}, overhead, counts)
+    commits = {name: Measurement([0.1 * (i + 2)], 50.0 * (i + 1), 0) for i, name in enumerate(plan.AGAINST)}
+    return Results(
+        {**ENVIRONMENT, plan.BEFORE: "f2a7431"},
+        [result],
+        [WorkloadResult("cnn", 20, 5, 10, commits)],
+        {"N": dict.fromkeys(SWEEPS["N"].workloads, result)},
+        overhead,
+        counts,
+        {"GRU": {"seconds": {"loop": [0.5]}, "error": 1e-7, "covered": 1.0}},
+        {"skip skip": {"seconds, loop": 0.2, "seconds, library": 0.1}},
+        {"cnn": 1.5, "N": 2.5},
+    )
 
 
 def test_results_are_kept(tmp_path):
@@ -132,20 +183,41 @@ def test_report(tmp_path):
     assert "**wrong: 7e-02**" in report
     assert "10 GFLOP at 250 GFLOP/s (200 to 300)" in report
     assert "| cnn | 304 | 5 |" in report
+    assert "| minutes of the run | 4 |" in report
+    assert "| cnn | 0.200 | 0.300 | 0.667x | 0.500x | 0.400 | 0.500 | 0.800x | 0.750x |" in report
+    assert "| ggn_ntk before | f2a7431 |" in report
+    assert "| GRU | 100.0% |  |  |  | 500 ms |  |  |" in (tmp_path / "by_hand.md").read_text()
+    assert "The loop takes 2.00 times as long (median of 1 cells)." in (tmp_path / "te_nas.md").read_text()
     assert "mlp_ReLU" not in report
     assert "| mlp_ReLU | 192 | 6 |" in (tmp_path / "counts.md").read_text()
     tables = [line for line in report.splitlines() if line.startswith("|")]
     assert all(line.endswith(" |") for line in tables)
 
 
-def test_report_of_two_commits(tmp_path):
-    measurements = {plan.GGN_NTK: Measurement([0.3], 100, 0), plan.BEFORE: Measurement([0.2], 50, 0)}
-    results = Results({**ENVIRONMENT, plan.BEFORE: "f2a7431"}, [WorkloadResult("cnn", 20, 5, 10, measurements)])
-    write_report(results, tmp_path)
-    report = (tmp_path / "README.md").read_text()
-    assert "| cnn | 0.300 | 0.200 | 1.50x | 2.00x |" in report
-    assert "| ggn_ntk before | f2a7431 |" in report
-    assert SUMMARY_PLOT not in report
+def test_results_are_put_in_the_order_of_the_tables():
+    results = Results(ENVIRONMENT)
+    for name in ("vgg", "cnn", "vgg"):
+        results.put(WorkloadResult(name, 1, 1, 1, {}))
+    assert [result.name for result in results.workloads] == ["cnn", "vgg"]
+
+
+def test_parts_of_a_run_gather_in_one_folder(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(main, "measure_overhead", lambda *_: {})
+    monkeypatch.setattr(main, "run_workload", lambda workload, names, *_, **__: made_up(workload, names))
+    arguments = ["--output", str(tmp_path)]
+    assert main.main([*arguments, "--only", "vgg", "overhead"]) == 0
+    assert main.main([*arguments, "--only", "cnn"]) == 0
+    kept = Results.load(tmp_path / "results.json")
+    assert [result.name for result in kept.workloads] == ["cnn", "vgg"]
+    assert set(kept.took) == {"vgg", "overhead", "cnn"}
+    assert "vgg" in (tmp_path / "README.md").read_text()
+    with pytest.raises(SystemExit):
+        main.main([*arguments, "--only", "N", "--against", "HEAD"])
+    assert "--against compares workloads, not N" in capsys.readouterr().err
+
+
+def made_up(workload: Workload, names: list[str]) -> WorkloadResult:
+    return WorkloadResult(workload.name, 1, 1, 1, {name: Measurement([0.1], 10, 0) for name in names})
 
 
 def test_folders_are_named_by_device_version_and_date():
@@ -158,8 +230,7 @@ def test_models_beside_loops_by_hand(monkeypatch):
     residuals = [
         by_hand.Case(partial(kind, 4), lambda: torch.randn(4, 2)) for kind in by_hand._Residual.__subclasses__()
     ]
-    paired = by_hand.Case(lambda: torch.nn.Linear(3, 2), lambda: torch.randn(4, 3), paired=True)
-    monkeypatch.setattr(by_hand, "CASES", {"unrolled": case, "residual": residuals[0], "paired": paired})
+    monkeypatch.setattr(by_hand, "CASES", {"unrolled": case, "residual": residuals[0]})
     results = {name: by_hand.measure(name, 1) for name in by_hand.CASES}
     for result in results.values():
         assert result["error"] < 1e-5
@@ -168,11 +239,10 @@ def test_models_beside_loops_by_hand(monkeypatch):
     assert by_hand.table(results).splitlines()[2].startswith("| unrolled | 100.0% | ")
 
 
-def test_condition_numbers_of_cells(capsys):
-    te_nas.main(["--cells", "1", "--batch", "6", "--size", "4"])
-    _, row, last = capsys.readouterr().out.strip().splitlines()
-    *_, covered, by_loop, by_library, error, _, _ = row.split()
-    assert covered == "100%"
-    assert float(error) < 1e-5
-    assert float(by_library) == pytest.approx(float(by_loop), rel=1e-2)
-    assert last.startswith("The loop takes ")
+def test_condition_numbers_of_cells():
+    measured = te_nas.measure(cells=1, batch=6, size=4)
+    (numbers,) = measured.values()
+    assert numbers["covered by rules"] == 1
+    assert numbers["error of the kernel"] < 1e-5
+    assert numbers["condition, library"] == pytest.approx(numbers["condition, loop"], rel=1e-2)
+    assert "The loop takes " in te_nas.table(measured)
