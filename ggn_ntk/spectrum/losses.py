@@ -40,6 +40,8 @@ def _hessian_blocks(loss: Callable[[Tensor, Tensor], Tensor], f: Tensor, y: Tens
         value = loss(f, y)
         if not isinstance(value, Tensor) or value.numel() != 1:
             raise ValueError("loss must return a scalar: pass one with reduction='mean' or 'sum'.")
+        if not value.requires_grad:
+            raise ValueError("loss must be differentiable in the outputs, but what it returns has no graph.")
         (slope,) = torch.autograd.grad(value.sum(), f, create_graph=True)
 
     def multiply(vectors: Tensor) -> Tensor:

@@ -171,7 +171,8 @@ def ggn_eigenvalues(
         reduction: Without a loss, the reduction of ``nn.MSELoss``, ``"mean"`` or ``"sum"``.
 
     Returns:
-        ``[N C]``, ascending, in the kernel's dtype: the non-zero eigenvalues of the GGN, and zeros.
+        ``[N C]``, ascending, in the kernel's dtype: the non-zero eigenvalues of the GGN, and zeros. With a loss, none
+        is negative by rounding alone.
 
     Raises:
         TypeError: If an argument is of the wrong type.
@@ -192,7 +193,10 @@ def ggn_eigenvalues(
     roots = hessian_roots(loss, f, y, _samples_and_outputs(kernel))
     n, c, _ = roots.shape
     gram = torch.einsum("nac,namb,mbd->ncmd", roots, matrix.reshape(n, c, n, c), roots).reshape(matrix.shape)
-    return _in_dtype(torch.linalg.eigvalsh((gram + gram.mT) / 2), kernel.dtype)
+    values = torch.linalg.eigvalsh((gram + gram.mT) / 2)
+    # Hessians of cross-entropy have an eigenvalue zero each, so half of these are negative by rounding.
+    small = rounding(matrix, kernel.dtype) * roots.square().sum(1).max()
+    return _in_dtype(torch.where(values.abs() <= small, values.clamp(min=0), values), kernel.dtype)
 
 
 def _samples_and_outputs(kernel: Tensor) -> list[int]:

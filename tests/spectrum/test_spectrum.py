@@ -3,24 +3,32 @@
 import math
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from backpack import backpack, extend
 from cases import BY_NAME, mlp
+from scipy.sparse.linalg import aslinearoperator
 from torch import nn
 from torch.nn import functional as F
 from vivit.linalg.eigh import EighComputation
 
 from ggn_ntk import empirical_ntk
 from ggn_ntk.spectrum import (
+    as_matrix,
     centered_kernel_alignment,
     condition_number,
     effective_rank,
     eigenvalues,
+    eigenvectors,
     ggn_eigenvalues,
     kernel_target_alignment,
+    lanczos,
     relative_kernel_change,
 )
+
+# linear_operator, which curvlinops imports, with torch 2.14
+pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
 
 
 def with_spectrum(values, out=(), seed=0):
@@ -46,6 +54,65 @@ def test_eigenvalues_are_those_of_the_flattened_kernel(out):
     values = eigenvalues(with_spectrum(expected, out))
     assert values.tolist() == pytest.approx(expected)
     assert values.dtype == torch.float64
+
+
+@pytest.mark.parametrize("small", [1000, 5], ids=["eigh", "lanczos"])
+@pytest.mark.parametrize("out", [(), (2,), (5, 2)], ids=str)
+def test_eigenvectors(out, small, monkeypatch, device):
+    monkeypatch.setattr(lanczos, "_SMALL", small)
+    expected = [1.05**i for i in range(50)]
+    kernel = with_spectrum(expected, out).to(device)
+    matrix = as_matrix(kernel)
+    for k in (1, 3, 50, None):
+        values, vectors = eigenvectors(kernel, k)
+        assert values.shape == (k or 50,)
+        assert vectors.shape == (50 // math.prod(out), *out, k or 50)
+        assert values.dtype == vectors.dtype == torch.float64
+        assert values.device == vectors.device == kernel.device
+        assert values.tolist() == pytest.approx(expected[-(k or 50) :], abs=1e-12)
+        columns = vectors.reshape(50, -1)
+        assert torch.allclose(matrix @ columns, columns * values, atol=1e-10)
+        assert torch.allclose((columns.T @ columns).cpu(), torch.eye(k or 50).double(), atol=1e-12)
+        if k:
+            assert eigenvalues(kernel, k).tolist() == pytest.approx(values.tolist(), abs=1e-12)
+    assert torch.equal(eigenvalues(kernel, 2), eigenvalues(kernel, 2))
+    assert eigenvalues(kernel.float(), 2).dtype == torch.float32
+    assert not eigenvectors(kernel.requires_grad_(), 2).vectors.requires_grad
+
+
+@pytest.mark.parametrize("kind", ["scipy", "curvlinops"])
+def test_eigenpairs_of_operators(kind):
+    from curvlinops.examples import TensorLinearOperator
+
+    kernel = with_spectrum([1.1**i for i in range(30)], (2,))
+    matrix = as_matrix(kernel)
+    operator = aslinearoperator(matrix.numpy()) if kind == "scipy" else TensorLinearOperator(matrix)
+    for k in (1, 4, 30):
+        values, vectors = eigenvectors(operator, k)
+        assert torch.allclose(values, eigenvalues(kernel)[-k:])
+        assert vectors.shape == (30, k)
+        assert torch.allclose(matrix @ vectors, vectors * values, atol=1e-9)
+    assert torch.equal(eigenvalues(operator, 4), eigenvectors(operator, 4).values)
+    assert eigenvalues(aslinearoperator(np.zeros((9, 9))), 2).tolist() == [0, 0]
+    with pytest.raises(ValueError, match="k must be given for an operator: how many of its 30 eigenvalues to compute"):
+        eigenvalues(operator)
+    with pytest.raises(ValueError, match="kernel must be symmetric, the kernel of a set with itself: u K v and v K u"):
+        eigenvectors(aslinearoperator(matrix.triu().numpy()), 1)
+
+
+def test_eigenpairs_of_a_store():
+    class Store:
+        def to_torch(self, device=None):
+            return with_spectrum([1.0, 2.0, 3.0, 4.0], (2,))
+
+    for values in (eigenvalues(Store()), eigenvectors(Store()).values):
+        assert values.tolist() == pytest.approx([1, 2, 3, 4])
+    assert as_matrix(Store()).shape == (4, 4)
+    assert condition_number(Store()) == pytest.approx(4)
+    assert centered_kernel_alignment(Store(), Store()) == pytest.approx(1)
+    assert relative_kernel_change(Store(), Store()) == 0
+    assert ggn_eigenvalues(Store(), reduction="sum").tolist() == pytest.approx([2, 4, 6, 8])
+    assert kernel_target_alignment(Store(), torch.ones(2, 2)) > 0
 
 
 def test_eigenvalues_keep_dtype_and_device(device):
@@ -225,7 +292,14 @@ K = torch.eye(4)
 
 @pytest.mark.parametrize(
     "function",
-    [eigenvalues, condition_number, effective_rank, ggn_eigenvalues, lambda k: kernel_target_alignment(k, K)],
+    [
+        eigenvalues,
+        eigenvectors,
+        condition_number,
+        effective_rank,
+        ggn_eigenvalues,
+        lambda k: kernel_target_alignment(k, K),
+    ],
 )
 @pytest.mark.parametrize(
     ("kernel", "error", "message"),
@@ -282,6 +356,10 @@ def test_bad_kernels(function, kernel, error, message):
             r"before and after must .* shape, got \[4, 4\] and \[3, 4\]",
         ),
         (lambda: relative_kernel_change(0 * K, K), ValueError, "before is zero, so there is no relative change"),
+        (lambda: eigenvalues(K, 0), ValueError, "k must be from 1 to 4, the number of eigenvalues, got 0"),
+        (lambda: eigenvalues(K, 5), ValueError, "k must be from 1 to 4, the number of eigenvalues, got 5"),
+        (lambda: eigenvectors(K, True), TypeError, "k must be an integer or None, got bool"),
+        (lambda: eigenvectors(K, 1.0), TypeError, "k must be an integer or None, got float"),
         (lambda: ggn_eigenvalues(K, reduction="none"), ValueError, "reduction must be 'mean' or 'sum', got 'none'"),
     ],
 )

@@ -20,6 +20,7 @@ from ggn_ntk import EmpiricalKernels, empirical_ntk, linearize
 from ggn_ntk.training import (
     Gaussian,
     IllConditionedWarning,
+    gradient_descent,
     gradient_descent_mse,
     gradient_flow,
     gradient_flow_mse,
@@ -168,6 +169,75 @@ def test_descent_is_that_of_sgd_step_by_step(task, momentum):
         assert torch.allclose(predicted, real, rtol=1e-10, atol=1e-11)
 
 
+def cross_entropy(f, y):
+    return nn.functional.cross_entropy(f, y)
+
+
+def train_under(task, loss, y, learning_rate, steps, momentum):
+    """Outputs of the linearized network after each step of torch.optim.SGD under a loss, the first before all."""
+    params = {name: p.clone().requires_grad_() for name, p in task.f_lin.point.items()}
+    optimizer = torch.optim.SGD(params.values(), lr=learning_rate, momentum=momentum)
+    history = [task.outputs(params)]
+    for _ in range(steps):
+        optimizer.zero_grad()
+        loss(task.f_lin(params, task.x_train), y).backward()
+        optimizer.step()
+        history.append(task.outputs(params))
+    return [torch.stack(outputs) for outputs in zip(*history, strict=True)]
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.9])
+def test_descent_on_any_loss_is_that_of_sgd_step_by_step(task, momentum):
+    labels = torch.tensor([0, 2, 1, 0])
+    history = train_under(task, cross_entropy, labels, 0.5, 25, momentum)
+    predictor = gradient_descent(cross_entropy, task.k_train_train, labels, learning_rate=0.5, momentum=momentum)
+    for predicted, real in zip(task.predict(predictor, torch.arange(26)), history, strict=True):
+        assert torch.allclose(predicted, real, rtol=1e-10, atol=1e-11)
+    some = task.predict(predictor, [[7, 0], [3, 7]])
+    for predicted, real in zip(some, history, strict=True):
+        assert torch.allclose(predicted, real[torch.tensor([[7, 0], [3, 7]])])
+    assert torch.equal(predictor(0, task.f_train), task.f_train)
+
+
+@pytest.mark.parametrize("momentum", [0.0, 0.7])
+def test_descent_on_any_loss_with_the_squared_one_is_the_closed_form(task, momentum):
+    rates = {"learning_rate": 0.5, "momentum": momentum}
+    closed = gradient_descent_mse(task.k_train_train, task.y, **rates)
+    stepped = gradient_descent(half_mse, task.k_train_train, task.y, **rates)
+    for a, b in zip(task.predict(closed, range(20)), task.predict(stepped, range(20)), strict=True):
+        assert torch.allclose(a, b, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("momentum", [0.3, 0.9])
+def test_flow_with_momentum_is_where_descent_with_small_steps_leads(task, momentum):
+    """Twice as many steps with half the friction, at a quarter of the rate: the distance falls linearly."""
+    labels, distances = torch.tensor([0, 2, 1, 0]), []
+    for scale in (4, 8, 16):
+        mu, rate, steps = 1 - (1 - momentum) / scale, 2.0 / scale**2, 6 * scale
+        rates = {"learning_rate": rate, "momentum": mu}
+        flow = task.predict(gradient_flow(cross_entropy, task.k_train_train, labels, **rates), steps)
+        descent = task.predict(gradient_descent(cross_entropy, task.k_train_train, labels, **rates), steps)
+        distances.append([(a - b).norm().item() for a, b in zip(flow, descent, strict=True)])
+    for coarse, fine in pairwise(distances):
+        assert [a / b for a, b in zip(coarse, fine, strict=True)] == pytest.approx([2, 2], rel=0.3)
+
+
+@pytest.mark.parametrize("momentum", [0.01, 0.5, 0.95])
+def test_flow_with_momentum_under_the_squared_loss(task, momentum):
+    """A linear system in f and v, whose solution is a matrix exponential."""
+    n, rate, time = 12, 0.5, 7.0
+    theta = task.k_train_train.transpose(1, 2).reshape(n, n)
+    eye = torch.eye(n).double()
+    rows = [torch.cat([0 * eye, -rate * theta], 1), torch.cat([eye / n, -(1 - momentum) * eye], 1) / momentum]
+    start = torch.cat([(task.f_train - task.y).flatten(), torch.zeros(n).double()])
+    expected = (torch.linalg.matrix_exp(time * torch.cat(rows)) @ start)[:n].reshape(4, 3) + task.y
+    predictor = gradient_flow(half_mse, task.k_train_train, task.y, learning_rate=rate, momentum=momentum)
+    assert torch.allclose(predictor(time, task.f_train), expected, rtol=0, atol=1e-6)
+    if momentum < 0.1:  # a mass that is next to nothing
+        without = gradient_flow(half_mse, task.k_train_train, task.y, learning_rate=rate)(time, task.f_train)
+        assert torch.allclose(predictor(time, task.f_train), without, atol=0.01)
+
+
 @pytest.mark.parametrize("momentum", [0.0, 0.9])
 def test_max_learning_rate_divides_convergence_from_divergence(task, momentum):
     limit = max_learning_rate(task.k_train_train, momentum)
@@ -308,7 +378,8 @@ def test_kernels_with_any_axes_are_the_full_ones_that_they_stand_for(out, roles)
         outputs = [
             *gradient_flow_mse(ntk[0], y, diag_reg=0.01, **rate, **keywords)([1, 7, math.inf], *start),
             *gradient_descent_mse(ntk[0], y, momentum=0.5, **rate, **keywords)([[1], [7]], *start),
-            *gradient_flow(quartic, ntk[0], y, **rate, **keywords)([0, 2], *start),
+            *gradient_flow(quartic, ntk[0], y, momentum=0.5, **rate, **keywords)([0, 2], *start),
+            *gradient_descent(quartic, ntk[0], y, momentum=0.5, **rate, **keywords)([0, 2], *start),
             kernel_ridge_regression(ntk[0], y, diag_reg=0.1, **keywords)(ntk[1]),
             posterior.mean,
             ensemble.mean,
@@ -554,6 +625,7 @@ def test_outputs_that_start_as_a_number(task):
         gradient_flow_mse(task.k_train_train, task.y),
         gradient_descent_mse(task.k_train_train, task.y),
         gradient_flow(quartic, task.k_train_train, task.y),
+        gradient_descent(quartic, task.k_train_train, task.y, momentum=0.3),
     ):
         expected = predictor(2, zero_train, zero_test, task.k_test_train)
         for start in ((0.0, 0.0), (None, None), (0.0, None), (0,), (zero_train, 0.0), ()):
@@ -756,12 +828,12 @@ def test_bad_predictions(factory, arguments, error, message):
 
 
 def test_bad_steps():
-    predictor = gradient_descent_mse(K, Y)
-    for steps in (1.5, [1.0], True, None, "two", math.inf):
-        with pytest.raises(TypeError, match="steps must be an integer or an array of integers, got "):
-            predictor(steps, Y)
-    with pytest.raises(ValueError, match="steps must not be negative, got -1"):
-        predictor(-1, Y)
+    for predictor in (gradient_descent_mse(K, Y), gradient_descent(half_mse, K, Y)):
+        for steps in (1.5, [1.0], True, None, "two", math.inf):
+            with pytest.raises(TypeError, match="steps must be an integer or an array of integers, got "):
+                predictor(steps, Y)
+        with pytest.raises(ValueError, match="steps must not be negative, got -1"):
+            predictor(-1, Y)
 
 
 def test_bad_arguments_of_any_loss(monkeypatch):
@@ -771,8 +843,11 @@ def test_bad_arguments_of_any_loss(monkeypatch):
         gradient_flow(half_mse, K, [1.0])
     with pytest.raises(ValueError, match="tolerance must be above 0 and below 1, got 0"):
         gradient_flow(half_mse, K, Y, tolerance=0)
-    with pytest.raises(ValueError, match="learning_rate must be above 0"):
-        gradient_flow(half_mse, K, Y, learning_rate=0)
+    for factory in (gradient_flow, gradient_descent):
+        with pytest.raises(ValueError, match="learning_rate must be above 0"):
+            factory(half_mse, K, Y, learning_rate=0)
+        with pytest.raises(ValueError, match="momentum must be at least 0 and below 1, got 1"):
+            factory(half_mse, K, Y, momentum=1)
     for t in (math.inf, None):
         with pytest.raises(ValueError, match="t must be finite: the flow of a general loss has no closed form"):
             gradient_flow(half_mse, K, Y)(t, Y)
@@ -817,6 +892,7 @@ def test_bad_axes():
         kernel_ridge_regression,
         nngp_posterior,
         lambda k, y, **axes: gradient_flow(half_mse, k, y, **axes)(1.0),
+        lambda k, y, **axes: gradient_descent(half_mse, k, y, **axes)(1),
         lambda k, y, **axes: ntk_ensemble(EmpiricalKernels(k, k), y, **axes),
         lambda k, y, **axes: max_learning_rate(k, y_train=y, **axes),
     ):
