@@ -13,7 +13,7 @@ from benchmarks.workloads import SWEEPS, Sweep
 SUMMARY_PLOT = "ratios.png"
 
 # Colours of Okabe and Ito, which people with colour blindness can tell apart, and a marker for each contender.
-_STYLES = {
+STYLES = {
     plan.GGN_NTK: ("#D55E00", "o"),
     plan.PREPARED: ("#D55E00", "*"),
     plan.BY_HAND: ("0.6", "h"),
@@ -86,7 +86,7 @@ def _draw_ratios(results: list[WorkloadResult], source: str) -> Figure:
             _draw_bar(axes, row, name, ratio)
             row += 1
         row += 1
-    axes.axvline(1, color=_STYLES[plan.GGN_NTK][0], linewidth=2)
+    axes.axvline(1, color=STYLES[plan.GGN_NTK][0], linewidth=2)
     axes.set_xscale("log")
     known = [ratio for ratios in shown.values() for ratio in ratios.values() if isinstance(ratio, float)]
     span = max(*known, 10) / min(*known, 1)
@@ -111,7 +111,7 @@ def _ratios(result: WorkloadResult) -> dict[str, float | str]:
         For each peer, its time relative to that of ggn_ntk, or why there is none.
     """
     ours, found = result.seconds(plan.GGN_NTK), dict[str, float | str]()
-    for name in _STYLES:
+    for name in STYLES:
         theirs = result.seconds(name)
         if theirs and ours and name != plan.GGN_NTK:
             found[name] = theirs / ours
@@ -142,7 +142,7 @@ def _draw_bar(axes: Axes, row: int, name: str, ratio: float | str) -> None:
         ratio: Its time relative to ggn_ntk, or why there is none.
     """
     end = ratio if isinstance(ratio, float) else 1.0
-    axes.barh(row, end - 1, left=1, height=0.8, color=_STYLES[name][0])
+    axes.barh(row, end - 1, left=1, height=0.8, color=STYLES[name][0])
     text = f"{three_digits(ratio)}x" if isinstance(ratio, float) else ratio
     axes.annotate(f"{name}: {text}", (max(end, 1), row), (4, 0), textcoords="offset points", va="center", fontsize=8)
 
@@ -179,7 +179,7 @@ def _draw_sweep(sweep: Sweep, results: dict[int, WorkloadResult], source: str) -
     for axes, label, values in panels:
         for name in contenders_in(results):
             if found := values(name, results):
-                colour, marker = _STYLES[name]
+                colour, marker = STYLES[name]
                 width = 2.6 if name == plan.GGN_NTK else 1.6
                 drawn = {
                     "marker": marker,

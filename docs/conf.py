@@ -12,7 +12,7 @@ from sphinx_gallery.sorting import ExplicitOrder
 import ggn_ntk
 
 _DOCS = Path(__file__).parent
-sys.path.insert(0, str(_DOCS))  # mathml.py
+sys.path.insert(0, str(_DOCS))  # mathml.py, repository.py
 
 project = "ggn_ntk"
 author = "The ggn_ntk developers"
@@ -22,6 +22,7 @@ version = release = ggn_ntk.__version__
 extensions = [
     "mathml",
     "myst_parser",
+    "repository",
     "sphinx.ext.autodoc",
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
@@ -36,7 +37,7 @@ html_static_path = ["_static"]
 html_css_files = ["style.css"]
 html_theme_options = {"navigation_with_keys": True}
 
-myst_enable_extensions = ["colon_fence", "dollarmath"]
+myst_enable_extensions = ["dollarmath"]
 myst_heading_anchors = 3
 
 autodoc_member_order = "bysource"

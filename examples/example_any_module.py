@@ -2,6 +2,8 @@ r"""
 Any module: a ResNet and a small GPT
 ====================================
 
+**Does a model that is no sequence of layers get its kernel by rules, and where is the kernel from?**
+
 The structured route writes the Jacobian of each parameter as a product of what the parameter meets and of the output
 Jacobian that is passed back to it, and contracts only the block of the kernel that was asked for. This needs no
 ``nn.Sequential``: in any module, autograd's graph shows where parameters are used, and autograd passes the Jacobians

@@ -2,6 +2,8 @@ r"""
 How the order of contraction is chosen
 ======================================
 
+**Why does one order of products cost far more than another, and which is taken?**
+
 The structured route never asks how large a Jacobian is before it asks whether one is needed. For each parameter, a rule
 writes the Jacobian as an einsum that is not evaluated. Two of them, one for each set of samples, make the kernel's
 einsum, and any order of its products gives the same kernel. What they cost differs by orders of magnitude, and which is

@@ -2,6 +2,8 @@ r"""
 A kernel at every step: what training does to the network that it trains
 ========================================================================
 
+**What does the kernel at every step say of training that the kernel at the start does not?**
+
 A step of gradient descent on the loss :math:`\tfrac{1}{2} \operatorname{mean} (f - y)^2` moves the outputs of a network
 by
 

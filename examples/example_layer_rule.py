@@ -2,6 +2,8 @@ r"""
 A rule for a layer of your own
 ==============================
 
+**How do I make kernels fast for a layer that the library does not know?**
+
 The structured route knows the layers of ``torch.nn``. For any other, the kernel is exact all the same: a parameter
 without a rule is contracted from the Jacobians of each sample. A rule makes it fast. It is one function, which says
 what the Jacobian of each parameter is. How to contract it is found for you.

@@ -2,6 +2,8 @@ r"""
 Predicting the training of a wide network
 =========================================
 
+**How wide must a network be for its kernel to predict how it trains?**
+
 Near its initialisation :math:`\theta_0`, a network is almost linear in its parameters,
 
 .. math::

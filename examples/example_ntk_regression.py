@@ -2,6 +2,8 @@ r"""
 Regression with the NTK against the network itself
 ==================================================
 
+**How good is regression with the kernel, compared with the network trained for real?**
+
 A network that stayed linear in its parameters would end, after infinite training from outputs :math:`f_0`, at
 
 .. math::

@@ -2,6 +2,8 @@ r"""
 The empirical NTK from a GGN Gram matrix
 ========================================
 
+**Is the NTK of a network really the Gram matrix of its generalized Gauss-Newton?**
+
 The empirical neural tangent kernel (NTK) of a network :math:`f_\theta` with :math:`C` outputs compares two
 inputs by how the network's outputs at them move with the parameters. With the Jacobian
 :math:`\mathbf{J}(x) = \partial f_\theta(x) / \partial \theta \in \mathbb{R}^{C \times P}`, it is

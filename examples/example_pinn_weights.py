@@ -2,6 +2,8 @@ r"""
 Loss weights of physics-informed networks, from traces of kernels
 =================================================================
 
+**By what weights do the losses of a physics-informed network train equally fast?**
+
 A physics-informed network :math:`u_\theta` solves a differential equation by several losses at once: that of its values
 :math:`u` at points of the boundary, and that of the residual :math:`r` of the equation at points inside. In gradient
 flow, both follow one kernel,

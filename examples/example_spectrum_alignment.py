@@ -2,6 +2,8 @@ r"""
 The kernel learns too: spectrum and alignment through training
 ==============================================================
 
+**What does a kernel learn while its network does?**
+
 In the limit of infinite width, the neural tangent kernel stays what it was at initialisation. A real network's does
 not: as it trains, its kernel grows, more of its eigenvalues come to matter, and it aligns with the targets. This
 example follows the kernel of a small convolutional network through training on scikit-learn's digits.

@@ -1,4 +1,4 @@
-"""What the README, the pages and the docstrings show runs, and so does the gallery."""
+"""What the README, the pages and the docstrings show runs, and so does the gallery; what they say holds."""
 
 import doctest
 import importlib
@@ -12,22 +12,28 @@ import sys
 from itertools import takewhile
 from pathlib import Path
 from typing import NamedTuple
+from xml.sax.saxutils import escape
 
 import matplotlib as mpl
 import pytest
 
 import ggn_ntk
+from benchmarks import figures
+from benchmarks.pictures import speed_data, speed_picture
 
 ROOT = Path(__file__).parent.parent
 NEURAL_TANGENTS = ROOT / ".venv-jax" / "bin" / "python"  # what `make benchmark` sets up
 
-THEIRS = ":caption: neural-tangents"
+THEIRS = "neural-tangents"  # the column that does not run here
 
 mpl.use("agg")
 
 README = ROOT / "README.md"
-PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md"]
+PAGES = [README, ROOT / "CONTRIBUTING.md", ROOT / "CHANGELOG.md", ROOT / "examples" / "README.md"]
 PAGES += [path for path in sorted((ROOT / "docs").rglob("*.md")) if not {"_build", "gallery"} & set(path.parts)]
+SITE_ALONE = [
+    ROOT / "docs" / name for name in ("api/index.md", "changelog.md", "contributing.md")
+]  # no page of their own
 MODULES = [m.name for m in pkgutil.walk_packages(ggn_ntk.__path__, "ggn_ntk.") if m.name != "ggn_ntk.__main__"]
 NAMED = {f"ggn_ntk.{name}": getattr(ggn_ntk, name) for name in ggn_ntk.__all__}
 PUBLIC_MODULES = [ggn_ntk, *(item for item in NAMED.values() if inspect.ismodule(item))]
@@ -40,15 +46,15 @@ for module in PUBLIC_MODULES[1:]:
 
 
 class Block(NamedTuple):
-    """A fenced block of a page: what stands behind its fence, its options and its text."""
+    """A fenced block of a page: what stands behind its fence, its text, and the head of its column in a table."""
 
     info: str
-    options: str
     text: str
+    column: str
 
     @property
     def language(self) -> str:
-        return self.info.removeprefix("{code-block}").split()[0] if self.info else ""
+        return self.info.split()[0] if self.info else ""
 
     @property
     def file(self) -> str:
@@ -58,14 +64,16 @@ class Block(NamedTuple):
 
 
 def blocks(page: Path) -> list[Block]:
-    """The fenced blocks of a page, in order; those fenced with colons hold others, which are found by themselves."""
-    found, lines = [], iter(page.read_text().splitlines())
+    """The fenced blocks of a page, in order; a table that stands for two columns of code names their heads."""
+    found, heads, lines = [], iter(()), iter(page.read_text().splitlines())
     for line in lines:
         assert not re.match(r"\s+```|\s*~~~", line), f"{page.name} has a fence that the tests do not look for"
-        if line.startswith("```"):
-            body = list(takewhile(lambda line: line != "```", lines))
-            options = list(takewhile(lambda line: line.startswith(":"), body))
-            found.append(Block(line[3:].strip(), "\n".join(options), "\n".join(body[len(options) :])))
+        if line.startswith("<table"):
+            heads = iter(re.findall("<th>(.*?)</th>", line))
+        elif line.startswith("```"):
+            found.append(
+                Block(line[3:].strip(), "\n".join(takewhile(lambda line: line != "```", lines)), next(heads, ""))
+            )
     return found
 
 
@@ -80,7 +88,7 @@ def page_name(page: Path) -> str:
 @pytest.mark.parametrize("page", PAGES, ids=page_name)
 def test_code_of_a_page_is_in_blocks_that_run(page):
     """Python runs below, with the changes of diffs; commands are those of the Makefile, a fence alone is a drawing."""
-    assert {block.language for block in blocks(page)} <= {"python", "diff", "console", "", "{toctree}", "{include}"}
+    assert {block.language for block in blocks(page)} <= {"python", "diff", "console", ""} or page in SITE_ALONE
     assert ">>>" not in page.read_text()
     assert not any(re.search(r"^(import|from \w+ import) ", b.text, re.M) for b in blocks(page) if b.language == "")
 
@@ -89,14 +97,13 @@ def run(page: Path) -> dict:
     """Run the Python of a page, in order and in one namespace, and return that."""
     namespace: dict = {"__name__": "page"}
     for block in blocks(page):
-        if block.language == "python" and THEIRS not in block.options:
+        if block.language == "python" and block.column != THEIRS:
             exec(compile(block.text, page_name(page), "exec"), namespace)
     return namespace
 
 
 def test_readme(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
-    assert len([block for block in blocks(README) if block.language == "python"]) >= 2
     assert run(README)["ntk"].shape == (20, 5, 10, 10)
 
 
@@ -136,6 +143,7 @@ RUN_HERE = [page for page in of_language("python") if page not in (README, *of_l
 
 @pytest.mark.parametrize("page", RUN_HERE, ids=page_name)
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch's own, in jvp
+@pytest.mark.filterwarnings("ignore:`is_gradient_checkpointing` is deprecated:FutureWarning")  # peft's, of transformers
 def test_page(page, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     run(page)
@@ -143,7 +151,7 @@ def test_page(page, monkeypatch, tmp_path):
 
 def test_page_of_neural_tangents(tmp_path):
     """Their lines, in a Python that has neural-tangents: this one, or the one of `make benchmark`."""
-    lines = [block.text for page in PAGES for block in blocks(page) if THEIRS in block.options]
+    lines = [block.text for page in PAGES for block in blocks(page) if block.column == THEIRS]
     assert len(lines) >= 8
     python = str(NEURAL_TANGENTS) if NEURAL_TANGENTS.exists() else sys.executable
     if subprocess.run([python, "-c", "import neural_tangents"], capture_output=True, check=False).returncode:
@@ -161,11 +169,64 @@ def test_readme_names_targets_that_exist():
     assert {"demo", "test", "docs"} <= commands <= targets
 
 
-@pytest.mark.parametrize("page", [README, ROOT / "CONTRIBUTING.md"], ids=page_name)
-def test_links_of_pages_outside_of_the_site_lead_to_files(page):
-    links = re.findall(r"\]\((?!https?:|#)([^)#]+)", page.read_text())
-    assert links
-    assert not [link for link in links if not (ROOT / link).exists()]
+def heading_anchors(page: Path) -> set[str]:
+    """What links may name behind ``#``: headings in small letters, with hyphens for spaces."""
+    text = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    headings = re.findall(r"^#+ (.+)$", text, flags=re.MULTILINE)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+def links(page: Path) -> list[str]:
+    """The targets of links and pictures of a page that are no addresses."""
+    text = re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    found = re.findall(r"\]\(([^)\s]+)\)", text) + re.findall(r'(?:src|srcset|href)="([^"]+)"', text)
+    return [link for link in found if not link.startswith(("http:", "https:"))]
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_name)
+def test_links_lead_to_files_of_the_repository(page):
+    """Files that are there without a build, and headings of pages. Those of the site are checked by `make docs`."""
+    for link in links(page):
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not {"_build", "gallery"} & set(target.relative_to(ROOT).parts), link
+        assert not anchor or anchor in heading_anchors(target), link
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if page not in SITE_ALONE], ids=page_name)
+def test_pages_are_plain_markdown(page):
+    """They read whole where nothing is built: no directives, no roles, nothing included."""
+    text = re.sub(r"^```.*?^```$|`[^`\n]*`", "", page.read_text(), flags=re.MULTILINE | re.DOTALL)
+    assert not re.search(r"^:::|\{[a-z]+\}$", text, flags=re.MULTILINE)
+    assert not re.search(r"\{[\w:]+\}`", page.read_text())
+    assert not [block for block in blocks(page) if block.info.startswith("{")]
+
+
+def test_links_out_of_docs_lead_to_pages_of_the_site():
+    """Links to examples and to files at the root have pages of the site."""
+    sys.path.insert(0, str(ROOT / "docs"))
+    try:
+        on_site = importlib.import_module("repository").on_site
+    finally:
+        sys.path.remove(str(ROOT / "docs"))
+    assert on_site("[x](../../examples/example_pinn_weights.py)") == "[x](/gallery/example_pinn_weights.rst)"
+    assert on_site("[x](../CONTRIBUTING.md#set-up)") == "[x](/contributing.md#set-up)"
+    assert on_site("[x](../guide/README.md)") == "[x](../guide/README.md)"
+
+
+def test_readme_is_short():
+    assert len(README.read_text().split()) < 700
+
+
+@pytest.mark.parametrize("page", [page for page in figures.pages() if "measured:" in page.read_text()], ids=page_name)
+def test_numbers_are_measured(page):
+    assert figures.update(page.read_text()) == page.read_text(), "python -m benchmarks.figures writes them again"
+
+
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_picture_shows_what_was_measured(theme):
+    assert escape(speed_data(figures.swept("cpu", "N"))) in speed_picture(theme).read_text()
 
 
 def test_site_checker_finds_dead_links_and_empty_pages(tmp_path):
@@ -184,6 +245,14 @@ def test_examples(path, monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("GGN_NTK_GALLERY", "reduced")
     runpy.run_path(str(path), run_name="__main__")
+
+
+def test_examples_say_what_they_answer():
+    """Each begins with its question, and the gallery's page in the repository lists it."""
+    listed = (ROOT / "examples" / "README.md").read_text()
+    for path in sorted((ROOT / "examples").glob("example_*.py")):
+        title, question = re.match(r'r"""\n(.+)\n=+\n\n\*\*(.+\?)\*\*\n\n', path.read_text()).groups()
+        assert f"| [{title}]({path.name}) | {question} |" in listed
 
 
 @pytest.mark.parametrize("name", MODULES)

@@ -1,0 +1,146 @@
+"""Pages are written for the repository, where each reads whole. This makes pages of the site of them.
+
+Links to examples and to files at the root lead to their pages of the site, names in code lead to the reference,
+pictures follow the theme, and the start page gets its contents.
+"""
+
+import re
+from typing import Any
+
+from docutils import nodes
+from sphinx import addnodes
+from sphinx.application import Sphinx
+from sphinx.transforms.post_transforms import SphinxPostTransform
+
+import ggn_ntk
+
+#: Where files outside of ``docs/`` are on the site.
+_ELSEWHERE = {
+    "examples/README.md": "/gallery/index.rst",
+    "README.md": "/index.md",
+    "CHANGELOG.md": "/changelog.md",
+    "CONTRIBUTING.md": "/contributing.md",
+}
+
+_LINK = re.compile(r"\]\((?:\.\./)+([\w./-]+?)(#[\w.-]+)?\)")
+_PICTURE = re.compile(r'<picture><source [^>]*srcset="([^"]*)"><img src="([^"]*)"([^>]*)></picture>')
+
+_CONTENTS = {
+    "User guide": [
+        "guide/README",
+        "guide/scale",
+        "guide/outputs",
+        "guide/inputs",
+        "guide/modules",
+        "guide/interacting",
+        "guide/pinns",
+        "guide/language",
+        "guide/training",
+        "guide/predictions",
+        "guide/backpack",
+        "guide/routes",
+        "guide/numerics",
+        "guide/gpu",
+        "guide/limits",
+    ],
+    "How it works": [
+        "derivation",
+        "Order of contraction <gallery/example_contraction_order>",
+        "architecture",
+        "extend/layer",
+        "extend/route",
+        "extend/keyword",
+    ],
+    "Beside others": [
+        "comparison",
+        "coming_from/neural_tangents",
+        "coming_from/torch_func",
+        "coming_from/laplace",
+        "coming_from/curvlinops",
+        "coming_from/nngeometry",
+        "benchmarks/README",
+    ],
+    "Reference": ["gallery/index", "api/index", "changelog", "contributing"],
+}
+
+
+def on_site(text: str) -> str:
+    """Let links that lead out of ``docs/`` lead to pages of the site, and pictures follow its theme.
+
+    Args:
+        text: A page.
+
+    Returns:
+        The page for the site.
+    """
+    text = _PICTURE.sub(r'<img class="only-dark" src="\1"\3><img class="only-light" src="\2"\3>', text)
+    return _LINK.sub(_site_link, text)
+
+
+def _site_link(link: re.Match[str]) -> str:
+    """Write a link for the site."""
+    path, anchor = link[1], link[2] or ""
+    if example := re.fullmatch(r"examples/(example_\w+)\.py", path):
+        return f"](/gallery/{example[1]}.rst)"
+    return f"]({_ELSEWHERE[path]}{anchor})" if path in _ELSEWHERE else link[0]
+
+
+def _read(app: Sphinx, docname: str, source: list[str]) -> None:
+    """Change the text of a page before it is parsed."""
+    if app.env.doc2path(docname).endswith(".md"):
+        source[0] = on_site(source[0])
+    if docname == "index":
+        for caption, pages in _CONTENTS.items():
+            listed = "\n".join(pages)
+            source[0] += f"\n```{{toctree}}\n:hidden:\n:caption: {caption}\n\n{listed}\n```\n"
+
+
+def _public_names() -> dict[str, str]:
+    """Find the full name of each public name that is unique, by itself and with its module's."""
+    modules = {name: item for name in ggn_ntk.__all__ if type(item := getattr(ggn_ntk, name)).__name__ == "module"}
+    names = {name: f"ggn_ntk.{name}" for name in ggn_ntk.__all__ if name not in modules}
+    for module, item in modules.items():
+        for name in item.__all__:
+            names.setdefault(name, f"ggn_ntk.{module}.{name}")
+            names[f"{module}.{name}"] = names[name]
+    return names
+
+
+class NamesInCode(SphinxPostTransform):
+    """Link the first mention of a public name on a page, in code, to the reference."""
+
+    default_priority = 5  # before references are resolved
+
+    def run(self, **kwargs: Any) -> None:
+        """Put references around names.
+
+        Args:
+            **kwargs: Nothing.
+        """
+        names, seen = _public_names(), set()
+        if not self.env.doc2path(self.env.docname).endswith(".md"):
+            return
+        for code in list(self.document.findall(nodes.literal)):
+            target = names.get(code.astext().removeprefix("ggn_ntk."))
+            if target is None or target in seen or isinstance(code.parent, nodes.reference | nodes.title):
+                continue
+            seen.add(target)
+            reference = addnodes.pending_xref(
+                "", refdomain="py", reftype="obj", reftarget=target, refdoc=self.env.docname, refwarn=True
+            )
+            code.replace_self(reference)
+            reference += code
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Register what makes pages of the site.
+
+    Args:
+        app: The builder.
+
+    Returns:
+        What Sphinx wants to know of an extension.
+    """
+    app.connect("source-read", _read)
+    app.add_post_transform(NamesInCode)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
