@@ -27,7 +27,7 @@ import torch
 from ggn_ntk.large.compute import Job, done_in
 from ggn_ntk.large.plan import Tile
 from ggn_ntk.large.progress import Progress, Wanted
-from ggn_ntk.large.store import KernelStore, StoreError
+from ggn_ntk.large.store import JOB, KernelStore, StoreError
 from ggn_ntk.problem.errors import collected, kind_of, warn
 from ggn_ntk.rules.registry import register_entries, users_entries
 
@@ -274,13 +274,23 @@ def _brought(job: Job) -> Iterator[tuple[str, str]]:
             f"The model, x1, x2, output= or input= cannot be brought to a worker ({error}): make it of what can be "
             "pickled, or compute in this process (executor=None)."
         ) from error
-    path = job.path.with_name(f".{job.path.name}.{uuid.uuid4().hex}.job")
+    path = job.path.with_name(f".{job.path.name}.{uuid.uuid4().hex}{JOB}")
     try:
         with open(path, "xb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             file.write(content)
         yield str(path), hashlib.sha256(content).hexdigest()
     finally:
         path.unlink(missing_ok=True)
+
+
+class _Forked:
+    """Whether this process is a copy of one that has imported this module, by a fork."""
+
+    here = False
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=lambda: setattr(_Forked, "here", True))
 
 
 class _Kept(threading.local):
@@ -295,9 +305,23 @@ _KEPT = _Kept()
 
 def _work(path: str, digest: str, row: int, device: torch.device | None) -> list[tuple[type[Warning], str]]:
     """Compute a strip in a worker."""
-    with collected() as found:
+    with collected() as found, _explained():
         _loaded(path, digest, device).work(row)
     return found
+
+
+@contextmanager
+def _explained() -> Iterator[None]:
+    """Say what helps where torch cannot compute, since the process is a fork."""
+    try:
+        yield
+    except RuntimeError as error:
+        if not (_Forked.here and "fork" in str(error)):
+            raise
+        raise RuntimeError(
+            f"Torch cannot go on in a fork of a process that has used a device or its threads ({error}). Pass a pool "
+            "that starts processes anew: ProcessPoolExecutor(n, mp_context=multiprocessing.get_context('spawn'))."
+        ) from error
 
 
 def _loaded(path: str, digest: str, device: torch.device | None) -> Job:
@@ -305,6 +329,8 @@ def _loaded(path: str, digest: str, device: torch.device | None) -> Job:
     if _KEPT.digest != digest:
         import cloudpickle
 
+        if _Forked.here:  # the threads of its parent are not there, and OpenMP would wait for them
+            torch.set_num_threads(1)
         content = Path(path).read_bytes()
         if hashlib.sha256(content).hexdigest() != digest:
             raise StoreError(f"{path} is not what was written to it.")

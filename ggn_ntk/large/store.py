@@ -5,6 +5,7 @@ import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
+from glob import escape
 from pathlib import Path as FilePath
 from types import ModuleType
 from typing import Any, TypeVar
@@ -21,6 +22,9 @@ _T = TypeVar("_T")
 
 # Of what is in the attributes of a store, and how these are to be read.
 _NAME, _FORMAT = "ggn_ntk", 1
+
+#: What the name of a file ends with in which a model comes to workers, beside the store.
+JOB = ".job"
 
 _REMEDY = "Delete the file, and the same call computes it anew."
 
@@ -307,9 +311,10 @@ def remove(path: FilePath) -> None:
 
 
 def sweep(path: FilePath) -> None:
-    """Remove what is left of tiles whose process was stopped as it wrote them."""
-    for partial in path.rglob(f".*{_arrays().PARTIAL}"):
-        partial.unlink(missing_ok=True)
+    """Remove what is left of processes that were stopped: tiles not all written, and what workers were to load."""
+    left = [*path.rglob(f".*{_arrays().PARTIAL}"), *path.parent.glob(f".{escape(path.name)}.*{JOB}")]
+    for file in left:
+        file.unlink(missing_ok=True)
 
 
 def _make(path: FilePath, attributes: Mapping[str, Any], plan: Plan) -> None:
