@@ -2,20 +2,27 @@
 
 Samples that are evaluated together are one side: the first N1 of them meet the others, or all meet all. x1 and x2 that
 are evaluated apart are two, which may use parameters in different orders, and each a different number of times: the
-Jacobians of the first are held, and meet those of the second as these come.
+Jacobians of the first are held, and meet those of the second as these come. So are those of a strip of samples, where
+not all fit, while blocks of the others stream by.
 """
 
-from collections.abc import Callable, Collection, Container, Iterator, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
+from functools import partial
+from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
 from torch import Tensor
 
 from ggn_ntk.contraction.accumulator import Accumulator
-from ggn_ntk.contraction.factored import Jacobians
+from ggn_ntk.contraction.factored import Factored, Jacobians
+from ggn_ntk.contraction.gathered import Gathered
 from ggn_ntk.memory.budget import MemoryBudget, available
 from ggn_ntk.memory.chunks import Chunk, split_outputs
+from ggn_ntk.memory.layout import Layout
 from ggn_ntk.problem.output_axes import KernelAxes
+from ggn_ntk.problem.result import transpose
+
+_T = TypeVar("_T")
 
 
 class Step(Protocol):
@@ -51,6 +58,17 @@ class Wanted(NamedTuple):
     formed: Container[str] = ()  # parameters whose Jacobians are formed before x1 meets x2
 
 
+class Samples(Protocol):
+    """A set of samples, evaluated a block at a time."""
+
+    @property
+    def output(self) -> Tensor:
+        """The outputs ``[N, *out]``, once all blocks were evaluated."""
+
+    def side(self, block: slice) -> Side:
+        """Evaluate the model on a block."""
+
+
 def contract(
     first: Side,
     second: Side,
@@ -65,49 +83,133 @@ def contract(
     # -> [N1, N2, E, F1, F2]
     kernels: dict[str, Tensor] = {}
     chunks = _chunks(first, second, wanted.axes)
-    held = _Held(first, chunks)
+    held = _Held[Jacobians]()
+
+    def of_first(outputs: Tensor, parts: Any) -> Jacobians:
+        steps = first.steps(outputs, parts, again=not torch.equal(outputs, chunks[-1].outputs[0]), hold=True)
+        return _merged(step.jacobians() for step in steps)
+
     for number, chunk in enumerate(chunks, 1):
         accumulator = make(chunk.roles, n1, wanted.group, wanted.formed, wanted.axes.paired)
-        theirs = None if second is first else held.jacobians(chunk, accumulator)
-        for step in second.steps(chunk.outputs[1], accumulator.parts, again=number < len(chunks)):
-            if theirs is None:
-                accumulator.add(step.jacobians())
-            else:  # parameters that only one side has fall back
-                found = {name: uses for name, uses in step.jacobians().items() if name in theirs}
-                accumulator.add({name: theirs[name] for name in found}, found)
+        ours, theirs = chunk.outputs
+        known = None if second is first else held.of(ours, partial(of_first, ours, accumulator.parts))
+        for step in second.steps(theirs, accumulator.parts, again=number < len(chunks)):
+            _meet(accumulator, known, step.jacobians())
         if len(chunks) == 1:
             kernels = accumulator.kernels
         else:
-            _place(kernels, accumulator.kernels, chunk, wanted.axes)
+            for name, block in accumulator.kernels.items():
+                chunk.add(kernels.setdefault(name, block.new_zeros(*block.shape[:-3], *wanted.axes.shape)), block)
     n, m = len(first.output), len(second.output)
-    samples = (n, m) if n1 is None else (n1, n - n1)
-    for name in wanted.params:
-        key = wanted.group(name)
-        if key not in kernels:  # nothing uses its parameters
-            axes = samples[:1] if wanted.axes.paired else samples
-            kernels[key] = first.output.new_zeros(*axes, *wanted.axes.shape)
+    return _complete(kernels, wanted, (n, m) if n1 is None else (n1, n - n1), first.output)
+
+
+def contract_in_blocks(
+    sets: Sequence[Samples], wanted: Wanted, layout: Layout, make: Callable[..., Accumulator] = Accumulator
+) -> dict[str, Tensor]:
+    """Compute the kernels between x1 and x2, or of x1 with itself, by name, a block of samples at a time."""
+    # -> [N1, N2, E, F1, F2]
+    if wanted.axes.paired:
+        return _paired_blocks(sets, wanted, layout, make)
+    stays, kernels = layout.stays, dict[str, Tensor]()
+    ours, theirs = (sets[0], sets[0]) if layout.symmetric else (sets[stays], sets[1 - stays])
+
+    def put(found: dict[str, Tensor], held: slice, other: slice, chunk: Chunk) -> None:
+        places = (held, other) if stays == 0 else (other, held)
+        for name, block in found.items():
+            if name not in kernels:
+                kernels[name] = block.new_zeros(*layout.sizes, *wanted.axes.shape)
+            chunk.add(kernels[name][places], block)
+            if layout.symmetric and held != other:
+                chunk.add(transpose(kernels[name][other, held]), block)
+
+    for blocks in layout.strips:
+        strip, gathered = slice(blocks[0].start, blocks[-1].stop), _Held[list[Jacobians]]()
+        for chunk in layout.chunks(wanted.axes):
+            outputs, others = chunk.outputs[stays], chunk.outputs[1 - stays]
+            steps = gathered.of(outputs, partial(_gathered, ours, blocks, outputs))
+            new = partial(make, chunk.roles, None, wanted.group, wanted.formed)
+            if layout.symmetric:
+                accumulator = new()
+                for jacobians in steps:
+                    accumulator.add(jacobians)
+                put(accumulator.kernels, strip, strip, chunk)
+            known = _merged(steps)
+            for block in layout.streaming(blocks):
+                accumulator, side = new(), theirs.side(block)
+                for step in side.steps(others, accumulator.parts, again=False):
+                    _meet(accumulator, known, step.jacobians(), second=stays == 0)
+                put(accumulator.kernels, strip, block, chunk)
+    return _complete(kernels, wanted, layout.sizes, sets[0].output)
+
+
+def _paired_blocks(
+    sets: Sequence[Samples], wanted: Wanted, layout: Layout, make: Callable[..., Accumulator]
+) -> dict[str, Tensor]:
+    """Compute the kernels of paired samples a block at a time."""
+    # -> [N, E, F1, F2]
+    kernels: dict[str, Tensor] = {}
+    for block in layout.blocks(0):
+        sides = [samples.side(block) for samples in sets]
+        for name, kernel in contract(sides[0], sides[-1], wanted, make=make).items():
+            kernels.setdefault(name, kernel.new_empty(layout.sizes[0], *kernel.shape[1:]))[block] = kernel
     return kernels
 
 
-class _Held:
-    """The Jacobians of x1's side, while x2's passes back by itself."""
+def _gathered(samples: Samples, blocks: Sequence[slice], outputs: Tensor) -> list[Jacobians]:
+    """Pass some outputs of samples back, a block at a time, and put the Jacobians together."""
+    start = blocks[0].start
+    gathered = Gathered(blocks[-1].stop - start)
+    for block in blocks:
+        steps = samples.side(block).steps(outputs, _nothing_before, again=False)
+        gathered.put(slice(block.start - start, block.stop - start), (step.jacobians() for step in steps))
+    return gathered.steps()
 
-    def __init__(self, side: Side, chunks: Sequence[Chunk]) -> None:
-        """Set up for these chunks, one after the other."""
-        self._side, self._last = side, chunks[-1].outputs[0]
+
+def _nothing_before(name: str, jacobian: Factored, n: int) -> None:
+    """Contract nothing before x1 meets x2."""
+
+
+def _meet(accumulator: Accumulator, held: Jacobians | None, found: Jacobians, *, second: bool = True) -> None:
+    """Add what comes on the way back of x2 (``second``) or x1, and what is held of the other; nothing, of one set."""
+    if held is None:
+        accumulator.add(found)
+        return
+    found = {name: uses for name, uses in found.items() if name in held}  # parameters that only one side has fall back
+    known = {name: held[name] for name in found}
+    accumulator.add(*((known, found) if second else (found, known)))
+
+
+def _merged(steps: Iterable[Jacobians]) -> Jacobians:
+    """Put the Jacobians of all steps in one place."""
+    return {name: uses for jacobians in steps for name, uses in jacobians.items()}
+
+
+def _complete(kernels: dict[str, Tensor], wanted: Wanted, samples: tuple[int, int], like: Tensor) -> dict[str, Tensor]:
+    """Add kernels of zeros for parameters that nothing uses."""
+    for name in wanted.params:
+        key = wanted.group(name)
+        if key not in kernels:
+            axes = samples[:1] if wanted.axes.paired else samples
+            kernels[key] = like.new_zeros(*axes, *wanted.axes.shape)
+    return kernels
+
+
+class _Held(Generic[_T]):
+    """What is made of some outputs of one side, until others take their turn."""
+
+    def __init__(self) -> None:
+        """Start with nothing."""
         self._outputs: Tensor | None = None
-        self._jacobians: Jacobians = {}
+        self._held: list[_T] = []
 
-    def jacobians(self, chunk: Chunk, accumulator: Accumulator) -> Jacobians:
-        """Pass back the outputs of a chunk, unless they are those of the one before."""
-        outputs = chunk.outputs[0]
+    def of(self, outputs: Tensor, make: Callable[[], _T]) -> _T:
+        """Look up what is held of these outputs, or make it."""
         if self._outputs is None or not torch.equal(outputs, self._outputs):
-            self._jacobians = {}  # frees memory before more is taken
-            again = not torch.equal(outputs, self._last)
-            for step in self._side.steps(outputs, accumulator.parts, again=again, hold=True):
-                self._jacobians |= step.jacobians()
+            self._held.clear()  # frees memory before more is taken
+            self._held.append(make())
             self._outputs = outputs
-        return self._jacobians
+        return self._held[0]
 
 
 def _chunks(first: Side, second: Side, axes: KernelAxes) -> list[Chunk]:
@@ -118,11 +220,3 @@ def _chunks(first: Side, second: Side, axes: KernelAxes) -> list[Chunk]:
     if size < max(axes.shape[1:]):  # free outputs have to meet: their passes grow with the square of the chunks' number
         size = max(size, (available(device) or 0) // 4 // bytes_of_one)
     return split_outputs(axes, size, apart=apart)
-
-
-def _place(kernels: dict[str, Tensor], blocks: dict[str, Tensor], chunk: Chunk, axes: KernelAxes) -> None:
-    """Add kernels over a chunk of the outputs to kernels over all of them."""
-    for name, block in blocks.items():
-        if name not in kernels:
-            kernels[name] = block.new_zeros(*block.shape[:-3], *axes.shape)
-        chunk.add(kernels[name], block)

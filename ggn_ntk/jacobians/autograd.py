@@ -112,6 +112,11 @@ class AutogradPass:
         self.failures: dict[str, str] = {}
 
     @property
+    def kept(self) -> list[Tensor]:
+        """What the evaluation keeps beside its graph: nothing that this does not hold."""
+        return []
+
+    @property
     def numel(self) -> int:
         """Numbers that ``s`` of one output holds where it is largest, or as it waits; or the Jacobian of a weight."""
         weights = {w.key: w for call in self._calls for w in call.weights}.values()

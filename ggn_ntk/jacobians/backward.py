@@ -1,6 +1,6 @@
 """The way back through a model: what all backward passes have in common."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from typing import NamedTuple, Protocol
 
@@ -14,6 +14,9 @@ from ggn_ntk.problem.errors import NotCapturedError, is_out_of_memory
 #: What is said of a parameter whose rule raises an error.
 FAILS = "its rule fails"
 
+#: What is said of parameters where a model computes something else for some samples than for others.
+OTHER_GRAPH = "the graph of some samples is not that of others"
+
 #: Takes a parameter's name, its Jacobian of some samples and the number of all; groups the operands by what can
 #: be contracted for these samples by themselves (``None`` where nothing can).
 Parts = Callable[[str, Factored, int], list[Part] | None]
@@ -24,6 +27,10 @@ class BackwardPass(Protocol):
 
     output: Tensor  # the model's output ``[N, *out]``
     failures: dict[str, str]  # why the rule of a parameter failed on the way, by name
+
+    @property
+    def kept(self) -> Sequence[Tensor]:
+        """What the evaluation keeps, beside a graph."""
 
     @property
     def numel(self) -> int:

@@ -5,7 +5,7 @@ that fall back for one of them fall back for both.
 """
 
 import operator
-from collections.abc import Callable, Container, Iterable, Iterator
+from collections.abc import Callable, Container, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from functools import reduce
@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from torch import Size, Tensor
 
+from ggn_ntk.contraction.contract import Wanted
 from ggn_ntk.contraction.factored import Jacobians
 from ggn_ntk.jacobians.autograd import AutogradPass
 from ggn_ntk.jacobians.backward import BackwardPass, Parts, Step
@@ -23,7 +24,9 @@ from ggn_ntk.jacobians.recording import record
 from ggn_ntk.jacobians.sequential import SequentialPass
 from ggn_ntk.jacobians.uses import Use, Uses, read
 from ggn_ntk.jacobians.verification import Alone, Verification, evaluate_alone
-from ggn_ntk.memory.budget import resolve_axes
+from ggn_ntk.memory.budget import fits, resolve_axes
+from ggn_ntk.memory.layout import Layout
+from ggn_ntk.models.autograd_graph import graph_bytes
 from ggn_ntk.models.evaluation import check_output, check_shape
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.requirements import configuration_problems
@@ -57,9 +60,13 @@ class Plan:
         """How the model is taken apart: a value of ``capture``."""
         return "sequential" if self.uses is None else "autograd"
 
+    def suited(self, inputs: Inputs) -> Inputs:
+        """Bring samples to the memory layout that suits the model."""
+        return inputs.map(channels_last) if self.channels_last else inputs
+
     def evaluate(self, inputs: Inputs) -> "Side":
         """Evaluate the model on samples."""
-        inputs = inputs.map(channels_last) if self.channels_last else inputs
+        inputs = self.suited(inputs)
         if self.uses is None:
             return Side(SequentialPass(_without(self.request, self.fallback), inputs))
         backward, uses = _autograd_pass(self.request, inputs, self.uses, self.fallback)
@@ -91,6 +98,11 @@ class Side:
     def total(self) -> int:
         """Numbers that ``s`` of one output holds on the whole way back."""
         return self._backward.total
+
+    @property
+    def kept(self) -> Sequence[Tensor]:
+        """What the evaluation keeps, beside a graph."""
+        return self._backward.kept
 
     @property
     def failures(self) -> dict[str, str]:
@@ -131,6 +143,7 @@ class Plans(NamedTuple):
     sides: list[Side]
     # Whether nothing but the shapes of samples and parameters is known to decide on what is computed
     follows_shapes: bool = False
+    layout: Layout | None = None  # how samples are taken in blocks; ``None`` where all are evaluated together
 
     @property
     def verifications(self) -> list[Verification]:
@@ -155,6 +168,13 @@ class Plans(NamedTuple):
         return set().union(*(plan.cancelling for plan in self.plans))
 
     @property
+    def wanted(self) -> Wanted:
+        """What is wanted of the kernels."""
+        request = self.request
+        formed = request.params if request.jacobians_first else self.cancelling
+        return Wanted(self.axes, request.groups.__getitem__, self.covered, formed)
+
+    @property
     def capture(self) -> str:
         """How the model is taken apart."""
         return ", ".join(dict.fromkeys(plan.capture for plan in self.plans))
@@ -169,23 +189,32 @@ class Plans(NamedTuple):
             return Plans(request, self.axes, plans, sides)
         return None
 
+    def with_fallback(self, fallback: dict[str, str]) -> "Plans":
+        """Let parameters fall back."""
+        return self._replace(plans=[replace(plan, fallback=fallback) for plan in self.plans], sides=[])
+
     def without_samples(self) -> "Plans":
         """Keep what was learnt alone."""
         request, fallback = self.request.few(), self.fallback
         plans = [replace(plan, request=request, fallback=fallback) for plan in self.plans]
         known = all(plan.uses is None and is_known(plan.request) for plan in plans)
-        return Plans(request, self.axes, plans, [], follows_shapes=known and not fallback)
+        follows_shapes = known and not fallback and self.layout is None
+        return Plans(request, self.axes, plans, [], follows_shapes, self.layout)
 
 
-def make_plans(request: Request, fallback: dict[str, str], *, everyone: bool) -> Plans:
+def make_plans(request: Request, fallback: dict[str, str], *, everyone: bool, few: bool = False) -> Plans | None:
     """Look at a model: the plans, and the sides, whose evaluation it takes to find the samples."""
-    # ``everyone``: Jacobians of all samples are verified, whatever the model.
+    # ``everyone``: Jacobians of all samples are verified, whatever the model. ``None`` where all samples together may
+    # take more memory than there is, unless they are few in any case.
     problems = configuration_problems(request)
     if problems:
         raise UnsupportedModelError(problems)
     looked = [(batch, _evaluate_alone(batch)) for batch in request.batches]
     # A kernel that cannot fit is refused before more is evaluated.
     axes = resolve_axes(request, [alone.outputs[0] for _, alone in looked])
+    taken = sum(len(alone.inputs) * graph_bytes(alone.recordings[0].output) for _, alone in looked)
+    if not few and max(map(len, request.sets)) > 1 and not fits(taken, looked[0][1].outputs[0].device):
+        return None
     plans = Plans(request, axes, [], [])
     for batch, alone in looked:
         plan, side = _make_plan(batch, alone, fallback, everyone=everyone)

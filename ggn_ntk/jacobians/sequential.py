@@ -51,6 +51,11 @@ class SequentialPass:
         self.failures: dict[str, str] = {}
 
     @property
+    def kept(self) -> list[Tensor]:
+        """What the evaluation keeps: the inputs of layers."""
+        return [x for use in self._uses for x in tensors_of(use.x)]
+
+    @property
     def numel(self) -> int:
         """Numbers that ``s`` of one output holds where it is largest."""
         first = next((i for i, use in enumerate(self._uses) if use.params), len(self._uses))

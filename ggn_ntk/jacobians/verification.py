@@ -14,7 +14,7 @@ In the first, both sides come from one forward pass, so that they differ by roun
 take a unit to the other side of a kink; what differs is compared once more with a gradient from a batch of all samples.
 """
 
-from collections.abc import Container, Sequence
+from collections.abc import Container, Iterable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -98,9 +98,9 @@ class Verification:
         cancelling: Parameters whose Jacobian is far smaller than the terms that rules add up for it.
     """
 
-    def __init__(self, request: Request, alone: "Alone", *, everyone: bool) -> None:
-        """Take down what a few samples by themselves say, and evaluate all of them in halves."""
-        self._request, self.inputs, n = request, alone.inputs, len(alone.inputs)
+    def __init__(self, request: Request, alone: "Alone", *, everyone: bool, of: int = 0) -> None:
+        """Take down what a few samples by themselves say, and evaluate all of them in halves; a block ``of`` more."""
+        self._request, self._alone, self.inputs, n = request, alone, alone.inputs, len(alone.inputs)
         outputs = alone.outputs
         self.out_shape, self._tolerance = outputs[0].shape[1:], gradient_tolerance(outputs[0])
         self._v_alone = cotangent(outputs[0], 0, Size([len(outputs), *self.out_shape]))
@@ -117,12 +117,12 @@ class Verification:
         self.cancelling: set[str] = set()
         self._actual: dict[str, Tensor] = {}
         if self.everyone:
-            self._look_at_halves()
+            self._look_at_halves(of or n)
 
-    def _look_at_halves(self) -> None:
+    def _look_at_halves(self, of: int) -> None:
         """Evaluate all samples in halves, as often as there is time for, and differentiate them the first time."""
         n = len(self.inputs)
-        times = how_often(self._request, n, self.out_shape.numel())
+        times = how_often(self._request, of, self.out_shape.numel())
         for samples in partitions(n, times) or [[[0]]]:
             self._halves.append(in_parts(self._request, self.inputs, samples, self._v, sketched))
         self._expected = self._halves[0].gradient
@@ -151,6 +151,15 @@ class Verification:
         if not self.everyone:
             v[1:] = 0
         return v
+
+    def of_block(self, request: Request, inputs: Inputs, of: int) -> "Verification":
+        """Set up for a block of N other samples of the same model, all of which are compared."""
+        return Verification(request, self._alone._replace(inputs=inputs), everyone=True, of=of)
+
+    @property
+    def done(self) -> bool:
+        """Whether Jacobians of all outputs were taken down, of all samples."""
+        return self.everyone and all(output < 0 for output in self._outputs_of)
 
     def see(self, output: Tensor) -> None:
         """Compare the outputs of all samples in one batch with those by themselves and in halves."""
@@ -233,3 +242,11 @@ def _output_of_one(request: Request, recording: Recording) -> Tensor:
     if not isinstance(output, Tensor) or output.shape[:1] != (1,) or not output.numel():
         look(request)
     return check_output(output, 1)
+
+
+def diagnosed(doubtful: Iterable[Verification], missed: Container[str]) -> dict[str, str]:
+    """Find out why Jacobians differ from gradients, by names of parameters."""
+    found: dict[str, str] = {}
+    for verification in doubtful:
+        found |= verification.diagnose(missed)
+    return found

@@ -81,6 +81,7 @@ def empirical_ntk(
     diagonal_axes: int | Iterable[int] | None = None,
     paired: bool = False,
     interacting: bool = False,
+    memory: int | str | None = None,
 ) -> Tensor | dict[Any, Any]:
     """Compute the empirical neural tangent kernel of a model.
 
@@ -131,6 +132,9 @@ def empirical_ntk(
             contrastive losses: J[n, c] is then the derivative of the batch's output n, with all of x1, or all of x2,
             in the batch. x1 and x2 are evaluated apart. Buffers are left alone. Roles of axes are those of ``[*out]``;
             ``paired=True`` takes the kernel of n with n.
+        memory: Bytes that the call may take beyond what is there, or text such as ``"8GiB"``; ``None`` for what the
+            device has free, less a fifth. Samples are taken in blocks, and outputs a few at a time, where all at once
+            would take more; with ``method="structured"`` alone, and what that contracts from Jacobians.
 
     Returns:
         ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]`` for a model with outputs ``[N, *out]``; with
@@ -161,6 +165,7 @@ def empirical_ntk(
         per_parameter=per_parameter,
         capture=capture,
         output=output,
+        memory=memory,
     )
     wanted = parse_method(method, check, capture)
     return of_all_outputs(request, lambda request: compute_kernels(request, wanted, check)[0])

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from functools import lru_cache
 from math import inf, prod
 from pathlib import Path
 
@@ -43,13 +45,52 @@ class MemoryBudget:
 
     @staticmethod
     def of(device: torch.device) -> "MemoryBudget":
-        """Look up the budget of a device."""
-        return LIMITS.get(device.type, ELSEWHERE)
+        """Look up the budget of a device, within what the call may take."""
+        budget, limit = LIMITS.get(device.type, ELSEWHERE), _LIMIT.get()
+        return budget if limit is None else _within(budget, limit)
 
 
 #: Budgets by type of device: of a CPU, 8 MiB fit its last-level cache. On other devices launches cost more than memory.
 LIMITS = {"cpu": MemoryBudget(passing=2**23, one_by_one=2**18)}
 ELSEWHERE = MemoryBudget()
+
+
+# Bytes that this thread's call may take; ``None`` for what the device has.
+_LIMIT: ContextVar[int | None] = ContextVar("limit", default=None)
+
+# The share of what a device has free that is left alone, and so many bytes as are not worth asking for.
+_RESERVE, _SMALL = 0.2, 2**27
+
+
+@lru_cache
+def _within(budget: MemoryBudget, limit: int) -> MemoryBudget:
+    """Shrink a budget to what a call may take."""
+    shares = {"backpropagated": 4, "rows": 32, "columns": 16, "passing": 16, "waiting": 32, "jacobians": 16}
+    return replace(budget, **{name: min(getattr(budget, name), limit // share) for name, share in shares.items()})
+
+
+@contextmanager
+def limited(limit: int | None) -> Iterator[None]:
+    """Let what is computed inside take so many bytes; ``None`` leaves it as it is."""
+    token = _LIMIT.set(_LIMIT.get() if limit is None else limit)
+    try:
+        yield
+    finally:
+        _LIMIT.reset(token)
+
+
+def room(device: torch.device) -> float:
+    """Find out how many bytes a call may take: what it was given, or what the device has, less a reserve."""
+    limit, free = _LIMIT.get(), available(device)
+    if limit is None:
+        return inf if free is None else (1 - _RESERVE) * free
+    return limit
+
+
+def fits(size: float, device: torch.device) -> bool:
+    """Tell whether something is small beside what a call may take."""
+    limit = _LIMIT.get()
+    return (limit is None and size <= _SMALL) or size <= room(device) / 2
 
 
 def available(device: torch.device) -> int | None:
@@ -117,6 +158,9 @@ def check_result(shape: Sequence[int], params: Sequence[Tensor], count: int) -> 
         return
     size = prod(shape) * max(p.element_size() for p in params) * count
     device = params[0].device
+    limit = _LIMIT.get()
+    if limit is not None and size > limit:
+        raise KernelMemoryError(f"The kernel alone takes {shown(size)}, more than memory={shown(limit)}. {_HELP}")
     free = available(device) if size > 2**26 else None  # asking takes longer than such a kernel matters
     if free is not None and size > free:
         raise KernelMemoryError(f"The kernel alone takes {shown(size)}, and {device} has {shown(free)} left. {_HELP}")

@@ -11,7 +11,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ggn_ntk.memory.budget import explained, resolve_axes
+from ggn_ntk.memory.budget import explained, limited, resolve_axes
 from ggn_ntk.models.comparison import all_finite, cotangent
 from ggn_ntk.models.evaluation import evaluate
 from ggn_ntk.models.gradients import gradients
@@ -40,7 +40,12 @@ def compute(request: Request, route: Callable[[Request], Computed]) -> Kernels:
 @contextmanager
 def session(request: Request) -> Iterator[None]:
     """Open a session for a model, and explain errors about memory."""
-    with outside_of_transforms(), isolated(request.model), explained(lambda: _described(request)):
+    with (
+        outside_of_transforms(),
+        isolated(request.model),
+        explained(lambda: _described(request)),
+        limited(request.memory),
+    ):
         yield
 
 

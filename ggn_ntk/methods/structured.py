@@ -10,7 +10,6 @@ one, *fall back*: they, and only they, are contracted from Jacobians of each sam
 :mod:`ggn_ntk.methods.reference`.
 """
 
-import operator
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial, reduce
@@ -21,16 +20,15 @@ import torch
 from torch import Tensor
 
 from ggn_ntk.contraction.accumulator import Accumulator, Recorder
-from ggn_ntk.contraction.contract import Wanted, contract
+from ggn_ntk.contraction.contract import contract
 from ggn_ntk.contraction.products import NamedEinsum
-from ggn_ntk.jacobians.backward import FAILS
 from ggn_ntk.jacobians.places import Places, find_places
 from ggn_ntk.jacobians.plan import Plans, make_plans
-from ggn_ntk.jacobians.trial import DIFFERS
+from ggn_ntk.jacobians.verification import diagnosed
 from ggn_ntk.memory.budget import MemoryBudget
+from ggn_ntk.methods.blocks import computed_in_blocks, repeated_in_blocks, some, warn_of_wrong_rules
 from ggn_ntk.methods.reference import contract_jacobians
 from ggn_ntk.models.requirements import check_model
-from ggn_ntk.problem.errors import RouteWarning, warn
 from ggn_ntk.problem.request import Request
 from ggn_ntk.problem.result import Computed
 
@@ -42,12 +40,19 @@ _CHUNK = 16
 
 def structured_kernels(request: Request) -> Computed:
     """Compute kernels and the outputs of all samples. Call it inside ``isolated(request.model)``."""
-    return _computed(*_verified(request, _contracted))
+    found = _verified(request, _contracted)
+    if found is not None:
+        return _computed(*found)
+    known = _verified(request.of_others(some), _contracted, few=True)
+    assert known is not None
+    return computed_in_blocks(request, known[0])
 
 
 @torch.no_grad()
 def repeated_kernels(request: Request, known: Plans) -> Computed | None:
     """Compute kernels of samples of the same form, without what was learnt; ``None`` if it does not hold for these."""
+    if known.layout is not None:
+        return repeated_in_blocks(request, known)
     plans = known.for_others(request)
     if plans is None:
         return None
@@ -57,28 +62,28 @@ def repeated_kernels(request: Request, known: Plans) -> Computed | None:
 
 def _computed(plans: Plans, kernels: dict[str, Tensor]) -> Computed:
     """Put together what rules give and what falls back."""
-    for name, why in plans.fallback.items():
-        if why.startswith((DIFFERS, FAILS)):
-            what = f"{name}: {why}. Its kernel comes from Jacobians of each sample instead: exact, but slower."
-            warn(what, RouteWarning)
+    warn_of_wrong_rules(plans.fallback)
     outputs = [side.output for side in plans.sides]
     summands = chain(kernels.items(), _fallback_kernels(plans, outputs))
     return Computed(plans.axes, summands, outputs, plans)
 
 
 @torch.no_grad()
-def _verified(request: Request, use: Callable[[Plans], _T]) -> tuple[Plans, _T]:
+def _verified(request: Request, use: Callable[[Plans], _T], *, few: bool = False) -> tuple[Plans, _T] | None:
     """Make plans, evaluate and use all Jacobians, until those are right whose parameters do not fall back."""
+    # ``None`` where all samples together, unless they are few, may take more memory than there is.
     fallback: dict[str, str] = {}
     everyone = False
     while True:
-        plans = make_plans(request, fallback, everyone=everyone)
+        plans = make_plans(request, fallback, everyone=everyone, few=few)
+        if plans is None:
+            return None
         result, missed = use(plans), plans.fallback
         doubtful = [verification for verification in plans.verifications if verification.judge(missed)]
         if not doubtful:
             return plans, result
         if all(verification.everyone for verification in doubtful):
-            wrong = reduce(operator.or_, (verification.diagnose(missed) for verification in doubtful))
+            wrong = diagnosed(doubtful, missed)
             if not wrong:
                 return plans, result
             fallback = missed | wrong
@@ -87,10 +92,7 @@ def _verified(request: Request, use: Callable[[Plans], _T]) -> tuple[Plans, _T]:
 
 def _contracted(plans: Plans, make: Callable[..., Accumulator] = Accumulator) -> dict[str, Tensor]:
     """Contract x1 with x2, which are one side, or its two parts, or two sides."""
-    request = plans.request
-    formed = request.params if request.jacobians_first else plans.cancelling
-    wanted = Wanted(plans.axes, request.groups.__getitem__, plans.covered, formed)
-    return contract(plans.sides[0], plans.sides[-1], wanted, n1=request.n1, make=make)
+    return contract(plans.sides[0], plans.sides[-1], plans.wanted, n1=plans.request.n1, make=make)
 
 
 def _fallback_kernels(plans: Plans, outputs: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -138,6 +140,8 @@ def recorded_products(request: Request) -> Recorded:
         products.clear()
         _contracted(plans, partial(Recorder, products))
 
-    plans, _ = _verified(request, record_all)
-    found = [find_places(plan, v.inputs) for plan, v in zip(plans.plans, plans.verifications, strict=True)]
-    return Recorded(plans, products, reduce(Places.merged, found))
+    found = _verified(request, record_all, few=True)
+    assert found is not None
+    plans, _ = found
+    places = [find_places(plan, v.inputs) for plan, v in zip(plans.plans, plans.verifications, strict=True)]
+    return Recorded(plans, products, reduce(Places.merged, places))

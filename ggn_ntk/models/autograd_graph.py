@@ -1,6 +1,7 @@
 """Reading the graph that autograd has recorded."""
 
 from collections.abc import Iterable, Iterator, Mapping
+from math import prod
 from typing import Any
 
 import torch
@@ -40,3 +41,9 @@ def precisions(output: Tensor | GradientEdge, ends: Iterable[Node] = ()) -> set[
 def dense(gradient: Tensor) -> Tensor:
     """Make a gradient dense: that of an embedding may be sparse."""
     return gradient if gradient.layout is torch.strided else gradient.to_dense()
+
+
+def graph_bytes(output: Tensor) -> int:
+    """Count the bytes of all that was computed on the way to a tensor, of which its graph keeps a part."""
+    found = (m for node in graph_nodes(output) for m in output_metadata(node))
+    return sum(prod(m.shape) * m.dtype.itemsize for m in found)

@@ -21,6 +21,7 @@ from ggn_ntk.problem.output_axes import AxesRequest, KernelAxes
 from ggn_ntk.problem.result import Kernels, finish, sum_kernels
 from ggn_ntk.problem.selection import selected
 from ggn_ntk.problem.several import Pick, Several, split
+from ggn_ntk.problem.sizes import parse_bytes
 from ggn_ntk.process.transforms import is_wrapped, outside_of_transforms
 from ggn_ntk.process.turns import alone_with
 
@@ -52,6 +53,8 @@ class Request:
     # Where a graph leads from kernels to the user's tensors: those that parameters of a function stand for, by id
     graph: dict[int, Tensor] | None = None
     names: tuple[str, str] = ("x1", "x2")  # what the user calls x1 and x2
+    start: int = 0  # the place of the first sample among those that the user gave
+    memory: int | None = None  # bytes that may be taken; ``None`` for what the device has
 
     @classmethod
     def parse(
@@ -66,6 +69,7 @@ class Request:
         output: Pick | tuple[Pick, Pick] = None,
         chunk_size: int | None = None,
         capture: str = "auto",
+        memory: Any = None,
         transforms: bool = False,
         create_graph: bool = False,
     ) -> "Request":
@@ -103,7 +107,19 @@ class Request:
                 )
         if axes.interacting:
             first, second = first.as_one(), None if second is None else second.as_one()
-        return cls(module, first, second, axes, wanted, per_parameter, outputs, chunk_size, capture, graph=graph)
+        return cls(
+            module,
+            first,
+            second,
+            axes,
+            wanted,
+            per_parameter,
+            outputs,
+            chunk_size,
+            capture,
+            graph=graph,
+            memory=parse_bytes(memory),
+        )
 
     @property
     def symmetric(self) -> bool:
@@ -118,7 +134,13 @@ class Request:
     @property
     def batches(self) -> "list[Request]":
         """What is evaluated together: all samples, which is faster; or x1 and x2 apart, where they differ in form."""
-        if self.outputs[0] == self.outputs[1] and (self.x2 is None or self.x1.fits(self.x2)):
+        together = self.outputs[0] == self.outputs[1] and (self.x2 is None or self.x1.fits(self.x2))
+        return [self] if together else self.apart
+
+    @property
+    def apart(self) -> "list[Request]":
+        """The two sets by themselves, each with its output; one where they are the same."""
+        if self.symmetric:
             return [self]
         names = self.names if self.x2 is not None else self.names[:1] * 2
         return [
@@ -184,12 +206,16 @@ class Request:
         """Ask the same of one sample."""
         return self.of_others(Inputs.first)
 
+    def part(self, samples: slice) -> "Request":
+        """Ask the same of some samples of a single set."""
+        return replace(self, x1=self.x1[samples], start=self.start + samples.start)
+
     def label(self, sample: int) -> str:
         """Name a sample of a batch in a message, by its place among those of x1 and x2."""
         first, second = self.names
         if self.x1.whole:
             return first
-        return f"{first}[{sample}]" if sample < len(self.x1) else f"{second}[{sample - len(self.x1)}]"
+        return f"{first}[{self.start + sample}]" if sample < len(self.x1) else f"{second}[{sample - len(self.x1)}]"
 
     def labels(self, chosen: Iterable[Tensor]) -> list[str]:
         """Name the samples that are chosen in each batch."""

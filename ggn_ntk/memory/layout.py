@@ -1,0 +1,112 @@
+"""How samples are taken in blocks, where all of them at once would not fit.
+
+What a model keeps of an evaluation, to pass back through it, is large; the factors of its Jacobians are not. So samples
+are evaluated and passed back a block at a time. Of one set, as many as fit have their Jacobians *held* (a *strip*), and
+meet those of all others as these *stream* by. If the whole set is one strip, nothing is computed twice. If it is not,
+the others stream by once for each strip; or fewer outputs pass back at a time, and samples are evaluated once more for
+the next ones. What evaluates least is taken.
+"""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import torch
+
+from ggn_ntk.memory.blocks import split
+from ggn_ntk.memory.chunks import Chunk, split_outputs
+from ggn_ntk.problem.output_axes import KernelAxes
+
+# The shares of the memory for what is held, and for a block that is evaluated; the rest is for contraction.
+_HELD, _EVALUATED = 0.6, 0.2
+
+# Into how many chunks outputs may be split: each is a pass of its own.
+_CHUNKS = 2**10
+
+
+class Footprint(NamedTuple):
+    """Bytes that a sample takes."""
+
+    evaluated: float  # for what its evaluation keeps
+    passing: float  # for ``s`` of one output, where it is largest
+    held: float  # for the factors of its Jacobians that all outputs share
+    held_by_output: float  # for those that each output has
+
+    def working(self, outputs: int) -> float:
+        """Count what it takes to evaluate it, and to pass some outputs back."""
+        return self.evaluated + outputs * self.passing
+
+    def kept(self, outputs: int) -> float:
+        """Count what its Jacobians of some outputs take."""
+        return self.held + outputs * self.held_by_output
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How samples and outputs are taken."""
+
+    sizes: tuple[int, int]  # N1 and N2
+    symmetric: bool  # whether x2 is x1
+    stays: int  # the place of the set whose Jacobians are held: 0 for x1, 1 for x2
+    strip: int  # how many of its samples are held at a time
+    block: int  # how many samples are evaluated together
+    outputs: int  # how many outputs of a side pass back together
+
+    def chunks(self, axes: KernelAxes) -> list[Chunk]:
+        """Split the outputs."""
+        return split_outputs(axes, self.outputs, apart=not self.symmetric)
+
+    def blocks(self, which: int) -> list[slice]:
+        """Split x1 or x2 for evaluation."""
+        return split(self.sizes[which], self.block)
+
+    @property
+    def strips(self) -> list[list[slice]]:
+        """Group the blocks of the set that stays: those whose Jacobians are held at a time."""
+        found: list[list[slice]] = []
+        for block in self.blocks(self.stays):
+            if found and block.stop - found[-1][0].start <= self.strip:
+                found[-1].append(block)
+            else:
+                found.append([block])
+        return found
+
+    def streaming(self, strip: Sequence[slice]) -> list[slice]:
+        """List the blocks that a strip meets as they stream by; of the same set, those behind it."""
+        blocks = self.blocks(1 - self.stays)
+        return [b for b in blocks if b.start >= strip[-1].stop] if self.symmetric else blocks
+
+    def evaluations(self, axes: KernelAxes) -> float:
+        """Count how many forward passes of a sample all evaluations take, a backward pass of an output as one."""
+        chunks = self.chunks(axes)
+        ours = [chunk.outputs[self.stays] for chunk in chunks]
+        new = [i for i, outputs in enumerate(ours) if not i or not torch.equal(outputs, ours[i - 1])]
+        held = sum(1 + len(ours[i]) for i in new)
+        streaming = sum(1 + len(chunk.outputs[1 - self.stays]) for chunk in chunks)
+        n = sum(self.sizes[1 - self.stays] - (strip[-1].stop if self.symmetric else 0) for strip in self.strips)
+        return self.sizes[self.stays] * held + n * streaming
+
+
+def choose(
+    sizes: tuple[int, int], symmetric: bool, axes: KernelAxes, footprints: Sequence[Footprint], memory: float
+) -> Layout:
+    """Choose the layout that evaluates least within so many bytes beside the kernel."""
+    # footprints of x1, and of x2 if it is another set
+    found = list(_possible(sizes, symmetric, axes, footprints, memory))
+    return min(found, key=lambda layout: layout.evaluations(axes))
+
+
+def _possible(
+    sizes: tuple[int, int], symmetric: bool, axes: KernelAxes, footprints: Sequence[Footprint], memory: float
+) -> Iterator[Layout]:
+    """List layouts that keep to so many bytes; the one that takes least in any case."""
+    most = max(side.roles.diagonal * side.roles.free * side.roles.traced for side in axes)
+    outputs, free = most, max(axes.shape[1:])
+    while outputs:
+        for stays in (0,) if symmetric else (0, 1):
+            strip = int(_HELD * memory / footprints[min(stays, len(footprints) - 1)].kept(outputs))
+            block = int(_EVALUATED * memory / max(f.working(outputs) for f in footprints))
+            parts = -(-2 * free // outputs) if free > outputs else 1
+            if outputs == 1 or (strip >= 2 and block >= 2 and parts**2 <= _CHUNKS):
+                yield Layout(sizes, symmetric, stays, max(2, strip), max(2, block), outputs)
+        outputs //= 2

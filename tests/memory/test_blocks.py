@@ -1,0 +1,200 @@
+"""Samples in blocks: the same kernels, whatever fits, of every model; and every sample is still verified."""
+
+import warnings
+
+import pytest
+import torch
+from cases import CASES, normal
+from conftest import COMPUTES, DEVICES, assert_close
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from models import MODELS
+from torch import nn
+
+from ggn_ntk import KernelMemoryError, UnsupportedModelError, empirical_ntk, empirical_ntk_fn
+from ggn_ntk.jacobians import plan
+from ggn_ntk.memory.layout import Footprint, Layout, choose
+from ggn_ntk.methods import blocks
+from ggn_ntk.problem.output_axes import AxesRequest
+
+
+@pytest.fixture
+def in_blocks(monkeypatch):
+    """Take samples in blocks of two and strips of four at most, and few outputs at a time."""
+    seen = []
+
+    def chosen(sizes, symmetric, axes, footprints, memory):
+        most = max(side.out_shape.numel() for side in axes)
+        stays = int(not symmetric and len(seen) % 2)
+        seen.append(Layout(sizes, symmetric, stays, strip=4, block=2, outputs=max(1, most // 2)))
+        return seen[-1]
+
+    monkeypatch.setattr(plan, "fits", lambda size, device: False)
+    monkeypatch.setattr(blocks, "choose", chosen)
+    return seen
+
+
+def several(x, n):
+    """Some samples, until there are n."""
+    if isinstance(x, torch.Tensor):
+        return x[torch.arange(n, device=x.device) % len(x)]
+    if isinstance(x, tuple):
+        return tuple(several(y, n) for y in x)
+    return {key: several(y, n) for key, y in x.items()} if isinstance(x, dict) else x
+
+
+@pytest.mark.parametrize(("place", "case"), list(enumerate([*CASES, *MODELS])), ids=str)
+def test_blocks_are_those_of_the_whole(place, case, in_blocks):
+    """Every case, each with some of what may be asked for, on some device."""
+    model, x1, x2 = case.build(device=DEVICES[place // 6 % len(DEVICES)])
+    compute, symmetric, n = COMPUTES[place % 3], place % 2 == 0, 5
+    x1, x2 = several(x1, n), None if symmetric else several(x2, 3)
+    keywords = {"compute": compute, "output": case.output}
+    actual = empirical_ntk(model, x1, x2, method="structured", **keywords)
+    assert in_blocks, "samples were not taken in blocks"
+    expected = empirical_ntk(model, x1, x2, method="jacobian_contraction", **keywords)
+    assert_close(actual, expected, scale=1e5 * expected if case.name == "gemma" else expected)  # in float32 inside
+    if symmetric and compute == "full":
+        half = (actual.ndim - 2) // 2
+        axes = [1, 0, *range(2 + half, 2 + 2 * half), *range(2, 2 + half)]
+        assert torch.equal(actual, actual.permute(axes))
+
+
+def convolutions():
+    return nn.Sequential(nn.Conv2d(1, 3, 2), nn.ReLU(), nn.Conv2d(3, 2, 2), nn.Flatten(), nn.Linear(12, 4)).double()
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    sizes=st.tuples(st.integers(2, 7), st.integers(2, 7)),
+    symmetric=st.booleans(),
+    stays=st.integers(0, 1),
+    strip=st.integers(1, 8),
+    block=st.integers(1, 8),
+    outputs=st.integers(1, 4),
+    compute=st.sampled_from(COMPUTES),
+    capture=st.sampled_from(["sequential", "autograd"]),
+    paired=st.booleans(),
+)
+def test_any_layout_gives_the_same_kernel(sizes, symmetric, stays, strip, block, outputs, compute, capture, paired):
+    model = convolutions()
+    sizes = (sizes[0], sizes[0]) if symmetric or paired else sizes
+    layout = Layout(sizes, symmetric, 0 if symmetric else stays, strip, block, outputs)
+    x1, x2 = torch.randn(sizes[0], 1, 5, 4).double(), None if symmetric else torch.randn(sizes[1], 1, 5, 4).double()
+    keywords = {"compute": compute, "capture": capture, "paired": paired}
+    expected = empirical_ntk(model, x1, x2, **keywords)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plan, "fits", lambda size, device: False)
+        patch.setattr(blocks, "choose", lambda *_: layout)
+        assert_close(empirical_ntk(model, x1, x2, **keywords), expected)
+
+
+def test_memory_decides_on_blocks(monkeypatch):
+    model, x = convolutions(), torch.randn(40, 1, 5, 4).double()
+    whole = empirical_ntk(model, x, compute="trace", capture="autograd")
+    seen = []
+    monkeypatch.setattr(blocks, "choose", lambda *args: seen.append(choose(*args)) or seen[-1])
+    for memory in (10**9, "100 kB", "30 kB"):
+        assert_close(empirical_ntk(model, x, compute="trace", capture="autograd", memory=memory), whole)
+    assert [layout.block < 40 for layout in seen] == [True, True]
+    assert seen[1].block < seen[0].block
+    with pytest.raises(KernelMemoryError, match=r"The kernel alone takes .* more than memory="):
+        empirical_ntk(model, x, memory="30 kB")
+
+
+@pytest.mark.parametrize("memory", [0, "8 apples", True, 1.5])
+def test_memory_that_is_none_is_an_error(memory):
+    with pytest.raises((ValueError, TypeError), match="memory must be a positive number of bytes"):
+        empirical_ntk(nn.Linear(2, 2), torch.randn(2, 2), memory=memory)
+
+
+class Mixed(nn.Module):
+    """Lets the last samples see one another."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(3, 2)
+
+    def forward(self, x):
+        y = self.linear(x)
+        return y + (x[:, :1] > 5) * y.mean(0)
+
+
+def test_samples_that_influence_one_another_are_found_in_any_block(in_blocks):
+    x = torch.randn(9, 3).double()
+    x[7, 0] = 6
+    with pytest.raises(UnsupportedModelError, match=r"samples influence one another .*x1\[[67]\]"):
+        empirical_ntk(Mixed().double(), x)
+
+
+class Rule(nn.Linear):
+    """Computes something else for some samples, which a rule of the user's does not know."""
+
+    def forward(self, x):
+        return super().forward(x) * torch.where(x[:, :1] > 5, 2.0, 1.0)
+
+
+def test_a_rule_that_is_wrong_for_some_samples_falls_back(in_blocks):
+    from ggn_ntk import Factored, register_rule
+
+    @register_rule(Rule)
+    def rule(module, x, s):
+        return {"weight": Factored("cno,ni->cnoi", (s, x)), "bias": Factored("cno->cno", (s,))}
+
+    model = nn.Sequential(Rule(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
+    x = torch.randn(9, 3).double()
+    x[7, 0] = 6
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        assert_close(empirical_ntk(model, x), empirical_ntk(model, x, method="jacobian_contraction"))
+
+
+@pytest.mark.parametrize("shapes", [False, True], ids=["alike", "other shapes"])
+def test_prepared_kernels_take_blocks_again(shapes, in_blocks):
+    model = nn.Sequential(
+        nn.Conv1d(2, 3, 2), nn.Tanh(), nn.AdaptiveAvgPool1d(2), nn.Flatten(), nn.Linear(6, 3)
+    ).double()
+    x1, x2 = normal(2, 5)(7).double(), normal(2, 6 if shapes else 5)(5).double()
+    kernel = empirical_ntk_fn(model)
+    for _ in range(3):
+        assert_close(kernel(x1, x2), empirical_ntk(model, x1, x2, method="jacobian_contraction"))
+        with torch.no_grad():
+            model[0].weight.mul_(1.1)
+
+
+def test_samples_that_are_not_finite_are_found_in_blocks(in_blocks):
+    model, x = convolutions(), torch.randn(7, 1, 5, 4).double()
+    x[5, 0, 0, 0] = torch.nan
+    with pytest.warns(match=r"x1\[5\]"):
+        kernel = empirical_ntk(model, x)
+    assert kernel.isnan()[5].all()
+    assert kernel[:5, :5].isfinite().all()
+
+
+def test_several_outputs_and_kernels_by_name_in_blocks(in_blocks):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 2), nn.Linear(3, 1)
+
+        def forward(self, x):
+            return {"u": self.a(x), "v": self.b(x).tanh() * self.a(x)}
+
+    model, x = Two().double(), torch.randn(5, 3).double()
+    actual = empirical_ntk(model, x, per_parameter=True)
+    expected = empirical_ntk(model, x, per_parameter=True, method="jacobian_contraction")
+    for name, by_key in expected.items():
+        for key, kernel in by_key.items():
+            assert_close(actual[name][key], kernel)
+
+
+def test_the_cheapest_layout_within_memory_is_chosen():
+    axes = AxesRequest.parse("trace", None, None).resolve(torch.Size([10]), torch.Size([10]))
+    footprint = [Footprint(evaluated=100, passing=10, held=10, held_by_output=10)]
+    everything = choose((50, 50), True, axes, footprint, 10**6)
+    assert (everything.outputs, len(everything.strips)) == (10, 1)
+    less = choose((50, 50), True, axes, footprint, 4000)
+    assert less.strip * footprint[0].kept(less.outputs) <= 4000
+    assert less.evaluations(axes) > everything.evaluations(axes)
+    # Of two sets the small one stays, and the other streams by once.
+    assert choose((500, 20), False, axes, footprint, 10**4).stays == 1
