@@ -23,7 +23,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 from torch.nn import functional as F
 
-from ggn_ntk import EmpiricalKernels, empirical_kernels, empirical_ntk, nngp
+from ggn_ntk import EmpiricalKernels, empirical_ntk, ensemble
 from ggn_ntk.plots import COLORS
 from ggn_ntk.training import gradient_flow_mse, kernel_ridge_regression, ntk_ensemble
 
@@ -108,19 +108,10 @@ for name, values in results.items():
 # disagrees with itself, its predictions should be worse.
 
 n = SIZES[1]
-pairs = []
-for _ in range(NETWORKS):
-    member = network()
-    blocks = [
-        empirical_kernels(member, x[:n], compute="trace"),
-        empirical_kernels(member, x_test, x[:n], compute="trace"),
-    ]
-    pairs.append([*blocks[0], *blocks[1], nngp(member, x_test, compute="trace")])
-ntk_train, nngp_train, ntk_test, nngp_test, nngp_test_test = (
-    torch.stack(kernels).mean(0) / 10 for kernels in zip(*pairs, strict=True)
-)
-predict = ntk_ensemble(EmpiricalKernels(ntk_train, nngp_train), y[:n], diag_reg=1e-4)
-mean, covariance = predict(EmpiricalKernels(ntk_test, nngp_test), nngp_test_test)
+average = ensemble((network() for _ in range(NETWORKS)), x[:n], x_test, compute="trace").mean
+train, cross = (EmpiricalKernels(*(k / 10 for k in pair)) for pair in (average.k_train_train, average.k_test_train))
+predict = ntk_ensemble(train, y[:n], diag_reg=1e-4)
+mean, covariance = predict(cross, average.nngp_test_test / 10)
 deviation = covariance.diagonal().clamp(min=0).sqrt()
 right = mean.argmax(-1) == labels_test
 print(f"Ensemble on {n} samples: accuracy {accuracy(mean):.1%}")

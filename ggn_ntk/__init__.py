@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from ggn_ntk import kernels, large, plots, reference, rules, spectrum, training
 from ggn_ntk.kernels.explain import explain
+from ggn_ntk.kernels.initialisations import ensemble
 from ggn_ntk.kernels.ntk import empirical_ntk
 from ggn_ntk.kernels.outputs import empirical_kernels, nngp
 from ggn_ntk.kernels.prepared import empirical_ntk_fn
@@ -50,6 +51,7 @@ __all__ = [
     "empirical_ntk",
     "empirical_ntk_fn",
     "empirical_ntk_vivit",
+    "ensemble",
     "explain",
     "kernels",
     "large",

@@ -143,6 +143,17 @@ def empirical_kernels(
     return of_all_outputs(request, both)
 
 
+def outputs_and_nngp(model: Model, x: Any, *, params: Params | None, output: Pick, **axes: Any) -> tuple[Tensor, Any]:
+    """Evaluate a model, and compute the NNGP kernel of the same outputs."""
+    # -> [N, *out], [N, N, ...]
+    request = Request.parse(
+        model, x, None, AxesRequest.parse(**axes), params=params, per_parameter=False, output=output
+    )
+    with outside_of_transforms(), isolated(request.model), torch.no_grad(), without(_KIND):
+        (outputs,) = _checked_outputs(request)
+        return outputs, _multiply_outputs(request, [outputs])
+
+
 def _multiply_outputs(request: Request, outputs: Sequence[Tensor] | None = None) -> Tensor | dict[Any, Tensor]:
     """Compute an NNGP kernel, from outputs of each batch where they have been evaluated."""
     # outputs [N, *out]

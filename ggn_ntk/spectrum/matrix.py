@@ -161,7 +161,8 @@ def as_matrix(kernel: Any) -> Tensor:
 
     Returns:
         ``[N1 C1, N2 C2]`` in the kernel's dtype, with rows ``(n, c)`` and columns ``(m, d)``: outputs ``[N, *out]``,
-        flattened, are vectors that it multiplies.
+        flattened, are vectors that it multiplies, as multi-dimensional kernels do functions (Jacot, Gabriel, Hongler:
+        "Neural Tangent Kernel", NeurIPS 2018, section 3).
 
     Raises:
         TypeError: If the kernel is no tensor of real numbers.

@@ -58,6 +58,7 @@ def eigenvalues(kernel: Any, k: int | None = None) -> Tensor:
 def eigenvectors(kernel: Any, k: int | None = None) -> Eigenpairs:
     """Compute the eigenvalues of a kernel, or the largest, and their eigenvectors.
 
+    Few of many come from SciPy's Lanczos iterations (Lehoucq, Sorensen, Yang: "ARPACK Users' Guide", 1998, chapter 4).
     With targets y, ``vectors.flatten(0, -2).T @ y.flatten()`` is how much of each has to be learned.
 
     Args:
