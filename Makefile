@@ -5,10 +5,11 @@ PYTHON_JAX ?= $(PYTHON)
 BIN := .venv/bin
 INSTALLED := .venv/.installed
 INSTALLED_DOCS := .venv/.installed-docs
+INSTALLED_DIST := .venv/.installed-dist
 INSTALLED_PEERS := .venv/.installed-peers
 INSTALLED_JAX := .venv-jax/.installed
 
-.PHONY: help demo test test-oldest check format docs benchmark clean
+.PHONY: help demo test test-oldest check format docs benchmark figures dist clean
 
 help:
 	@echo "make demo         the NTK of a small CNN by every route: agreement, times, a picture"
@@ -16,9 +17,11 @@ help:
 	@echo "make test-oldest  the tests with the oldest Python and torch that setup.cfg allows"
 	@echo "make check        format, lint, type and layer checks, and the private parts of torch that are relied on"
 	@echo "make format       format the code"
-	@echo "make docs         the documentation and the gallery, in docs/_build/html"
+	@echo "make docs         the documentation and the gallery, in docs/_build/html, for any static host"
 	@echo "make benchmark    ggn_ntk beside its peers: tables and plots in docs/benchmarks, on a quiet machine"
 	@echo "                  (PYTHON_JAX=python3.11 for neural-tangents, which needs Python 3.9 to 3.12)"
+	@echo "make figures      the numbers of the README and of the pages, and its pictures, from docs/benchmarks"
+	@echo "make dist         wheel and sdist in dist/, checked, and tried in an environment of their own"
 	@echo "make clean        remove .venv and what the tools left"
 
 $(INSTALLED): setup.cfg pyproject.toml
@@ -57,6 +60,21 @@ docs: $(INSTALLED_DOCS)
 	$(BIN)/python -m sphinx --fail-on-warning --keep-going --nitpicky --quiet docs docs/_build/html
 	$(BIN)/python docs/check_site.py docs/_build/html
 
+figures: $(INSTALLED)
+	$(BIN)/python -m benchmarks.figures
+	$(BIN)/python -m benchmarks.pictures
+
+$(INSTALLED_DIST): $(INSTALLED)
+	$(BIN)/python -m pip install --quiet --editable ".[dist]"
+	touch $@
+
+dist: $(INSTALLED_DIST)
+	rm -rf dist build/lib
+	$(BIN)/python -m build --outdir dist .
+	$(BIN)/python -m twine check --strict dist/*
+	$(BIN)/cffconvert --validate --infile CITATION.cff
+	$(BIN)/python .ci/try_wheel.py dist
+
 $(INSTALLED_PEERS): $(INSTALLED)
 	$(BIN)/python -m pip install --quiet --editable ".[benchmark]"
 	touch $@
@@ -71,4 +89,4 @@ benchmark: $(INSTALLED_PEERS) $(INSTALLED_JAX)
 	$(BIN)/python -m benchmarks
 
 clean:
-	rm -rf .venv .venv-oldest .venv-jax build *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis docs/_build docs/gallery
+	rm -rf .venv .venv-oldest .venv-jax build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis docs/_build docs/gallery

@@ -17,6 +17,7 @@ generalized Gauss-Newton (GGN) matrix with `ViViT <https://arxiv.org/abs/2106.02
 `BackPACK <https://backpack.pt>`_ extension.
 """
 
+import os
 import statistics
 import time
 
@@ -28,6 +29,9 @@ from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
 from ggn_ntk import AccumulateGramHook, empirical_ntk_vivit
 from ggn_ntk.reference import jacobian_contraction, ntk_vector_products, relative_error
+
+REDUCED = os.environ.get("GGN_NTK_GALLERY") == "reduced"  # a smaller run, for tests
+SIZE, REPEATS = (12, 1) if REDUCED else (32, 3)
 
 torch.manual_seed(0)
 device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -46,10 +50,10 @@ net = nn.Sequential(
     nn.ReLU(),
     nn.Conv2d(32, 32, 3),
     nn.Flatten(),
-    nn.Linear(21632, 10),
+    nn.Linear(32 * (SIZE - 6) ** 2, 10),
 ).to(device)
-x_train = torch.randn(20, 3, 32, 32, device=device)
-x_test = torch.randn(5, 3, 32, 32, device=device)
+x_train = torch.randn(20, 3, SIZE, SIZE, device=device)
+x_test = torch.randn(5, 3, SIZE, SIZE, device=device)
 
 # %%
 # Two ways with ``torch.func``
@@ -141,7 +145,7 @@ runs = {
     "ViViT": empirical_ntk_vivit,
 }
 times = {name: [] for name in runs}
-for _ in range(3):
+for _ in range(REPEATS):
     for name, run in runs.items():
         start = time.perf_counter()
         run(net, x_train, x_test).sum().item()  # item() waits for a GPU

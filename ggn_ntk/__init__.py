@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     from ggn_ntk.extensions.gram_hook import AccumulateGramHook
     from ggn_ntk.methods.vivit import empirical_ntk_vivit
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 __all__ = [
     "AccumulateGramHook",

@@ -315,5 +315,18 @@ def test_the_reference_names_what_is_public():
         assert {*shown} <= public, page
 
 
+def test_citation():
+    """What version 1.2.0 of the format asks for; `make dist` validates all of it."""
+    text = (ROOT / "CITATION.cff").read_text()
+    values = dict(re.findall(r'^([\w-]+): "?([^"\n]+)"?$', text, flags=re.MULTILINE))
+    assert {"cff-version", "title", "message", "type", "version", "license"} <= set(values)
+    assert values["cff-version"] == "1.2.0"
+    assert values["type"] == "software"
+    assert values["version"] == ggn_ntk.__version__
+    assert re.search(r"^authors:\n  - name: ", text, flags=re.MULTILINE)
+    for reference in text.split("\n  - type: ")[1:]:  # each names who wrote it, and what
+        assert {"title", "authors", "year"} <= set(re.findall(r"^    (\w+):", reference, flags=re.MULTILINE))
+
+
 def test_version_is_in_the_changelog():
     assert f"## {ggn_ntk.__version__}" in (ROOT / "CHANGELOG.md").read_text()
