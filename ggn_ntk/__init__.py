@@ -4,7 +4,7 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ggn_ntk import kernels, large, plots, reference, rules, spectrum, training
+from ggn_ntk import kernels, large, operators, plots, reference, rules, spectrum, training
 from ggn_ntk.kernels.explain import explain
 from ggn_ntk.kernels.initialisations import ensemble
 from ggn_ntk.kernels.ntk import empirical_ntk
@@ -57,6 +57,7 @@ __all__ = [
     "large",
     "linearize",
     "nngp",
+    "operators",
     "plots",
     "reference",
     "register_rule",
@@ -68,10 +69,11 @@ __all__ = [
     "training",
 ]
 
-# Names whose modules are imported at their first use, since they need BackPACK and ViViT.
+# Names whose modules are imported at their first use, since they need BackPACK and ViViT, or curvlinops.
 _LAZY = {
     "AccumulateGramHook": "ggn_ntk.extensions.gram_hook",
     "EmpiricalNTK": "ggn_ntk.extensions.extension",
+    "NTKOperator": "ggn_ntk.operators.ntk_operator",
     "empirical_ntk_vivit": "ggn_ntk.methods.vivit",
 }
 

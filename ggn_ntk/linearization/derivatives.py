@@ -126,13 +126,27 @@ def _agrees_with_autograd(request: Request, inputs: Inputs, pushforward: Pushfor
     direction = {name: cotangent(p, seed=1) for name, p in request.params.items()}
     gradient = gradients_of(output, v, request.params)
     slope = pushforward(lambda p: evaluate(request, p, inputs), (primals_of(request),), (direction,))[1]
+    return slope_agrees(request, inputs, v, slope, direction, gradient, gradient_tolerance(output))
 
+
+def slope_agrees(
+    request: Request,
+    inputs: Inputs,
+    v: Tensor,
+    slope: Tensor,
+    direction: Parameters,
+    gradient: Parameters,
+    tolerance: float,
+) -> bool:
+    """Tell whether ``sum v J u``, for the slope ``J u`` along a direction ``u``, is that of the gradient ``J^T v``."""
+
+    # v, slope [N, *out]; direction, gradient [*parameter]
     def along(gradient: Parameters) -> float:
         return math.fsum(read([(g * direction[name]).sum(dtype=torch.float64) for name, g in gradient.items()]))
 
     error = abs((v * slope).sum(dtype=torch.float64).item() - along(gradient))
     differs = Difference(error, total_norm(gradient.values()))
-    if differs.within(gradient_tolerance(output)):
+    if differs.within(tolerance):
         return True
     moved = [gradients(request, inputs, v, leaves_of(request, jitter), jitter=jitter)[1] for jitter in (None, 0)]
     # Of deep networks, rounding may move more than that: inputs and parameters changed in the last digit show it.

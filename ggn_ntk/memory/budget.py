@@ -39,6 +39,8 @@ class MemoryBudget:
     waiting: int = 2**26
     # Jacobians of parameters without a rule.
     jacobians: int = 2**26
+    # What a forward pass makes of a block of samples, in products of the kernel with vectors.
+    products: int = 2**30
     # The output of a layer, on average, from which on the model's outputs pass back one by one: several at once save
     # calls of functions, but read and write more than a processor's cache holds.
     one_by_one: float = inf
@@ -51,7 +53,7 @@ class MemoryBudget:
 
 
 #: Budgets by type of device: of a CPU, 8 MiB fit its last-level cache. On other devices launches cost more than memory.
-LIMITS = {"cpu": MemoryBudget(passing=2**23, one_by_one=2**18)}
+LIMITS = {"cpu": MemoryBudget(passing=2**23, products=2**25, one_by_one=2**18)}
 ELSEWHERE = MemoryBudget()
 
 
@@ -142,14 +144,18 @@ def _of_process() -> int | None:
 def resolve_axes(request: Request, outputs: Sequence[Tensor]) -> KernelAxes:
     """Find the roles of output axes, given outputs of each batch, and refuse a kernel that cannot fit into memory."""
     # outputs [N, *out]
+    check_dtypes(outputs)
     first, second = outputs[0], outputs[-1]
-    if first.dtype != second.dtype:
-        raise ValueError(
-            f"Outputs of x1 are {first.dtype}, and of x2 {second.dtype}: bring them to one dtype, say in output=."
-        )
     axes = request.resolve(first.shape[1:], second.shape[1:])
     check_result((*request.sample_axes, *axes.shape), list(request.params.values()), len(request.grouped()))
     return axes
+
+
+def check_dtypes(outputs: Sequence[Tensor]) -> None:
+    """Refuse outputs of x1 and of x2 that are of different dtypes."""
+    first, second = outputs[0].dtype, outputs[-1].dtype
+    if first != second:
+        raise ValueError(f"Outputs of x1 are {first}, and of x2 {second}: bring them to one dtype, say in output=.")
 
 
 def check_result(shape: Sequence[int], params: Sequence[Tensor], count: int) -> None:
@@ -167,7 +173,7 @@ def check_result(shape: Sequence[int], params: Sequence[Tensor], count: int) -> 
 
 
 @contextmanager
-def explained(what: Callable[[], str]) -> Iterator[None]:
+def explained(what: Callable[[], str], helps: str = _HELP) -> Iterator[None]:
     """Say what helps where memory runs out."""
     try:
         yield
@@ -178,7 +184,7 @@ def explained(what: Callable[[], str]) -> Iterator[None]:
             raise
         asked = bytes_asked_for(error)
         size = f" when {_readable(asked)} were asked for" if asked else ""
-        raise KernelMemoryError(f"Memory ran out{size}, for {what()}. {_HELP}") from error
+        raise KernelMemoryError(f"Memory ran out{size}, for {what()}. {helps}") from error
 
 
 def _readable(size: str) -> str:

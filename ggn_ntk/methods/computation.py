@@ -59,7 +59,7 @@ def carry_out(request: Request, kernels: Callable[[Request], tuple[Kernels, Comp
                 return result, computed
         except NotFiniteError:
             computed = None
-        infinite = [_infinite_samples(batch) for batch in request.batches]
+        infinite = [infinite_samples(batch) for batch in request.batches]
         if any(map(torch.any, infinite)):
             return _around(request, kernels, infinite)
         if computed is None:
@@ -125,7 +125,7 @@ def is_finite(result: Kernels) -> bool:
     return all_finite(tree_leaves(result))
 
 
-def _infinite_samples(request: Request) -> Tensor:
+def infinite_samples(request: Request) -> Tensor:
     """Find the samples of a batch whose Jacobians are not finite, by bisection."""
     # -> [N]
     inputs, one = request.inputs, _output_of_one(request)

@@ -11,7 +11,7 @@ from torch.func import jacrev
 
 from ggn_ntk.methods.second_derivatives import check_derivatives, have_right_derivatives
 from ggn_ntk.models.comparison import KINKS, difference, differing, is_coarse
-from ggn_ntk.models.evaluation import evaluate, primals_of, with_graph
+from ggn_ntk.models.evaluation import evaluate, leaves_of, primals_of, with_graph
 from ggn_ntk.models.gradients import Parts, gradients, gradients_of
 from ggn_ntk.models.independence import Checked, compare_gradients
 from ggn_ntk.models.rounding import finest, rounding_of
@@ -39,11 +39,11 @@ def _of_batch(request: Request, checked: Checked) -> list[dict[str, Tensor]]:
     # -> [N, C, P]
     sets, plain = request.sets, request.detached()
     try:
-        found = [_jacobians(request, x) for x in sets]
+        found = [jacobians_by_vmap(request, x) for x in sets]
         # They are wrong where the model keeps references to parameters elsewhere than in its modules, and for some
         # layers in some releases (PReLU in torch 2.6).
         why = "" if _hold_for_all(plain, _detached(found), checked) else "it gets some samples wrong"
-        if request.graph is not None and not why and not have_right_derivatives(plain, _jacobians, checked):
+        if request.graph is not None and not why and not have_right_derivatives(plain, jacobians_by_vmap, checked):
             why = "it gets second derivatives wrong"
     except UnsupportedModelError:
         raise
@@ -54,10 +54,10 @@ def _of_batch(request: Request, checked: Checked) -> list[dict[str, Tensor]]:
     if why:
         what = f"Jacobians of {listed(request.params)} come from a loop over samples and outputs: exact, but slower"
         warn(f"{what}, since torch.func does not go through the model ({why}).", RouteWarning)
-        found = [_loop_jacobians(request, x) for x in sets]
+        found = [jacobians_by_loop(request, x) for x in sets]
         _compare_with_batch(plain, _detached(found), checked)
         if request.graph is not None:
-            check_derivatives(plain, _loop_jacobians, checked)
+            check_derivatives(plain, jacobians_by_loop, checked)
     return found
 
 
@@ -78,7 +78,7 @@ def sample_output(request: Request, primals: dict[str, Tensor], sample: Inputs) 
     return output.flatten()
 
 
-def _jacobians(request: Request, inputs: Inputs) -> dict[str, Tensor]:
+def jacobians_by_vmap(request: Request, inputs: Inputs) -> dict[str, Tensor]:
     """Compute the Jacobians of all samples by ``vmap``, by name."""
     # -> [N, C, P]
     jacobian = jacrev(lambda primals, sample: sample_output(request, primals, sample))
@@ -105,7 +105,7 @@ def _hold_for_all(request: Request, found: list[dict[str, Tensor]], checked: Che
         of_sample = {name: j[n : n + 1] for name, j in jacobians.items()}
         if not _agrees(request, of_sample, sample, v, KINKS):
             return False
-        if not _agrees(finer, _jacobians(finer, sample), sample, v, tolerance):
+        if not _agrees(finer, jacobians_by_vmap(finer, sample), sample, v, tolerance):
             return False
     _compare_with_batch(request, found, checked)
     return True
@@ -143,7 +143,7 @@ def _compare_with_batch(request: Request, found: list[dict[str, Tensor]], checke
     compare_gradients(request, request.inputs, checked.v, expected, alone, checked.tolerance)
 
 
-def _loop_jacobians(request: Request, inputs: Inputs) -> dict[str, Tensor]:
+def jacobians_by_loop(request: Request, inputs: Inputs) -> dict[str, Tensor]:
     """Compute the Jacobians of all samples with plain autograd, one after the other."""
     # -> [N, C, P]
     rows = [_autograd_jacobian(request, inputs[i : i + 1]) for i in range(len(inputs))]
@@ -153,11 +153,8 @@ def _loop_jacobians(request: Request, inputs: Inputs) -> dict[str, Tensor]:
 def _autograd_jacobian(request: Request, sample: Inputs) -> dict[str, Tensor]:
     """Compute one sample's Jacobian with plain autograd, output by output."""
     # -> [C, P]
-    output, params, again = (
-        evaluate(request, None, sample).flatten(),
-        with_graph(request, request.params),
-        request.graph,
-    )
+    leaves, again = leaves_of(request) if request.widened else None, request.graph
+    output, params = evaluate(request, leaves, sample).flatten(), leaves or with_graph(request, request.params)
     rows = [
         gradients_of(entry, torch.ones_like(entry), params, retain_graph=True, create_graph=again is not None)
         for entry in output

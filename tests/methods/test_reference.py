@@ -65,7 +65,7 @@ def test_output_picks_a_tensor(function):
 
 @each_function
 def test_derivatives_inside_of_the_model_are_mapped_over_samples(function, forbid):
-    forbid("_loop_jacobians")
+    forbid("jacobians_by_loop")
     torch.manual_seed(0)
     model, x1, x2 = Residual().double(), torch.randn(3, 2).double(), torch.randn(2, 2).double()
     first, second = (loop_jacobians(model, x) for x in (x1, x2))
@@ -125,8 +125,8 @@ def test_parameters_that_the_output_does_not_depend_on(function, monkeypatch):
 
 def test_jacobian_is_computed_once_for_one_set(monkeypatch):
     calls = []
-    original = sample_jacobians._jacobians
-    monkeypatch.setattr(sample_jacobians, "_jacobians", lambda *args: calls.append(0) or original(*args))
+    original = sample_jacobians.jacobians_by_vmap
+    monkeypatch.setattr(sample_jacobians, "jacobians_by_vmap", lambda *args: calls.append(0) or original(*args))
     model, x = mlp(nn.Tanh)(), torch.randn(3, 5)
     jacobian_contraction(model, x)
     assert len(calls) == 1
@@ -213,7 +213,7 @@ def test_jacobians_that_vmap_gets_wrong_in_a_batch_alone(monkeypatch):
     """As of PReLU on some GPUs: then a single sample, in whatever precision, tells nothing of the batch."""
     model, x = mlp(nn.Tanh)(), torch.randn(4, 5)
     expected = jacobian_contraction(model, x)
-    right = sample_jacobians._jacobians
+    right = sample_jacobians.jacobians_by_vmap
 
     def wrong(request, inputs):
         found = right(request, inputs)
@@ -221,7 +221,7 @@ def test_jacobians_that_vmap_gets_wrong_in_a_batch_alone(monkeypatch):
             found["0.weight"][2] *= 1.5
         return found
 
-    monkeypatch.setattr(sample_jacobians, "_jacobians", wrong)
+    monkeypatch.setattr(sample_jacobians, "jacobians_by_vmap", wrong)
     with pytest.warns(RouteWarning, match="gets some samples wrong"):
         assert_close(jacobian_contraction(model, x), expected)
 

@@ -1,0 +1,43 @@
+"""How much memory an evaluation of a model takes."""
+
+from functools import cache
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ggn_ntk.models.evaluation import evaluate
+from ggn_ntk.problem.request import Request
+from ggn_ntk.process.torch_internals import OperationMode, schema_of, tree_leaves
+
+
+class _Made(OperationMode):
+    """Adds up the bytes of what operations make."""
+
+    def __init__(self) -> None:
+        """Set up."""
+        super().__init__()
+        self.bytes = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Carry out an operation."""
+        result = func(*args, **(kwargs or {}))
+        if _makes(func):
+            self.bytes += sum(x.numel() * x.element_size() for x in tree_leaves(result) if isinstance(x, Tensor))
+        return result
+
+
+@cache
+def _makes(func: Any) -> bool:
+    """Tell whether an operation makes tensors, and returns no view nor what it has written to."""
+    return all(returned.alias_info is None for returned in schema_of(func).returns)
+
+
+def bytes_per_sample(request: Request) -> int:
+    """Measure how many bytes a forward pass makes for one more sample: what a graph may hold."""
+    made = list[_Made]()
+    for count in (1, 2):
+        made.append(_Made())
+        with torch.enable_grad():
+            evaluate(request, None, request.x1[[0] * count], within=lambda: made[-1])
+    return max(1, made[1].bytes - made[0].bytes)

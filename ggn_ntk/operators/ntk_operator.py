@@ -1,0 +1,170 @@
+"""The empirical NTK as an operator."""
+
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ggn_ntk.kernels.ntk import Method, compute_kernels
+from ggn_ntk.memory.blocks import split
+from ggn_ntk.memory.budget import check_dtypes
+from ggn_ntk.models.independence import look
+from ggn_ntk.models.requirements import configuration_problems, warn_of_statistics
+from ggn_ntk.operators.jacobian_operator import JacobianOperator
+from ggn_ntk.operators.side import Side
+from ggn_ntk.operators.tensor_operator import TensorOperator, in_parts, products_of
+from ggn_ntk.problem.errors import UnsupportedModelError
+from ggn_ntk.problem.functions import Model, Params
+from ggn_ntk.problem.output_axes import AxesRequest
+from ggn_ntk.problem.request import Pick, Request
+from ggn_ntk.problem.sizes import parse_bytes
+
+
+class KernelOperator(TensorOperator):
+    """The kernel of two sides that were looked at."""
+
+    def __init__(self, request: Request, rows: Side, columns: Side) -> None:
+        """Set up."""
+        super().__init__(request, [columns.shape], [rows.shape])
+        self.SELF_ADJOINT = request.symmetric
+        self._rows, self._columns = rows, columns
+
+    def jacobian(self, of: str = "x1") -> JacobianOperator:
+        """Make an operator of the Jacobian of one side.
+
+        Args:
+            of: ``"x1"`` or ``"x2"``.
+
+        Returns:
+            The Jacobian ``[N C, P]``, which multiplies parameters; its ``adjoint()`` multiplies outputs.
+
+        Raises:
+            ValueError: If ``of`` is neither.
+        """
+        if of not in ("x1", "x2"):
+            raise ValueError(f"of must be 'x1' or 'x2', got {of!r}.")
+        return JacobianOperator(self._request, self._rows if of == "x1" else self._columns)
+
+    def to_dense(self) -> Tensor:
+        """Compute the kernel by :func:`ggn_ntk.empirical_ntk`.
+
+        Returns:
+            The matrix ``[N1 C, N2 C]``.
+        """
+        # [N1, N2, *out1, *out2] -> [N1, *out1, N2, *out2]
+        return self._kernel(self._request).movedim(1, len(self._rows.shape)).reshape(self.shape)
+
+    def diagonal(self) -> Tensor:
+        """Compute the diagonal, from the kernels of samples with themselves alone.
+
+        Returns:
+            The entries of row ``i`` and column ``i``: ``[N C]``.
+
+        Raises:
+            ValueError: If the operator is not square.
+        """
+        return self._paired("diagonal").flatten()
+
+    def block_diagonal(self) -> Tensor:
+        """Compute the kernels of samples with themselves alone, all outputs with all.
+
+        Returns:
+            ``[N, C, C]``.
+
+        Raises:
+            ValueError: If the operator is not square.
+        """
+        n, *out = self._rows.shape
+        c = torch.Size(out).numel()
+        return self._paired("full").reshape(n, c, c)
+
+    def _paired(self, compute: str) -> Tensor:
+        """Compute the kernels of x1[n] with x2[n], a few samples at a time."""
+        if self._rows.shape != self._columns.shape:
+            shapes = f"{list(self._rows.shape)} and {list(self._columns.shape)}"
+            raise ValueError(f"Only a square operator has a diagonal: outputs of x1 and x2 have the shapes {shapes}.")
+        request = replace(self._request, axes=AxesRequest.parse(compute, paired=True))
+        n, *out = self._rows.shape
+        size = self._rows.sizes.blocks[0].stop // torch.Size(out).numel()
+        parts = [request.of_others(lambda x: x[block]) for block in split(n, size)]
+        return torch.cat(list(map(self._kernel, parts)))
+
+    @staticmethod
+    def _kernel(request: Request) -> Tensor:
+        """Compute a kernel."""
+        kernel, _ = compute_kernels(request, Method.AUTO, check=False)
+        assert isinstance(kernel, Tensor)  # of one output, summed over parameters
+        return kernel
+
+    def _multiplied(self, rows: list[Tensor]) -> list[Tensor]:
+        """Multiply K vectors."""
+        size = min(self._rows.sizes.vectors, self._columns.sizes.vectors)
+        return in_parts(lambda v: [self._rows.push(self._columns.pull(v[0]))], rows, size)
+
+    def _adjoint(self) -> "KernelOperator":
+        """Exchange x1 and x2."""
+        return KernelOperator(self._request.exchanged, self._columns, self._rows)
+
+
+class NTKOperator(KernelOperator):
+    """The empirical NTK ``J(x1) J(x2)^T`` as an operator ``[N1 C, N2 C]`` on outputs ``[N2, *out]``.
+
+    Its rows are those of outputs ``[N, *out]``, flattened: samples first. A product takes a backward pass over x2 and a
+    forward pass in forward mode over x1 (Novak, Sohl-Dickstein, Schoenholz: "Fast Finite Width Neural Tangent Kernel",
+    ICML 2022, section 3.3), a batch of samples at a time, whatever the size of the kernel. The memory that this takes
+    is that of a batch, and of twice the parameters for each vector that is multiplied.
+
+    When it is made, all samples are looked at: those that influence one another are refused, and products must be what
+    autograd says. It takes a few products' time. Products follow the values that the parameters have when they are
+    computed. The model, its gradients and all global settings are left as found.
+
+    >>> import torch
+    >>> from ggn_ntk.operators import NTKOperator
+    >>> model = torch.nn.Linear(3, 2)
+    >>> kernel = NTKOperator(model, torch.randn(5, 3))
+    >>> (kernel @ torch.randn(5, 2)).shape, (kernel @ torch.randn(10)).shape
+    (torch.Size([5, 2]), torch.Size([10]))
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        x1: Any,
+        x2: Any = None,
+        *,
+        params: Params | None = None,
+        output: Pick | tuple[Pick, Pick] = None,
+        batch_size: int | None = None,
+        memory: int | str | None = None,
+    ) -> None:
+        """Look at a model and its samples.
+
+        Args:
+            model: The model, or a function, as for :func:`ggn_ntk.empirical_ntk`.
+            x1: N1 samples ``[N1, ...]``, as for :func:`ggn_ntk.empirical_ntk`.
+            x2: N2 samples like x1, also of other shapes; ``None`` for x1: the operator is then self-adjoint.
+            params: The parameters to sum over, as for :func:`ggn_ntk.empirical_ntk`.
+            output: Turns what the model returns into one tensor ``[N, *out]``; or a pair, for x1 and for x2.
+            batch_size: How many samples to evaluate at once; ``None`` for what memory allows, and is fast.
+            memory: The bytes that a product may take beyond what it returns, or text such as ``"2GiB"``; ``None`` for a
+                quarter of what is free when the operator is made.
+
+        Raises:
+            UnsupportedModelError: If the model has no exact kernel.
+            TypeError: If an argument is of the wrong type.
+            ValueError: If an argument has a value that is not accepted.
+        """
+        if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
+            raise ValueError(f"batch_size must be a positive integer or None, got {batch_size!r}.")
+        taken, full = parse_bytes(memory), AxesRequest.parse("full")
+        request = Request.parse(model, x1, x2, full, params=params, per_parameter=False, output=output)
+        with products_of(request):
+            problems = configuration_problems(request)
+            if problems:
+                raise UnsupportedModelError(problems)
+            few = [look(side) for side in request.apart]
+            check_dtypes(few)
+            sides = [Side(side, f, batch_size, taken) for side, f in zip(request.apart, few, strict=True)]
+            warn_of_statistics(request.model)
+        super().__init__(request, sides[0], sides[-1])
