@@ -67,7 +67,15 @@ _RESERVE, _SMALL = 0.2, 2**27
 @lru_cache
 def _within(budget: MemoryBudget, limit: int) -> MemoryBudget:
     """Shrink a budget to what a call may take."""
-    shares = {"backpropagated": 4, "rows": 32, "columns": 16, "passing": 16, "waiting": 32, "jacobians": 16}
+    shares = {
+        "backpropagated": 4,
+        "rows": 32,
+        "columns": 16,
+        "passing": 16,
+        "waiting": 32,
+        "jacobians": 16,
+        "products": 4,
+    }
     return replace(budget, **{name: min(getattr(budget, name), limit // share) for name, share in shares.items()})
 
 

@@ -7,7 +7,6 @@ import torch
 from torch import Tensor
 
 from ggn_ntk.kernels.ntk import Method, compute_kernels
-from ggn_ntk.memory.blocks import split
 from ggn_ntk.memory.budget import check_dtypes
 from ggn_ntk.models.independence import look
 from ggn_ntk.models.requirements import configuration_problems, warn_of_statistics
@@ -18,7 +17,6 @@ from ggn_ntk.problem.errors import UnsupportedModelError
 from ggn_ntk.problem.functions import Model, Params
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Pick, Request
-from ggn_ntk.problem.sizes import parse_bytes
 
 
 class KernelOperator(TensorOperator):
@@ -80,15 +78,11 @@ class KernelOperator(TensorOperator):
         return self._paired("full").reshape(n, c, c)
 
     def _paired(self, compute: str) -> Tensor:
-        """Compute the kernels of x1[n] with x2[n], a few samples at a time."""
+        """Compute the kernels of x1[n] with x2[n]."""
         if self._rows.shape != self._columns.shape:
             shapes = f"{list(self._rows.shape)} and {list(self._columns.shape)}"
             raise ValueError(f"Only a square operator has a diagonal: outputs of x1 and x2 have the shapes {shapes}.")
-        request = replace(self._request, axes=AxesRequest.parse(compute, paired=True))
-        n, *out = self._rows.shape
-        size = self._rows.sizes.blocks[0].stop // torch.Size(out).numel()
-        parts = [request.of_others(lambda x: x[block]) for block in split(n, size)]
-        return torch.cat(list(map(self._kernel, parts)))
+        return self._kernel(replace(self._request, axes=AxesRequest.parse(compute, paired=True)))
 
     @staticmethod
     def _kernel(request: Request) -> Tensor:
@@ -147,8 +141,8 @@ class NTKOperator(KernelOperator):
             params: The parameters to sum over, as for :func:`ggn_ntk.empirical_ntk`.
             output: Turns what the model returns into one tensor ``[N, *out]``; or a pair, for x1 and for x2.
             batch_size: How many samples to evaluate at once; ``None`` for what memory allows, and is fast.
-            memory: The bytes that a product may take beyond what it returns, or text such as ``"2GiB"``; ``None`` for a
-                quarter of what is free when the operator is made.
+            memory: Bytes that a product may take beyond what it returns, or text such as ``"2GiB"``; ``None`` for what
+                the device has free.
 
         Raises:
             UnsupportedModelError: If the model has no exact kernel.
@@ -157,14 +151,14 @@ class NTKOperator(KernelOperator):
         """
         if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
             raise ValueError(f"batch_size must be a positive integer or None, got {batch_size!r}.")
-        taken, full = parse_bytes(memory), AxesRequest.parse("full")
-        request = Request.parse(model, x1, x2, full, params=params, per_parameter=False, output=output)
+        full = AxesRequest.parse("full")
+        request = Request.parse(model, x1, x2, full, params=params, per_parameter=False, output=output, memory=memory)
         with products_of(request):
             problems = configuration_problems(request)
             if problems:
                 raise UnsupportedModelError(problems)
             few = [look(side) for side in request.apart]
             check_dtypes(few)
-            sides = [Side(side, f, batch_size, taken) for side, f in zip(request.apart, few, strict=True)]
+            sides = [Side(side, f, batch_size) for side, f in zip(request.apart, few, strict=True)]
             warn_of_statistics(request.model)
         super().__init__(request, sides[0], sides[-1])

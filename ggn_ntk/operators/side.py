@@ -5,14 +5,14 @@ also gives the gradient ``J^T v`` by plain autograd, for random numbers ``v``: f
 ``(J^T v)^T u``. A few samples are looked at in the finest precision first.
 """
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Size, Tensor
 
 from ggn_ntk.linearization.derivatives import slope_agrees
 from ggn_ntk.memory.blocks import split
-from ggn_ntk.memory.budget import MemoryBudget, available
+from ggn_ntk.memory.budget import MemoryBudget, room
 from ggn_ntk.methods.computation import infinite_samples
 from ggn_ntk.methods.sample_jacobians import first_line
 from ggn_ntk.models.comparison import all_finite, cotangent
@@ -34,9 +34,6 @@ from ggn_ntk.problem.errors import (
 )
 from ggn_ntk.problem.request import Request
 
-# Where nothing tells how many bytes there are, and the share of them that products take by default.
-_UNKNOWN, _SHARE = 2**32, 4
-
 # How many vectors a way is looked at with, since it takes several at once.
 _PROBES = 2
 
@@ -49,19 +46,16 @@ class Sizes:
     vectors: int  # how many vectors pass through a block together
 
     @staticmethod
-    def of(request: Request, batch_size: int | None, memory: int | None) -> "Sizes":
+    def of(request: Request, batch_size: int | None) -> "Sizes":
         """Choose sizes that keep to the memory that may be taken."""
         params = list(request.params.values())
-        device = params[0].device
+        device, of_sample = params[0].device, bytes_per_sample(request)
         budget = MemoryBudget.of(device).products
-        taken = memory or (available(device) or _UNKNOWN) // _SHARE
-        of_sample = bytes_per_sample(request)
-        blocks = split(len(request.x1), batch_size or min(budget, taken // 4) // of_sample)
+        blocks = split(len(request.x1), batch_size or budget // of_sample)
         # A vector is held in the parameters' shape, and pulled back to it, beside what it makes of outputs on its way.
-        of_vector = 2 * sum(p.numel() * p.element_size() for p in params) + of_sample * (
-            blocks[-1].stop - blocks[-1].start
-        )
-        return Sizes(blocks, max(1, min(8 * budget, taken // 2) // of_vector))
+        of_block = of_sample * (blocks[-1].stop - blocks[-1].start)
+        of_vector = 2 * sum(p.numel() * p.element_size() for p in params) + of_block
+        return Sizes(blocks, max(1, int(min(8 * budget, room(device) / 2) / of_vector)))
 
 
 class Side:
@@ -73,11 +67,11 @@ class Side:
         shape: The shape ``[N, *out]`` of all outputs.
     """
 
-    def __init__(self, request: Request, few: Tensor, batch_size: int | None, memory: int | None) -> None:
+    def __init__(self, request: Request, few: Tensor, batch_size: int | None) -> None:
         """Look at all samples, given outputs of a few."""
         # few [few, *out]
         self.request, self.shape, self._dtype = request, Size([len(request.x1), *few.shape[1:]]), few.dtype
-        self.sizes = Sizes.of(request, batch_size, memory)
+        self.sizes = Sizes.of(request, batch_size)
         self._pushforward = self._found()
 
     def pull(self, v: Tensor) -> Vectors:
@@ -123,19 +117,12 @@ class Side:
         # Samples whose Jacobians are not finite are named below.
         wrong = _what_is_wrong(few, way, v, gradient, tolerance) if all_finite(gradient.values()) else ""
         for block in self.sizes.blocks if not wrong else ():
-            part = self._part(block)
+            part = self.request.part(block)
             checked = self._checked(part)
             wrong = _what_is_wrong(part, way, checked.v, checked.gradient, checked.tolerance)
             if wrong:
                 break
         return wrong
-
-    def _part(self, block: slice) -> Request:
-        """Ask for a block of samples, which messages name as such."""
-        name = self.request.names[0]
-        if len(self.sizes.blocks) > 1:
-            name = f"{name}[{block.start}:{block.stop}]"
-        return replace(self.request, x1=self.request.x1[block], names=(name, name))
 
     def _checked(self, part: Request) -> Checked:
         """Raise unless the samples of a block leave one another alone, and have Jacobians of finite numbers."""

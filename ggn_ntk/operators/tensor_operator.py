@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Size, Tensor
 
-from ggn_ntk.memory.budget import explained
+from ggn_ntk.memory.budget import explained, limited
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.structure import structure_of
 from ggn_ntk.operators.curvlinops_internals import IdentityLinearOperator, PyTorchLinearOperator
@@ -25,7 +25,12 @@ _WHAT = "What an operator multiplies"
 def products_of(request: Request) -> Iterator[None]:
     """Open a session for products with a model's Jacobian, and explain errors about memory."""
     what, helps = "products with vectors", "What helps: memory= (say '2GiB') or a smaller batch_size."
-    with outside_of_transforms(), isolated(request.model), explained(lambda: what, helps):
+    with (
+        outside_of_transforms(),
+        isolated(request.model),
+        explained(lambda: what, helps),
+        limited(request.memory),
+    ):
         yield
 
 

@@ -142,15 +142,11 @@ class Request:
         """The two sets by themselves, each with its output; one where they are the same."""
         if self.symmetric:
             return [self]
-        return self.apart
-
-    @property
-    def apart(self) -> "list[Request]":
-        """x1 and x2, each as a request of its own; one where they are the same samples, with the same outputs."""
         names = self.names if self.x2 is not None else self.names[:1] * 2
-        each = zip((self.x1, self.second), self.outputs, names, strict=True)
-        sides = [replace(self, x1=x, x2=None, outputs=(pick, pick), names=(name, name)) for x, pick, name in each]
-        return sides[:1] if self.symmetric else sides
+        return [
+            replace(self, x1=x, x2=None, outputs=(output, output), names=(name, name))
+            for x, output, name in zip((self.x1, self.second), self.outputs, names, strict=True)
+        ]
 
     @property
     def exchanged(self) -> "Request":

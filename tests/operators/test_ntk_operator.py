@@ -353,8 +353,7 @@ def test_samples_that_influence_one_another_are_refused(batch_size):
     model, x = Mixed().double(), samples(30, 4)
     NTKOperator(model, x)
     x[[13, 17, 18], 0] = 1000.0
-    where = r"x1\[10:20\]\[[378]\]" if batch_size else r"x1\[1[378]\]"
-    with pytest.raises(UnsupportedModelError, match=rf"samples influence one another \(the outputs of {where}, "):
+    with pytest.raises(UnsupportedModelError, match=r"samples influence one another \(the outputs of x1\[1[378]\], "):
         NTKOperator(model, x, batch_size=batch_size)
 
 
@@ -371,9 +370,7 @@ def test_models_that_are_refused():
         NTKOperator(model, x, samples(2, 4), output=(None, torch.Tensor.float))
     x[3] = torch.inf
     x[5] = torch.nan
-    with pytest.raises(
-        UnsupportedModelError, match=r"Jacobians of x1\[3:6\]\[0\], x1\[3:6\]\[2\] are not finite. Leave"
-    ):
+    with pytest.raises(UnsupportedModelError, match=r"Jacobians of x1\[3\], x1\[5\] are not finite. Leave"):
         NTKOperator(model, x, batch_size=3)
 
 
