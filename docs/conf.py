@@ -69,6 +69,7 @@ _ORDER = [
     "example_kernel_during_training.py",
     "example_pinn_weights.py",
     "example_ntk_regression.py",
+    "example_large_kernel.py",
     "example_spectrum_alignment.py",
 ]
 sphinx_gallery_conf = {

@@ -29,6 +29,7 @@ _CONTENTS = {
     "User guide": [
         "guide/README",
         "guide/scale",
+        "guide/large",
         "guide/outputs",
         "guide/inputs",
         "guide/modules",

@@ -1,4 +1,4 @@
-"""``python -m ggn_ntk``: the NTK of a small CNN by every route, their agreement and their times."""
+"""``python -m ggn_ntk``: the NTK of a small CNN by every route, their agreement and their times; kernels on disk."""
 
 import argparse
 import os
@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from ggn_ntk.kernels.ntk import Method, empirical_ntk
+from ggn_ntk.large import command
 from ggn_ntk.methods.reference import jacobian_contraction
 from ggn_ntk.models.comparison import TOLERANCES, relative_error
 
@@ -36,7 +37,10 @@ def cnn() -> nn.Sequential:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Run the demo."""
+    """Run a command, or else the demo."""
+    arguments = sys.argv[1:] if arguments is None else arguments
+    if arguments[:1] and arguments[0] in command.COMMANDS:
+        return command.main(arguments)
     options = _parse(arguments)
     device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
     dtype = _DTYPES[options.dtype]
@@ -67,10 +71,11 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if wrong else 0
 
 
-def _parse(arguments: list[str] | None) -> argparse.Namespace:
+def _parse(arguments: list[str]) -> argparse.Namespace:
     """Read the command line."""
     description = "The NTK of a small CNN by every route, their agreement and their times."
-    parser = argparse.ArgumentParser(prog="python -m ggn_ntk", description=description)
+    others = "; ".join(f"`python -m ggn_ntk {name} STORE`: {what}" for name, what in command.COMMANDS.items())
+    parser = argparse.ArgumentParser(prog="python -m ggn_ntk", description=description, epilog=others)
     parser.add_argument("--n1", type=_positive, default=20, help="samples in x1 (default: %(default)s)")
     parser.add_argument("--n2", type=_positive, default=5, help="samples in x2 (default: %(default)s)")
     parser.add_argument("--device", type=_device, help="cpu, cuda, ... (default: a GPU if there is one)")
