@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from benchmarks import by_hand, plan, te_nas
+from benchmarks import by_hand, plan, predictions, te_nas
 from benchmarks.contenders import BEFORE_FOLDER
 from benchmarks.counts import measure_counts
 from benchmarks.environment import describe_environment, slug
@@ -23,7 +23,8 @@ from benchmarks.runner import run_sweep, run_workload
 from benchmarks.workloads import QUICK, SWEEPS, TABLES, WORKLOADS, Workload
 
 _OVERHEAD, _COUNTS, _BY_HAND, _TE_NAS = "overhead", "counts", "by_hand", "te_nas"
-_NAMES = [*TABLES, *SWEEPS, _OVERHEAD, _COUNTS, _BY_HAND, _TE_NAS]
+_PREDICTIONS = "predictions"
+_NAMES = [*TABLES, *SWEEPS, _OVERHEAD, _COUNTS, _BY_HAND, _TE_NAS, _PREDICTIONS]
 _SWEEP_ROUNDS = 3
 _BY_HAND_ROUNDS = 5
 _QUICK_ROUNDS = 2
@@ -120,6 +121,8 @@ def _measure(name: str, options: argparse.Namespace, results: Results, file: Pat
             warnings.simplefilter("ignore")
             if name == _TE_NAS:
                 results.te_nas = te_nas.measure()
+            if name == _PREDICTIONS:
+                results.predictions = predictions.measure()
             for model in by_hand.CASES if name == _BY_HAND else ():
                 results.by_hand[model] = by_hand.measure(model, min(options.rounds, _BY_HAND_ROUNDS))
                 results.save(file)

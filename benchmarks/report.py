@@ -4,7 +4,7 @@ import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
-from benchmarks import by_hand, plan, te_nas
+from benchmarks import by_hand, plan, predictions, te_nas
 from benchmarks.check import TOLERANCE
 from benchmarks.environment import title
 from benchmarks.plots import SUMMARY_PLOT, contenders_in, draw, sweep_plot
@@ -20,6 +20,7 @@ _COUNTED = """Operations that a call starts on a device, how often it waits for 
 and copies from or to the CPU. They are counted in a third call, on the device that the tests pretend to have."""
 
 _COUNTS_FILE, _BY_HAND_FILE, _TE_NAS_FILE = "counts.md", "by_hand.md", "te_nas.md"
+_PREDICTIONS_FILE = "predictions.md"
 
 
 def write_report(results: Results, folder: Path) -> None:
@@ -47,6 +48,7 @@ def write_report(results: Results, folder: Path) -> None:
     for file, what, measured in (
         (_BY_HAND_FILE, by_hand, results.by_hand),
         (_TE_NAS_FILE, te_nas, results.te_nas),
+        (_PREDICTIONS_FILE, predictions, results.predictions),
     ):
         if measured:
             heading, text = (what.__doc__ or "").strip().split("\n\n", 1)

@@ -105,6 +105,7 @@ class Results:
         by_hand: Models that are no sequence of layers beside loops by hand: what was measured, by model.
         te_nas: Condition numbers of cells beside a loop: what was measured, by cell.
         took: The minutes that each part of the run took.
+        predictions: Predictions from kernels beside eigendecompositions: what was measured, by prediction and size.
     """
 
     environment: dict[str, str]
@@ -116,6 +117,7 @@ class Results:
     by_hand: dict[str, dict[str, Any]] = field(default_factory=dict)
     te_nas: dict[str, dict[str, float]] = field(default_factory=dict)
     took: dict[str, float] = field(default_factory=dict)
+    predictions: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def put(self, result: WorkloadResult, against: bool = False) -> None:
         """Add the results of a workload, in the place of earlier ones, in the order of the tables.
@@ -156,7 +158,7 @@ class Results:
                 for quantity, sweep in kept["sweeps"].items()
             },
             overhead={variant: Measurement(**kept) for variant, kept in kept["overhead"].items()},
-            **{name: kept.get(name, {}) for name in ("counts", "by_hand", "te_nas", "took")},
+            **{name: kept.get(name, {}) for name in ("counts", "by_hand", "te_nas", "predictions", "took")},
         )
 
 

@@ -108,7 +108,7 @@ def _add_results(app: Sphinx, docname: str, source: list[str]) -> None:
         parts.append(f"### [{title}]({folder}/README.md)")
         summaries = [section.removeprefix("Summary") for section in sections if section.startswith("Summary")]
         parts += [summary.replace("](", f"]({folder}/") for summary in summaries]
-    parts.append("```{toctree}\n:hidden:\n:glob:\n\n*/README\n*/by_hand\n```")
+    parts.append("```{toctree}\n:hidden:\n:glob:\n\n*/README\n*/by_hand\n*/te_nas\n*/predictions\n```")
     before, after = source[0].split(_AFTER_RESULTS)
     source[0] = "\n\n".join([before, *parts, _AFTER_RESULTS + after])
 

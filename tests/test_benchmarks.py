@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as main
-from benchmarks import by_hand, check, contenders, plan, te_nas
+from benchmarks import by_hand, check, contenders, plan, predictions, te_nas
 from benchmarks.environment import slug
 from benchmarks.failures import OUT_OF_MEMORY, describe
 from benchmarks.floor import floor
@@ -163,6 +163,7 @@ def made_up_results() -> Results:
         {"GRU": {"seconds": {"loop": [0.5]}, "error": 1e-7, "covered": 1.0}},
         {"skip skip": {"seconds, loop": 0.2, "seconds, library": 0.1}},
         {"cnn": 1.5, "N": 2.5},
+        {"regression": {"seconds": 0.5, "busy seconds": 1.0, "load": 2.0}},
     )
 
 
@@ -188,6 +189,7 @@ def test_report(tmp_path):
     assert "| ggn_ntk before | f2a7431 |" in report
     assert "| GRU | 100.0% |  |  |  | 500 ms |  |  |" in (tmp_path / "by_hand.md").read_text()
     assert "The loop takes 2.00 times as long (median of 1 cells)." in (tmp_path / "te_nas.md").read_text()
+    assert "| regression | 0.5 | – | 1 | – | – | – | – | 2.0 |" in (tmp_path / "predictions.md").read_text()
     assert "mlp_ReLU" not in report
     assert "| mlp_ReLU | 192 | 6 |" in (tmp_path / "counts.md").read_text()
     tables = [line for line in report.splitlines() if line.startswith("|")]
@@ -237,6 +239,15 @@ def test_models_beside_loops_by_hand(monkeypatch):
         assert result["covered"] == 1
         assert len(result["seconds"]) == 5
     assert by_hand.table(results).splitlines()[2].startswith("| unrolled | 100.0% | ")
+
+
+def test_predictions_beside_eigendecompositions(monkeypatch):
+    measured = predictions.measure((40, 60))
+    assert all(numbers["relative difference"] < 1e-8 for numbers in measured.values())
+    assert "| kernel_ridge_regression, N C = 60, threads: 1 | " in predictions.table(measured)
+    monkeypatch.setattr(predictions, "_PATIENCE", 0.0)
+    left_out = predictions.table(predictions.measure((40, 60)))
+    assert left_out.count(" | – | ") > 0
 
 
 def test_condition_numbers_of_cells():

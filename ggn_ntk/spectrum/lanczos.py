@@ -9,8 +9,8 @@ from torch import Tensor
 if TYPE_CHECKING:
     from scipy.sparse.linalg import LinearOperator
 
-# Up to so many rows, all eigenvalues take no more time than a few of them.
-_SMALL = 1000
+# Up to so many rows, all eigenvalues take about as long as the largest.
+_SMALL = 300
 
 
 def import_scipy(what: str) -> Any:

@@ -14,9 +14,15 @@ from hypothesis import strategies as st
 from scipy.sparse.linalg import LinearOperator, aslinearoperator, cg, gmres, lsmr, minres
 from torch import nn
 
-from ggn_ntk import empirical_ntk
+from ggn_ntk import empirical_ntk, tiled_ntk
 from ggn_ntk.spectrum import as_matrix, decompositions, lanczos, matrix
-from ggn_ntk.training import IllConditionedWarning, kernel_ridge_regression, max_learning_rate, nngp_posterior
+from ggn_ntk.training import (
+    IllConditionedWarning,
+    gradient_flow_mse,
+    kernel_ridge_regression,
+    max_learning_rate,
+    nngp_posterior,
+)
 
 # linear_operator, which curvlinops imports, with torch 2.14
 pytestmark = pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")
@@ -247,13 +253,20 @@ def test_any_solver(solver):
         assert torch.allclose(actual, expected, atol=1e-8 * k_prior.norm().item())
 
 
-def test_stores_are_read():
+def test_stores_are_read(tmp_path):
     model = mlp(nn.Tanh)().double()
     x, y = torch.randn(4, 5).double(), torch.randn(4, 3).double()
-    kernel = empirical_ntk(model, x)
+    kernel, store = empirical_ntk(model, x), tiled_ntk(model, x, store=tmp_path / "kernel", tile=3)
     expected = kernel_ridge_regression(kernel, y, diag_reg=0.1)(kernel[:2])
-    assert torch.equal(kernel_ridge_regression(Store(kernel), y, diag_reg=0.1)(Store(kernel[:2])), expected)
-    assert max_learning_rate(Store(kernel)) == max_learning_rate(kernel)
+    actual = kernel_ridge_regression(store, y, diag_reg=0.1)(Store(kernel[:2]))
+    assert torch.allclose(actual, expected, rtol=1e-10)
+    assert max_learning_rate(store) == pytest.approx(max_learning_rate(kernel))
+    assert torch.allclose(as_matrix(store), as_matrix(kernel))
+    expected = gradient_flow_mse(kernel, y)(3.0, y.sin(), y.sin()[:2], kernel[:2])
+    for actual, other in zip(
+        gradient_flow_mse(store, y)(3.0, y.sin(), y.sin()[:2], torch.from_numpy(store[:2])), expected, strict=True
+    ):
+        assert torch.allclose(actual, other)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
