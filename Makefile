@@ -34,7 +34,7 @@ demo: $(INSTALLED)
 	$(BIN)/python -m ggn_ntk
 
 test: check
-	$(BIN)/python -m pytest -n auto
+	$(BIN)/python -m pytest -n auto --durations=20
 
 test-oldest:
 	$(PYTHON_OLDEST) -m venv .venv-oldest

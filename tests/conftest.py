@@ -73,8 +73,16 @@ def _seed():
 # The pretend device stands in for a GPU where there is none, with torch 2.9 or later.
 DEVICES = ["cpu", *["cuda"] * torch.cuda.is_available(), *["pretend"] * PRETENDS]
 
-# Where to compute, and in what. The pretend device computes as the CPU does: float64 tells more of it.
-PLACES = [(dtype, device) for device in DEVICES for dtype in DTYPES if (dtype, device) != (torch.float32, "pretend")]
+
+def places(case: Case, method: str = "structured", *_: Any) -> list[tuple[torch.dtype, str]]:
+    """The dtypes and devices in which a case can be computed by a method."""
+    if getattr(case, "rounds", False):
+        return [(torch.float32, device) for device in DEVICES]
+    found = [(dtype, device) for device in DEVICES for dtype in DTYPES]
+    fused = case.name == "recurrent" or case.name.endswith(("LSTM", "GRU"))  # layers that the pretend device lacks
+    by_vmap = method in ("jacobian_contraction", "ntk_vector_products")  # which raises there behind PReLU
+    refused = DTYPES if fused or (by_vmap and "prelu" in case.name.lower()) else [torch.float32]
+    return [place for place in found if place not in product(refused, ["pretend"])]  # float64 tells more
 
 
 def pytest_report_header() -> str:
@@ -129,18 +137,17 @@ def call(model: torch.nn.Module, x: Any) -> Any:
 def loop_jacobians(model: torch.nn.Module, x: Any, output: Any = None) -> dict[str, Tensor]:
     """The Jacobians [N, C, P] as nobody can get them wrong: one sample and one output at a time."""
     params = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    jacobians: dict[str, list[Tensor]] = {name: [] for name in params}
+    rows: dict[str, list[Tensor]] = {name: [] for name in params}
     for n in range(num_samples(x)):
         found = call(model, first_samples(x, slice(n, n + 1)))
-        rows = [
-            torch.autograd.grad(
+        for entry in (found if output is None else output(found)).flatten():
+            gradients = torch.autograd.grad(
                 entry, list(params.values()), retain_graph=True, allow_unused=True, materialize_grads=True
             )
-            for entry in (found if output is None else output(found)).flatten()
-        ]
-        for name, column in zip(params, zip(*rows, strict=True), strict=True):
-            jacobians[name].append(torch.stack([g.flatten() for g in column]))
-    return {name: torch.stack(js) for name, js in jacobians.items()}
+            for name, gradient in zip(params, gradients, strict=True):
+                rows[name].append(gradient.flatten())
+    del found, gradients  # of large models, nothing is held twice
+    return {name: torch.stack(rows.pop(name)).unflatten(0, (num_samples(x), -1)) for name in params}
 
 
 def kernel_of(model: torch.nn.Module, x1: Any, x2: Any = None) -> Tensor:

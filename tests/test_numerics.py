@@ -3,10 +3,12 @@
 import copy
 import warnings
 from functools import partial
+from itertools import product
 
 import pytest
 import torch
-from conftest import COMPUTES, assert_close, call, kernel_of, loop_jacobians
+from conftest import COMPUTES, DTYPES, assert_close, call, kernel_of, loop_jacobians
+from covering import covers
 from models import ENCODER, hugging_face, ids, logits
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -601,12 +603,11 @@ ZERO = {
 } | {name: (partial(Shifted, function), (5,), "shift", None) for name, function in FEATURES.items()}
 
 
-ALONE = [(name, n, check) for name in list(ZERO)[1:] for n in (1, 3) for check in (False, True)]
-
-
-@pytest.mark.parametrize(("name", "n", "check"), [("bert", 2, True), *ALONE])
-@each_route
-def test_each_parameter_alone(name, n, check, method, dtype):
+@covers(
+    {"name, n": [("bert", 2)], "method": ROUTES, "dtype": DTYPES, "check": [True]},
+    {"name, n, method": list(product(list(ZERO)[1:], [1, 3], ROUTES)), "dtype": DTYPES, "check": [False, True]},
+)
+def test_each_parameter_alone(name, n, method, dtype, check):
     """Those of gradient zero too, errors measured against what cancels; and nothing gives way for rounding."""
     build, inputs, zero, output = ZERO[name]
     model = build().eval().double()

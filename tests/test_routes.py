@@ -2,7 +2,7 @@
 
 import torch
 from cases import CASES
-from conftest import COMPUTES, METHODS, PLACES, assert_close, oracle, oracle_sum
+from conftest import COMPUTES, METHODS, assert_close, oracle, oracle_sum, places
 from covering import covers
 
 from ggn_ntk import empirical_ntk
@@ -37,22 +37,15 @@ KERNELS = [of_two_sets, of_one_set, of_each_parameter]
 ROUTES = [(c, m) for c in CASES for m in METHODS if c.supports(m)]
 
 
-def refused_by_the_pretend_device(case, method):
-    """Whether vmap raises there inside of the backward pass, or the case has a fused recurrent layer."""
-    by_vmap = method in ("jacobian_contraction", "ntk_vector_products")
-    return case.name == "recurrent" or (by_vmap and "prelu" in case.name.lower())
-
-
-def tables(routes, places):
-    """With each case, the structured route, which knows layers, meets every pair of the factors; others each value."""
-    factors = {"compute": COMPUTES, "dtype, device": places}
-    yield {"case, method, kernel": [(*r, k) for r in routes if r[1] == "structured" for k in KERNELS], **factors}
-    yield {"case, method": [r for r in routes if r[1] != "structured"], "kernel": KERNELS, **factors}
+# With each case, the structured route, which knows layers, meets every pair of a kernel, what is computed of it, and
+# where; the other routes meet every one of these.
+STRUCTURED = [(*route, kernel) for route in ROUTES if route[1] == "structured" for kernel in KERNELS]
+OTHERS = [route for route in ROUTES if route[1] != "structured"]
 
 
 @covers(
-    *tables([r for r in ROUTES if not refused_by_the_pretend_device(*r)], PLACES),
-    *tables([r for r in ROUTES if refused_by_the_pretend_device(*r)], [p for p in PLACES if p[1] != "pretend"]),
+    {"case, method, kernel": STRUCTURED, "compute": COMPUTES, "dtype, device": places},
+    {"case, method": OTHERS, "kernel": KERNELS, "compute": COMPUTES, "dtype, device": places},
 )
 def test_kernel(case, method, kernel, compute, dtype, device):
     kernel(*case.build(dtype, device), case, device, method=method, compute=compute)

@@ -3,7 +3,8 @@
 import pytest
 import torch
 from cases import BY_NAME
-from conftest import COMPUTES
+from conftest import COMPUTES, DEVICES
+from covering import covers
 from torch import nn
 
 from ggn_ntk import empirical_ntk
@@ -25,8 +26,7 @@ def test_played_again_on_other_numbers(case):
     _play_again(*case.build(), "full")
 
 
-@pytest.mark.parametrize("compute", COMPUTES)
-@pytest.mark.parametrize("name", ["mlp_Tanh", "conv2d_options", "tied_transformer"])
+@covers({"name": ["mlp_Tanh", "conv2d_options", "tied_transformer"], "compute": COMPUTES, "device": DEVICES})
 def test_played_again_on_devices(name, compute, device):
     model, x1, x2 = BY_NAME[name].build()
     _play_again(model.to(device), x1.to(device), x2.to(device), compute)

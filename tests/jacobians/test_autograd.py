@@ -1,9 +1,12 @@
 """The capture by autograd, for models that are no sequence of layers: exact, or by the fallback, or refused."""
 
+import ctypes
+
 import pytest
 import torch
-from cases import BY_NAME
-from conftest import NAMED, assert_close, first_samples, limit_memory, oracle, oracle_sum
+from cases import BY_NAME, CASES
+from conftest import COMPUTES, NAMED, assert_close, first_samples, limit_memory, oracle, oracle_sum, places
+from covering import covers
 from models import LARGE, MODELS, Scaled, each
 from torch import nn
 from unchanged import unchanged
@@ -22,10 +25,8 @@ from ggn_ntk.reference import jacobian_contraction
 from ggn_ntk.rules.registry import _RULES
 
 
-@pytest.mark.parametrize("case", each(MODELS))
+@covers({"case": each(MODELS), "compute": COMPUTES, "dtype, device": places})
 def test_exact(case, compute, dtype, device):
-    if case.rounds and dtype == torch.float64:
-        pytest.skip("computes in float32")
     model, x1, x2 = case.build(dtype, device)
     options = {"compute": compute, "method": "structured", "output": case.output}
     for x, symmetric in ((x2, False), (None, True)):
@@ -46,6 +47,15 @@ def test_explain_names_the_fallback(case):
     assert set(explain(model, x1, output=case.output).fallback) == set(case.missed)
 
 
+@pytest.fixture
+def memory_given_back():
+    """Return the memory of large models to the system: the C library would keep it for the process."""
+    yield
+    if hasattr(libc := ctypes.CDLL(None), "malloc_trim"):
+        libc.malloc_trim(0)
+
+
+@pytest.mark.usefixtures("memory_given_back")
 @pytest.mark.parametrize("case", each(LARGE))
 def test_torchvision(case):
     model, x1, x2 = case.build()
@@ -61,11 +71,11 @@ def test_torchvision(case):
     )
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-def test_sequential_models(case, symmetric, compute, dtype):
-    model, x1, x2 = case.build(dtype)
+@covers({"case": CASES, "compute": COMPUTES, "symmetric": [False, True], "dtype, device": places})
+def test_sequential_models(case, compute, symmetric, dtype, device):
+    model, x1, x2 = case.build(dtype, device)
     kernel = empirical_ntk(model, x1, None if symmetric else x2, compute=compute, capture="autograd")
-    assert_close(kernel, oracle_sum(case, symmetric, compute))
+    assert_close(kernel, oracle_sum(case, symmetric, compute, device))
 
 
 @pytest.mark.parametrize("name", ["tied_transformer", "custom_parameter", "residual", "tied", "mapping_inputs"])
@@ -95,14 +105,17 @@ def test_rules_cover_no_less_of_one_sample_than_of_several(case):
     assert set(one.fallback) <= set(several.fallback)
 
 
-@pytest.fixture(params=["one by one", "at once"])
+STAGES = ["one by one", "at once"]
+
+
+@pytest.fixture(params=STAGES)
 def stage_by_stage(request, monkeypatch):
     """Divides the way back wherever it can be, and passes outputs one by one, or where they can be at once."""
     limit_memory(monkeypatch, passing=1, one_by_one=0 if request.param == "one by one" else 2**33)
 
 
-@pytest.mark.usefixtures("stage_by_stage")
-def test_way_back_in_stages(case, compute):
+@covers({"case": CASES, "compute": COMPUTES, "stage_by_stage": STAGES}, indirect=["stage_by_stage"])
+def test_way_back_in_stages(case, compute, stage_by_stage):
     model, x1, x2 = case.build()
     kernel = empirical_ntk(model, x1, x2, compute=compute, capture="autograd")
     assert_close(kernel, oracle_sum(case, compute=compute))

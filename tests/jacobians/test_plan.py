@@ -1,5 +1,7 @@
 """Phases as objects: a plan that is made once, the sides it evaluates, and the kernels between two of them."""
 
+from itertools import cycle
+
 import pytest
 import torch
 from cases import BY_NAME, CASES
@@ -31,7 +33,7 @@ def between(request, plans, *sides):
     return request.assemble(contract(first, second, wanted).items(), plans.axes)
 
 
-@pytest.mark.parametrize("case", [*CASES, *MODELS], ids=str)
+@pytest.mark.parametrize(("case", "compute"), list(zip([*CASES, *MODELS], cycle(COMPUTES))), ids=str)
 def test_two_sides_that_were_evaluated_apart(case, compute):
     model, x1, x2 = case.build()
     request, plans = plan_for(model, x1, x2, compute, case.output)

@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from conftest import DEVICES, NAMED, assert_close, oracle_sum
+from conftest import DEVICES, DTYPES, NAMED, assert_close, oracle_sum
+from covering import covers
 from models import each
 from zoo import ZOO
 
@@ -32,13 +33,18 @@ def test_rules_cover(case, dtype):
     assert explanation.method == "structured"
 
 
-@pytest.mark.parametrize("case", each(ALL))
-def test_kernels(case, dtype):
-    if case.rounds and dtype == torch.float64:
-        pytest.skip("computes in float32")
+@covers(
+    {
+        "case": each(ALL),
+        "symmetric": [False, True],
+        "dtype": lambda case: [torch.float32] if case.rounds else DTYPES,
+        "compute": ["full", "trace"],
+    }
+)
+def test_kernels(case, symmetric, dtype, compute):
     model, x1, x2 = case.build(dtype)
-    assert_close(empirical_ntk(model, x1, x2, output=case.output), oracle_sum(case))
-    assert_close(empirical_ntk(model, x1, compute="trace", output=case.output), oracle_sum(case, True, "trace"))
+    kernel = empirical_ntk(model, x1, None if symmetric else x2, compute=compute, output=case.output)
+    assert_close(kernel, oracle_sum(case, symmetric, compute))
 
 
 @pytest.mark.parametrize("case", each([NAMED["resnet18"]]))

@@ -1,9 +1,12 @@
 """The front door: properties of the kernel, the choice of a route, and check=True."""
 
+from itertools import product
+
 import pytest
 import torch
 from cases import BY_NAME, Residual, mlp
-from conftest import METHODS, assert_close
+from conftest import COMPUTES, DTYPES, METHODS, assert_close
+from covering import covers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -99,14 +102,20 @@ def test_methods_are_routes():
     assert set(ntk._ROUTES) == set(Method) - {Method.AUTO}
 
 
-@pytest.mark.parametrize("per_parameter", [False, True])
-@pytest.mark.parametrize("compute", ["full", "diagonal", "trace"])
-@pytest.mark.parametrize("method", METHODS)
-def test_check_passes_on_right_kernels(method, compute, per_parameter, dtype):
-    for name in ("tutorial_cnn_small", "output_sequence", "mlp_one_sample", "mlp_frozen_middle"):
-        model, x1, x2 = BY_NAME[name].build(dtype)
-        empirical_ntk(model, x1, x2, method=method, compute=compute, per_parameter=per_parameter, check=True)
-        empirical_ntk(model, x1, method=method, compute=compute, per_parameter=per_parameter, check=True)
+@covers(
+    {
+        "name, method": list(
+            product(["tutorial_cnn_small", "output_sequence", "mlp_one_sample", "mlp_frozen_middle"], METHODS)
+        ),
+        "compute": COMPUTES,
+        "per_parameter": [False, True],
+        "dtype": DTYPES,
+    }
+)
+def test_check_passes_on_right_kernels(name, method, compute, per_parameter, dtype):
+    model, x1, x2 = BY_NAME[name].build(dtype)
+    empirical_ntk(model, x1, x2, method=method, compute=compute, per_parameter=per_parameter, check=True)
+    empirical_ntk(model, x1, method=method, compute=compute, per_parameter=per_parameter, check=True)
 
 
 @pytest.mark.parametrize("per_parameter", [False, True])

@@ -4,10 +4,11 @@ from itertools import product
 
 import pytest
 import torch
-from cases import BY_NAME, mlp
+from cases import BY_NAME, CASES, mlp
 from conftest import (
     BAD_AXES,
     COMPUTES,
+    DTYPES,
     METHODS,
     ROLES,
     assert_close,
@@ -21,6 +22,7 @@ from conftest import (
     oracle_sum,
     reduce_axes,
 )
+from covering import covers
 from torch import nn
 
 from ggn_ntk import EmpiricalKernels, UnsupportedModelError, empirical_kernels, empirical_ntk, nngp
@@ -38,6 +40,7 @@ def slow_kernel(f1, f2, compute):
     return diagonal if compute == "diagonal" else diagonal.sum(-1)
 
 
+@covers({"case": CASES, "compute": COMPUTES, "dtype": DTYPES})
 def test_every_case(case, compute, dtype):
     model, x1, x2 = case.build(dtype)
     with torch.no_grad():

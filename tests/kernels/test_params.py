@@ -3,7 +3,8 @@
 import pytest
 import torch
 from cases import BY_NAME, CASES, mlp
-from conftest import METHODS, assert_close, oracle, oracle_sum
+from conftest import COMPUTES, METHODS, assert_close, oracle, oracle_sum, places
+from covering import covers
 from torch import nn
 
 from ggn_ntk import EmpiricalNTK, empirical_kernels, empirical_ntk, explain, linearize
@@ -13,11 +14,7 @@ X = torch.randn(4, 5, generator=torch.Generator().manual_seed(0))
 # With frozen and tied parameters, several uses of a module, and parameters of the model itself.
 NAMES = ["conv2d", "mlp_frozen_middle", "tied", "tied_transformer", "custom_parameter", "recurrent", "weight_norm"]
 
-routes = pytest.mark.parametrize(
-    ("case", "method"),
-    [(BY_NAME[n], m) for n in NAMES for m in METHODS if m != "auto" and BY_NAME[n].supports(m)],
-    ids=str,
-)
+ROUTES = [(BY_NAME[n], m) for n in NAMES for m in METHODS if m != "auto" and BY_NAME[n].supports(m)]
 
 
 def owners(model):
@@ -25,9 +22,9 @@ def owners(model):
     return {name: name.rpartition(".")[0] for name, p in model.named_parameters() if p.requires_grad}
 
 
-@routes
-def test_kernels_of_modules(case, method, compute, device):
-    model, x1, x2 = case.build(device=device)
+@covers({"case, method": ROUTES, "compute": COMPUTES, "dtype, device": places})
+def test_kernels_of_modules(case, method, compute, dtype, device):
+    model, x1, x2 = case.build(dtype, device)
     kernels = empirical_ntk(model, x1, x2, compute=compute, method=method, per_parameter="module")
     expected = {}
     for name, kernel in oracle(case.name, compute=compute, device=device).items():

@@ -8,7 +8,8 @@ from itertools import pairwise
 import pytest
 import torch
 from cases import BY_NAME
-from conftest import COMPUTES
+from conftest import COMPUTES, DEVICES
+from covering import covers
 from models import MODELS
 from torch import nn
 from torch.func import functional_call
@@ -56,8 +57,13 @@ def test_equal_to_the_last_bit_and_follows_parameters(case, verified):
     assert len(verified) == (4 if case.name == "branches" else 1)
 
 
-@pytest.mark.parametrize("name", ["mlp_Tanh", "conv2d_options", "batch_norm1d", "max_pool2d", "tied_transformer"])
-@pytest.mark.parametrize("compute", COMPUTES)
+@covers(
+    {
+        "name": ["mlp_Tanh", "conv2d_options", "batch_norm1d", "max_pool2d", "tied_transformer"],
+        "compute": COMPUTES,
+        "device": DEVICES,
+    }
+)
 def test_on_devices(name, compute, device, verified):
     model, x1, _ = BY_NAME[name].build()
     model, x1 = model.to(device), x1.to(device)

@@ -4,6 +4,7 @@ import pytest
 import torch
 from cases import BY_NAME, CASES
 from conftest import COMPUTES, assert_close, limit_memory, oracle_sum
+from covering import covers
 from torch import nn
 
 from ggn_ntk import Factored, UnsupportedModelError, empirical_ntk, explain, register_rule
@@ -49,10 +50,15 @@ def test_blocks_of_samples(name, symmetric, compute, monkeypatch):
         assert_close(kernel, oracle_sum(case, symmetric, compute))
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("waiting", [0, 2**26])
-@pytest.mark.parametrize("case", [case for case in CASES if case.sequential], ids=str)
-def test_layers_on_a_few_samples_at_a_time(case, waiting, symmetric, compute, monkeypatch):
+@covers(
+    {
+        "case": [case for case in CASES if case.sequential],
+        "compute": COMPUTES,
+        "symmetric": [False, True],
+        "waiting": [0, 2**26],
+    }
+)
+def test_layers_on_a_few_samples_at_a_time(case, compute, symmetric, waiting, monkeypatch):
     limit_memory(monkeypatch, passing=8, waiting=8 * waiting)
     model, x1, x2 = case.build()
     kernel = empirical_ntk(model, x1, None if symmetric else x2, compute=compute, method="structured")

@@ -8,8 +8,9 @@ import pytest
 import torch
 from backpack import backpack, disable, extend
 from backpack.extensions import BatchGrad
-from cases import BY_NAME, TiedTransformer, mlp, tied_mlp, twice_called
+from cases import BY_NAME, CASES, TiedTransformer, mlp, tied_mlp, twice_called
 from conftest import COMPUTES, METHODS, assert_close, call
+from covering import covers
 from torch import nn
 from unchanged import unchanged
 
@@ -21,17 +22,14 @@ from ggn_ntk.reference import jacobian_contraction
 each_method = pytest.mark.parametrize("method", METHODS)
 
 
-def test_a_call_changes_nothing(case):
+@covers({"case": CASES, "method": lambda case: [m for m in METHODS if case.supports(m)], "compute": COMPUTES})
+def test_a_call_changes_nothing(case, method, compute):
     model, x1, x2 = case.build()
     model.get_parameter(next(iter(dict(model.named_parameters())))).grad = None
     for p in model.parameters():
         p.grad = torch.ones_like(p)
-    for method in METHODS:
-        if not case.supports(method):
-            continue
-        for compute in COMPUTES:
-            with unchanged(model):
-                empirical_ntk(model, x1, x2, compute=compute, method=method, check=True)
+    with unchanged(model):
+        empirical_ntk(model, x1, x2, compute=compute, method=method, check=True)
 
 
 def test_a_refusal_changes_nothing(case):

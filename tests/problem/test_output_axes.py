@@ -1,6 +1,7 @@
 """Single output axes summed or taken at equal indices, on every route, against the full kernel in float64."""
 
 from functools import cache
+from itertools import product
 from math import prod
 
 import pytest
@@ -8,6 +9,7 @@ import torch
 from cases import BY_NAME, CustomParameter
 from conftest import (
     BAD_AXES,
+    DTYPES,
     METHODS,
     ROLES,
     assert_close,
@@ -19,6 +21,7 @@ from conftest import (
     loop_jacobians,
     reduce_axes,
 )
+from covering import covers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Size, nn
@@ -98,32 +101,37 @@ def check(name, roles, symmetric, dtype=torch.float64, **options):
         assert torch.equal(kernel, exchanged(kernel, roles))
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("roles", ROLES, ids="-".join)
-@pytest.mark.parametrize("route", ROUTES, ids=str)
+@covers({"route, roles": list(product(ROUTES, ROLES)), "symmetric": [False, True], "dtype": DTYPES})
 def test_every_combination_of_axes(route, roles, symmetric, dtype):
     check("convolutional", roles, symmetric, dtype, **route)
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("roles", ROLES, ids="-".join)
-@pytest.mark.parametrize("name", ["one_channel", "one_output", "tied", "fallback"])
-def test_other_networks(name, roles, symmetric):
-    check(name, roles, symmetric, capture="autograd")
-    check(name, roles, symmetric, check=True)
+@covers(
+    {
+        "name, roles": list(product(["one_channel", "one_output", "tied", "fallback"], ROLES)),
+        "symmetric": [False, True],
+        "options": [{"capture": "autograd"}, {"check": True}],
+    }
+)
+def test_other_networks(name, roles, symmetric, options):
+    check(name, roles, symmetric, **options)
 
 
-@pytest.mark.parametrize("roles", ROLES, ids="-".join)
-@pytest.mark.parametrize("name", ["convolutional", "tied", "fallback"])
-def test_per_parameter(name, roles):
+@covers(
+    {
+        "roles": [(roles,) for roles in ROLES],
+        "name": ["convolutional", "tied", "fallback"],
+        "route": [{}, {"capture": "autograd"}, {"method": "jacobian_contraction"}],
+    }
+)
+def test_per_parameter(name, roles, route):
     model, x1, x2 = build(name)
     expected = full(name, False)
-    for route in ({}, {"capture": "autograd"}, {"method": "jacobian_contraction"}):
-        kernels = empirical_ntk(model, x1, x2, per_parameter=True, check=True, **axes_of(roles), **route)
-        assert list(kernels) == list(expected)
-        for key, kernel in kernels.items():
-            scale = reduce_axes(sum(expected.values()), roles)
-            assert_close(kernel, reduce_axes(expected[key], roles), scale=scale)
+    kernels = empirical_ntk(model, x1, x2, per_parameter=True, check=True, **axes_of(roles), **route)
+    assert list(kernels) == list(expected)
+    for key, kernel in kernels.items():
+        scale = reduce_axes(sum(expected.values()), roles)
+        assert_close(kernel, reduce_axes(expected[key], roles), scale=scale)
 
 
 @pytest.mark.parametrize("route", ROUTES, ids=str)
@@ -135,9 +143,7 @@ def test_parameters_and_check(route):
     assert_close(kernel, reduce_axes(expected["2.weight"] + expected["0.bias"], roles))
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("roles", ROLES, ids="-".join)
-@pytest.mark.parametrize("function", FUNCTIONS)
+@covers({"function, roles": list(product(FUNCTIONS, ROLES)), "symmetric": [False, True]})
 def test_functions_of_one_route(function, roles, symmetric):
     model, x1, x2 = build("convolutional")
     expected = full("convolutional", symmetric)
@@ -187,15 +193,18 @@ def test_negative_axes_count_from_the_last_output_axis():
 # ---------------------------------------------------------------- a few outputs or samples at a time
 
 
-@pytest.mark.parametrize("symmetric", [False, True])
-@pytest.mark.parametrize("roles", ROLES, ids="-".join)
-@pytest.mark.parametrize("capture", ["autograd", "auto"])
-@pytest.mark.parametrize("budget", [1, 300, 600])
-def test_outputs_in_chunks(budget, roles, symmetric, capture, monkeypatch):
+@covers(
+    {
+        "roles, capture": list(product(ROLES, ["autograd", "auto"])),
+        "budget": [1, 300, 600],
+        "name": ["convolutional", "tied", "fallback"],
+        "symmetric": [False, True],
+    }
+)
+def test_outputs_in_chunks(roles, capture, budget, name, symmetric, monkeypatch):
     limit_memory(monkeypatch, backpropagated=8 * budget)
     monkeypatch.setattr(contract, "available", lambda device: None)
-    for name in ("convolutional", "tied", "fallback"):
-        check(name, roles, symmetric, capture=capture)
+    check(name, roles, symmetric, capture=capture)
 
 
 @pytest.mark.parametrize("roles", ROLES, ids="-".join)
