@@ -52,7 +52,7 @@ python_use_unqualified_type_names = True
 # Every reference has to resolve, but for those to other packages: their inventories would have to be downloaded.
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(backpack|collections|matplotlib|numpy|torch|typing|vivit)\..*"),
+    (r"py:.*", r"(backpack|collections|matplotlib|numpy|os|pathlib|torch|typing|vivit)\..*"),
     (r"py:.*", r"(Any|Axes|Callable|Iterable|Mapping|Module|Size|Tensor|ArrayLike|optional|.*\bTensor\b.*)"),
     (r"py:.*", r"ggn_ntk\..*\.(_\w+|Shared)"),  # type variables, and what only `shared` makes
 ]
@@ -108,7 +108,7 @@ def _add_results(app: Sphinx, docname: str, source: list[str]) -> None:
         parts.append(f"### [{title}]({folder}/README.md)")
         summaries = [section.removeprefix("Summary") for section in sections if section.startswith("Summary")]
         parts += [summary.replace("](", f"]({folder}/") for summary in summaries]
-    parts.append("```{toctree}\n:hidden:\n:glob:\n\n*/README\n*/by_hand\n*/te_nas\n*/predictions\n```")
+    parts.append("```{toctree}\n:hidden:\n:glob:\n\n*/*\n```")
     before, after = source[0].split(_AFTER_RESULTS)
     source[0] = "\n\n".join([before, *parts, _AFTER_RESULTS + after])
 

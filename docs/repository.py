@@ -5,6 +5,7 @@ pictures follow the theme, and the start page gets its contents.
 """
 
 import re
+from pathlib import Path
 from typing import Any
 
 from docutils import nodes
@@ -25,24 +26,13 @@ _ELSEWHERE = {
 _LINK = re.compile(r"\]\((?:\.\./)+([\w./-]+?)(#[\w.-]+)?\)")
 _PICTURE = re.compile(r'<picture><source [^>]*srcset="([^"]*)"><img src="([^"]*)"([^>]*)></picture>')
 
+#: The guide's page that lists the others, which is their order.
+_GUIDE = Path(__file__).parent / "guide" / "README.md"
+
 _CONTENTS = {
     "User guide": [
         "guide/README",
-        "guide/scale",
-        "guide/large",
-        "guide/outputs",
-        "guide/inputs",
-        "guide/modules",
-        "guide/interacting",
-        "guide/pinns",
-        "guide/language",
-        "guide/training",
-        "guide/predictions",
-        "guide/backpack",
-        "guide/routes",
-        "guide/numerics",
-        "guide/gpu",
-        "guide/limits",
+        *(f"guide/{page}" for page in re.findall(r"^\| \[.*?\]\((\w+)\.md\)", _GUIDE.read_text(), re.M)),
     ],
     "How it works": [
         "derivation",
@@ -88,7 +78,7 @@ def _site_link(link: re.Match[str]) -> str:
 
 def _read(app: Sphinx, docname: str, source: list[str]) -> None:
     """Change the text of a page before it is parsed."""
-    if app.env.doc2path(docname).endswith(".md"):
+    if app.env.doc2path(docname).suffix == ".md":
         source[0] = on_site(source[0])
     if docname == "index":
         for caption, pages in _CONTENTS.items():
@@ -119,7 +109,7 @@ class NamesInCode(SphinxPostTransform):
             **kwargs: Nothing.
         """
         names, seen = _public_names(), set()
-        if not self.env.doc2path(self.env.docname).endswith(".md"):
+        if self.env.doc2path(self.env.docname).suffix != ".md":
             return
         for code in list(self.document.findall(nodes.literal)):
             target = names.get(code.astext().removeprefix("ggn_ntk."))

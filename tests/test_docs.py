@@ -215,6 +215,11 @@ def test_links_out_of_docs_lead_to_pages_of_the_site():
     assert on_site("[x](../guide/README.md)") == "[x](../guide/README.md)"
 
 
+def test_guide_lists_its_pages():
+    listed = re.findall(r"^\| \[.*?\]\((\w+\.md)\)", (ROOT / "docs/guide/README.md").read_text(), flags=re.MULTILINE)
+    assert sorted(["README.md", *listed]) == sorted(path.name for path in (ROOT / "docs/guide").glob("*.md"))
+
+
 def test_readme_is_short():
     assert len(README.read_text().split()) < 700
 

@@ -71,7 +71,7 @@ class KernelStore:
 
     @property
     def info(self) -> Mapping[str, Any]:
-        """What the kernel is made of: keywords, versions, parameters, and fingerprints of model and data."""
+        """Keywords, versions, parameters, and fingerprints of the model and the data that the kernel is made of."""
         return self._info
 
     def keys(self) -> list[Any]:
