@@ -56,12 +56,12 @@ FORMS = {
 }
 
 
-@pytest.mark.parametrize("symmetric", [False, True], ids=["two_sets", "one_set"])
-@pytest.mark.parametrize("tile", [1, 3])
+@pytest.mark.parametrize(("tile", "symmetric"), [(3, True), (3, False), (1, True)])
 @pytest.mark.parametrize("form", FORMS)
 def test_every_form(form, tile, symmetric, tmp_path):
     build, keywords = FORMS[form]
-    model, x1 = build(), torch.randn(5, 3).double()
+    n1 = 3 if tile == 1 else 5
+    model, x1 = build(), torch.randn(n1, 3).double()
     x2 = None if symmetric else torch.randn(5 if keywords.get("paired") else 4, 3).double()
     store = tiled_ntk(model, x1, x2, store=tmp_path / "k", tile=tile, **keywords)
     found, expected = flat(store.to_torch()), flat(empirical_ntk(model, x1, x2, **keywords))
@@ -98,9 +98,9 @@ def test_pairs_of_outputs_are_exchanged_to_the_last_bit(tmp_path):
 
 
 def test_numbers_do_not_depend_on_the_size_of_tiles(tmp_path):
-    model, x = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5)), torch.randn(24, 1, 8, 8)
+    model, x = nn.Sequential(nn.Conv2d(1, 8, 3), nn.ReLU(), nn.Flatten(), nn.Linear(288, 5)), torch.randn(12, 1, 8, 8)
     whole = empirical_ntk(model, x, compute="trace")
-    for tile in (1, 7, 12, 24):
+    for tile in (1, 5, 6, 12):
         found = tiled_ntk(model, x, store=tmp_path / str(tile), tile=tile, compute="trace").to_torch()
         assert torch.equal(found, found.T)
         assert (found - whole).norm() <= 1e-6 * whole.norm()
