@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ggn_ntk.memory.budget import explained, limited, resolve_axes
+from ggn_ntk.memory.buffers import keep_freed
 from ggn_ntk.models.comparison import all_finite, cotangent
 from ggn_ntk.models.evaluation import evaluate
 from ggn_ntk.models.gradients import gradients
@@ -40,6 +41,7 @@ def compute(request: Request, route: Callable[[Request], Computed]) -> Kernels:
 @contextmanager
 def session(request: Request) -> Iterator[None]:
     """Open a session for a model, and explain errors about memory."""
+    keep_freed()
     with (
         outside_of_transforms(),
         isolated(request.model),
