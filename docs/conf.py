@@ -24,6 +24,7 @@ extensions = [
     "myst_parser",
     "repository",
     "sphinx.ext.autodoc",
+    "sphinx.ext.githubpages",  # folders whose names begin with an underscore are served, too
     "sphinx.ext.napoleon",
     "sphinx.ext.viewcode",
     "sphinx_gallery.gen_gallery",
