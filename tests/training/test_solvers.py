@@ -15,7 +15,7 @@ from scipy.sparse.linalg import LinearOperator, aslinearoperator, cg, gmres, lsm
 from torch import nn
 
 from ggn_ntk import empirical_ntk, tiled_ntk
-from ggn_ntk.spectrum import as_matrix, decompositions, lanczos, matrix
+from ggn_ntk.spectrum import as_matrix, decompositions, eigenvectors, lanczos, matrix
 from ggn_ntk.training import (
     IllConditionedWarning,
     gradient_flow_mse,
@@ -251,6 +251,25 @@ def test_any_solver(solver):
         expected = nngp_posterior(k, y, diag_reg=0.01)(k_cross, k_prior).covariance
         actual = nngp_posterior(k, y, diag_reg=0.01, solver=solver)(k_cross, k_prior).covariance
         assert torch.allclose(actual, expected, atol=1e-8 * k_prior.norm().item())
+
+
+def test_operators_of_networks():
+    """Regression with a network's kernel that is never formed."""
+    from ggn_ntk.operators import NTKOperator
+
+    model = mlp(nn.Tanh)().double()
+    x, x_test, y = torch.randn(6, 5).double(), torch.randn(2, 5).double(), torch.randn(6, 3).double()
+    kernel, cross, prior = empirical_ntk(model, x), empirical_ntk(model, x_test, x), empirical_ntk(model, x_test)
+    operator, cross_operator = NTKOperator(model, x), NTKOperator(model, x_test, x)
+    expected = kernel_ridge_regression(kernel, y, diag_reg=0.01)(cross)
+    assert torch.allclose(kernel_ridge_regression(operator, y, diag_reg=0.01)(cross_operator), expected, rtol=1e-8)
+    expected = nngp_posterior(kernel, y, diag_reg=0.01)(cross, prior).covariance
+    actual = nngp_posterior(operator, y, diag_reg=0.01)(cross_operator, prior).covariance
+    assert torch.allclose(actual, expected, atol=1e-9 * prior.norm().item())
+    assert max_learning_rate(operator) == pytest.approx(max_learning_rate(kernel), rel=1e-10)
+    values, vectors = eigenvectors(operator, 3)
+    assert torch.allclose(values, eigenvectors(kernel, 3).values)
+    assert torch.allclose(as_matrix(kernel) @ vectors, vectors * values, atol=1e-9)
 
 
 def test_stores_are_read(tmp_path):
