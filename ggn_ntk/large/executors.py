@@ -121,6 +121,8 @@ def run(job: Job, store: KernelStore, rows: Sequence[int], lanes: list[Lane], wa
     missing = {row: [t for t in _tiles(job, row) if not done_in(store, t)] for row in rows}
     total = sum(len(_tiles(job, row)) for row in rows)
     left = sum(map(len, missing.values()))
+    if wanted is True:
+        print(store.plan, file=sys.stderr)
     with Progress(wanted, total - left, total) as progress:
         if not left:
             return

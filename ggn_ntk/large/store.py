@@ -38,7 +38,8 @@ def _arrays() -> ModuleType:
     try:
         from ggn_ntk.large import arrays
     except ImportError as error:
-        raise ImportError(f"Large kernels need more packages ({error}): pip install 'ggn-ntk[large]'.") from error
+        what = f"Large kernels need Python 3.11 or later, and more packages ({error})"
+        raise ImportError(f"{what}: pip install 'ggn-ntk[large]'.") from error
     return arrays
 
 
@@ -315,6 +316,8 @@ def sweep(path: FilePath) -> None:
     left = [*path.rglob(f".*{_arrays().PARTIAL}"), *path.parent.glob(f".{escape(path.name)}.*{JOB}")]
     for file in left:
         file.unlink(missing_ok=True)
+    for folder in path.parent.glob(f".{escape(path.name)}.*{_arrays().PARTIAL}"):
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _make(path: FilePath, attributes: Mapping[str, Any], plan: Plan) -> None:

@@ -97,8 +97,8 @@ def tiled_ntk(
             (threads, processes, ``mpi4py.futures.MPIPoolExecutor``), or a Dask ``Client``. Its workers write to
             ``store``, and find the model, which they load once, beside it.
         devices: Instead of ``executor``: devices such as ``["cuda:0", "cuda:1"]``, with a process for each.
-        progress: A bar, for ``None`` on a terminal after ten seconds; ``True``, ``False``, or a callable that is called
-            with the numbers of tiles that are done and of all.
+        progress: A bar, for ``None`` on a terminal after ten seconds; ``True``, with the plan before it, ``False``, or
+            a callable that is called with the numbers of tiles that are done and of all.
         dtype: ``torch.float32`` or ``torch.float64``, of what is stored; ``None`` for that of the kernel. Kernels of
             parameters in a narrower one are summed in this one.
         input: Picks the model's input of an item of a data set, say ``lambda item: item[0]``.

@@ -22,6 +22,8 @@ import ggn_ntk
 from ggn_ntk import KernelStore, RouteWarning, empirical_ntk, register_rule, tiled_ntk
 from ggn_ntk.large import StripError, Tile
 
+pytest.importorskip("zarr", reason="large kernels need Python 3.11 or later")
+
 # One process that imports what is needed, and of which others are copies.
 FORK = multiprocessing.get_context("forkserver")
 FORK.set_forkserver_preload(["ggn_ntk", "ggn_ntk.large.arrays", "cloudpickle"])

@@ -14,6 +14,8 @@ from torch.utils.data import Dataset
 from ggn_ntk import KernelMemoryError, KernelStore, UnsupportedModelError, empirical_ntk, nngp, shared, tiled_ntk
 from ggn_ntk.large import StoreError, StripError, Tile
 
+pytest.importorskip("zarr", reason="large kernels need Python 3.11 or later")
+
 
 def network() -> nn.Module:
     return nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)).double()
