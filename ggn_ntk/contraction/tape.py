@@ -15,7 +15,7 @@ from torch import Tensor
 from ggn_ntk.process.torch_internals import OperationMode, schema_of, tree_leaves
 
 # Up to how many numbers inputs and intermediate results hold together, and how many steps are kept; of how many forms.
-_NUMBERS, _STEPS, _FORMS = 2**20, 1024, 512
+_NUMBERS, _STEPS, _FORMS = 2**22, 1024, 512
 
 # Operations with results of a shape that depends on numbers, or of random ones: what was done next may depend, too.
 _DEPENDS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
