@@ -1,5 +1,6 @@
 """How a kernel is divided into tiles."""
 
+from bisect import bisect_right
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil, prod, sqrt
@@ -129,31 +130,48 @@ def tile_bytes(forms: Mapping[Path, Form], sizes: tuple[int, ...]) -> int:
     return prod(sizes) * sum(form.bytes for form in forms.values())
 
 
-def choose_tile(
-    samples: tuple[int, int], forms: Mapping[Path, Form], memory: int, *, symmetric: bool, paired: bool, per_sample: int
-) -> tuple[int, int]:
+@dataclass(frozen=True)
+class Cost:
+    """What a tile takes to compute, as an upper estimate."""
+
+    forms: Mapping[Path, Form]
+    paired: bool
+    forward: int  # bytes that are kept of the evaluation of a sample
+    backward: int  # bytes that the Jacobians of all outputs with respect to these would take
+    most: int  # bytes of such Jacobians above which outputs pass back a part at a time
+
+    def of(self, tile: tuple[int, int]) -> int:
+        """Estimate the bytes for a tile."""
+        samples = sum(tile)
+        passes = samples * self.forward + min(samples * self.backward, self.most)
+        return self._held(tile) + passes
+
+    def least(self, tile: tuple[int, int]) -> int:
+        """Estimate the bytes for a tile whose samples are evaluated one after the other."""
+        return self._held(tile) + 2 * self.forward
+
+    def _held(self, tile: tuple[int, int]) -> int:
+        """Compute what the numbers of a tile take on their way to the disk."""
+        return _HELD * tile_bytes(self.forms, tile[:1] if self.paired else tile)
+
+
+def choose_tile(samples: tuple[int, int], cost: Cost, memory: int, *, symmetric: bool) -> tuple[int, int]:
     """Choose the largest tile that is worth it and fits, as even as the grid allows."""
-    # A tile holds `_HELD t² entry` bytes, and `2 t per_sample` for the samples' evaluation.
-    entry = sum(form.bytes for form in forms.values())
-    if paired:
-        largest = min(_LARGEST // entry, memory // (_HELD * entry + 2 * per_sample))
-    else:
-        fits = (sqrt(per_sample**2 + _HELD * entry * memory) - per_sample) / (_HELD * entry)
-        largest = int(min(sqrt(_LARGEST / entry), fits))
-    check_tile((max(1, largest),) * 2, forms, memory, paired=paired, per_sample=per_sample)
-    largest = max(1, largest)
-    sizes = [ceil(n / ceil(n / largest)) for n in samples]
-    return (sizes[0], sizes[0]) if symmetric or paired else (sizes[0], sizes[1])
+    entry = sum(form.bytes for form in cost.forms.values())
+    worth = _LARGEST // entry if cost.paired else int(sqrt(_LARGEST / entry))
+    sizes = range(1, max(1, min(worth, max(samples))) + 1)
+    largest = max(1, bisect_right(sizes, memory, key=lambda size: cost.of((size, size))))
+    check_tile((largest, largest), cost, memory)
+    first, second = (ceil(n / ceil(n / largest)) for n in samples)
+    return (first, first) if symmetric or cost.paired else (first, second)
 
 
-def check_tile(
-    tile: tuple[int, int], forms: Mapping[Path, Form], memory: int, *, paired: bool, per_sample: int
-) -> None:
+def check_tile(tile: tuple[int, int], cost: Cost, memory: int) -> None:
     """Refuse a tile that cannot fit into memory."""
-    needed = _HELD * tile_bytes(forms, tile[:1] if paired else tile) + per_sample * sum(tile)
+    needed = cost.least(tile)
     if needed > memory:
         raise KernelMemoryError(
-            f"A tile of {tile[0]} x {tile[1]} samples takes about {shown(needed)} to compute, and memory= allows "
+            f"A tile of {tile[0]} x {tile[1]} samples takes at least {shown(needed)} to compute, and memory= allows "
             f"{shown(memory)}. What helps: a smaller tile=, compute='trace' or 'diagonal' instead of the full kernel, "
             "fewer parameters at a time (params=)."
         )

@@ -14,11 +14,11 @@ from torch.nn import Module
 from ggn_ntk.large import fingerprint
 from ggn_ntk.large.compute import Job, Kernels
 from ggn_ntk.large.executors import find_workers, run
-from ggn_ntk.large.plan import Form, Path, Plan, check_tile, choose_tile
+from ggn_ntk.large.plan import Cost, Form, Path, Plan, check_tile, choose_tile
 from ggn_ntk.large.progress import Wanted, check_progress
 from ggn_ntk.large.samples import Samples, parse_samples
 from ggn_ntk.large.store import KernelStore, create, remove, sweep
-from ggn_ntk.memory.budget import available
+from ggn_ntk.memory.budget import MemoryBudget, available
 from ggn_ntk.models.evaluation import evaluate
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.problem.errors import KernelMemoryError, listed
@@ -27,7 +27,7 @@ from ggn_ntk.problem.inputs import parts_of
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Pick, Request
 from ggn_ntk.problem.sizes import parse_bytes, shown
-from ggn_ntk.process.torch_internals import storage_id
+from ggn_ntk.process.torch_internals import storage_id, tree_leaves
 
 _KINDS = ("ntk", "nngp")
 _DTYPES = ("float32", "float64")
@@ -91,8 +91,8 @@ def tiled_ntk(
         paired: Take x1[n] with x2[n] alone.
         interacting: Refused if true: a whole batch that is one input has no tiles.
         tile: How many samples make a tile, of x1 and of x2; ``None`` for as many as are worth it and fit.
-        memory: Bytes that a worker may take to compute a tile, or text such as ``"8GiB"``; ``None`` for four fifths of
-            what is free.
+        memory: Bytes that a worker may take to compute a tile, or text such as ``"8GiB"``; ``None`` for what the device
+            has free, less a reserve.
         executor: What computes strips of tiles: ``None`` for this process, any ``concurrent.futures.Executor``
             (threads, processes, ``mpi4py.futures.MPIPoolExecutor``), or a Dask ``Client``. Its workers write to
             ``store``, and find the model, which they load once, beside it.
@@ -142,6 +142,7 @@ def tiled_ntk(
     keywords |= {"trace_axes": trace_axes, "diagonal_axes": diagonal_axes}
     if kernel == "ntk":
         keywords |= {"method": method, "per_parameter": per_parameter, "check": check, "capture": capture}
+        keywords["memory"] = limit
     device = _device_of(model, params)
     few = [x.take(slice(0, 1), device) for x in ((first,) if x2 is None else (first, second))]
     last = few[1] if len(few) > 1 else None
@@ -302,20 +303,20 @@ def _plan(
         for keys, kernel in found.items()
     }
     memory = limit or int((1 - _RESERVE) * (available(_device_of(request.model, None)) or 2**40))
-    needs: dict[str, Any] = {"memory": memory, "paired": paired, "per_sample": _bytes_of_a_sample(request)}
+    cost = _cost(request, forms)
     if tile is None:
-        tile = choose_tile(samples, forms, symmetric=request.symmetric, **needs)
+        tile = choose_tile(samples, cost, memory, symmetric=request.symmetric)
     else:
         if (request.symmetric or paired) and tile[0] != tile[1]:
             raise ValueError(
                 f"tile must be as many samples of x1 as of x2 where these are the same, or paired, got {tile}."
             )
-        check_tile(tile, forms, **needs)
+        check_tile(tile, cost, memory)
     return Plan(samples, tile, request.symmetric, paired, forms)
 
 
-def _bytes_of_a_sample(request: Request) -> int:
-    """Measure what autograd keeps of one sample's evaluation."""
+def _cost(request: Request, forms: Mapping[Path, Form]) -> Cost:
+    """Measure what autograd keeps of one sample's evaluation: ``s`` is as large for each output."""
     batch = request.batches[0].few()
     held = {storage_id(t) for t in (*batch.model.parameters(), *batch.model.buffers())}
     kept: dict[int, int] = {}
@@ -326,8 +327,11 @@ def _bytes_of_a_sample(request: Request) -> int:
         return tensor
 
     with isolated(batch.model), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        evaluate(batch, None, batch.x1)
-    return sum(kept.values())
+        output = evaluate(batch, None, batch.x1)
+    device = next(iter(batch.x1.tensors.values())).device
+    forward, most = sum(kept.values()), MemoryBudget.of(device).backpropagated
+    outputs = sum(x.numel() for x in tree_leaves(output) if isinstance(x, Tensor))
+    return Cost(forms, request.axes.paired, forward, forward * outputs, most)
 
 
 def _check_disk(path: FilePath, plan: Plan) -> None:

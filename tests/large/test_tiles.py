@@ -450,7 +450,7 @@ def test_bad_arguments(tmp_path):
     refused(TypeError, "progress must be True, False, None or a callable", progress=1)
     refused(TypeError, "executor must be a concurrent.futures.Executor", executor=3)
     refused(ValueError, "devices must be a list", devices="cpu")
-    refused(KernelMemoryError, "A tile of 4 x 4 samples takes about .*, and memory= allows", memory=100, tile=4)
+    refused(KernelMemoryError, "A tile of 4 x 4 samples takes at least .*, and memory= allows", memory=100, tile=4)
     refused(KernelMemoryError, "A tile of 1 x 1 samples takes", memory=100)
     refused(UnsupportedModelError, "returns tuple", output=lambda out: (out, 3))
 
