@@ -3,7 +3,7 @@
 Kernel ridge regression, fitted to all outputs of N samples at once and asked for ten, and the largest learning rate at
 which training converges, from the float64 NTK of a network of 10 outputs as a matrix ``[N C, N C]``. The peer
 decomposes it into eigenvectors, which serve for both (for the latter, eigenvalues alone); where it would take longer
-than half an hour, by the cube of the size, it is left out. On one thread and on all: medians of up to three rounds, of
+than ten minutes, by the cube of the size, it is left out. On one thread and on all: medians of up to three rounds, of
 seconds and of those that threads were busy, since the latter hardly depend on what else runs where there is one thread;
 and how many processes wanted the cores (load).
 """
@@ -24,7 +24,7 @@ from ggn_ntk.reference import relative_error
 from ggn_ntk.spectrum import as_matrix
 from ggn_ntk.training import kernel_ridge_regression, max_learning_rate
 
-_OUTPUTS, _TESTS, _ROUNDS, _PATIENCE, _DIAG_REG = 10, 10, 3, 1800.0, 1e-6
+_OUTPUTS, _TESTS, _ROUNDS, _PATIENCE, _DIAG_REG = 10, 10, 3, 600.0, 1e-6
 
 _KINDS, _PEER, _NONE = ("seconds", "busy seconds"), ", eigendecomposition", "–"
 
