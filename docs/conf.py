@@ -53,7 +53,7 @@ python_use_unqualified_type_names = True
 # Every reference has to resolve, but for those to other packages: their inventories would have to be downloaded.
 nitpicky = True
 nitpick_ignore_regex = [
-    (r"py:.*", r"(backpack|collections|matplotlib|numpy|os|pathlib|torch|typing|vivit)\..*"),
+    (r"py:.*", r"(backpack|collections|curvlinops|matplotlib|numpy|os|pathlib|scipy|torch|typing|vivit)\..*"),
     (r"py:.*", r"(Any|Axes|Callable|Iterable|Mapping|Module|Size|Tensor|ArrayLike|optional|.*\bTensor\b.*)"),
     (r"py:.*", r"ggn_ntk\..*\.(_\w+|Shared)"),  # type variables, and what only `shared` makes
 ]

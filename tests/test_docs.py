@@ -229,6 +229,12 @@ def test_numbers_are_measured(page):
     assert figures.update(page.read_text()) == page.read_text(), "python -m benchmarks.figures writes them again"
 
 
+def test_a_number_that_nobody_measured_is_an_error():
+    for what in ("cpu a_workload seconds", "cpu cnn colour", "tpu cnn seconds", 'cpu cnn seconds "a peer"'):
+        with pytest.raises(LookupError):
+            figures.measured(what)
+
+
 @pytest.mark.parametrize("theme", ["light", "dark"])
 def test_picture_shows_what_was_measured(theme):
     assert escape(speed_data(figures.swept("cpu", "N"))) in speed_picture(theme).read_text()
