@@ -34,7 +34,9 @@ _MIXED = {
 }
 _SYNCS = {_aten._local_scalar_dense.default, _aten.equal.default, _aten.nonzero.default, _aten.masked_select.default}
 _VIEWS = {"alias", "as_strided", "detach", "expand", "narrow", "permute", "select", "slice", "split", "squeeze", "t"}
-_VIEWS |= {"transpose", "unfold", "unsqueeze", "view"}
+_VIEWS |= {"transpose", "unfold", "unsafe_view", "unsqueeze", "view"}
+# Memory without numbers: nothing is started for it.
+_ROOM = {"empty", "empty_like", "empty_strided", "new_empty", "new_empty_strided"}
 
 
 class _Backend(_DummyBackendModule):
@@ -78,7 +80,9 @@ class PretendTensor(torch.Tensor):
 
     @property
     def data(self):
-        return PretendTensor(self._inner.data)
+        with no_dispatch():  # one operation of the device at most is seen, none of the CPU
+            inner = self._inner.data
+        return PretendTensor(inner)
 
     @data.setter
     def data(self, other):
@@ -124,7 +128,7 @@ def _mapped(function, value):
 @cache
 def _facts(func):
     """Whether an operation is waited for, whether it starts anything, and what it does to its first tensor."""
-    launches = func.__name__.split(".")[0].strip("_") not in _VIEWS
+    launches = func.__name__.split(".")[0].strip("_") not in _VIEWS | _ROOM
     in_place = func._schema.is_mutable and func._schema.name.endswith("_")
     return func in _SYNCS, launches, torch.Tag.inplace_view in func.tags, in_place
 

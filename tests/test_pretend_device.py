@@ -12,7 +12,7 @@ from models import MODELS, each
 from torch import nn
 from vivit.extensions.secondorder.vivit import ViViTGGNExact
 
-from ggn_ntk import AccumulateGramHook, EmpiricalNTK, empirical_ntk, explain, linearize, nngp
+from ggn_ntk import AccumulateGramHook, EmpiricalNTK, empirical_ntk, empirical_ntk_fn, explain, linearize, nngp
 from ggn_ntk.models.comparison import relative_error
 from ggn_ntk.process.switches import full_precision
 
@@ -131,3 +131,30 @@ def test_how_often_the_device_is_waited_for_does_not_depend_on_parameters(method
         counts.append((COUNTS["syncs"], COUNTS["copies"]))
     assert counts[0] == counts[1]
     assert sum(counts[0]) <= 30
+
+
+def network(kind):
+    """A network, samples, and how many launches and waits a prepared kernel may take."""
+    if kind == "mlp":
+        return nn.Sequential(nn.Linear(8, 7), nn.ReLU(), nn.Linear(7, 7), nn.ReLU(), nn.Linear(7, 5)), (6, 8), 60, 3
+    if kind == "cnn":
+        layers = [nn.Conv2d(3, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.ReLU(), nn.Conv2d(4, 4, 3), nn.Flatten()]
+        return nn.Sequential(*layers, nn.Linear(64, 5)), (6, 3, 10, 10), 60, 3
+    encoder = nn.TransformerEncoderLayer(8, 2, 16, dropout=0.0, batch_first=True)
+    return nn.Sequential(encoder, nn.Flatten(), nn.Linear(24, 3)), (6, 3, 8), 250, 3
+
+
+@pytest.mark.skipif(not PRETENDS, reason="counts are those of the pretend device")
+@pytest.mark.parametrize("kind", ["mlp", "cnn", "encoder"])
+def test_a_prepared_kernel_takes_few_launches(kind):
+    import pretend_device
+
+    model, shape, launches, syncs = network(kind)
+    model, x = model.to(pretend_device.NAME), torch.randn(shape).to(pretend_device.NAME)
+    prepared = empirical_ntk_fn(model)
+    for _ in range(4):  # the first verifies, the third writes down what is done
+        pretend_device.reset()
+        kernel = prepared(x[:4], x[4:])
+    assert pretend_device.COUNTS["launches"] <= launches
+    assert pretend_device.COUNTS["syncs"] <= syncs
+    assert_close(kernel, empirical_ntk(model, x[:4], x[4:]))

@@ -74,10 +74,11 @@ def identity(output: Tensor, outputs: Tensor | None = None) -> Tensor:
     """Start ``s`` at the output."""
     # output [N, *out], outputs [*out] -> [C, N, *out]
     n, *out = output.shape
-    if outputs is None:
-        rows = torch.eye(output[0].numel(), dtype=output.dtype, device=output.device)
+    numel = output[0].numel()
+    if outputs is None or outputs.tolist() == [*range(numel)]:
+        rows = torch.eye(numel, dtype=output.dtype, device=output.device)
     else:
-        rows = torch.zeros(len(outputs), output[0].numel(), dtype=output.dtype, device=output.device)
+        rows = torch.zeros(len(outputs), numel, dtype=output.dtype, device=output.device)
         rows.scatter_(1, outputs.to(output.device).unsqueeze(1), 1)
     return rows.reshape(-1, 1, *out).expand(-1, n, *out)
 

@@ -10,14 +10,15 @@ from ggn_ntk.contraction.gathered import Gathered
 from ggn_ntk.jacobians.plan import Plan
 from ggn_ntk.memory.layout import Footprint
 from ggn_ntk.problem.inputs import Inputs
+from ggn_ntk.process.torch_internals import storage_id
 
 
 def measured(plan: Plan, inputs: Inputs) -> Footprint:
     """Evaluate a few samples, pass one output back, or two, and see what is kept."""
-    n, own = len(inputs), {p.untyped_storage().data_ptr() for p in plan.request.model.parameters()}
+    n, own = len(inputs), {storage_id(p) for p in plan.request.model.parameters()}
     with _saved() as saved:
         side = plan.evaluate(inputs)
-    storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in (*saved, *side.kept)}
+    storages = {storage_id(t): t.untyped_storage().nbytes() for t in (*saved, *side.kept)}
     evaluated = sum(size for place, size in storages.items() if place not in own)
     outputs = torch.arange(min(2, side.output[0].numel()))
     passing, gathered = side.numel * side.output.element_size(), Gathered(n)

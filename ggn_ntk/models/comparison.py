@@ -16,6 +16,7 @@ from torch import Size, Tensor
 
 from ggn_ntk.models.autograd_graph import precisions
 from ggn_ntk.problem.errors import NotFiniteError
+from ggn_ntk.process.torch_internals import norms_of
 
 #: Largest relative Frobenius error of a kernel against the oracle, by dtype.
 TOLERANCES = {torch.float32: 1e-5, torch.float64: 1e-12}
@@ -109,13 +110,14 @@ def read(numbers: Sequence[Tensor]) -> list[float]:
         return []
     if len({(number.device, number.dtype) for number in numbers}) > 1:
         numbers = [number.to(numbers[0].device, torch.float64) for number in numbers]
-    values: list[float] = torch.stack(list(numbers)).tolist()
+    values: list[float] = (torch.stack(list(numbers)) if len(numbers) > 1 else numbers[0].unsqueeze(0)).tolist()
     return values
 
 
 def norms(tensors: Iterable[Tensor]) -> list[float]:
     """Compute the norm of each of several tensors."""
-    return read([torch.linalg.vector_norm(tensor) for tensor in tensors])
+    given = list(tensors)
+    return read(norms_of(given)) if given else []
 
 
 def total_norm(tensors: Iterable[Tensor]) -> float:

@@ -217,6 +217,9 @@ def after_backward_pass(callback: Callable[[], None]) -> None:
 #: The function behind ``weight_norm``, as modes of torch functions see it.
 weight_norm: Callable[..., Tensor] = torch._weight_norm
 
+#: The norms of several tensors, in one operation.
+norms_of: Callable[..., tuple[Tensor, ...]] = torch._foreach_norm
+
 #: The name, arguments and results of an operation of ``torch.ops``.
 schema_of: Callable[[Any], Any] = attrgetter("_schema")
 

@@ -340,6 +340,17 @@ def _():
 # Operations, and what changes them for a thread or the process.
 
 
+@part("torch._foreach_norm", used_by="models/comparison.py")
+def _():
+    given = [torch.randn(3, 2), torch.zeros(0), torch.tensor([3.0, 4.0]), torch.tensor([torch.nan]).double()]
+    found = torch_internals.norms_of(given)
+    torch.testing.assert_close(
+        torch.stack([norm.double() for norm in found[:3]])[1:], torch.tensor([0.0, 5.0]).double()
+    )
+    torch.testing.assert_close(found[0], torch.linalg.vector_norm(given[0]))
+    assert found[3].isnan()
+
+
 @part("torch._weight_norm", used_by="linearization/elementary_ops.py")
 def _():
     seen = []
