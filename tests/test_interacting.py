@@ -316,7 +316,7 @@ def test_messages():
     keyword = "pass interacting=True, if the whole batch is one input"
     with pytest.raises(UnsupportedModelError, match=f"samples influence one another .*; or {keyword}"):
         empirical_ntk(model, x)
-    with pytest.raises(UnsupportedModelError, match=rf"has shape \[2, 2\], not \[2, 1\].*; or {keyword}"):
+    with pytest.raises(UnsupportedModelError, match=rf"has shape \[3, 3\], not \[3, 2\].*; or {keyword}"):
         empirical_ntk(nn.Linear(5, 2).double(), x, output=lambda out: out @ out.T)
     with pytest.raises(UnsupportedModelError, match=r"its output for 4 samples has shape \[2\]\. Its leading axis"):
         empirical_ntk(model, x, interacting=True, output=lambda out: out[:2, 0])

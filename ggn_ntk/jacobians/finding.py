@@ -62,6 +62,7 @@ class _Finding:
         sources = {c.edge.node: c.sources for recording in (some, more) for c in (recording.calls[p] for p, _ in calls)}
         self._nodes: list[tuple[Node, Node]] = []
         self._opaque = set[int]()
+        self._flows: dict[Path, list[Flow]] = {}  # of the site that is looked at, along paths that were tried
         self._places: dict[Node, int] = {}
         self._before: list[list[int]] = []
         waiting = [(get_gradient_edge(some.output).node, get_gradient_edge(more.output).node)]
@@ -145,6 +146,7 @@ class _Finding:
     ) -> Iterator[Site]:
         """Look at an operation in which weights meet the samples."""
         operation, samples = Operation(self._nodes[place][0], 0).label, self._samples(place)
+        self._flows.clear()
         paths, weights = list[tuple[str, Path]](), list[tuple[Path, tuple[str, ...]]]()
         for step, weight, number in entering:
             names = reach[weight]
@@ -152,7 +154,7 @@ class _Finding:
                 if samples is None:
                     what = f"an output {list(self._shape(place))} of {operation}"
                     raise NotCapturedError(f"samples are not told apart in {what}")
-                self._try([step], samples)
+                self._try((step,), samples)
                 ways = {name: self._paths(step, samples, (weight, number), name, reach) for name in sorted(names)}
             except Exception as error:
                 problems |= dict.fromkeys(names, (why_not(error, operation), place))
@@ -217,11 +219,17 @@ class _Finding:
                 return last
             output = k
 
-    def _try(self, path: Sequence[Step], samples: SampleAxis) -> None:
-        """Try whether all steps of a path are einsums."""
-        operations = [Operation(self._nodes[step.node][0], step.place, step.number) for step in path]
-        s = torch.zeros((), dtype=operations[0].dtype, device=operations[0].device).expand(1, *operations[0].output)
-        Flow.along(operations, s, samples)
+    def _try(self, path: Path, samples: SampleAxis) -> None:
+        """Try whether all steps of a path are einsums, those alone that were not tried before."""
+        for i, step in enumerate(path, 1):
+            if path[:i] in self._flows:
+                continue
+            operation = Operation(self._nodes[step.node][0], step.place, step.number)
+            if i == 1:
+                s = torch.zeros((), dtype=operation.dtype, device=operation.device).expand(1, *operation.output)
+                self._flows[path[:i]] = Flow.entering(operation, s, samples)
+            else:
+                self._flows[path[:i]] = Flow.passed(self._flows[path[: i - 1]], operation)
 
     def _located(self) -> dict[int, SampleAxis]:
         """Find samples in axes of several entries of each, where a view gives them an axis of their own."""

@@ -29,13 +29,13 @@ def structure_problems(request: Request) -> Iterator[Problem]:
     wanted = {id(p) for p in request.params.values()}
     for name, module in named_layers(uncompiled(request.model)):
         yield from hidden_computation(module, name)
-        has_wanted = any(id(p) in wanted for p in module.parameters(recurse=is_layer(module)))
-        kind = type(module).__name__
-        if not is_layer(module):
+        layer, kind = is_layer(module), type(module).__name__
+        if layer and rule_for(module) is not None:
+            continue
+        has_wanted = any(id(p) in wanted for p in module.parameters(recurse=layer))
+        if not layer:
             if has_wanted:
                 yield Problem(name, f"{kind} has a parameter of its own", REMEDY)
-        elif rule_for(module) is not None:
-            continue
         elif has_wanted and any(True for _ in module.children()):
             yield Problem(name, f"{kind} may compute between its modules what no layer shows", REMEDY)
         elif has_wanted:

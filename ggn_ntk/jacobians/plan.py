@@ -23,10 +23,9 @@ from ggn_ntk.jacobians.layers import is_known, structure_problems
 from ggn_ntk.jacobians.recording import record
 from ggn_ntk.jacobians.sequential import SequentialPass
 from ggn_ntk.jacobians.uses import Use, Uses, read
-from ggn_ntk.jacobians.verification import Alone, Verification, evaluate_alone
+from ggn_ntk.jacobians.verification import Few, Verification, evaluate_few, following
 from ggn_ntk.memory.budget import fits, resolve_axes
 from ggn_ntk.memory.layout import Layout
-from ggn_ntk.models.autograd_graph import graph_bytes
 from ggn_ntk.models.evaluation import check_output, check_shape
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.requirements import configuration_problems
@@ -209,51 +208,50 @@ def make_plans(request: Request, fallback: dict[str, str], *, everyone: bool, fe
     problems = configuration_problems(request)
     if problems:
         raise UnsupportedModelError(problems)
-    looked = [(batch, _evaluate_alone(batch)) for batch in request.batches]
+    looked = [(batch, _evaluate_few(batch)) for batch in request.batches]
     # A kernel that cannot fit is refused before more is evaluated.
-    axes = resolve_axes(request, [alone.outputs[0] for _, alone in looked])
-    taken = sum(len(alone.inputs) * graph_bytes(alone.recordings[0].output) for _, alone in looked)
+    axes = resolve_axes(request, [looked_at.outputs[0] for _, looked_at in looked])
+    taken = sum(len(looked_at.inputs) * looked_at.bytes_of_one for _, looked_at in looked)
     if not few and max(map(len, request.sets)) > 1 and not fits(taken, looked[0][1].outputs[0].device):
         return None
     plans = Plans(request, axes, [], [])
-    for batch, alone in looked:
-        plan, side = _make_plan(batch, alone, fallback, everyone=everyone)
+    for batch, looked_at in looked:
+        plan, side = _make_plan(batch, looked_at, fallback, everyone=everyone)
         plans.plans.append(plan)
         plans.sides.append(side)
         fallback = plans.fallback | fallback
     return plans
 
 
-def _evaluate_alone(batch: Request) -> Alone:
-    """Evaluate a few samples by themselves."""
-    return evaluate_alone(batch, batch.inputs, every=_is_sequential(batch))
+def _evaluate_few(batch: Request) -> Few:
+    """Evaluate a few samples."""
+    return evaluate_few(batch, batch.inputs, every=_is_sequential(batch))
 
 
-def _make_plan(request: Request, alone: Alone, fallback: dict[str, str], *, everyone: bool) -> tuple[Plan, Side]:
+def _make_plan(request: Request, few: Few, fallback: dict[str, str], *, everyone: bool) -> tuple[Plan, Side]:
     """Look at a model on samples that are evaluated together."""
-    sequential = _is_sequential(request)
-    stand_for_all = sum(request.sizes) == 1 or (sequential and not request.thorough and is_known(request))
-    verification = Verification(request, alone, everyone=everyone or not stand_for_all)
+    stand_for_all = sum(request.sizes) == 1 or (few.every and not request.thorough and is_known(request))
+    verification = Verification(request, few, everyone=everyone or not stand_for_all)
     _refuse_writes(request)
-    if sequential:
-        fallback = verification.try_rules(alone.recordings, None) | fallback
+    if few.every:
+        fallback = verification.try_rules(few.recordings, None) | fallback
         try:
-            backward: BackwardPass = SequentialPass(_without(request, fallback), alone.inputs)
+            backward: BackwardPass = SequentialPass(_without(request, fallback), few.inputs)
         except UnsupportedRouteError:
             if request.capture != "auto":
                 raise
             request = replace(request, capture="autograd")
-            return _make_plan(request, _evaluate_alone(request), fallback, everyone=everyone)
+            return _make_plan(request, _evaluate_few(request), fallback, everyone=everyone)
         uses = None
     else:
-        few = _few(request, alone, verification.out_shape)
+        recordings = _two_and_three(request, few, verification.out_shape)
         _refuse_writes(request)
-        uses = find_uses(few, request.params)
-        fallback = verification.try_rules(few[:1], uses) | fallback
-        autograd_pass, _ = _autograd_pass(request, alone.inputs, uses, fallback)
+        uses = find_uses(recordings, request.params)
+        fallback = verification.try_rules(recordings[:1], uses) | fallback
+        autograd_pass, _ = _autograd_pass(request, few.inputs, uses, fallback)
         backward, fallback = autograd_pass, autograd_pass.failures | fallback
     verification.see(backward.output)
-    plan = Plan(request, fallback, verification.cancelling, uses, alone.channels_last)
+    plan = Plan(request, fallback, verification.cancelling, uses, few.channels_last)
     return plan, Side(backward, verification)
 
 
@@ -283,21 +281,20 @@ def recorded(
         return recording, uses, read(uses, recording)
 
 
-def _few(request: Request, alone: Alone, out_shape: Size) -> list[Recording]:
+def _two_and_three(request: Request, few: Few, out_shape: Size) -> list[Recording]:
     """Evaluate two samples, and three; or one, if the model takes no more at a time."""
-    n, sample = len(alone.inputs), alone.samples[0]
-    if alone.inputs.whole:
-        return alone.recordings
-    found = []
-    for count in (2, 3):
+    n, found = len(few.inputs), few.recordings if len(few.inputs) > 1 else []
+    if few.inputs.whole:
+        return few.recordings
+    for count in range(2 + len(found), 4):
         try:
-            recording = record(request, alone.inputs[[(sample + i) % n for i in range(count)]])
+            recording = record(request, few.inputs[following(few.samples[0], count, n)])
             check_shape(recording.output, count, out_shape)
         except Exception as error:
             if n > 1 or is_out_of_memory(error):
                 raise
-            return alone.recordings
-        found.append(recording)
+            return few.recordings
+        found = [*found, recording]
     return found
 
 
@@ -316,6 +313,8 @@ def _is_sequential(request: Request) -> bool:
 def _refuse_writes(request: Request) -> None:
     """Refuse a model whose forward pass writes to what it is made of: a pass's graph does not survive the next."""
     with isolated(request.model) as session:
+        if not session.written and not session.set_back:
+            return
         names = [name for name, p in request.model.named_parameters() if p in session.written]
         set_back = set(map(id, session.set_back))
         names += [name for name, b in request.model.named_buffers() if id(b) in set_back]

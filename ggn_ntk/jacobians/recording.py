@@ -62,15 +62,14 @@ def hooked(
 ) -> Iterator[None]:
     """Call a function for each call of a layer that has a rule and wanted parameters."""
     names, thread = {id(p): name for name, p in request.params.items()}, threading.get_ident()
-    handles = []
+    find, handles = rule_for if every else users_rule_for, []
     try:
         # Hooks of all modules may change outputs before any hook of a module's own sees them.
         for module in () if has_global_hooks() else request.model.modules():
-            params = module.named_parameters(remove_duplicate=False)
+            rule = find(module) if "forward" not in vars(module) else None
+            params = module.named_parameters(remove_duplicate=False) if rule is not None else ()
             wanted = {key: names[id(p)] for key, p in params if id(p) in names}
-            find = rule_for if every else users_rule_for
-            rule = find(module) if wanted and "forward" not in vars(module) else None
-            if rule is not None:
+            if rule is not None and wanted:
                 # In front of the user's hooks: what these make of the output is no longer the layer's.
                 hook = partial(_hook, take, rule, wanted, _own_parameters(module), thread)
                 handles.append(module.register_forward_hook(hook, prepend=True, with_kwargs=True))

@@ -27,7 +27,7 @@ from ggn_ntk.models.isolation import isolated
 from ggn_ntk.problem.errors import Problem, UnsupportedRouteError
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
-from ggn_ntk.process.torch_internals import uncompiled
+from ggn_ntk.process.torch_internals import parameters_of, uncompiled
 from ggn_ntk.rules.registry import backpropagation_for
 
 
@@ -219,8 +219,7 @@ def _forward(request: Request, inputs: Inputs) -> tuple[list[Use], Any]:
         if not all(isinstance(x, Tensor) for x in args):
             what = f"{type(layer).__name__} takes {type(args[0]).__name__}, not a tensor, from the layer before"
             raise UnsupportedRouteError([Problem(name, what, REMEDY)])
-        params = layer.named_parameters(recurse=False, remove_duplicate=False)
-        wanted = {key: names[id(p)] for key, p in params if id(p) in names}
+        wanted = {key: names[id(p)] for key, p in parameters_of(layer).items() if id(p) in names}
         uses.append(Use(layer, args[0] if len(args) == 1 else args, wanted))
         args = (layer(*(x.clone() if _may_overwrite(layer) else x for x in args)),)
     return uses, args[0]

@@ -48,9 +48,11 @@ def try_rules(
     v: Tensor,
     tolerance: float,
     problems: dict[str, str],
+    *,
+    compare: bool,
 ) -> Trial:
-    """Compare rules with autograd on few samples; ``problems`` are known beforehand."""
-    # v [N, *out]
+    """Have rules write Jacobians, and compare them with autograd; ``problems`` are known beforehand."""
+    # v [N, *out]; without a comparison, what rules write of the same samples is to be compared later
     failures = problems.copy()
     passed, expected = _gradients(request, recording, calls, v)
     if not all_finite(expected.values()):
@@ -60,26 +62,34 @@ def try_rules(
     for call, s in zip(calls, passed, strict=True):
         if s is not None:
             jacobians |= call.add_to(sums, s.unsqueeze(0))
-    actual, weights = dict[str, Tensor](), v.new_ones(1, len(v))
     for name, parts in jacobians.items():
         over = {part.sizes["n"] for part in parts}
         if over != {len(v)}:
             failures[name] = f"{FAILS} (its Jacobian is over {min(over)} samples instead of {len(v)})"
-        else:
-            actual[name] = reduce(torch.add, (sketched_sum(part, weights, request.params[name]) for part in parts))
-    actual |= {name: expected[name] for name in failures}
-    # Both sides are made of the same ``s``: of the whole graph's precisions, only those from there on count.
-    dtypes = {v.dtype}.union(*(call.precisions for call in calls))
-    tolerance, digit = min(tolerance, coarsest(dtypes)), max(torch.finfo(dtype).eps for dtype in dtypes)
-    rounding = rounding_of(request, recording.inputs, v, sketched, digit=digit)
-    for name, size in differing(actual, expected, tolerance, rounding).items():
-        failures[name] = f"{DIFFERS} (relative error {size:.1e})"
+    written = {name: parts for name, parts in jacobians.items() if name not in failures}
+    if compare:
+        # Both sides are made of the same ``s``: of the whole graph's precisions, only those from there on count.
+        dtypes = {v.dtype}.union(*(call.precisions for call in calls))
+        tolerance, digit = min(tolerance, coarsest(dtypes)), max(torch.finfo(dtype).eps for dtype in dtypes)
+        rounding = rounding_of(request, recording.inputs, v, sketched, digit=digit)
+        actual = _weighted_sums(request, written, v) | {name: expected[name] for name in failures}
+        for name, size in differing(actual, expected, tolerance, rounding).items():
+            failures[name] = f"{DIFFERS} (relative error {size:.1e})"
     terms = {
-        name: reduce(torch.add, map(Factored.squared_terms, jacobians[name]))
-        for name in actual.keys() & jacobians.keys()
-        if len(jacobians[name]) > 1 or jacobians[name][0].adds_up
+        name: reduce(torch.add, map(Factored.squared_terms, parts))
+        for name, parts in written.items()
+        if len(parts) > 1 or parts[0].adds_up
     }
     return Trial(expected, failures, _cancelling(request, recording.inputs, v, expected, terms))
+
+
+def _weighted_sums(request: Request, jacobians: Jacobians, v: Tensor) -> dict[str, Tensor]:
+    """Compute the gradient of ``sum v f`` from Jacobians of ``sum_c v[n, c] f[n, c]``, :func:`sketched`."""
+    weights = v.new_ones(1, len(v))
+    return {
+        name: reduce(torch.add, (sketched_sum(part, weights, request.params[name]) for part in parts))
+        for name, parts in jacobians.items()
+    }
 
 
 def _cancelling(

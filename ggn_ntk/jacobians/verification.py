@@ -8,13 +8,14 @@ For numbers v, ``sum v[n, c] J[c, n]`` from the Jacobians that rules write must 
   found, did ``s`` pass back right, and do samples leave one another alone? Autograd's side comes from the samples in
   two halves (:mod:`ggn_ntk.models.independence`). Where all layers are known to act on each sample by itself, and
   nothing but torch and this library runs between them, a few samples stand for all: the rest may take longer than
-  the kernel.
+  the kernel. This is then the comparison of rules, too.
 
 In the first, both sides come from one forward pass, so that they differ by rounding alone. In the second, rounding may
 take a unit to the other side of a kink; what differs is compared once more with a gradient from a batch of all samples.
 """
 
 from collections.abc import Container, Iterable, Sequence
+from functools import reduce
 from typing import NamedTuple
 
 import torch
@@ -26,6 +27,7 @@ from ggn_ntk.jacobians.layer_call import Recording
 from ggn_ntk.jacobians.recording import record
 from ggn_ntk.jacobians.trial import DIFFERS, try_rules
 from ggn_ntk.jacobians.uses import Uses, read
+from ggn_ntk.models.autograd_graph import graph_bytes
 from ggn_ntk.models.comparison import check_finite, cotangent, differing, gradient_tolerance
 from ggn_ntk.models.evaluation import check_output, check_shape
 from ggn_ntk.models.gradients import Parts, gradients, in_parts
@@ -61,31 +63,44 @@ def _choose(n: int, count: int, seed: int) -> list[int]:
     return order[:count].tolist()
 
 
-class Alone(NamedTuple):
-    """A few samples, each evaluated by itself."""
+class Few(NamedTuple):
+    """A few samples, evaluated before all: of a sequence of layers each by itself, of others two together."""
 
     inputs: Inputs  # all samples, in the memory layout that suits the model
     samples: list[int]  # which of them
     recordings: list[Recording]
-    outputs: list[Tensor]  # the output of each, ``[1, *out]``
+    outputs: list[Tensor]  # of each recording, ``[1, *out]`` or ``[2, *out]``
     channels_last: bool  # whether channels of images are last in memory
+    every: bool  # whether calls of all layers with a rule were recorded: the model is a sequence of layers
+
+    @property
+    def bytes_of_one(self) -> int:
+        """What the graph of a sample holds."""
+        recording = self.recordings[0]
+        return graph_bytes(recording.output) // recording.n
 
 
-def evaluate_alone(request: Request, inputs: Inputs, *, every: bool) -> Alone:
-    """Evaluate a few samples by themselves, with the channels of images last in memory where no view objects."""
+def evaluate_few(request: Request, inputs: Inputs, *, every: bool) -> Few:
+    """Evaluate a few samples, with the channels of images last in memory where no view objects."""
     entries, n = sum(p.numel() for p in request.params.values()), len(inputs)
     most = _ALONE if every else 1  # others are verified all
     samples = _choose(n, max(1, min(most, n // _SHARE, _MANY_ENTRIES // max(1, entries))), seed=0)
+    together = [[sample] for sample in samples] if every or n == 1 else [following(samples[0], 2, n)]
     fast = inputs.map(channels_last)
     try:
-        first = record(request, fast[samples[:1]], every=every)
+        first = record(request, fast[together[0]], every=every)
     except RuntimeError as error:
         if is_out_of_memory(error) or all(x.ndim != 4 for x in inputs.tensors.values()):
             raise
-        fast, first = inputs, record(request, inputs[samples[:1]], every=every)
-    recordings = [first, *(record(request, fast[[sample]], every=every) for sample in samples[1:])]
-    outputs = [_output_of_one(request, recording) for recording in recordings]
-    return Alone(fast, samples, recordings, outputs, fast is not inputs)
+        fast, first = inputs, record(request, inputs[together[0]], every=every)
+    recordings = [first, *(record(request, fast[others], every=every) for others in together[1:])]
+    outputs = [_checked_output(request, recording) for recording in recordings]
+    return Few(fast, samples, recordings, outputs, fast is not inputs, every)
+
+
+def following(sample: int, count: int, n: int) -> list[int]:
+    """Choose a sample and those behind it, the first behind the last."""
+    return [(sample + i) % n for i in range(count)]
 
 
 class Verification:
@@ -98,14 +113,14 @@ class Verification:
         cancelling: Parameters whose Jacobian is far smaller than the terms that rules add up for it.
     """
 
-    def __init__(self, request: Request, alone: "Alone", *, everyone: bool, of: int = 0) -> None:
-        """Take down what a few samples by themselves say, and evaluate all of them in halves; a block ``of`` more."""
-        self._request, self._alone, self.inputs, n = request, alone, alone.inputs, len(alone.inputs)
-        outputs = alone.outputs
+    def __init__(self, request: Request, few: Few, *, everyone: bool, of: int = 0) -> None:
+        """Take down what a few samples say, and evaluate all of them in halves; a block ``of`` more."""
+        self._request, self._looked_at, self.inputs, n = request, few, few.inputs, len(few.inputs)
+        outputs = few.outputs
         self.out_shape, self._tolerance = outputs[0].shape[1:], gradient_tolerance(outputs[0])
-        self._v_alone = cotangent(outputs[0], 0, Size([len(outputs), *self.out_shape]))
+        self._v_alone = cotangent(outputs[0], 0, Size([len(few.samples), *self.out_shape]))
         self._outputs = torch.cat(outputs).detach()
-        self._few = alone.samples
+        self._few = few.samples
         self.everyone = everyone
         if self.everyone:  # one output of each sample: ``s`` of all of them takes long to read
             self._outputs_of, numbers = _draw(n, self.out_shape.numel())
@@ -132,14 +147,16 @@ class Verification:
         """Try the rules on few samples: why they do not give the Jacobian of a parameter, by name."""
         vs = self._v_alone.split(1) if uses is None else [self._v_of(recordings[0])]
         problems = {} if uses is None else uses.problems
+        # Of a sequence of known layers, what rules write of these samples on the way back is compared with the same.
+        compare = uses is not None or self.everyone
         tried = [
-            try_rules(self._request, recording, read(uses, recording), v, self._tolerance, problems)
+            try_rules(self._request, recording, read(uses, recording), v, self._tolerance, problems, compare=compare)
             for recording, v in zip(recordings, vs, strict=True)
         ]
         params = self._request.params
         self.cancelling = {name for trial in tried for name in trial.cancelling}
         if not self.everyone:
-            self._expected = {name: torch.stack([trial.expected[name] for trial in tried]).sum(0) for name in params}
+            self._expected = {name: reduce(torch.add, [trial.expected[name] for trial in tried]) for name in params}
             self._weights = self._v_alone.reshape(len(self._few), -1).T
         return {name: why for trial in tried for name, why in trial.failures.items()}
 
@@ -154,7 +171,7 @@ class Verification:
 
     def of_block(self, request: Request, inputs: Inputs, of: int) -> "Verification":
         """Set up for a block of N other samples of the same model, all of which are compared."""
-        return Verification(request, self._alone._replace(inputs=inputs), everyone=True, of=of)
+        return Verification(request, self._looked_at._replace(inputs=inputs), everyone=True, of=of)
 
     @property
     def done(self) -> bool:
@@ -236,12 +253,12 @@ def _draw(n: int, outputs: int) -> tuple[list[int], Tensor]:
     return chosen, signs * (0.5 + torch.rand(n, generator=generator, device="cpu"))
 
 
-def _output_of_one(request: Request, recording: Recording) -> Tensor:
-    """Check the output of a single sample; where it is none, several tell better what is wrong."""
+def _checked_output(request: Request, recording: Recording) -> Tensor:
+    """Check the output of few samples; where it is none, others beside these tell better what is wrong."""
     output = recording.output
-    if not isinstance(output, Tensor) or output.shape[:1] != (1,) or not output.numel():
+    if not isinstance(output, Tensor) or output.shape[:1] != (recording.n,) or not output.numel():
         look(request)
-    return check_output(output, 1)
+    return check_output(output, recording.n)
 
 
 def diagnosed(doubtful: Iterable[Verification], missed: Container[str]) -> dict[str, str]:

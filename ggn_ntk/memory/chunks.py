@@ -38,7 +38,7 @@ def split_outputs(axes: KernelAxes, size: int, *, apart: bool) -> list[Chunk]:
     diagonal = min(e, max(1, size // (f * traced)))
     most = size // (traced * diagonal)
     pairs = _of_two(axes, most) if apart else [((free, free), new) for free, new in _of_one(f, most)]
-    numbers = axes.first.numbers, axes.second.numbers
+    numbers = [side.numbers for side in (axes if apart else axes[:1])]
     return [
         Chunk(_chosen(numbers, i, free, k), Roles(len(i), len(free[0]), len(k)), i, free, new)
         for i in torch.arange(e).split(diagonal)
@@ -48,12 +48,12 @@ def split_outputs(axes: KernelAxes, size: int, *, apart: bool) -> list[Chunk]:
 
 
 def _chosen(
-    numbers: tuple[Tensor, Tensor], diagonal: Tensor, free: tuple[Tensor, Tensor], traced: Tensor
+    numbers: list[Tensor], diagonal: Tensor, free: tuple[Tensor, Tensor], traced: Tensor
 ) -> tuple[Tensor, Tensor]:
-    """Look up where the outputs of a chunk are."""
-    # numbers [E, F, T]
-    first, second = (places[diagonal][:, j][:, :, traced].flatten() for places, j in zip(numbers, free, strict=True))
-    return first, second
+    """Look up where the outputs of a chunk are; once for both, where they pass back together."""
+    # numbers [E, F, T], of x1 and, if apart, of x2
+    found = [places[diagonal][:, j][:, :, traced].flatten() for places, j in zip(numbers, free, strict=False)]
+    return found[0], found[-1]
 
 
 def _of_two(axes: KernelAxes, size: int) -> list[tuple[tuple[Tensor, Tensor], Tensor]]:

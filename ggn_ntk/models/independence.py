@@ -29,7 +29,7 @@ from ggn_ntk.models.comparison import (
     row_norms,
     rows_differing,
 )
-from ggn_ntk.models.evaluation import SHAPE_REMEDY, check_shape, evaluate, evaluate_checked
+from ggn_ntk.models.evaluation import SHAPE_REMEDY, check_output, evaluate, evaluate_checked
 from ggn_ntk.models.gradients import Form, Parts, gradients, gradients_of, in_parts, whole
 from ggn_ntk.models.inspection import UNSTEADY
 from ggn_ntk.models.rounding import errors_in_double, gradients_in_double, rounding_of, rounding_of_outputs
@@ -86,15 +86,21 @@ def look(request: Request) -> Tensor:
     few = stacked[[*range(min(2, len(request.x1))), len(stacked) - 1]] if len(stacked) > 1 else stacked
     with torch.enable_grad():
         together = evaluate_checked(request, few)
-        alone = evaluate(request, None, few[:1])
-    shape = list(getattr(alone, "shape", []))
-    if shape != [1, *together.shape[1:]]:
+        _check_alone(evaluate(request, None, few[:1]), together.shape[1:])
+    return together.detach()
+
+
+def _check_alone(output: object, shape: Size) -> Tensor:
+    """Make sure that a model returns for one sample by itself what it returns for it in a batch."""
+    # shape [*out] -> [1, *out]
+    found = list(getattr(output, "shape", []))
+    if found != [1, *shape]:
         what = (
             "its output for one sample alone has another shape than in a batch "
-            f"(1 of the samples alone has shape {shape}, not {[1, *together.shape[1:]]})"
+            f"(1 of the samples alone has shape {found}, not {[1, *shape]})"
         )
         raise UnsupportedModelError([Problem("", what, SHAPE_REMEDY)])
-    return together.detach()
+    return check_output(output, 1)
 
 
 def partitions(n: int, count: int) -> list[list[list[int]]]:
@@ -124,7 +130,7 @@ def compare_alone(request: Request, inputs: Inputs, output: Tensor) -> None:
         chosen = chosen[:_ONE_BY_ONE]
     if chosen:
         with torch.no_grad():
-            alone = [check_shape(evaluate(request, None, inputs[[i]]), 1, output.shape[1:]) for i in chosen]
+            alone = [_check_alone(evaluate(request, None, inputs[[i]]), output.shape[1:]) for i in chosen]
         compare_outputs(request, inputs, output, chosen, torch.cat(alone))
 
 

@@ -58,16 +58,23 @@ class Inspection(OperationMode):
         if draws and _draws(func, args, kwargs):
             raise UnsupportedModelError([DRAWS])
         # Parameters are backed up before they are written to, also through a view.
-        for tensor in _leaves(tuple(args[i] if i < len(args) else kwargs.get(name) for i, name in written)):
-            for param, values in self._params.get(storage_of(tensor), ()) if isinstance(tensor, Tensor) else ():
-                if param not in self._written:
-                    self._written[param] = param.detach().clone() if values is None else values
+        for i, name in written:
+            self._back_up(args[i] if i < len(args) else kwargs.get(name))
         result = func(*args, **kwargs)
+        if isinstance(result, Tensor) and result.dtype in TOLERANCES:
+            return result
         low = _dtypes(result) - TOLERANCES.keys()
         # Without arguments of real numbers it makes a constant; those of the same precision were seen before.
         if low and not _MAKES.match(schema_of(func).name) and _dtypes((args, kwargs)) - low:
             self.low |= low
         return result
+
+    def _back_up(self, argument: Any) -> None:
+        """Take down the values of parameters that share memory with what an operation writes to."""
+        for tensor in _leaves(argument):
+            for param, values in self._params.get(storage_of(tensor), ()) if isinstance(tensor, Tensor) else ():
+                if param not in self._written:
+                    self._written[param] = param.detach().clone() if values is None else values
 
 
 def in_low_precision(dtypes: Iterable[torch.dtype]) -> Problem:

@@ -58,9 +58,11 @@ def plain_torch(model: Module) -> Iterator[None]:
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())
-        for device_type in {t.device.type for t in (*model.parameters(), *model.buffers())} - {"meta"}:
+        modules = list(model.modules())
+        held = (t for m in modules for store in (parameters_of(m), buffers_of(m)) for t in store.values())
+        for device_type in {t.device.type for t in held if t is not None} - {"meta"}:
             stack.enter_context(torch.autocast(device_type, enabled=False))
-        stack.enter_context(process_switches(recurrent=any(isinstance(m, RNNBase) for m in model.modules())))
+        stack.enter_context(process_switches(recurrent=any(isinstance(m, RNNBase) for m in modules)))
         stack.enter_context(_default_device(torch.device("cpu")))
         yield
 
@@ -214,8 +216,9 @@ class Session:
             others = [param for param in self._params if param.param not in self.written]
             counted = [param for param in others if param.counted]
             rest = [param for param in others if not param.counted and param.copy is not None]
-            flags = read([param.differs() for param in rest])  # waits for the device once
-            self._changed = [*counted, *(param for param, differs in zip(rest, flags, strict=True) if differs)]
+            flags = read([param.looks_changed() for param in rest])  # waits for the device once
+            suspects = (param for param, flag in zip(rest, flags, strict=True) if flag)
+            self._changed = [*counted, *(param for param in suspects if param.differs())]
         return self._changed
 
     def verify(self, cause: Exception | None = None) -> None:
@@ -309,10 +312,15 @@ class _Parameter:
         """Whether torch counted that it was written to."""
         return self._version is not None and version_of(self.param) != self._version
 
-    def differs(self) -> Tensor:
-        """Compute on its device whether it has other values than it had; NaN is equal to NaN."""
+    def looks_changed(self) -> Tensor:
+        """Compute on its device whether it has other values than it had, or NaN."""
         assert self.copy is not None
-        return ~((self.param.detach() == self.copy) | (self.copy != self.copy)).all()
+        return torch.ne(self.param.detach(), self.copy).any()
+
+    def differs(self) -> bool:
+        """Tell whether it has other values than it had; NaN is equal to NaN."""
+        assert self.copy is not None
+        return not bool(((self.param.detach() == self.copy) | (self.copy != self.copy)).all())
 
     def set_aside(self) -> None:
         """Take its gradient off."""
@@ -344,8 +352,9 @@ def _exchanged(model: Module, values: dict[int, Tensor]) -> Iterator[None]:
     """Exchange parameters and buffers of a model, by their id, wherever its modules hold them."""
     # ``torch.func.functional_call`` does the same, but leaves a plain tensor where the parameter was if a module is
     # held in two places.
+    modules = model.modules() if values else ()
     stores: list[dict[str, Any]] = [
-        store for module in model.modules() for store in (parameters_of(module), buffers_of(module))
+        store for module in modules for store in (parameters_of(module), buffers_of(module))
     ]
     places = [(store, key, t) for store in stores for key, t in store.items() if id(t) in values]
     try:

@@ -22,6 +22,7 @@ from ggn_ntk.problem.result import Kernels, finish, sum_kernels
 from ggn_ntk.problem.selection import selected
 from ggn_ntk.problem.several import Pick, Several, split
 from ggn_ntk.problem.sizes import parse_bytes
+from ggn_ntk.process.torch_internals import parameters_of
 from ggn_ntk.process.transforms import is_wrapped, outside_of_transforms
 from ggn_ntk.process.turns import alone_with
 
@@ -324,7 +325,7 @@ def check_wrappers(model: Module) -> None:
         where = f" holds a {kind_of(module)} at {name!r}" if name else f" is a {kind_of(module)}"
         if isinstance(module, ScriptModule | DataParallel) or (name and isinstance(module, DistributedDataParallel)):
             raise TypeError(f"model{where}, whose parameters cannot be exchanged: use the module it was made from.")
-        sharded = any(type(p).__name__ == "DTensor" for p in module.parameters(recurse=False))
+        sharded = any(type(p).__name__ == "DTensor" for p in parameters_of(module).values())
         if sharded or any(kind.__name__ == "FullyShardedDataParallel" for kind in type(module).__mro__):
             raise TypeError(
                 f"model{where}, whose parameters are sharded over processes: gather them in a module of its own "

@@ -10,6 +10,7 @@ import threading
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import lru_cache
 from typing import Any
 
 import torch
@@ -21,9 +22,9 @@ from ggn_ntk.process.turns import forward_mode
 
 # Warnings that do not concern the user's call, by the start of their text.
 _WARNINGS = [
-    "`torch.jit.script` is deprecated",  # at the first use of torch.func.jvp
-    "There is a performance drop because we have not yet implemented",
-    "Full backward hook is firing when gradients are computed",
+    re.compile("`torch.jit.script` is deprecated"),  # at the first use of torch.func.jvp
+    re.compile("There is a performance drop because we have not yet implemented"),
+    re.compile("Full backward hook is firing when gradients are computed"),
 ]
 
 
@@ -189,20 +190,27 @@ def _checkpoints_that_can_be_kept() -> Iterator[None]:
     reentrant = module.CheckpointFunction
     generators = checkpoint_generators()
 
-    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
-        if here.sessions or here.plain:
-            return function(*args)
-        return reentrant.apply(function, preserve_rng_state, *args)
-
     def unless_plain(generator: Callable[..., Iterator[None]]) -> Callable[..., Iterator[None]]:
         return lambda *args, **kwargs: iter([None]) if here.plain else generator(*args, **kwargs)
 
-    module.CheckpointFunction = type(reentrant.__name__, (reentrant,), {"apply": staticmethod(apply)})
+    module.CheckpointFunction = _direct(reentrant)
     vars(module).update({name: unless_plain(generator) for name, generator in generators.items()})
     try:
         yield
     finally:
         vars(module).update(generators, CheckpointFunction=reentrant)
+
+
+@lru_cache(maxsize=1)
+def _direct(reentrant: Any) -> type:
+    """Derive a class of checkpoints that calls their function directly in sessions; to make a class takes long."""
+
+    def apply(function: Callable[..., Any], preserve_rng_state: bool, *args: Any) -> Any:
+        if here.sessions or here.plain:
+            return function(*args)
+        return reentrant.apply(function, preserve_rng_state, *args)
+
+    return type(reentrant.__name__, (reentrant,), {"apply": staticmethod(apply)})
 
 
 @contextmanager
@@ -226,7 +234,7 @@ def _forward_mode_in_turns() -> Iterator[None]:
 def _warnings_off() -> Iterator[None]:
     """Silence warnings that do not concern the user's call, by the start of their text."""
     # ``warnings.catch_warnings`` would undo the filters that other threads set in the meantime.
-    entries = [("ignore", re.compile(message), Warning, None, 0) for message in _WARNINGS]
+    entries = [("ignore", message, Warning, None, 0) for message in _WARNINGS]
     filters: Any = warnings.filters
     filters[:0] = entries
     try:

@@ -3,6 +3,7 @@
 import string
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 from math import prod
 from typing import NamedTuple
 
@@ -59,28 +60,39 @@ class Flow:
     def along(cls, path: Sequence[Operation], s: Tensor, samples: SampleAxis) -> "list[Flow]":
         """Pass ``s`` from the output of an operation that the samples enter along a path, to the last argument."""
         # s [C, *output], or with the axis of the samples apart -> Jacobians that are to be added up
-        apart = s.ndim > 1 + len(path[0].output)
+        flows = cls.entering(path[0], s, samples)
+        for operation in path[1:]:
+            flows = cls.passed(flows, operation)
+        return flows
+
+    @classmethod
+    def entering(cls, operation: Operation, s: Tensor, samples: SampleAxis) -> "list[Flow]":
+        """Pass ``s`` from the output of an operation that the samples enter to its argument."""
+        # s [C, *output], or with the axis of the samples apart
+        apart = s.ndim > 1 + len(operation.output)
         whole = s.flatten(1 + samples.axis, 3 + samples.axis) if apart and samples.axis is not None else s
-        flows = [
+        return [
             (
                 cls.start(s, samples, apart=apart)
                 if linear.spread is None
                 else cls.start(linear.spread(whole), samples)
             ).through(linear)
-            for linear in path[0].maps()
+            for linear in operation.maps()
         ]
-        for operation in path[1:]:
-            maps = operation.maps()
-            if any(linear.spread is not None for linear in maps):
-                raise NotCapturedError(f"{operation.kind} of parameters alone has no rule")
-            flows = [
-                flow.reshaped(operation.shape) if linear.keeps_order else flow.through(linear)
-                for flow in flows
-                for linear in maps
-            ]
-        return flows
 
-    @property
+    @staticmethod
+    def passed(flows: "Sequence[Flow]", operation: Operation) -> "list[Flow]":
+        """Pass further back, through an operation on parameters alone."""
+        maps = operation.maps()
+        if any(linear.spread is not None for linear in maps):
+            raise NotCapturedError(f"{operation.kind} of parameters alone has no rule")
+        return [
+            flow.reshaped(operation.shape) if linear.keeps_order else flow.through(linear)
+            for flow in flows
+            for linear in maps
+        ]
+
+    @cached_property
     def sizes(self) -> dict[str, int]:
         """The size of each letter."""
         return {letter: size for o in self.operands for letter, size in o.sizes.items()}
