@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from benchmarks import __main__ as main
-from benchmarks import by_hand, check, contenders, plan, predictions, te_nas
+from benchmarks import by_hand, check, contenders, large, plan, predictions, te_nas
 from benchmarks.environment import slug
 from benchmarks.failures import OUT_OF_MEMORY, describe
 from benchmarks.floor import floor
@@ -257,3 +257,11 @@ def test_condition_numbers_of_cells():
     assert numbers["error of the kernel"] < 1e-5
     assert numbers["condition, library"] == pytest.approx(numbers["condition, loop"], rel=1e-2)
     assert "The loop takes " in te_nas.table(measured)
+
+
+def test_kernels_in_tiles():
+    pytest.importorskip("zarr", reason="large kernels need Python 3.11 or later")
+    found = large.measure(large.Case(large.digits_cnn, (1, 8, 8), 6, 4), tile=3, pools=False)
+    assert found["tile"] == (3, 3)
+    assert found["seconds"].keys() == {"tiles", "one call", "contractions", "evaluation"}
+    assert large.table({"small": found}).splitlines()[2].startswith("| small | 3 x 3 | ")
