@@ -71,6 +71,7 @@ _ORDER = [
     "example_pinn_weights.py",
     "example_ntk_regression.py",
     "example_large_kernel.py",
+    "example_gp_without_kernel.py",
     "example_spectrum_alignment.py",
 ]
 sphinx_gallery_conf = {

@@ -2,13 +2,14 @@
 
 from dataclasses import replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
 from benchmarks import __main__ as main
-from benchmarks import by_hand, check, contenders, large, plan, predictions, te_nas
+from benchmarks import by_hand, check, contenders, large, operator, plan, predictions, te_nas
 from benchmarks.environment import slug
 from benchmarks.failures import OUT_OF_MEMORY, describe
 from benchmarks.floor import floor
@@ -265,3 +266,11 @@ def test_kernels_in_tiles():
     assert found["tile"] == (3, 3)
     assert found["seconds"].keys() == {"tiles", "one call", "contractions", "evaluation"}
     assert large.table({"small": found}).splitlines()[2].startswith("| small | 3 x 3 | ")
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+@pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peak memory from Linux")
+def test_products_without_the_kernel(monkeypatch):
+    small = operator.Case(lambda: operator._mlp(3, 4, 2), lambda: torch.randn(6, 3))
+    monkeypatch.setattr(operator, "CASES", {"one": small, "several": small._replace(vectors=3)})
+    results = {name: operator.measure(name, 1) for name in operator.CASES}
+    assert all(result["error"] < 1e-5 for result in results.values())
+    assert operator.table(results).splitlines()[2].startswith("| one | ")

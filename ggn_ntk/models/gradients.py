@@ -81,3 +81,15 @@ def in_parts(request: Request, inputs: Inputs, samples: list[list[int]], v: Tens
         summand = {name: form(found.pop(name), p) for name, p in request.params.items()}
         gradient = {name: gradient[name] + g for name, g in summand.items()} if gradient else summand
     return Parts(samples, outputs, gradient)
+
+
+def gradients_of_several(output: Tensor, vs: Tensor, params: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Compute the gradients of ``sum v f`` for several ``v`` in one batched backward pass, by name."""
+    # vs [K, N, *out] -> [K, *parameter]
+    found: tuple[Tensor | None, ...] = (None,) * len(params)
+    if output.requires_grad:
+        found = torch.autograd.grad(output, list(params.values()), vs, is_grads_batched=True, allow_unused=True)
+    return {
+        name: p.new_zeros(len(vs), *p.shape) if g is None else dense(g).detach()
+        for (name, p), g in zip(params.items(), found, strict=True)
+    }

@@ -5,6 +5,7 @@ also gives the gradient ``J^T v`` by plain autograd, for random numbers ``v``: f
 ``(J^T v)^T u``. A few samples are looked at in the finest precision first.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,11 +16,11 @@ from ggn_ntk.memory.blocks import split
 from ggn_ntk.memory.budget import MemoryBudget, room
 from ggn_ntk.methods.computation import infinite_samples
 from ggn_ntk.methods.sample_jacobians import first_line
-from ggn_ntk.models.comparison import all_finite, cotangent
+from ggn_ntk.models.comparison import all_finite, cotangent, differing
 from ggn_ntk.models.evaluation import evaluate
-from ggn_ntk.models.gradients import gradients, gradients_of
+from ggn_ntk.models.gradients import gradients, gradients_of, gradients_of_several
 from ggn_ntk.models.independence import Checked, check_samples
-from ggn_ntk.models.rounding import finest
+from ggn_ntk.models.rounding import finest, rounding_of
 from ggn_ntk.models.sizes import bytes_per_sample
 from ggn_ntk.operators.pushforwards import WAYS, Pushforward, Vectors
 from ggn_ntk.problem.errors import (
@@ -72,6 +73,7 @@ class Side:
         # few [few, *out]
         self.request, self.shape, self._dtype = request, Size([len(request.x1), *few.shape[1:]]), few.dtype
         self.sizes = Sizes.of(request, batch_size)
+        self._batched = True  # whether a batched backward pass gets all samples right
         self._pushforward = self._found()
 
     def pull(self, v: Tensor) -> Vectors:
@@ -80,12 +82,22 @@ class Side:
         params, v = self.request.params, v.to(self._dtype)
         found = {name: p.new_zeros(len(v), *p.shape) for name, p in params.items()}
         for block in self.sizes.blocks:
-            with torch.enable_grad():
-                output = evaluate(self.request, None, self.request.x1[block])
-            for k, of_vector in enumerate(v[:, block]):
-                for name, g in gradients_of(output, of_vector, params, retain_graph=k + 1 < len(v)).items():
+            for k, some in self._pulled(block, v[:, block]):
+                for name, g in some.items():
                     found[name][k] += g
         return found
+
+    def _pulled(self, block: slice, v: Tensor) -> Iterator[tuple[int | slice, Vectors]]:
+        """Multiply the transposed Jacobian of a block by vectors, together or one by one, with their places."""
+        # v [K, n, *out]
+        params, count = self.request.params, len(v)
+        with torch.enable_grad():
+            output = evaluate(self.request, None, self.request.x1[block])
+        if self._batched and count > 1:
+            yield slice(count), gradients_of_several(output, v, params)
+        else:
+            for k, of_vector in enumerate(v):
+                yield k, gradients_of(output, of_vector, params, retain_graph=k + 1 < count)
 
     def push(self, u: Vectors) -> Tensor:
         """Multiply the Jacobian by vectors."""
@@ -120,6 +132,7 @@ class Side:
             part = self.request.part(block)
             checked = self._checked(part)
             wrong = _what_is_wrong(part, way, checked.v, checked.gradient, checked.tolerance)
+            self._batched = self._batched and _right_if_batched(part, checked)
             if wrong:
                 break
         return wrong
@@ -157,3 +170,17 @@ def _what_is_wrong(request: Request, way: Pushforward, v: Tensor, gradient: dict
         if not slope_agrees(request, request.x1, v, slope, direction, gradient, tolerance):
             return "it gets products with vectors wrong"
     return ""
+
+
+def _right_if_batched(request: Request, checked: Checked) -> bool:
+    """Tell whether a batched backward pass gets the gradient of some samples right."""
+    try:
+        with torch.enable_grad():
+            output = evaluate(request, None, request.x1)
+        found = gradients_of_several(output, checked.v.unsqueeze(0), request.params)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        return False
+    rounding = rounding_of(request, request.x1, checked.v)
+    return not differing({name: g[0] for name, g in found.items()}, checked.gradient, checked.tolerance, rounding)
