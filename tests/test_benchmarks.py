@@ -266,6 +266,8 @@ def test_kernels_in_tiles():
     assert found["tile"] == (3, 3)
     assert found["seconds"].keys() == {"tiles", "one call", "contractions", "evaluation"}
     assert large.table({"small": found}).splitlines()[2].startswith("| small | 3 x 3 | ")
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
 @pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="reads peak memory from Linux")
 def test_products_without_the_kernel(monkeypatch):
