@@ -21,6 +21,7 @@ from ggn_ntk.memory.chunks import Chunk, split_outputs
 from ggn_ntk.memory.layout import Layout
 from ggn_ntk.problem.output_axes import KernelAxes
 from ggn_ntk.problem.result import transpose
+from ggn_ntk.process.progress import Progress, counting
 
 _T = TypeVar("_T")
 
@@ -89,17 +90,22 @@ def contract(
         steps = first.steps(outputs, parts, again=not torch.equal(outputs, chunks[-1].outputs[0]), hold=True)
         return _merged(step.jacobians() for step in steps)
 
-    for number, chunk in enumerate(chunks, 1):
-        accumulator = make(chunk.roles, n1, wanted.group, wanted.formed, wanted.axes.paired)
-        ours, theirs = chunk.outputs
-        known = None if second is first else held.of(ours, partial(of_first, ours, accumulator.parts))
-        for step in second.steps(theirs, accumulator.parts, again=number < len(chunks)):
-            _meet(accumulator, known, step.jacobians())
-        if len(chunks) == 1:
-            kernels = accumulator.kernels
-        else:
-            for name, block in accumulator.kernels.items():
-                chunk.add(kernels.setdefault(name, block.new_zeros(*block.shape[:-3], *wanted.axes.shape)), block)
+    with counting(len(chunks) * len(wanted.params)) as progress:
+        for number, chunk in enumerate(chunks, 1):
+            accumulator = make(chunk.roles, n1, wanted.group, wanted.formed, wanted.axes.paired)
+            ours, theirs = chunk.outputs
+            known = None if second is first else held.of(ours, partial(of_first, ours, accumulator.parts))
+            for step in second.steps(theirs, accumulator.parts, again=number < len(chunks)):
+                jacobians = step.jacobians()
+                _meet(accumulator, known, jacobians)
+                progress.add(len(jacobians))
+            known = None  # frees memory before more is taken
+            if len(chunks) == 1:
+                kernels = accumulator.kernels
+            else:
+                for name, block in accumulator.kernels.items():
+                    chunk.add(kernels.setdefault(name, block.new_zeros(*block.shape[:-3], *wanted.axes.shape)), block)
+            progress.add(number * len(wanted.params) - progress.done)  # those that nothing uses
     n, m = len(first.output), len(second.output)
     return _complete(kernels, wanted, (n, m) if n1 is None else (n1, n - n1), first.output)
 
@@ -114,32 +120,41 @@ def contract_in_blocks(
     stays, kernels = layout.stays, dict[str, Tensor]()
     ours, theirs = (sets[0], sets[0]) if layout.symmetric else (sets[stays], sets[1 - stays])
 
-    def put(found: dict[str, Tensor], held: slice, other: slice, chunk: Chunk) -> None:
-        places = (held, other) if stays == 0 else (other, held)
+    def put(found: dict[str, Tensor], strip: slice, other: slice, chunk: Chunk) -> None:
+        places = (strip, other) if stays == 0 else (other, strip)
         for name, block in found.items():
             if name not in kernels:
                 kernels[name] = block.new_zeros(*layout.sizes, *wanted.axes.shape)
             chunk.add(kernels[name][places], block)
-            if layout.symmetric and held != other:
-                chunk.add(transpose(kernels[name][other, held]), block)
+            if layout.symmetric and strip != other:
+                chunk.add(transpose(kernels[name][other, strip]), block)
 
-    for blocks in layout.strips:
-        strip, gathered = slice(blocks[0].start, blocks[-1].stop), _Held[list[Jacobians]]()
-        for chunk in layout.chunks(wanted.axes):
-            outputs, others = chunk.outputs[stays], chunk.outputs[1 - stays]
-            steps = gathered.of(outputs, partial(_gathered, ours, blocks, outputs))
-            new = partial(make, chunk.roles, None, wanted.group, wanted.formed)
-            if layout.symmetric:
-                accumulator = new()
-                for jacobians in steps:
-                    accumulator.add(jacobians)
-                put(accumulator.kernels, strip, strip, chunk)
-            known = _merged(steps)
-            for block in layout.streaming(blocks):
-                accumulator, side = new(), theirs.side(block)
-                for step in side.steps(others, accumulator.parts, again=False):
-                    _meet(accumulator, known, step.jacobians(), second=stays == 0)
-                put(accumulator.kernels, strip, block, chunk)
+    def meet(blocks: list[slice], chunk: Chunk, held: _Held[list[Jacobians]], progress: Progress) -> None:
+        strip = slice(blocks[0].start, blocks[-1].stop)
+        outputs, others = chunk.outputs[stays], chunk.outputs[1 - stays]
+        steps = held.of(outputs, partial(_gathered, ours, blocks, outputs))
+        new = partial(make, chunk.roles, None, wanted.group, wanted.formed)
+        if layout.symmetric:
+            accumulator = new()
+            for jacobians in steps:
+                accumulator.add(jacobians)
+            put(accumulator.kernels, strip, strip, chunk)
+        known = _merged(steps)
+        progress.add(len(blocks))
+        for block in layout.streaming(blocks):
+            accumulator, side = new(), theirs.side(block)
+            for step in side.steps(others, accumulator.parts, again=False):
+                _meet(accumulator, known, step.jacobians(), second=stays == 0)
+            put(accumulator.kernels, strip, block, chunk)
+            progress.add()
+
+    chunks, strips = layout.chunks(wanted.axes), layout.strips
+    parts = sum(len(blocks) + len(layout.streaming(blocks)) for blocks in strips)
+    with counting(len(chunks) * parts) as progress:
+        for blocks in strips:
+            held = _Held[list[Jacobians]]()
+            for chunk in chunks:
+                meet(blocks, chunk, held, progress)
     return _complete(kernels, wanted, layout.sizes, sets[0].output)
 
 
@@ -149,10 +164,12 @@ def _paired_blocks(
     """Compute the kernels of paired samples a block at a time."""
     # -> [N, E, F1, F2]
     kernels: dict[str, Tensor] = {}
-    for block in layout.blocks(0):
-        sides = [samples.side(block) for samples in sets]
-        for name, kernel in contract(sides[0], sides[-1], wanted, make=make).items():
-            kernels.setdefault(name, kernel.new_empty(layout.sizes[0], *kernel.shape[1:]))[block] = kernel
+    with counting(len(layout.blocks(0))) as progress:
+        for block in layout.blocks(0):
+            sides = [samples.side(block) for samples in sets]
+            for name, kernel in contract(sides[0], sides[-1], wanted, make=make).items():
+                kernels.setdefault(name, kernel.new_empty(layout.sizes[0], *kernel.shape[1:]))[block] = kernel
+            progress.add()
     return kernels
 
 

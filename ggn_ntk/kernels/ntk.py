@@ -22,6 +22,7 @@ from ggn_ntk.problem.functions import Model, Params
 from ggn_ntk.problem.output_axes import AxesRequest, KernelAxes
 from ggn_ntk.problem.request import Pick, Request
 from ggn_ntk.problem.result import Computed, Kernels
+from ggn_ntk.process.progress import Wanted
 
 
 class Method(str, Enum):
@@ -82,6 +83,7 @@ def empirical_ntk(
     paired: bool = False,
     interacting: bool = False,
     memory: int | str | None = None,
+    progress: Wanted = None,
 ) -> Tensor | dict[Any, Any]:
     """Compute the empirical neural tangent kernel of a model.
 
@@ -135,6 +137,8 @@ def empirical_ntk(
         memory: Bytes that the call may take beyond what is there, or text such as ``"8GiB"``; ``None`` for what the
             device has free, less a fifth. Samples are taken in blocks, and outputs a few at a time, where all at once
             would take more; with ``method="structured"`` alone, and what that contracts from Jacobians.
+        progress: ``None`` for a bar (of tqdm, if it is installed) on a terminal where the structured route is expected
+            to take over ten seconds; ``True``, ``False``, or a callable that is called with what is done and all.
 
     Returns:
         ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]`` for a model with outputs ``[N, *out]``; with
@@ -166,6 +170,7 @@ def empirical_ntk(
         capture=capture,
         output=output,
         memory=memory,
+        progress=progress,
     )
     wanted = parse_method(method, check, capture)
     return of_all_outputs(request, lambda request: compute_kernels(request, wanted, check)[0])

@@ -26,9 +26,9 @@ import torch
 
 from ggn_ntk.large.compute import Job, done_in
 from ggn_ntk.large.plan import Tile
-from ggn_ntk.large.progress import Progress, Wanted
 from ggn_ntk.large.store import JOB, KernelStore, StoreError
 from ggn_ntk.problem.errors import collected, kind_of, warn
+from ggn_ntk.process.progress import Progress, Wanted
 from ggn_ntk.rules.registry import register_entries, users_entries
 
 # How many strips wait at each worker, one of which it computes: so that it need not wait for the next.
@@ -123,7 +123,7 @@ def run(job: Job, store: KernelStore, rows: Sequence[int], lanes: list[Lane], wa
     left = sum(map(len, missing.values()))
     if wanted is True:
         print(store.plan, file=sys.stderr)
-    with Progress(wanted, total - left, total) as progress:
+    with Progress(wanted, total, done=total - left, unit="tile") as progress:
         if not left:
             return
         strips = [row for row in rows if missing[row]]

@@ -15,7 +15,6 @@ from ggn_ntk.large import fingerprint
 from ggn_ntk.large.compute import Job, Kernels
 from ggn_ntk.large.executors import find_workers, run
 from ggn_ntk.large.plan import Cost, Form, Path, Plan, check_tile, choose_tile
-from ggn_ntk.large.progress import Wanted, check_progress
 from ggn_ntk.large.samples import Samples, parse_samples
 from ggn_ntk.large.store import KernelStore, create, remove, sweep
 from ggn_ntk.memory.budget import MemoryBudget, available
@@ -27,6 +26,7 @@ from ggn_ntk.problem.inputs import parts_of
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Pick, Request
 from ggn_ntk.problem.sizes import parse_bytes, shown
+from ggn_ntk.process.progress import Wanted, check_progress
 from ggn_ntk.process.torch_internals import storage_id, tree_leaves
 
 _KINDS = ("ntk", "nngp")

@@ -22,6 +22,7 @@ from ggn_ntk.models.several import of_all_outputs
 from ggn_ntk.problem.errors import NotFiniteError, NotFiniteWarning, Problem, UnsupportedModelError, listed, warn
 from ggn_ntk.problem.request import Request
 from ggn_ntk.problem.result import Computed, Kernels
+from ggn_ntk.process.progress import showing
 from ggn_ntk.process.torch_internals import tree_leaves, tree_map
 from ggn_ntk.process.transforms import outside_of_transforms
 
@@ -47,6 +48,7 @@ def session(request: Request) -> Iterator[None]:
         isolated(request.model),
         explained(lambda: _described(request)),
         limited(request.memory),
+        showing(request.progress),
     ):
         yield
 

@@ -31,6 +31,7 @@ from ggn_ntk.methods.reference import contract_jacobians
 from ggn_ntk.models.requirements import check_model
 from ggn_ntk.problem.request import Request
 from ggn_ntk.problem.result import Computed
+from ggn_ntk.process.progress import showing
 
 _T = TypeVar("_T")
 
@@ -43,7 +44,8 @@ def structured_kernels(request: Request) -> Computed:
     found = _verified(request, _contracted)
     if found is not None:
         return _computed(*found)
-    known = _verified(request.of_others(some), _contracted, few=True)
+    with showing(False):
+        known = _verified(request.of_others(some), _contracted, few=True)
     assert known is not None
     return computed_in_blocks(request, known[0])
 

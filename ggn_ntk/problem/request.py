@@ -22,6 +22,7 @@ from ggn_ntk.problem.result import Kernels, finish, sum_kernels
 from ggn_ntk.problem.selection import selected
 from ggn_ntk.problem.several import Pick, Several, split
 from ggn_ntk.problem.sizes import parse_bytes
+from ggn_ntk.process.progress import Wanted, check_progress
 from ggn_ntk.process.torch_internals import parameters_of
 from ggn_ntk.process.transforms import is_wrapped, outside_of_transforms
 from ggn_ntk.process.turns import alone_with
@@ -56,6 +57,7 @@ class Request:
     names: tuple[str, str] = ("x1", "x2")  # what the user calls x1 and x2
     start: int = 0  # the place of the first sample among those that the user gave
     memory: int | None = None  # bytes that may be taken; ``None`` for what the device has
+    progress: Wanted = False  # how to show what is done
 
     @classmethod
     def parse(
@@ -71,6 +73,7 @@ class Request:
         chunk_size: int | None = None,
         capture: str = "auto",
         memory: Any = None,
+        progress: Any = False,
         transforms: bool = False,
         create_graph: bool = False,
     ) -> "Request":
@@ -79,6 +82,7 @@ class Request:
         capture = "sequential" if capture == "backpack" else capture  # another name, though it uses no BackPACK
         if capture not in CAPTURES:
             raise ValueError(f"capture must be one of {', '.join(map(repr, CAPTURES))}, got {capture!r}.")
+        check_progress(progress)
         outputs = _parse_outputs(output)
         check_per_parameter(per_parameter)
         if chunk_size is not None and (type(chunk_size) is not int or chunk_size < 1):
@@ -120,6 +124,7 @@ class Request:
             capture,
             graph=graph,
             memory=parse_bytes(memory),
+            progress=progress,
         )
 
     @property
