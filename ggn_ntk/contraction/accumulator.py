@@ -152,18 +152,26 @@ def _one(jacobians: Sequence[Factored]) -> list[Factored]:
 class Recorder(Accumulator):
     """Takes products of Jacobians down, with the shapes of their operands alone, instead of contracting them."""
 
-    def __init__(self, products: list[NamedEinsum], *args: Any) -> None:
-        """Set up, to append to a list."""
+    def __init__(self, products: list[NamedEinsum], sizes: Sequence[int], *args: Any) -> None:
+        """Set up, to append to a list; as if there were N1 samples, and N2 if x2 is another set."""
         super().__init__(*args)
-        self._products = products
+        self._products, self._sizes = products, sizes
+        self.n1 = None if self.n1 is None else sizes[0]
 
     def parts(self, name: str, jacobian: Factored, n: int) -> None:
         """Keep operands apart: products of whole Jacobians are to be taken down."""
 
     def add(self, first: Jacobians, second: Jacobians | None = None) -> None:
         """Take products of Jacobians down."""
-        self._add(first, second)
+        ours = self._sizes[0] if self.n1 is None else sum(self._sizes)
+        theirs = None if second is None else _of_size(second, self._sizes[-1])
+        self._add(_of_size(first, ours), theirs)
 
     def _contract(self, products: list[NamedEinsum], sets: Sequence[Mapping[str, int]]) -> None:
         """Take products down."""
         self._products += [(name, product.without_data()) for name, product in products]
+
+
+def _of_size(jacobians: Jacobians, n: int) -> Jacobians:
+    """Keep the shapes of Jacobians alone, of as many samples."""
+    return {name: [jacobian.of_size(n) for jacobian in several] for name, several in jacobians.items()}

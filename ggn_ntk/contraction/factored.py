@@ -110,6 +110,15 @@ class Factored:
 
         return self.map(selected)
 
+    def of_size(self, n: int) -> "Factored":
+        """Keep the shapes alone, of as many samples."""
+
+        def sized(letters: str, tensor: Tensor) -> Tensor:
+            shape = [n if letter == "n" else size for letter, size in zip(letters, tensor.shape, strict=True)]
+            return torch.empty_strided(shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+
+        return self.map(sized)
+
     def pick(self, outputs: Tensor, samples: Tensor) -> "Factored":
         """Take one output of each of some samples: a Jacobian of a single output."""
 

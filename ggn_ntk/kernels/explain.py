@@ -4,20 +4,21 @@ from collections import defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from operator import attrgetter
-from typing import Any
+from typing import Any, NamedTuple
 
 from ggn_ntk.contraction.einsum import path_of
 from ggn_ntk.contraction.one_hot import looked_up
 from ggn_ntk.jacobians.places import Place, Places
+from ggn_ntk.methods.computation import session
+from ggn_ntk.methods.estimate import estimated
 from ggn_ntk.methods.structured import Recorded, recorded_products
-from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.several import of_all_outputs
 from ggn_ntk.problem.errors import Problem, UnsupportedRouteError
 from ggn_ntk.problem.functions import Model, Params
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Pick, Request
+from ggn_ntk.problem.sizes import shown
 from ggn_ntk.process.torch_internals import uncompiled
-from ggn_ntk.process.transforms import outside_of_transforms
 
 # What rows are sorted by: values of ``sort``.
 _SORTS = ("flops", "memory")
@@ -86,6 +87,25 @@ class Row:
         return (name, self.operation, self.module, str(self.uses), *_costs(self.flops, self.memory), order)
 
 
+class Flops(NamedTuple):
+    """Operations, a multiplication and an addition counted as two.
+
+    Attributes:
+        forward: Of evaluations, those that verify the kernel included.
+        backward: Of passes back, those that verify the kernel included.
+        contraction: Of the contractions of Jacobians.
+    """
+
+    forward: float
+    backward: float
+    contraction: float
+
+    @property
+    def total(self) -> float:
+        """All of them."""
+        return sum(self)
+
+
 @dataclass(frozen=True)
 class Explanation:
     """How a kernel is computed; ``print`` shows it as a table.
@@ -103,6 +123,12 @@ class Explanation:
         depth: How many components of a module's name rows are summed by; ``None`` for a row for each parameter.
         sort: What rows are sorted by, the largest first: ``"flops"`` or ``"memory"``; ``None`` for the order of the
             way back.
+        sizes: N1 and N2.
+        flops: Operations of the whole call, what falls back excepted.
+        peak_bytes: Bytes at the peak, beyond what is there: the kernel, and what is held on the way to it.
+        seconds: An estimate, from times of a few samples and of a matrix product.
+        blocks: How many samples are evaluated together, of how many whose Jacobians are held at a time; ``None`` where
+            all samples are evaluated together.
     """
 
     method: str
@@ -115,6 +141,11 @@ class Explanation:
     places: dict[str, tuple[Place, ...]] = field(default_factory=dict)
     depth: int | None = None
     sort: str | None = None
+    sizes: tuple[int, int] = (0, 0)
+    flops: Flops = field(default=Flops(0, 0, 0), compare=False)
+    peak_bytes: float = field(default=0, compare=False)
+    seconds: float = field(default=0, compare=False)
+    blocks: tuple[int, int] | None = field(default=None, compare=False)
 
     @property
     def rows(self) -> tuple[Row, ...]:
@@ -136,6 +167,16 @@ class Explanation:
             flops=sum(c.flops for c in contractions),
             memory=max(c.memory for c in contractions),
             orders=tuple(c.order for c in contractions),
+        )
+
+    def _costs(self) -> str:
+        """Say what the whole call takes."""
+        n, m = self.sizes
+        flops = ", ".join(f"{name} {count / 1e9:.3g}" for name, count in self.flops._asdict().items())
+        how = "all samples at once" if self.blocks is None else "{} samples at a time, {} held".format(*self.blocks)
+        return (
+            f"{n} x {m} samples: GFLOP: {flops}; {shown(self.peak_bytes)} at the peak, {how}; about "
+            f"{self.seconds:.2g} seconds"
         )
 
     def _modules(self, name: str) -> list[str]:
@@ -160,7 +201,8 @@ class Explanation:
         lines = ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
         covered = f"rules cover {self.covered} of {self.entries} parameter entries ({self.covered / self.entries:.1%})"
         head = [f"method: {self.method}, capture: {self.capture}; {covered}"]
-        tail = ["", "contracted from Jacobians of each sample:"] if self.fallback else []
+        tail = ["", self._costs()]
+        tail += ["", "contracted from Jacobians of each sample:"] if self.fallback else []
         tail += [f"  - {name}: {why}" for name, why in self.fallback.items()]
         return "\n".join([*head, *(line.rstrip() for line in lines), *tail])
 
@@ -179,15 +221,20 @@ def explain(
     diagonal_axes: int | Iterable[int] | None = None,
     paired: bool = False,
     interacting: bool = False,
+    memory: int | str | None = None,
+    n1: int | None = None,
+    n2: int | None = None,
     depth: int | None = None,
     sort: str | None = None,
 ) -> Explanation:
-    """Tell how :func:`ggn_ntk.empirical_ntk` computes a kernel, without contracting it.
+    """Tell how :func:`ggn_ntk.empirical_ntk` computes a kernel, and what that takes, without computing it.
 
-    The costs are those of the contractions alone, each by itself: what parameters share, say the Gram matrix of
-    ``s`` for weight and bias, is counted for both, also where their sum is contracted as one, and passing ``s`` back is
-    not counted. opt_einsum counts them (Smith, Gray: "opt_einsum - A Python package for optimizing contraction order
-    for einsum-like expressions", Journal of Open Source Software, 2018).
+    A few of the samples are looked at, and evaluated a few times, however many there are to be.
+
+    The costs of parameters are those of the contractions alone, each by itself: what parameters share, say the Gram
+    matrix of ``s`` for weight and bias, is counted for both, also where their sum is contracted as one, and passing
+    ``s`` back is not counted. opt_einsum counts them (Smith, Gray: "opt_einsum - A Python package for optimizing
+    contraction order for einsum-like expressions", Journal of Open Source Software, 2018).
 
     Args:
         model: The model, as for :func:`ggn_ntk.empirical_ntk`.
@@ -203,6 +250,9 @@ def explain(
         diagonal_axes: Output axes to take at equal indices.
         paired: Take x1[n] with x2[n] alone, or with itself where ``x2`` is ``None``: ``[N]`` stands for ``[N1, N2]``.
         interacting: Take the whole batch for one input, as for :func:`ggn_ntk.empirical_ntk`.
+        memory: What the call may take, as for :func:`ggn_ntk.empirical_ntk`.
+        n1: The number of samples of x1, which may be more than are given; ``None`` for those.
+        n2: The number of samples of x2. With ``x2=None``, x2 is another set of samples like x1 if ``n2`` is given.
         depth: Sums the rows of the table by so many components of the names of modules: 1 for the model's children, 0
             for one row. What several modules use has a row of its own. ``None`` for a row for each parameter.
         sort: Puts first the rows that cost most ``"flops"`` or ``"memory"``; ``None`` for the order from the output
@@ -226,21 +276,36 @@ def explain(
     if sort is not None and sort not in _SORTS:
         raise ValueError(f"sort must be one of {', '.join(map(repr, _SORTS))} or None, got {sort!r}.")
     axes = AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired, interacting=interacting)
-    request = Request.parse(model, x1, x2, axes, params=params, per_parameter=True, capture=capture, output=output)
-    explanation = of_all_outputs(request, lambda request: _explanation(request, method))
+    for name, n in (("n1", n1), ("n2", n2)):
+        if n is not None and (type(n) is not int or n < 1):
+            raise ValueError(f"{name} must be a positive integer or None, got {n!r}.")
+        if n is not None and interacting:
+            raise ValueError(f"{name} goes with interacting=False alone: a batch that is one input is what is given.")
+    x2 = x1 if x2 is None and n2 is not None else x2
+    request = Request.parse(
+        model, x1, x2, axes, params=params, per_parameter=True, capture=capture, output=output, memory=memory
+    )
+    sizes = n1 or len(request.x1), n2 or (n1 if request.x2 is None and n1 else len(request.second))
+    if paired and sizes[0] != sizes[1]:
+        raise ValueError(f"n1 and n2 must be the same with paired=True, got {sizes[0]} and {sizes[1]}.")
+    explanation = of_all_outputs(request, lambda request: _explanation(request, method, sizes))
     return replace(explanation, depth=depth, sort=sort)
 
 
-def _explanation(request: Request, method: str) -> Explanation:
-    """Explain a request."""
-    with outside_of_transforms(), isolated(request.model):
+def _explanation(request: Request, method: str, sizes: tuple[int, int]) -> Explanation:
+    """Explain a request, as if there were as many samples."""
+    # sizes N1 and N2
+    with session(request):
         try:
-            recorded = recorded_products(request)
+            recorded = recorded_products(
+                request, sizes if request.x2 is not None or request.apart != [request] else sizes[:1]
+            )
         except UnsupportedRouteError as error:
             if method == "structured":
                 raise
             return Explanation("jacobian_contraction", problems=tuple(error.problems))
-        contractions = tuple(_contractions(request, recorded))
+        contractions = tuple(_contractions(request, recorded, sizes))
+        cost = estimated(request, recorded.plans, sizes, sum(c.flops for c in contractions))
     plans, places = recorded.plans, recorded.places
     fallback = plans.fallback
     entries = {name: p.numel() for name, p in request.params.items()}
@@ -252,6 +317,11 @@ def _explanation(request: Request, method: str) -> Explanation:
         entries=sum(entries.values()),
         covered=sum(size for name, size in entries.items() if name not in fallback),
         places={name: tuple(found) for name, found in places.used.items() if name not in fallback},
+        sizes=sizes,
+        flops=Flops(cost.forward, cost.backward, cost.contraction),
+        peak_bytes=cost.peak_bytes,
+        seconds=cost.seconds,
+        blocks=None if cost.layout is None else (cost.layout.block, cost.layout.strip),
     )
 
 
@@ -273,12 +343,13 @@ def _costs(flops: float, memory: float) -> tuple[str, str]:
     return f"{flops / 1e9:.3g}", f"{memory / 1e6:.3g}"
 
 
-def _contractions(request: Request, recorded: Recorded) -> Iterable[Contraction]:
+def _contractions(request: Request, recorded: Recorded, sizes: tuple[int, int]) -> Iterable[Contraction]:
     """Describe how each product of Jacobians is contracted."""
     modules = reversed(list(uncompiled(request.model).modules()))  # of several owners the first gives the name
     owners = {id(p): type(m).__name__ for m in modules for p in m.parameters(recurse=False)}
-    start = request.n1 or 0  # of x2, among the samples that it is evaluated with
-    rows, columns = slice(0, len(request.x1)), slice(start, start + len(request.second))
+    n, m = sizes
+    start = 0 if request.n1 is None else n  # of x2, among the samples that it is evaluated with
+    rows, columns = slice(0, n), slice(start, start + m)
     for name, product in recorded.products:
         operands = looked_up(product.restrict(rows, columns), product.result)
         places = recorded.places.used[name]

@@ -36,10 +36,10 @@ from ggn_ntk.problem.result import Computed, transpose
 _SOME, _CHUNK = 3, 16
 
 
-def some(x: Inputs) -> Inputs:
+def some(x: Inputs, count: int = _SOME) -> Inputs:
     """Choose the few samples that are looked at."""
     n = len(x)
-    return x if n <= _SOME else x[[i * (n - 1) // (_SOME - 1) for i in range(_SOME)]]
+    return x if n <= count else x[[i * (n - 1) // (count - 1) for i in range(count)]]
 
 
 @torch.no_grad()

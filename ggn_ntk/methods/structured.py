@@ -134,15 +134,16 @@ class Recorded(NamedTuple):
     places: Places  # where in the model these come from, for x1 and for x2
 
 
-def recorded_products(request: Request) -> Recorded:
-    """List the products of Jacobians that :func:`structured_kernels` would contract."""
+def recorded_products(request: Request, sizes: Sequence[int]) -> Recorded:
+    """List the products of Jacobians that :func:`structured_kernels` would contract for as many samples."""
+    # sizes N1, and N2 if x2 is another set
     products = list[NamedEinsum]()
 
     def record_all(plans: Plans) -> None:
         products.clear()
-        _contracted(plans, partial(Recorder, products))
+        _contracted(plans, partial(Recorder, products, sizes))
 
-    found = _verified(request, record_all, few=True)
+    found = _verified(request.of_others(partial(some, count=2)), record_all, few=True)
     assert found is not None
     plans, _ = found
     places = [find_places(plan, v.inputs) for plan, v in zip(plans.plans, plans.verifications, strict=True)]

@@ -6,6 +6,7 @@ from typing import ClassVar
 import pytest
 import torch
 from cases import BY_NAME, CustomParameter, Residual, TiedTransformer, mlp
+from conftest import batch_sizes
 from torch import nn
 
 from ggn_ntk import UnsupportedModelError, explain
@@ -50,7 +51,55 @@ def test_printed():
     columns = ["parameter", "operation", "module", "uses", "GFLOP", "MB", "order", "of", "contraction"]
     assert printed[1].split() == columns
     assert printed[2].startswith("4.weight   Linear     4       1 ")
-    assert printed[-1].startswith("total")
+    assert printed[-3].startswith("total")
+    assert printed[-1].startswith("3 x 3 samples: GFLOP: forward ")
+
+
+@pytest.mark.parametrize("capture", ["sequential", "autograd"])
+@pytest.mark.parametrize("compute", ["full", "trace"])
+def test_few_samples_tell_of_many(capture, compute):
+    model, x1, x2 = BY_NAME["tutorial_cnn_small"].build()
+    many, others = (x.repeat(20, 1, 1, 1) for x in (x1, x2))
+    for second, n2 in ((None, None), (x2, len(others))):
+        keywords = {"capture": capture, "compute": compute}
+        dry = explain(model, x1, second, n1=len(many), n2=n2, **keywords)
+        whole = explain(model, many, None if second is None else others, **keywords)
+        assert dry.contractions == whole.contractions
+        assert (dry.flops, dry.sizes) == (whole.flops, whole.sizes)
+        assert dry.flops.total > dry.flops.contraction == pytest.approx(sum(c.flops for c in dry.contractions))
+        assert dry.seconds > 0
+        assert dry.peak_bytes > 8 * len(many)
+
+
+def test_a_dry_run_evaluates_few_samples(monkeypatch):
+    model, x, _ = BY_NAME["tutorial_cnn_small"].build()
+    sizes = batch_sizes(monkeypatch)
+    explanation = explain(model, x.repeat(30, 1, 1, 1), n1=60_000, n2=50_000, compute="trace", memory="16GiB")
+    assert max(sizes) <= 4
+    assert 60_000 * 50_000 * 8 < explanation.peak_bytes < 2**36
+
+
+def test_memory_decides_on_blocks():
+    model, x, _ = BY_NAME["tutorial_cnn_small"].build()
+    unbounded, bounded = (explain(model, x, n1=200, compute="trace", memory=m) for m in (None, "1MB"))
+    assert unbounded.blocks is None
+    assert bounded.peak_bytes < unbounded.peak_bytes
+    assert bounded.flops.forward >= unbounded.flops.forward
+    assert "samples at a time" in str(bounded)
+
+
+@pytest.mark.parametrize(
+    ("keywords", "message"),
+    [
+        ({"n1": 0}, "n1 must be a positive integer"),
+        ({"n2": 2.5}, "n2 must be a positive integer"),
+        ({"n1": 5, "interacting": True}, "n1 goes with interacting=False alone"),
+        ({"n1": 5, "n2": 4, "paired": True}, "n1 and n2 must be the same with paired=True"),
+    ],
+)
+def test_sizes_that_are_none_are_errors(keywords, message):
+    with pytest.raises(ValueError, match=message):
+        explain(mlp(nn.Tanh)(), torch.randn(3, 5), **keywords)
 
 
 def test_other_models():
@@ -223,7 +272,7 @@ def test_rows_are_summed_by_module():
     assert block.memory == max(c.memory for c in own)
     printed = str(explanation).splitlines()
     assert printed[2].startswith("12 parameters     layer_norm, addmm, add, mm  block ")
-    assert len(printed) == 2 + 3 + 1
+    assert len(printed) == 2 + 3 + 1 + 2
     assert [row.module for row in explain(model, x, depth=2).rows][:2] == ["block.norm2", "block.linear2"]
     (row,) = explain(model, x, depth=0).rows
     assert row.flops == sum(c.flops for c in explanation.contractions)

@@ -1,0 +1,85 @@
+"""What a kernel takes, estimated from a few samples."""
+
+from math import prod
+from time import perf_counter
+from typing import NamedTuple
+
+import torch
+
+from ggn_ntk.jacobians.footprint import effort, measured
+from ggn_ntk.jacobians.plan import Plans
+from ggn_ntk.memory.budget import MemoryBudget, fits, room
+from ggn_ntk.memory.layout import Footprint, Layout, choose
+from ggn_ntk.models.independence import how_often
+from ggn_ntk.problem.request import Request
+
+# The share of a large product's rate at which contractions run, and the side of that product.
+_EFFICIENCY, _SIDE = 0.6, 1024
+
+
+class Estimate(NamedTuple):
+    """What a kernel takes: operations, bytes and seconds."""
+
+    forward: float
+    backward: float
+    contraction: float
+    peak_bytes: float
+    seconds: float
+    layout: Layout | None  # how samples are taken in blocks; ``None`` where all are evaluated together
+
+
+@torch.no_grad()
+def estimated(request: Request, plans: Plans, sizes: tuple[int, int], contraction: float) -> Estimate:
+    """Estimate what a kernel of N1 and N2 samples takes, given the operations of its contraction."""
+    sets = [of_set.x1 for of_set in plans.request.apart]
+    which = [min(i, len(plans.plans) - 1) for i in range(len(sets))]
+    few = list(zip(plans.plans, sets, strict=False))
+    of_plans, efforts_of_plans = [measured(*one) for one in few], [effort(*one) for one in few]
+    footprints, efforts = [of_plans[i] for i in which], [efforts_of_plans[i] for i in which]
+    axes, first = plans.axes, next(iter(request.params.values()))
+    samples = sizes[:1] if axes.paired else sizes
+    kernels = prod((*samples, *axes.shape)) * first.element_size()
+    params = sum(p.numel() * p.element_size() for p in request.params.values())
+    of_sets = sizes[: len(sets)]
+    layout = None
+    if not fits(sum(n * f.evaluated for n, f in zip(of_sets, footprints, strict=True)), first.device):
+        layout = choose(sizes, request.symmetric, axes, footprints, room(first.device) - kernels - 2 * params)
+    forward = backward = seconds = 0.0
+    for place, (n, found) in enumerate(zip(of_sets, efforts, strict=True)):
+        outputs = axes[place].out_shape.numel()
+        everyone = plans.verifications[which[place]].everyone
+        halves = how_often(request, n, outputs) if everyone else 0
+        again = 1.0 if layout is None else layout.evaluations(axes) / (sum(of_sets) * (1 + outputs))
+        evaluated, passed = n * (again + everyone + halves), n * (again * outputs + 2 * halves)
+        forward, backward = forward + evaluated * found.forward.flops, backward + passed * found.backward.flops
+        seconds += evaluated * found.forward.seconds + passed * found.backward.seconds + found.call * (1 + everyone)
+    rate = _EFFICIENCY * _rate(first)
+    bytes_ = _peak(of_sets, footprints, layout, axes_outputs=max(side.out_shape.numel() for side in axes), like=first)
+    peak = kernels * (3 if request.symmetric else 2) + bytes_ + (2 * params if layout is not None else params)
+    return Estimate(forward, backward, contraction, peak, seconds + contraction / rate, layout)
+
+
+def _peak(
+    sizes: tuple[int, ...], footprints: list[Footprint], layout: Layout | None, *, axes_outputs: int, like: torch.Tensor
+) -> float:
+    """Count the bytes of what is held of samples at the peak."""
+    budget = MemoryBudget.of(like.device)
+    if layout is not None:
+        held = footprints[min(layout.stays, len(footprints) - 1)].kept(layout.outputs)
+        strip = min(layout.strip, layout.sizes[layout.stays])
+        working = max(f.working(layout.outputs) for f in footprints)
+        return strip * held + min(layout.block, max(layout.sizes)) * working
+    kept = sum(n * f.evaluated for n, f in zip(sizes, footprints, strict=True))
+    passing = sum(n * f.passing for n, f in zip(sizes, footprints, strict=True))
+    return kept + min(axes_outputs * passing, max(passing, budget.backpropagated))
+
+
+def _rate(like: torch.Tensor) -> float:
+    """Measure the operations a second of a matrix product."""
+    a = like.new_ones(_SIDE, _SIDE)
+    times = []
+    for _ in range(3):
+        start = perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        times.append(perf_counter() - start)
+    return 2 * _SIDE**3 / min(times)
