@@ -305,7 +305,8 @@ def _explanation(request: Request, method: str, sizes: tuple[int, int]) -> Expla
                 raise
             return Explanation("jacobian_contraction", problems=tuple(error.problems))
         contractions = tuple(_contractions(request, recorded, sizes))
-        cost = estimated(request, recorded.plans, sizes, sum(c.flops for c in contractions))
+        flops, largest = sum(c.flops for c in contractions), max((c.memory for c in contractions), default=0.0)
+        cost = estimated(request, recorded.plans, sizes, flops, largest)
     plans, places = recorded.plans, recorded.places
     fallback = plans.fallback
     entries = {name: p.numel() for name, p in request.params.items()}

@@ -29,8 +29,9 @@ class Estimate(NamedTuple):
 
 
 @torch.no_grad()
-def estimated(request: Request, plans: Plans, sizes: tuple[int, int], contraction: float) -> Estimate:
-    """Estimate what a kernel of N1 and N2 samples takes, given the operations of its contraction."""
+def estimated(request: Request, plans: Plans, sizes: tuple[int, int], contraction: float, largest: float) -> Estimate:
+    """Estimate what a kernel of N1 and N2 samples takes."""
+    # contraction: its operations; largest: bytes of its largest intermediate result, were it not made in blocks
     sets = [of_set.x1 for of_set in plans.request.apart]
     which = [min(i, len(plans.plans) - 1) for i in range(len(sets))]
     few = list(zip(plans.plans, sets, strict=False))
@@ -54,24 +55,25 @@ def estimated(request: Request, plans: Plans, sizes: tuple[int, int], contractio
         forward, backward = forward + evaluated * found.forward.flops, backward + passed * found.backward.flops
         seconds += evaluated * found.forward.seconds + passed * found.backward.seconds + found.call * (1 + everyone)
     rate = _EFFICIENCY * _rate(first)
-    bytes_ = _peak(of_sets, footprints, layout, axes_outputs=max(side.out_shape.numel() for side in axes), like=first)
-    peak = kernels * (3 if request.symmetric else 2) + bytes_ + (2 * params if layout is not None else params)
+    # A symmetric kernel is added to its transpose. Verification has gradients of all parameters in two halves.
+    held = _held(of_sets, footprints, layout, outputs=max(side.out_shape.numel() for side in axes), like=first)
+    budget = MemoryBudget.of(first.device)
+    working = min(largest, budget.rows + budget.columns)
+    peak = kernels * (3 if request.symmetric else 2) + 2 * params + held + working
     return Estimate(forward, backward, contraction, peak, seconds + contraction / rate, layout)
 
 
-def _peak(
-    sizes: tuple[int, ...], footprints: list[Footprint], layout: Layout | None, *, axes_outputs: int, like: torch.Tensor
+def _held(
+    sizes: tuple[int, ...], footprints: list[Footprint], layout: Layout | None, *, outputs: int, like: torch.Tensor
 ) -> float:
     """Count the bytes of what is held of samples at the peak."""
-    budget = MemoryBudget.of(like.device)
     if layout is not None:
-        held = footprints[min(layout.stays, len(footprints) - 1)].kept(layout.outputs)
-        strip = min(layout.strip, layout.sizes[layout.stays])
+        kept = footprints[min(layout.stays, len(footprints) - 1)].kept(layout.outputs)
         working = max(f.working(layout.outputs) for f in footprints)
-        return strip * held + min(layout.block, max(layout.sizes)) * working
+        return min(layout.strip, layout.sizes[layout.stays]) * kept + min(layout.block, max(layout.sizes)) * working
     kept = sum(n * f.evaluated for n, f in zip(sizes, footprints, strict=True))
     passing = sum(n * f.passing for n, f in zip(sizes, footprints, strict=True))
-    return kept + min(axes_outputs * passing, max(passing, budget.backpropagated))
+    return kept + min(outputs * passing, max(passing, MemoryBudget.of(like.device).backpropagated))
 
 
 def _rate(like: torch.Tensor) -> float:
