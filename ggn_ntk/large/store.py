@@ -345,7 +345,7 @@ def _info(path: FilePath) -> dict[str, Any]:
     try:
         found = json.loads((path / "zarr.json").read_text())["attributes"][_NAME]
     except (OSError, ValueError, KeyError, TypeError):
-        raise ValueError(f"{path} is no store of a kernel: name a folder that is not there.") from None
+        raise ValueError(f"{path} is no store of a kernel: name one, or, to make it, a new folder.") from None
     if found["format"] != _FORMAT:
         raise ValueError(
             f"{path} was written by ggn_ntk {found['versions']['ggn_ntk']} in format {found['format']}, and this one "

@@ -119,7 +119,7 @@ def check_output(output: object, n: int) -> Tensor:
         raise NoTensorError.of(output)
     if output.ndim == 0 or len(output) != n or output.numel() == 0:
         what = f"its output for {n} sample{'s' * (n > 1)} has shape {list(output.shape)}"
-        problem = Problem("", what, "Its leading axis must be the samples, and it must not be empty")
+        problem = Problem("", what, "Its leading axis must be the samples (a loss for each), and it must not be empty")
     elif output.dtype not in TOLERANCES:
         problem = Problem(
             "", f"its output is {output.dtype}", "Outputs must be float32 or float64: output= may convert them"

@@ -44,7 +44,9 @@ def check_entries(kernel: Any, argument: str) -> Tensor:
         raise ValueError(f"{argument} must have shape [N1, N2, ...] and not be empty, got {list(entries.shape)}.")
     # a finite sum has finite summands, and is fast; that of finite ones may overflow
     if not entries.sum().isfinite() and not entries.isfinite().all():
-        raise ValueError(f"{argument} holds numbers that are not finite.")
+        raise ValueError(
+            f"{argument} holds numbers that are not finite. Tiles that are missing() from a store are NaN."
+        )
     return entries
 
 
