@@ -7,7 +7,7 @@ the others stream by once for each strip; or fewer outputs pass back at a time, 
 the next ones. What evaluates least is taken.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
@@ -92,21 +92,14 @@ def choose(
 ) -> Layout:
     """Choose the layout that evaluates least within so many bytes beside the kernel."""
     # footprints of x1, and of x2 if it is another set
-    found = list(_possible(sizes, symmetric, axes, footprints, memory))
-    return min(found, key=lambda layout: layout.evaluations(axes))
-
-
-def _possible(
-    sizes: tuple[int, int], symmetric: bool, axes: KernelAxes, footprints: Sequence[Footprint], memory: float
-) -> Iterator[Layout]:
-    """List layouts that keep to so many bytes; the one that takes least in any case."""
     most = max(side.roles.diagonal * side.roles.free * side.roles.traced for side in axes)
-    outputs, free = most, max(axes.shape[1:])
-    while outputs:
+    free, possible, outputs = max(axes.shape[1:]), list[Layout](), most
+    while outputs and (-(-2 * free // outputs)) ** 2 <= max(_CHUNKS, 4):  # pairs of parts of the free outputs
         for stays in (0,) if symmetric else (0, 1):
-            strip = int(_HELD * memory / footprints[min(stays, len(footprints) - 1)].kept(outputs))
-            block = int(_EVALUATED * memory / max(f.working(outputs) for f in footprints))
-            parts = -(-2 * free // outputs) if free > outputs else 1
-            if outputs == 1 or (strip >= 2 and block >= 2 and parts**2 <= _CHUNKS):
-                yield Layout(sizes, symmetric, stays, max(2, strip), max(2, block), outputs)
+            strip = int(_HELD * memory / max(1, footprints[min(stays, len(footprints) - 1)].kept(outputs)))
+            block = int(_EVALUATED * memory / max(1, *(f.working(outputs) for f in footprints)))
+            smallest = Layout(sizes, symmetric, stays, max(2, strip), max(2, block), outputs)
+            if strip >= 2 and block >= 2:
+                possible.append(smallest)
         outputs //= 2
+    return min(possible, key=lambda layout: layout.evaluations(axes)) if possible else smallest

@@ -199,3 +199,10 @@ def test_the_cheapest_layout_within_memory_is_chosen():
     assert less.evaluations(axes) > everything.evaluations(axes)
     # Of two sets the small one stays, and the other streams by once.
     assert choose((500, 20), False, axes, footprint, 10**4).stays == 1
+
+
+def test_a_layout_is_found_in_no_memory_and_of_many_outputs():
+    axes = AxesRequest.parse("full", None, None).resolve(torch.Size([1000]), torch.Size([1000]))
+    layout = choose((50, 50), True, axes, [Footprint(100, 10, 10, 10)], memory=-1.0)
+    assert (layout.strip, layout.block) == (2, 2)
+    assert len(layout.chunks(axes)) <= 2**10
