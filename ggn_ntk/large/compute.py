@@ -8,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 from torch.nn import Module
 
 from ggn_ntk.kernels.outputs import nngp
 from ggn_ntk.kernels.prepared import empirical_ntk_fn
+from ggn_ntk.large.axes import is_pair, output_axes
 from ggn_ntk.large.plan import Path, Plan, Tile
 from ggn_ntk.large.samples import Samples
 from ggn_ntk.large.store import KernelStore
@@ -103,26 +104,12 @@ class Job:
     def _transposed(self, numbers: Numbers) -> Numbers:
         """Exchange x1 and x2 in kernels of a set with itself."""
         found = {}
-        for keys, kernel in numbers.items():
-            source = keys
-            if keys and isinstance(keys[-1], tuple):  # a pair of outputs, each of which is now the other's
-                u, v = keys[-1]
-                source, twice = (*keys[:-1], (v, u)), (*keys[:-1], (v, v))
-                order = exchanged(kernel.ndim, first=len(self.plan.forms[twice].outputs) // 2)
-            else:
-                order = self._exchanged(kernel.ndim)
+        for keys in numbers:
+            source = (*keys[:-1], keys[-1][::-1]) if is_pair(keys) else keys  # each output is now the other's
+            first, second = output_axes(source, self.plan.forms, self.axes)
+            order = [1, 0, *second, *(axis for axis in first if axis not in second)]
             found[keys] = numbers[source].transpose(order)
         return found
-
-    def _exchanged(self, ndim: int) -> list[int]:
-        """Order the axes of one kernel so that x1 and x2 are exchanged."""
-        if self.axes.compute != "full":
-            return [1, 0, *range(2, ndim)]
-        outputs = (ndim - 2 + 2 * len(self.axes.trace_axes) + len(self.axes.diagonal_axes)) // 2
-        side = self.axes.resolve(Size([1] * outputs)).first
-        kept, free = list(side.kept), list(side.free)
-        first = [2 + kept.index(axis) if axis in side.diagonal else 2 + len(kept) + free.index(axis) for axis in kept]
-        return [1, 0, *first, *(2 + kept.index(axis) for axis in free)]
 
 
 class Strip:
@@ -148,11 +135,6 @@ def by_keys(result: Any, keys: Path = ()) -> dict[Path, Tensor]:
     if isinstance(result, Tensor):
         return {keys: result}
     return {k: kernel for key, part in result.items() for k, kernel in by_keys(part, (*keys, key)).items()}
-
-
-def exchanged(ndim: int, first: int) -> list[int]:
-    """Order the axes of a kernel, of which so many are x1's outputs, so that x1 and x2 are exchanged."""
-    return [1, 0, *range(2 + first, ndim), *range(2, 2 + first)]
 
 
 def done_in(store: KernelStore, tile: Tile) -> bool:

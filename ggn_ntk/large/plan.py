@@ -76,6 +76,11 @@ class Plan:
         """List the tiles that are computed, strip by strip."""
         return (Tile(row, column) for row in self.strips for column in self.columns(row))
 
+    def places(self) -> Iterator[Tile]:
+        """List all tiles, row by row, mirrored ones too."""
+        rows, columns = self.grid
+        return (Tile(row, column) for row in range(rows) for column in range(columns))
+
     def mirror(self, tile: Tile) -> Tile | None:
         """Find the tile that is this one, transposed; there is none for tiles on the diagonal."""
         mirrored = self.symmetric and not self.paired and tile.row != tile.column

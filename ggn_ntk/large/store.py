@@ -15,8 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ggn_ntk.large.axes import is_pair, output_axes
 from ggn_ntk.large.plan import Form, Path, Plan, Tile
 from ggn_ntk.problem.errors import listed
+from ggn_ntk.problem.output_axes import AxesRequest
 
 _T = TypeVar("_T")
 
@@ -164,9 +166,7 @@ class KernelStore:
         Returns:
             Their places in the grid of tiles, row and column; mirrored ones too.
         """
-        rows, columns = self.plan.grid
-        every = (Tile(row, column) for row in range(rows) for column in range(columns))
-        return [tile for tile in every if not self.has(tile)]
+        return [tile for tile in self.plan.places() if not self.has(tile)]
 
     @property
     def complete(self) -> bool:
@@ -187,15 +187,49 @@ class KernelStore:
         """
         return all(self._is_there(array, tile) for array in self._arrays.values())
 
+    def read(self, tile: Tile) -> np.ndarray[Any, Any]:
+        """Read a tile of one kernel; internal.
+
+        Args:
+            tile: Its place.
+
+        Returns:
+            Its numbers.
+
+        Raises:
+            StoreError: If it is missing or damaged.
+        """
+        array = self._arrays[self._at]
+        if not self._is_there(array, tile):
+            raise StoreError(f"{self._file(array, tile)} is missing: the call that made the store computes it anew.")
+        return self._read(array, tile)
+
+    def axes(self) -> tuple[list[int], list[int]]:
+        """Find the axes of one kernel that are outputs of x1, and of x2; diagonal ones are of both; internal.
+
+        Returns:
+            Their places.
+
+        Raises:
+            ValueError: If it is not known.
+        """
+        keywords = self._info["keywords"]
+        summed, diagonal = (keywords[name] or None for name in ("trace_axes", "diagonal_axes"))
+        return output_axes(self._at, self.plan.forms, AxesRequest.parse(keywords["compute"], summed, diagonal))
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether one kernel is its own transpose; internal."""
+        return self.plan.symmetric and not (is_pair(self._at) and len(set(self._at[-1])) > 1)
+
     def verify(self) -> dict[Tile, str]:
         """Read every tile.
 
         Returns:
             What is wrong, by place: tiles that are missing, damaged, or hold NaN.
         """
-        rows, columns = self.plan.grid
         found = {}
-        for tile in (Tile(row, column) for row in range(rows) for column in range(columns)):
+        for tile in self.plan.places():
             try:
                 if not self.has(tile):
                     found[tile] = "missing"

@@ -13,13 +13,15 @@ from ggn_ntk.spectrum.matrix import as_matrix
 if TYPE_CHECKING:
     from ggn_ntk.operators.jacobian_operator import JacobianOperator, TransposedJacobianOperator
     from ggn_ntk.operators.ntk_operator import NTKOperator
+    from ggn_ntk.operators.store_operator import StoreOperator
 
-__all__ = ["JacobianOperator", "NTKOperator", "TransposedJacobianOperator", "as_matrix"]
+__all__ = ["JacobianOperator", "NTKOperator", "StoreOperator", "TransposedJacobianOperator", "as_matrix"]
 
 # Names whose modules are imported at their first use, since they need curvlinops.
 _LAZY = {
     "JacobianOperator": "ggn_ntk.operators.jacobian_operator",
     "NTKOperator": "ggn_ntk.operators.ntk_operator",
+    "StoreOperator": "ggn_ntk.operators.store_operator",
     "TransposedJacobianOperator": "ggn_ntk.operators.jacobian_operator",
 }
 

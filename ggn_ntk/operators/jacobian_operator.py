@@ -2,8 +2,9 @@
 
 from torch import Size, Tensor
 
+from ggn_ntk.operators.model_operator import ModelOperator
 from ggn_ntk.operators.side import Side
-from ggn_ntk.operators.tensor_operator import TensorOperator, in_parts
+from ggn_ntk.operators.tensor_operator import in_parts
 from ggn_ntk.problem.request import Request
 
 
@@ -12,7 +13,7 @@ def _shapes(request: Request) -> list[Size]:
     return [p.shape for p in request.params.values()]
 
 
-class JacobianOperator(TensorOperator):
+class JacobianOperator(ModelOperator):
     """The Jacobian ``[N C, P]`` of a model: what :meth:`NTKOperator.jacobian` returns.
 
     Its vectors are parameters, flat ``[P]`` in the order of ``params``, or in a list of their shapes.
@@ -33,7 +34,7 @@ class JacobianOperator(TensorOperator):
         return TransposedJacobianOperator(self._request, self._side)
 
 
-class TransposedJacobianOperator(TensorOperator):
+class TransposedJacobianOperator(ModelOperator):
     """The adjoint ``[P, N C]`` of a :class:`JacobianOperator`."""
 
     def __init__(self, request: Request, side: Side) -> None:

@@ -11,15 +11,16 @@ from ggn_ntk.memory.budget import check_dtypes
 from ggn_ntk.models.independence import look
 from ggn_ntk.models.requirements import configuration_problems, warn_of_statistics
 from ggn_ntk.operators.jacobian_operator import JacobianOperator
+from ggn_ntk.operators.model_operator import ModelOperator, products_of
 from ggn_ntk.operators.side import Side
-from ggn_ntk.operators.tensor_operator import TensorOperator, in_parts, products_of
+from ggn_ntk.operators.tensor_operator import in_parts
 from ggn_ntk.problem.errors import UnsupportedModelError
 from ggn_ntk.problem.functions import Model, Params
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Pick, Request
 
 
-class KernelOperator(TensorOperator):
+class KernelOperator(ModelOperator):
     """The kernel of two sides that were looked at."""
 
     def __init__(self, request: Request, rows: Side, columns: Side) -> None:

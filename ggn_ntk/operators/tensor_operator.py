@@ -1,62 +1,33 @@
-"""What the operators of a model have in common: the forms of vectors that they take, and a session for each product."""
+"""What operators have in common: the forms of vectors that they take, and a session for each product."""
 
-from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
-from functools import reduce
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from typing import Any
 
 import torch
-from torch import Size, Tensor
+from torch import Tensor
 
-from ggn_ntk.memory.budget import explained, limited
-from ggn_ntk.models.isolation import isolated
-from ggn_ntk.models.structure import structure_of
 from ggn_ntk.operators.curvlinops_internals import IdentityLinearOperator, PyTorchLinearOperator
 from ggn_ntk.problem.errors import kind_of
-from ggn_ntk.problem.functions import shared_by
-from ggn_ntk.problem.request import Request
-from ggn_ntk.process.transforms import is_wrapped, outside_of_transforms
-from ggn_ntk.process.turns import alone_with
+from ggn_ntk.process.transforms import is_wrapped
 
 _WHAT = "What an operator multiplies"
-
-
-@contextmanager
-def products_of(request: Request) -> Iterator[None]:
-    """Open a session for products with a model's Jacobian, and explain errors about memory."""
-    what, helps = "products with vectors", "What helps: memory= (say '2GiB') or a smaller batch_size."
-    with (
-        outside_of_transforms(),
-        isolated(request.model),
-        explained(lambda: what, helps),
-        limited(request.memory),
-    ):
-        yield
-
-
-def _structure_of(request: Request) -> Hashable:
-    """Describe a model while no other thread evaluates it with exchanged parameters."""
-    with alone_with(request.model, shared_by(request.model)):
-        return structure_of(request.model, request.params)
 
 
 class TensorOperator(PyTorchLinearOperator):
     """An operator between outputs ``[N, *out]`` of a model, or its parameters."""
 
-    def __init__(self, request: Request, in_shape: list[Size], out_shape: list[Size]) -> None:
-        """Set up, for a model that was looked at."""
-        super().__init__(in_shape, out_shape)
-        self._request, self._structure = request, _structure_of(request)
+    _owner = "the operator"  # what vectors have the dtype and the device of
 
     @property
     def dtype(self) -> torch.dtype:
-        """The widest dtype of the parameters, which vectors must have."""
-        return reduce(torch.promote_types, (p.dtype for p in self._request.params.values()))
+        """The dtype that vectors must have."""
+        raise NotImplementedError
 
     @property
     def device(self) -> torch.device:
-        """The device of the parameters, where vectors must be."""
-        return next(iter(self._request.params.values())).device
+        """The device where vectors must be."""
+        raise NotImplementedError
 
     def __matmul__(self, other: Any) -> Any:
         """Multiply vectors, or another operator.
@@ -100,20 +71,19 @@ class TensorOperator(PyTorchLinearOperator):
         return IdentityLinearOperator(self._in_shape, self.device, self.dtype)
 
     def _matmat(self, X: list[Tensor]) -> list[Tensor]:  # noqa: N803 - curvlinops calls it so
-        """Multiply K vectors, in a session for the model."""
+        """Multiply K vectors, in a session."""
         # [*in, K] -> [*out, K]
         for x in X:
             self._check(x)
-        if _structure_of(self._request) != self._structure:
-            raise ValueError(
-                "The model has changed since the operator was made: its modules, their options, hooks or training "
-                "flags, or which parameters require a gradient. Make a new operator."
-            )
-        if not X[0].shape[-1]:
-            return [X[0].new_empty(*shape, 0) for shape in self._out_shape]
-        with products_of(self._request):
+        with self._session():
+            if not X[0].shape[-1]:
+                return [X[0].new_empty(*shape, 0) for shape in self._out_shape]
             rows = [(x.clone() if x.is_inference() else x.detach()).movedim(-1, 0) for x in X]
             return [y.to(self.dtype).movedim(0, -1) for y in self._multiplied(rows)]
+
+    def _session(self) -> AbstractContextManager[None]:
+        """Prepare for products, and leave all as found."""
+        raise NotImplementedError
 
     def _multiplied(self, rows: list[Tensor]) -> list[Tensor]:
         """Multiply K vectors."""
@@ -121,13 +91,13 @@ class TensorOperator(PyTorchLinearOperator):
         raise NotImplementedError
 
     def _check(self, x: Tensor) -> None:
-        """Refuse vectors that the parameters do not go with, or whose products would lose a graph."""
+        """Refuse vectors of another dtype or device, and those whose products would lose a graph."""
         if is_wrapped(x):
             raise ValueError(f"{_WHAT} is what a torch.func transform makes of a tensor: compute products outside.")
         for what in ("dtype", "device"):
             given, wanted = getattr(x, what), getattr(self, what)
             if given != wanted:
-                raise ValueError(f"{_WHAT} must have the {what} of the parameters, {wanted}, got {given}.")
+                raise ValueError(f"{_WHAT} must have the {what} of {self._owner}, {wanted}, got {given}.")
         if x.requires_grad and torch.is_grad_enabled():
             raise ValueError(f"{_WHAT} requires a gradient, but products carry no graph: pass it with detach().")
 
