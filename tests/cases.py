@@ -1,5 +1,6 @@
 """One list of small models and inputs that every test walks."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -107,7 +108,10 @@ def conv_net(dim: int, features: int, head: int, transpose: bool = False, **opti
 def pool_net(pool: nn.Module, head: int, dim: int = 2) -> Callable[[], nn.Module]:
     """A convolution to three channels, pooling and a linear layer on ``head`` features."""
     layer = getattr(nn, f"Conv{dim}d")
-    return sequential(lambda: layer(2, 3, 3), nn.ReLU, lambda: pool, nn.Flatten, lambda: nn.Linear(head, 3))
+    # A copy: what extends a model would extend that of all others.
+    return sequential(
+        lambda: layer(2, 3, 3), nn.ReLU, lambda: copy.deepcopy(pool), nn.Flatten, lambda: nn.Linear(head, 3)
+    )
 
 
 def mlp(activation: Callable[[], nn.Module]) -> Callable[[], nn.Module]:

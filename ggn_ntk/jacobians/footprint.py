@@ -10,8 +10,11 @@ from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from ggn_ntk.contraction.gathered import Gathered
-from ggn_ntk.jacobians.plan import Plan
+from ggn_ntk.jacobians.plan import Plan, Side
+from ggn_ntk.jacobians.recording import record
 from ggn_ntk.memory.layout import Footprint
+from ggn_ntk.models.autograd_graph import graph_bytes
+from ggn_ntk.problem.errors import is_out_of_memory
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.process.torch_internals import OperationMode, storage_id
 
@@ -23,17 +26,29 @@ _NOTHING = nullcontext[Any]()
 
 def measured(plan: Plan, inputs: Inputs) -> Footprint:
     """Evaluate a few samples, pass one output back, or two, and see what is kept."""
-    n, own = len(inputs), {storage_id(p) for p in plan.request.model.parameters()}
-    with _saved() as saved:
-        side = plan.evaluate(inputs)
-    storages = {storage_id(t): t.untyped_storage().nbytes() for t in (*saved, *side.kept)}
-    evaluated = sum(size for place, size in storages.items() if place not in own)
+    n = len(inputs)
+    side, evaluated = _evaluated(plan, inputs)
     outputs = torch.arange(min(2, side.output[0].numel()))
     passing, gathered = side.numel * side.output.element_size(), Gathered(n)
     steps = side.steps(outputs, lambda *_: None, again=False)
     gathered.put(slice(0, n), (step.jacobians() for step in steps))
     held, by_output = (gathered.nbytes(of_outputs=of_outputs) for of_outputs in (False, True))
     return Footprint(evaluated / n, passing / n, held / n, by_output / n / len(outputs))
+
+
+def _evaluated(plan: Plan, inputs: Inputs) -> tuple[Side, int]:
+    """Evaluate samples, and count the bytes that are kept."""
+    own = {storage_id(p) for p in plan.request.model.parameters()}
+    try:
+        with _saved() as saved:
+            side = plan.evaluate(inputs)
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+        # Transforms inside of a model let nothing see what they save: all that is computed on the way is counted.
+        return plan.evaluate(inputs), graph_bytes(record(plan.request, inputs).output)
+    storages = {storage_id(t): t.untyped_storage().nbytes() for t in (*saved, *side.kept)}
+    return side, sum(size for place, size in storages.items() if place not in own)
 
 
 class Work(NamedTuple):

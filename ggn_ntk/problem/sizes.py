@@ -29,6 +29,4 @@ def shown(size: float) -> str:
     """Write a number of bytes for a message."""
     if size >= 2**40:
         return f"{size / 2**40:.2f} TiB"
-    if size >= 2**30:
-        return f"{size / 2**30:.2f} GiB"
-    return f"{size / 2**20:.1f} MiB" if size >= 2**20 else f"{size / 2**10:.1f} KiB"
+    return f"{size / 2**30:.2f} GiB" if size >= 2**30 else f"{size / 2**20:.1f} MiB"

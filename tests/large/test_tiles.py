@@ -458,7 +458,7 @@ def test_bad_arguments(tmp_path):
 def test_a_kernel_that_the_disk_has_no_room_for(tmp_path, monkeypatch):
     usage = shutil.disk_usage(tmp_path)._replace(free=100)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(KernelMemoryError, match=r"and the disk of .* has 0.1 KiB left"):
+    with pytest.raises(KernelMemoryError, match=r"and the disk of .* has 0.0 MiB left"):
         tiled_ntk(network(), torch.randn(4, 3).double(), store=tmp_path / "k")
 
 

@@ -579,8 +579,8 @@ def test_wanted_complex_parameters_are_refused(method):
 def test_explanations_hold_no_tensors(build, monkeypatch):
     recorded = []
 
-    def recording(request):
-        found = recorded_products(request)
+    def recording(request, sizes):
+        found = recorded_products(request, sizes)
         recorded.extend(found.products)
         return found
 
