@@ -153,7 +153,7 @@ class Recorder(Accumulator):
     """Takes products of Jacobians down, with the shapes of their operands alone, instead of contracting them."""
 
     def __init__(self, products: list[NamedEinsum], sizes: Sequence[int], *args: Any) -> None:
-        """Set up, to append to a list; as if there were N1 samples, and N2 if x2 is another set."""
+        """Set up, to append to a list; as if there were N1 and N2 samples."""
         super().__init__(*args)
         self._products, self._sizes = products, sizes
         self.n1 = None if self.n1 is None else sizes[0]

@@ -1,20 +1,16 @@
 """How much memory and work a sample takes, measured on a few."""
 
-from collections.abc import Iterator
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import AbstractContextManager, nullcontext
 from time import perf_counter
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
 from torch.utils.flop_counter import flop_registry
 
 from ggn_ntk.contraction.gathered import Gathered
-from ggn_ntk.jacobians.plan import Plan, Side
-from ggn_ntk.jacobians.recording import record
+from ggn_ntk.jacobians.plan import Plan
 from ggn_ntk.memory.layout import Footprint
-from ggn_ntk.models.autograd_graph import graph_bytes
-from ggn_ntk.problem.errors import is_out_of_memory
+from ggn_ntk.models.sizes import kept_by
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.process.torch_internals import OperationMode, storage_id
 
@@ -27,28 +23,14 @@ _NOTHING = nullcontext[Any]()
 def measured(plan: Plan, inputs: Inputs) -> Footprint:
     """Evaluate a few samples, pass one output back, or two, and see what is kept."""
     n = len(inputs)
-    side, evaluated = _evaluated(plan, inputs)
+    side, evaluated = kept_by(lambda: plan.evaluate(inputs), plan.request.model.parameters())
+    evaluated += sum({storage_id(t): t.untyped_storage().nbytes() for t in side.kept}.values())
     outputs = torch.arange(min(2, side.output[0].numel()))
     passing, gathered = side.numel * side.output.element_size(), Gathered(n)
     steps = side.steps(outputs, lambda *_: None, again=False)
     gathered.put(slice(0, n), (step.jacobians() for step in steps))
     held, by_output = (gathered.nbytes(of_outputs=of_outputs) for of_outputs in (False, True))
     return Footprint(evaluated / n, passing / n, held / n, by_output / n / len(outputs))
-
-
-def _evaluated(plan: Plan, inputs: Inputs) -> tuple[Side, int]:
-    """Evaluate samples, and count the bytes that are kept."""
-    own = {storage_id(p) for p in plan.request.model.parameters()}
-    try:
-        with _saved() as saved:
-            side = plan.evaluate(inputs)
-    except RuntimeError as error:
-        if is_out_of_memory(error):
-            raise
-        # Transforms inside of a model let nothing see what they save: all that is computed on the way is counted.
-        return plan.evaluate(inputs), graph_bytes(record(plan.request, inputs).output)
-    storages = {storage_id(t): t.untyped_storage().nbytes() for t in (*saved, *side.kept)}
-    return side, sum(size for place, size in storages.items() if place not in own)
 
 
 class Work(NamedTuple):
@@ -118,16 +100,3 @@ class _Counter(OperationMode):
         if count is not None:
             self.flops += count(*args, **(kwargs or {}), out_val=result)
         return result
-
-
-@contextmanager
-def _saved() -> Iterator[list[Tensor]]:
-    """Take down the tensors that graphs keep."""
-    found: list[Tensor] = []
-
-    def take(x: Tensor) -> Tensor:
-        found.append(x)
-        return x
-
-    with torch.autograd.graph.saved_tensors_hooks(take, lambda x: x):
-        yield found

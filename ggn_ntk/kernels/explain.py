@@ -297,9 +297,7 @@ def _explanation(request: Request, method: str, sizes: tuple[int, int]) -> Expla
     # sizes N1 and N2
     with session(request):
         try:
-            recorded = recorded_products(
-                request, sizes if request.x2 is not None or request.apart != [request] else sizes[:1]
-            )
+            recorded = recorded_products(request, sizes)
         except UnsupportedRouteError as error:
             if method == "structured":
                 raise

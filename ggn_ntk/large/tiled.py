@@ -17,9 +17,10 @@ from ggn_ntk.large.executors import find_workers, run
 from ggn_ntk.large.plan import Cost, Form, Path, Plan, check_tile, choose_tile
 from ggn_ntk.large.samples import Samples, parse_samples
 from ggn_ntk.large.store import KernelStore, create, remove, sweep
-from ggn_ntk.memory.budget import MemoryBudget, available
+from ggn_ntk.memory.budget import MemoryBudget, room
 from ggn_ntk.models.evaluation import evaluate
 from ggn_ntk.models.isolation import isolated
+from ggn_ntk.models.sizes import kept_by
 from ggn_ntk.problem.errors import KernelMemoryError, listed
 from ggn_ntk.problem.functions import Model, Params
 from ggn_ntk.problem.inputs import parts_of
@@ -27,13 +28,10 @@ from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Pick, Request
 from ggn_ntk.problem.sizes import parse_bytes, shown
 from ggn_ntk.process.progress import Wanted, check_progress
-from ggn_ntk.process.torch_internals import storage_id, tree_leaves
+from ggn_ntk.process.torch_internals import tree_leaves
 
 _KINDS = ("ntk", "nngp")
 _DTYPES = ("float32", "float64")
-
-# What is left to others of the memory that is free.
-_RESERVE = 0.2
 
 
 def tiled_ntk(
@@ -302,7 +300,7 @@ def _plan(
         keys: Form(tuple(kernel.shape[1 if paired else 2 :]), stored or str(kernel.dtype).removeprefix("torch."))
         for keys, kernel in found.items()
     }
-    memory = limit or int((1 - _RESERVE) * (available(_device_of(request.model, None)) or 2**40))
+    memory = limit or int(min(room(_device_of(request.model, None)), 2**40))
     cost = _cost(request, forms)
     if tile is None:
         tile = choose_tile(samples, cost, memory, symmetric=request.symmetric)
@@ -318,18 +316,11 @@ def _plan(
 def _cost(request: Request, forms: Mapping[Path, Form]) -> Cost:
     """Measure what autograd keeps of one sample's evaluation: ``s`` is as large for each output."""
     batch = request.batches[0].few()
-    held = {storage_id(t) for t in (*batch.model.parameters(), *batch.model.buffers())}
-    kept: dict[int, int] = {}
-
-    def keep(tensor: Tensor) -> Tensor:
-        if storage_id(tensor) not in held:
-            kept[storage_id(tensor)] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    with isolated(batch.model), torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
-        output = evaluate(batch, None, batch.x1)
+    model = batch.model
+    with isolated(model), torch.enable_grad():
+        output, forward = kept_by(lambda: evaluate(batch, None, batch.x1), (*model.parameters(), *model.buffers()))
     device = next(iter(batch.x1.tensors.values())).device
-    forward, most = sum(kept.values()), MemoryBudget.of(device).backpropagated
+    most = MemoryBudget.of(device).backpropagated
     outputs = sum(x.numel() for x in tree_leaves(output) if isinstance(x, Tensor))
     return Cost(forms, request.axes.paired, forward, forward * outputs, most)
 

@@ -23,7 +23,7 @@ from ggn_ntk.jacobians.trial import DIFFERS
 from ggn_ntk.jacobians.verification import diagnosed
 from ggn_ntk.memory.blocks import split
 from ggn_ntk.memory.budget import MemoryBudget, room
-from ggn_ntk.memory.layout import Layout, choose
+from ggn_ntk.memory.layout import Footprint, Layout, choose
 from ggn_ntk.methods.reference import contract_jacobians
 from ggn_ntk.models.requirements import check_model
 from ggn_ntk.problem.errors import NotCapturedError, RouteWarning, warn
@@ -77,13 +77,27 @@ def warn_of_wrong_rules(fallback: dict[str, str]) -> None:
 
 def _layout(request: Request, known: Plans) -> Layout:
     """Choose how samples are taken, from what a few of them take."""
-    axes, first = known.axes, next(iter(request.params.values()))
     footprints = [measured(plan, of_set.x1) for plan, of_set in zip(known.plans, known.request.apart, strict=False)]
-    sizes = len(request.x1), len(request.second)
-    # Beside what samples take there are the kernels, and gradients of all parameters in two halves.
-    kernels = prod((*request.sample_axes, *axes.shape)) * first.element_size() * len(request.grouped())
-    gradients = 2 * sum(p.numel() * p.element_size() for p in request.params.values())
-    return choose(sizes, request.symmetric, axes, footprints, room(first.device) - kernels - gradients)
+    return layout_for(request, known.axes, (len(request.x1), len(request.second)), footprints)
+
+
+def layout_for(request: Request, axes: KernelAxes, sizes: tuple[int, int], footprints: Sequence[Footprint]) -> Layout:
+    """Choose how N1 and N2 samples are taken, from what each takes."""
+    beside = bytes_of_kernels(request, axes, sizes) + bytes_of_gradients(request)
+    device = next(iter(request.params.values())).device
+    return choose(sizes, request.symmetric, axes, footprints, room(device) - beside)
+
+
+def bytes_of_kernels(request: Request, axes: KernelAxes, sizes: tuple[int, int]) -> int:
+    """Count the bytes of all kernels of N1 and N2 samples."""
+    samples = sizes[:1] if axes.paired else sizes
+    first = next(iter(request.params.values()))
+    return prod((*samples, *axes.shape)) * first.element_size() * len(request.grouped())
+
+
+def bytes_of_gradients(request: Request) -> int:
+    """Count the bytes of what verification has of all parameters: gradients of two halves."""
+    return 2 * sum(p.numel() * p.element_size() for p in request.params.values())
 
 
 def _sets(request: Request, plans: Plans, verified: Plans | None = None) -> list[Samples]:

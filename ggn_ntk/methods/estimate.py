@@ -1,6 +1,6 @@
 """What a kernel takes, estimated from a few samples."""
 
-from math import prod
+from dataclasses import replace
 from time import perf_counter
 from typing import NamedTuple
 
@@ -8,8 +8,9 @@ import torch
 
 from ggn_ntk.jacobians.footprint import effort, measured
 from ggn_ntk.jacobians.plan import Plans
-from ggn_ntk.memory.budget import MemoryBudget, fits, room
-from ggn_ntk.memory.layout import Footprint, Layout, choose
+from ggn_ntk.memory.budget import MemoryBudget, fits
+from ggn_ntk.memory.layout import Footprint, Layout
+from ggn_ntk.methods.blocks import bytes_of_gradients, bytes_of_kernels, layout_for
 from ggn_ntk.models.independence import how_often
 from ggn_ntk.problem.request import Request
 
@@ -37,14 +38,12 @@ def estimated(request: Request, plans: Plans, sizes: tuple[int, int], contractio
     few = list(zip(plans.plans, sets, strict=False))
     of_plans, efforts_of_plans = [measured(*one) for one in few], [effort(*one) for one in few]
     footprints, efforts = [of_plans[i] for i in which], [efforts_of_plans[i] for i in which]
+    request = replace(request, per_parameter=False)  # the kernel of all
     axes, first = plans.axes, next(iter(request.params.values()))
-    samples = sizes[:1] if axes.paired else sizes
-    kernels = prod((*samples, *axes.shape)) * first.element_size()
-    params = sum(p.numel() * p.element_size() for p in request.params.values())
     of_sets = sizes[: len(sets)]
     layout = None
     if not fits(sum(n * f.evaluated for n, f in zip(of_sets, footprints, strict=True)), first.device):
-        layout = choose(sizes, request.symmetric, axes, footprints, room(first.device) - kernels - 2 * params)
+        layout = layout_for(request, axes, sizes, footprints)
     forward = backward = seconds = 0.0
     for place, (n, found) in enumerate(zip(of_sets, efforts, strict=True)):
         outputs = axes[place].out_shape.numel()
@@ -55,11 +54,12 @@ def estimated(request: Request, plans: Plans, sizes: tuple[int, int], contractio
         forward, backward = forward + evaluated * found.forward.flops, backward + passed * found.backward.flops
         seconds += evaluated * found.forward.seconds + passed * found.backward.seconds + found.call * (1 + everyone)
     rate = _EFFICIENCY * _rate(first)
-    # A symmetric kernel is added to its transpose. Verification has gradients of all parameters in two halves.
+    # A symmetric kernel is added to its transpose.
     held = _held(of_sets, footprints, layout, outputs=max(side.out_shape.numel() for side in axes), like=first)
     budget = MemoryBudget.of(first.device)
     working = min(largest, budget.rows + budget.columns)
-    peak = kernels * (3 if request.symmetric else 2) + 2 * params + held + working
+    kernels = bytes_of_kernels(request, axes, sizes) * (3 if request.symmetric else 2)
+    peak = kernels + bytes_of_gradients(request) + held + working
     return Estimate(forward, backward, contraction, peak, seconds + contraction / rate, layout)
 
 

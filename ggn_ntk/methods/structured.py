@@ -136,7 +136,7 @@ class Recorded(NamedTuple):
 
 def recorded_products(request: Request, sizes: Sequence[int]) -> Recorded:
     """List the products of Jacobians that :func:`structured_kernels` would contract for as many samples."""
-    # sizes N1, and N2 if x2 is another set
+    # sizes N1 and N2
     products = list[NamedEinsum]()
 
     def record_all(plans: Plans) -> None:

@@ -1,14 +1,18 @@
 """How much memory an evaluation of a model takes."""
 
+from collections.abc import Callable, Iterable
 from functools import cache
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from ggn_ntk.models.evaluation import evaluate
+from ggn_ntk.problem.errors import is_out_of_memory
 from ggn_ntk.problem.request import Request
-from ggn_ntk.process.torch_internals import OperationMode, schema_of, tree_leaves
+from ggn_ntk.process.torch_internals import OperationMode, schema_of, storage_id, tree_leaves
+
+_T = TypeVar("_T")
 
 
 class _Made(OperationMode):
@@ -41,3 +45,25 @@ def bytes_per_sample(request: Request) -> int:
         with torch.enable_grad():
             evaluate(request, None, request.x1[[0] * count], within=lambda: made[-1])
     return max(1, made[1].bytes - made[0].bytes)
+
+
+def kept_by(evaluation: Callable[[], _T], own: Iterable[Tensor]) -> tuple[_T, int]:
+    """Evaluate a model, and measure how many bytes the graph keeps beside the model's ``own`` tensors."""
+    before, kept = {storage_id(t) for t in own}, dict[int, int]()
+
+    def take(x: Tensor) -> Tensor:
+        if storage_id(x) not in before:
+            kept[storage_id(x)] = x.untyped_storage().nbytes()
+        return x
+
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(take, lambda x: x):
+            found = evaluation()
+        return found, sum(kept.values())
+    except RuntimeError as error:
+        if is_out_of_memory(error):
+            raise
+    # Transforms inside of a model let nothing see what they save: all that operations make is counted.
+    with _Made() as made:
+        found = evaluation()
+    return found, made.bytes

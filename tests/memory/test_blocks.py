@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from models import MODELS
 from torch import nn
 
-from ggn_ntk import KernelMemoryError, UnsupportedModelError, empirical_ntk, empirical_ntk_fn
+from ggn_ntk import KernelMemoryError, UnsupportedModelError, empirical_ntk, empirical_ntk_fn, explain, tiled_ntk
 from ggn_ntk.jacobians import plan
 from ggn_ntk.memory.layout import Footprint, Layout, choose
 from ggn_ntk.methods import blocks
@@ -206,3 +206,30 @@ def test_a_layout_is_found_in_no_memory_and_of_many_outputs():
     layout = choose((50, 50), True, axes, [Footprint(100, 10, 10, 10)], memory=-1.0)
     assert (layout.strip, layout.block) == (2, 2)
     assert len(layout.chunks(axes)) <= 2**10
+
+
+class Slope(nn.Module):
+    """A derivative of a network, which lets no hook see what its graph keeps."""
+
+    def __init__(self):
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(1, 8), nn.Tanh(), nn.Linear(8, 1))
+
+    def forward(self, x):
+        return torch.func.vmap(torch.func.grad(lambda u: self.net(u)[0]))(x)
+
+
+def test_models_with_transforms_inside_are_measured(tmp_path):
+    model, x = Slope().double(), torch.randn(40, 1).double()
+    expected = empirical_ntk(model, x, method="jacobian_contraction")
+    assert_close(empirical_ntk(model, x, memory="60 kB"), expected)
+    assert explain(model, x[:3], n1=4000).peak_bytes > explain(model, x[:3], n1=40).peak_bytes
+    pytest.importorskip("zarr")
+    assert_close(tiled_ntk(model, x, store=tmp_path / "kernel", tile=15).to_torch("cpu"), expected)
+
+
+def test_three_of_two_hundred_samples_that_see_others_are_found(in_blocks):
+    x = torch.randn(200, 3).double()
+    x[[17, 80, 151], 0] = 6
+    with pytest.raises(UnsupportedModelError, match=r"samples influence one another .*x1\[\d+\]"):
+        empirical_ntk(Mixed().double(), x, compute="trace")
