@@ -12,7 +12,7 @@ from sphinx_gallery.sorting import ExplicitOrder
 import ggn_ntk
 
 _DOCS = Path(__file__).parent
-sys.path.insert(0, str(_DOCS))  # mathml.py, repository.py
+sys.path.insert(0, str(_DOCS))  # links.py, mathml.py, repository.py
 
 project = "ggn_ntk"
 author = "The ggn_ntk developers"

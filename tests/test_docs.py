@@ -207,7 +207,7 @@ def test_links_out_of_docs_lead_to_pages_of_the_site():
     """Links to examples and to files at the root have pages of the site."""
     sys.path.insert(0, str(ROOT / "docs"))
     try:
-        on_site = importlib.import_module("repository").on_site
+        on_site = importlib.import_module("links").on_site
     finally:
         sys.path.remove(str(ROOT / "docs"))
     assert on_site("[x](../../examples/example_pinn_weights.py)") == "[x](/gallery/example_pinn_weights.rst)"
