@@ -163,15 +163,15 @@ class Recorder(Accumulator):
 
     def add(self, first: Jacobians, second: Jacobians | None = None) -> None:
         """Take products of Jacobians down."""
-        ours = self._sizes[0] if self.n1 is None else sum(self._sizes)
-        theirs = None if second is None else _of_size(second, self._sizes[-1])
-        self._add(_of_size(first, ours), theirs)
+        made: dict[Hashable, Tensor] = {}
+        ours = _of_size(first, self._sizes[0] if self.n1 is None else sum(self._sizes), made)
+        self._add(ours, None if second is None else _of_size(second, self._sizes[-1], made))
 
     def _contract(self, products: list[NamedEinsum], sets: Sequence[Mapping[str, int]]) -> None:
         """Take products down."""
         self._products += [(name, product.without_data()) for name, product in products]
 
 
-def _of_size(jacobians: Jacobians, n: int) -> Jacobians:
+def _of_size(jacobians: Jacobians, n: int, made: dict[Hashable, Tensor]) -> Jacobians:
     """Keep the shapes of Jacobians alone, of as many samples."""
-    return {name: [jacobian.of_size(n) for jacobian in several] for name, several in jacobians.items()}
+    return {name: [jacobian.of_size(n, made) for jacobian in several] for name, several in jacobians.items()}

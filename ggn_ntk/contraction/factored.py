@@ -1,7 +1,7 @@
 """Jacobians as einsums that are not evaluated, and what can be computed from them as they are."""
 
 import string
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Hashable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, lru_cache
 from math import prod
@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ggn_ntk.contraction.einsum import Memo, contract, sum_private
 from ggn_ntk.contraction.one_hot import dense, dtype_of, looked_up, scattered
-from ggn_ntk.contraction.operand import OneHot, Operand
+from ggn_ntk.contraction.operand import OneHot, Operand, memory_of
 from ggn_ntk.memory.budget import MemoryBudget
 
 
@@ -110,12 +110,15 @@ class Factored:
 
         return self.map(selected)
 
-    def of_size(self, n: int) -> "Factored":
-        """Keep the shapes alone, of as many samples."""
+    def of_size(self, n: int, made: dict[Hashable, Tensor]) -> "Factored":
+        """Keep the shapes alone, of as many samples; what shares memory does so among all that are ``made``."""
 
         def sized(letters: str, tensor: Tensor) -> Tensor:
-            shape = [n if letter == "n" else size for letter, size in zip(letters, tensor.shape, strict=True)]
-            return torch.empty_strided(shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            key = memory_of(tensor), letters.find("n"), n
+            if key not in made:
+                shape = [n if letter == "n" else size for letter, size in zip(letters, tensor.shape, strict=True)]
+                made[key] = torch.empty_strided(shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+            return made[key]
 
         return self.map(sized)
 

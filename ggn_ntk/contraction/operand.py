@@ -6,6 +6,8 @@ from typing import NamedTuple
 import torch
 from torch import Size, Tensor
 
+from ggn_ntk.process.torch_internals import storage_id
+
 
 class OneHot(NamedTuple):
     """One-hot vectors as an operand of :class:`ggn_ntk.Factored`, given by the places of their ones.
@@ -100,4 +102,6 @@ class Operand(NamedTuple):
 
 def memory_of(tensor: Tensor) -> Hashable:
     """Tell which entries of which memory a tensor holds."""
-    return (tensor.data_ptr(), tensor.shape, tensor.stride())
+    # Tensors without data have no address, but storages of their own.
+    place = (storage_id(tensor), tensor.storage_offset()) if tensor.is_meta else tensor.data_ptr()
+    return (place, tensor.shape, tensor.stride())

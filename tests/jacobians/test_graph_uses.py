@@ -3,7 +3,7 @@
 import pytest
 import torch
 from conftest import assert_close
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 from torch.func import functional_call
@@ -316,6 +316,7 @@ class Drawn(nn.Module):
 
 @settings(deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(steps=st.lists(STEPS, min_size=1, max_size=4), n=st.integers(1, 5), m=st.sampled_from([0, 2]))
+@example(steps=[(0, "sliced", "add", False), (0, "sliced", "heads", False)], n=1, m=0)  # forms Jacobians without data
 def test_any_model_of_raw_parameters(steps, n, m):
     """Wherever parameters are used, and however weights are made of them, rules cover them."""
     torch.manual_seed(0)
