@@ -1,5 +1,6 @@
 """Leading eigenpairs of large kernels: SciPy's Lanczos iterations, which need products alone."""
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -29,8 +30,13 @@ def of_matrix(matrix: Tensor) -> "LinearOperator":
     def multiply(columns: Any) -> Any:
         return (matrix @ torch.from_numpy(columns).to(matrix)).cpu().numpy()
 
+    return by_products(multiply, len(matrix))
+
+
+def by_products(multiply: Callable[[Any], Any], n: int) -> "LinearOperator":
+    """Offer to SciPy what multiplies vectors ``[n]`` and ``[n, K]`` of float64 by a square matrix."""
     products: LinearOperator = import_scipy("A large kernel").LinearOperator(
-        tuple(matrix.shape), matvec=multiply, matmat=multiply, dtype=np.float64
+        (n, n), matvec=multiply, matmat=multiply, dtype=np.float64
     )
     return products
 

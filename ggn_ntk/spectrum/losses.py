@@ -12,13 +12,13 @@ from ggn_ntk.spectrum.matrix import check_real
 _TOLERANCE = 1e-10
 
 
-def hessian_roots(loss: Any, f: Any, y: Any, shape: list[int]) -> Tensor:
+def hessian_roots(loss: Any, f: Any, y: Any, shape: list[int] | None = None) -> Tensor:
     """Compute a square root S of the loss Hessian at each sample, ``S Sᵀ``."""
-    # f [N, *out], which is this shape -> [N, C, C]
+    # f [N, *out], which is this shape where it is known -> [N, C, C]
     if not callable(loss):
         raise TypeError(f"loss must be a callable loss(f, y), got {type(loss).__name__}.")
     outputs = check_real(f, "f")
-    if list(outputs.shape) != shape:
+    if shape is not None and list(outputs.shape) != shape:
         raise ValueError(f"f must have shape {shape} to fit the kernel, got {list(outputs.shape)}.")
     if not isinstance(y, Tensor):
         raise TypeError(f"y must be a tensor, got {type(y).__name__}.")

@@ -1,13 +1,15 @@
 """Kernels of which products are known: operators of SciPy's kind, or of curvlinops'."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from ggn_ntk.spectrum.lanczos import by_products
 from ggn_ntk.spectrum.matrix import as_matrix, check_entries, check_number
 
 if TYPE_CHECKING:
@@ -59,8 +61,7 @@ class Operator:
             raise ValueError(
                 f"{self.argument} must be the kernel of a set with itself, [N C, N C], got {[rows, columns]}."
             )
-        probes = np.random.default_rng(0).standard_normal((rows, 2))
-        products = self.products.matmat(probes)
+        probes, products = self._probed
         if not np.isfinite(products).all():
             raise ValueError(f"{self.argument} has products that are not finite.")
         difference = abs(probes[:, 0] @ products[:, 1] - probes[:, 1] @ products[:, 0])
@@ -70,6 +71,36 @@ class Operator:
                 f"{self.argument} must be symmetric, the kernel of a set with itself: u K v and v K u differ by "
                 f"{difference / size:.1e} of their size, for random vectors u and v."
             )
+
+    @property
+    def norm(self) -> Tensor:
+        """Estimate the Frobenius norm from products with Gaussian vectors, whose mean square it is."""
+        # Girard: "A fast 'Monte-Carlo cross-validation' procedure for large least squares problems with noisy data",
+        # Numerische Mathematik, 1989: E |K v|^2 = tr K^T K
+        probes, products = self._probed
+        return torch.tensor(np.linalg.norm(products) / math.sqrt(probes.shape[1]))
+
+    @cached_property
+    def _probed(self) -> tuple[Any, Any]:
+        """Multiply two random vectors."""
+        # -> [n, 2], [m, 2]
+        probes = np.random.default_rng(0).standard_normal((self.shape[1], 2))
+        return probes, self.products.matmat(probes)
+
+    def between(self, roots: Tensor) -> "Operator":
+        """Multiply from both sides with a matrix that has a block ``S`` for each sample: ``S^T K S``, in float64."""
+        # roots [N, C, C], of an operator [N C, N C]
+        n, c, _ = roots.shape
+        if n * c != self.shape[0]:
+            raise ValueError(f"f must have {self.shape[0]} numbers to fit {self.argument}, got {n} x {c}.")
+        blocks = roots.cpu()
+
+        def multiply(columns: Any) -> Any:
+            v = torch.from_numpy(columns).reshape(n, c, -1)  # [N, C, K]
+            products = torch.from_numpy(self.products.matmat((blocks @ v).reshape(n * c, -1).numpy())).double()
+            return (blocks.mT @ products.reshape(n, c, -1)).reshape(columns.shape).numpy()
+
+        return replace(self, products=by_products(multiply, n * c))
 
     def ridge(self, diag_reg: Any) -> float:
         """Compute a multiple of the mean diagonal, which an operator has to offer for that."""

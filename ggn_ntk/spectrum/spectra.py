@@ -148,9 +148,10 @@ def ggn_eigenvalues(
     f: Tensor | None = None,
     y: Tensor | None = None,
     *,
+    k: int | None = None,
     reduction: str = "mean",
 ) -> Tensor:
-    """Compute the eigenvalues that the GGN of a loss shares with its Gram matrix.
+    """Compute the eigenvalues that the GGN of a loss shares with its Gram matrix, or the largest.
 
     With S Sᵀ the Hessian of the loss in the outputs, which has a block for each sample, the GGN is (Jᵀ S) (Jᵀ S)ᵀ, and
     its Gram matrix (Jᵀ S)ᵀ (Jᵀ S) = Sᵀ Θ S: the two have the same non-zero eigenvalues (Dangel, Tatzel, Hennig:
@@ -163,41 +164,59 @@ def ggn_eigenvalues(
     tensor([0.0000, 0.0000, 0.5000, 0.5000])
 
     Args:
-        kernel: The full NTK ``[N, N, *out, *out]`` of the batch with itself; ``[N, N]`` for outputs ``[N]``.
+        kernel: The full NTK ``[N, N, *out, *out]`` of the batch with itself; ``[N, N]`` for outputs ``[N]``. Or an
+            operator of SciPy's or curvlinops' kind, ``[N C, N C]``.
         loss: ``loss(f, y)``, convex in the outputs, and a sum or a mean over samples: ``nn.CrossEntropyLoss()``,
             ``nn.BCEWithLogitsLoss()`` or another. It takes floating-point tensors in float64. ``None`` for
             ``nn.MSELoss``.
         f: With a loss, the network's outputs ``[N, *out]``.
         y: With a loss, its targets.
+        k: How many of the largest to compute, as for :func:`eigenvalues`; ``None`` for all, but of an operator.
         reduction: Without a loss, the reduction of ``nn.MSELoss``, ``"mean"`` or ``"sum"``.
 
     Returns:
-        ``[N C]``, ascending, in the kernel's dtype: the non-zero eigenvalues of the GGN, and zeros. With a loss, none
-        is negative by rounding alone.
+        ``[N C]`` or ``[K]``, ascending, in the kernel's dtype: the non-zero eigenvalues of the GGN, and zeros. With a
+        loss, none is negative by rounding alone.
 
     Raises:
         TypeError: If an argument is of the wrong type.
         ValueError: If the kernel has not the shape of one of a set with itself or is not symmetric, if there is no such
-            reduction, if outputs do not fit, or if the loss is not convex or couples samples.
+            reduction, if it has fewer than ``k`` eigenvalues, if outputs do not fit, or if the loss is not convex or
+            couples samples.
     """
     if reduction not in ("mean", "sum"):
         raise ValueError(f"reduction must be 'mean' or 'sum', got {reduction!r}.")
     if loss is None:
         if f is not None or y is not None:
             raise ValueError("loss must be given beside f and y: the Hessian of nn.MSELoss does not depend on them.")
-        values = eigenvalues(kernel)
-        return values * (2 / len(values) if reduction == "mean" else 2)
+        values = eigenvalues(kernel, k)
+        n = math.isqrt(math.prod(kernel.shape))  # of a matrix [N C, N C]
+        return values * (2 / n if reduction == "mean" else 2)
     if reduction != "mean":
         raise ValueError(f"reduction is that of nn.MSELoss, got {reduction!r} beside a loss, which has its own.")
-    kernel = check_kernel(kernel, "kernel")
-    matrix = symmetric_matrix(kernel, "kernel")
-    roots = hessian_roots(loss, f, y, _samples_and_outputs(kernel))
+    parsed = parse_kernel(kernel, "kernel")
+    if isinstance(parsed, Operator):
+        parsed.check_symmetric()
+        count = _parse_count(k, parsed.shape[0], "an operator")
+        roots, size = hessian_roots(loss, f, y), parsed.norm
+        values = leading(parsed.between(roots).products, count)[0].to(parsed.device)
+    else:
+        size = matrix = symmetric_matrix(parsed, "kernel")
+        wanted = None if k is None else _parse_count(k, len(matrix))
+        roots = hessian_roots(loss, f, y, _samples_and_outputs(parsed))
+        values = _of_gram(matrix, roots, wanted)
+    # Hessians of cross-entropy have an eigenvalue zero each, so half of these are negative by rounding.
+    small = rounding(size, parsed.dtype) * roots.square().sum(1).max().item()
+    return _in_dtype(torch.where(values.abs() <= small, values.clamp(min=0), values), parsed.dtype)
+
+
+def _of_gram(matrix: Tensor, roots: Tensor, k: int | None) -> Tensor:
+    """Compute the eigenvalues of ``S^T K S``, or the largest."""
+    # matrix [N C, N C], roots [N, C, C] -> [N C] or [K]
     n, c, _ = roots.shape
     gram = torch.einsum("nac,namb,mbd->ncmd", roots, matrix.reshape(n, c, n, c), roots).reshape(matrix.shape)
-    values = torch.linalg.eigvalsh((gram + gram.mT) / 2)
-    # Hessians of cross-entropy have an eigenvalue zero each, so half of these are negative by rounding.
-    small = rounding(matrix, kernel.dtype) * roots.square().sum(1).max()
-    return _in_dtype(torch.where(values.abs() <= small, values.clamp(min=0), values), kernel.dtype)
+    gram = (gram + gram.mT) / 2
+    return torch.linalg.eigvalsh(gram) if k is None else eigenpairs(gram, k)[0]
 
 
 def _samples_and_outputs(kernel: Tensor) -> list[int]:

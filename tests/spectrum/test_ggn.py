@@ -162,7 +162,71 @@ def test_dtype_and_device(dtype, device):
     assert torch.allclose(actual.cpu().double(), expected, atol=10 * torch.finfo(dtype).eps * kernel.norm().item())
 
 
+@pytest.fixture(scope="module")
+def wide():
+    """A kernel of more rows than all eigenvalues are computed of, and outputs."""
+    torch.manual_seed(0)
+    features, f = torch.randn(120, 3, 400).double() * torch.rand(400).double(), torch.randn(120, 3).double()
+    return torch.einsum("ncp,mdp->nmcd", features, features), f
+
+
+K_LOSSES = {
+    "squared": lambda f: (),
+    "cross-entropy": lambda f: (nn.CrossEntropyLoss(), f, classes(f)),
+    "bce": lambda f: (nn.BCEWithLogitsLoss(reduction="sum"), f, (f > 0.1).double()),
+}
+
+
+@pytest.mark.parametrize("loss", K_LOSSES)
+def test_the_largest(loss, wide):
+    """Of dense kernels, and of operators by their products alone."""
+    from scipy.sparse.linalg import aslinearoperator
+
+    kernel, f = wide
+    expected = ggn_eigenvalues(kernel, *K_LOSSES[loss](f))
+    operator = aslinearoperator(as_matrix(kernel).numpy())
+    for k in (1, 7):
+        for either in (kernel, operator):
+            assert torch.allclose(ggn_eigenvalues(either, *K_LOSSES[loss](f), k=k), expected[-k:], rtol=1e-8, atol=0)
+    few, f = kernel[:2, :2], f[:2]
+    for either in (few, aslinearoperator(as_matrix(few).numpy())):  # all of them, some of which are zero
+        found, all_of_few = ggn_eigenvalues(either, *K_LOSSES[loss](f), k=6), ggn_eigenvalues(few, *K_LOSSES[loss](f))
+        assert torch.allclose(found, all_of_few, rtol=1e-8, atol=1e-12)
+        assert found.min() >= 0
+
+
+def test_the_largest_of_an_operator_in_single_precision(device):
+    """With no warning of negative eigenvalues, which half of these would be by rounding."""
+    from ggn_ntk.operators import NTKOperator
+
+    model, x, _ = BY_NAME["mlp_Tanh"].build()
+    model, x = model.float().to(device), x.float().to(device)
+    f = model(x).detach()
+    expected = ggn_eigenvalues(empirical_ntk(model, x), F.cross_entropy, f, classes(f).to(device))
+    found = ggn_eigenvalues(NTKOperator(model, x), F.cross_entropy, f, classes(f).to(device), k=f.numel())
+    assert found.dtype == torch.float32
+    assert found.device == f.device
+    assert torch.allclose(found, expected, rtol=1e-4, atol=1e-5 * expected.max().item())
+
+
 # ---------------------------------------------------------------- bad arguments
+
+
+def test_bad_counts(wide):
+    from scipy.sparse.linalg import aslinearoperator
+
+    kernel, f = wide
+    operator, of = aslinearoperator(as_matrix(kernel).numpy()), (F.cross_entropy, f, classes(f))
+    for arguments in ((), of):
+        with pytest.raises(ValueError, match="k must be given for an operator: how many of its 360 eigenvalues"):
+            ggn_eigenvalues(operator, *arguments)
+        with pytest.raises(TypeError, match="k must be an integer or None, got float"):
+            ggn_eigenvalues(kernel, *arguments, k=1.0)
+        with pytest.raises(ValueError, match="k must be from 1 to 360, the number of eigenvalues, got 361"):
+            ggn_eigenvalues(kernel, *arguments, k=361)
+    with pytest.raises(ValueError, match=r"f must have 360 numbers to fit kernel, got 2 x 3"):
+        ggn_eigenvalues(operator, F.cross_entropy, f[:2], classes(f[:2]), k=1)
+
 
 K, FZ, Y = torch.eye(6).reshape(3, 2, 3, 2).transpose(1, 2), torch.zeros(3, 2), torch.tensor([0, 1, 0])
 
