@@ -13,12 +13,11 @@ from torch.nn import Module
 
 from ggn_ntk.kernels.outputs import nngp
 from ggn_ntk.kernels.prepared import empirical_ntk_fn
-from ggn_ntk.large.axes import is_pair, output_axes
+from ggn_ntk.large.axes import is_pair
 from ggn_ntk.large.plan import Path, Plan, Tile
 from ggn_ntk.large.samples import Samples
 from ggn_ntk.large.store import KernelStore
 from ggn_ntk.problem.inputs import select
-from ggn_ntk.problem.output_axes import AxesRequest
 
 #: Numbers of the kernels that are computed together, by their keys.
 Numbers = dict[Path, np.ndarray[Any, Any]]
@@ -75,7 +74,6 @@ class Job:
     kernels: Kernels
     x1: Samples
     x2: Samples
-    axes: AxesRequest
     plan: Plan
     path: FilePath
     device: torch.device
@@ -106,8 +104,8 @@ class Job:
         found = {}
         for keys in numbers:
             source = (*keys[:-1], keys[-1][::-1]) if is_pair(keys) else keys  # each output is now the other's
-            first, second = output_axes(source, self.plan.forms, self.axes)
-            order = [1, 0, *second, *(axis for axis in first if axis not in second)]
+            form = self.plan.forms[source]
+            order = [1, 0, *form.second, *(axis for axis in form.first if axis not in form.second)]
             found[keys] = numbers[source].transpose(order)
         return found
 

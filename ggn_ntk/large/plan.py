@@ -31,6 +31,8 @@ class Form:
     """One of the kernels that are computed together."""
 
     outputs: tuple[int, ...]  # the sizes of its axes behind those of samples
+    first: tuple[int, ...]  # the places of the axes that are outputs of x1
+    second: tuple[int, ...]  # the same of x2; diagonal ones are of both
     dtype: str  # of what is stored
 
     @property

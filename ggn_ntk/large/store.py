@@ -15,15 +15,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ggn_ntk.large.axes import is_pair, output_axes
+from ggn_ntk.large.axes import is_pair
 from ggn_ntk.large.plan import Form, Path, Plan, Tile
 from ggn_ntk.problem.errors import listed
-from ggn_ntk.problem.output_axes import AxesRequest
 
 _T = TypeVar("_T")
 
 # Of what is in the attributes of a store, and how these are to be read.
-_NAME, _FORMAT = "ggn_ntk", 1
+_NAME, _FORMAT = "ggn_ntk", 2
 
 #: What the name of a file ends with in which a model comes to workers, beside the store.
 JOB = ".job"
@@ -204,18 +203,11 @@ class KernelStore:
             raise StoreError(f"{self._file(array, tile)} is missing: the call that made the store computes it anew.")
         return self._read(array, tile)
 
-    def axes(self) -> tuple[list[int], list[int]]:
-        """Find the axes of one kernel that are outputs of x1, and of x2; diagonal ones are of both; internal.
-
-        Returns:
-            Their places.
-
-        Raises:
-            ValueError: If it is not known.
-        """
-        keywords = self._info["keywords"]
-        summed, diagonal = (keywords[name] or None for name in ("trace_axes", "diagonal_axes"))
-        return output_axes(self._at, self.plan.forms, AxesRequest.parse(keywords["compute"], summed, diagonal))
+    @property
+    def sides(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """The axes of one kernel that belong to x1, and to x2, samples first; diagonal ones are of both; internal."""
+        form, samples = self.plan.forms[self._at], (0, 0) if self.plan.paired else (0, 1)
+        return (samples[0], *form.first), (samples[1], *form.second)
 
     @property
     def symmetric(self) -> bool:
@@ -390,7 +382,10 @@ def _info(path: FilePath) -> dict[str, Any]:
 
 def _described(plan: Plan) -> dict[str, Any]:
     """Write a plan as JSON has it."""
-    forms = [{"keys": _listed(keys), "outputs": form.outputs, "dtype": form.dtype} for keys, form in plan.forms.items()]
+    forms = [
+        {"keys": _listed(keys), "outputs": form.outputs, "x1": form.first, "x2": form.second, "dtype": form.dtype}
+        for keys, form in plan.forms.items()
+    ]
     return {
         "samples": plan.samples,
         "tile": plan.tile,
@@ -403,7 +398,10 @@ def _described(plan: Plan) -> dict[str, Any]:
 def _plan(info: Mapping[str, Any]) -> Plan:
     """Undo :func:`_described`."""
     found = info["plan"]
-    forms = {_tupled(f["keys"]): Form(tuple(f["outputs"]), f["dtype"]) for f in found["kernels"]}
+    forms = {
+        _tupled(f["keys"]): Form(tuple(f["outputs"]), tuple(f["x1"]), tuple(f["x2"]), f["dtype"])
+        for f in found["kernels"]
+    }
     return Plan(tuple(found["samples"]), tuple(found["tile"]), found["symmetric"], found["paired"], forms)
 
 

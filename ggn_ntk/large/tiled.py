@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.nn import Module
 
 from ggn_ntk.large import fingerprint
+from ggn_ntk.large.axes import count_axes, output_axes
 from ggn_ntk.large.compute import Job, Kernels
 from ggn_ntk.large.executors import find_workers, run
 from ggn_ntk.large.plan import Cost, Form, Path, Plan, check_tile, choose_tile
@@ -157,7 +158,7 @@ def tiled_ntk(
         _check_disk(path, plan)
         found = create(path, made_of, plan)
     _compare(found, made_of, sizes)
-    job = Job(kernels, first, second, axes, found.plan, path.absolute(), device)
+    job = Job(kernels, first, second, found.plan, path.absolute(), device)
     run(job, found, found.plan.strips[share], lanes, progress)
     if found.complete:
         sweep(path)
@@ -296,8 +297,13 @@ def _plan(
                     f"Keys of outputs are stored as strings or integers, got {key!r}: rename them (output=)."
                 )
     paired = request.axes.paired
+    counts = count_axes(request)
     forms = {
-        keys: Form(tuple(kernel.shape[1 if paired else 2 :]), stored or str(kernel.dtype).removeprefix("torch."))
+        keys: Form(
+            tuple(kernel.shape[1 if paired else 2 :]),
+            *output_axes(keys, counts, request.axes),
+            stored or str(kernel.dtype).removeprefix("torch."),
+        )
         for keys, kernel in found.items()
     }
     memory = limit or int(min(room(_device_of(request.model, None)), 2**40))

@@ -129,8 +129,7 @@ class StoreOperator(TilesOperator):
         """Look at a store; tiles are read by products.
 
         Args:
-            store: A kernel that is complete, of float32 or float64, whose outputs of x1 and of x2 have as many axes;
-                one of several is chosen by its key.
+            store: A kernel that is complete, of float32 or float64; one of several is chosen by its key.
             device: Where to multiply; ``None`` for the CPU.
 
         Raises:
@@ -151,9 +150,8 @@ class StoreOperator(TilesOperator):
                 f"{missing} of {tiles} tiles of {store.path} are missing. The call of tiled_ntk that made the store "
                 "computes these, and no others: repeat it, and make the operator of what it returns."
             )
-        first, second = store.axes()
         at = torch.empty(0, device=device or "cpu").device  # with its number
-        super().__init__(store, at, [0, *first], [1, *second])
+        super().__init__(store, at, *map(list, store.sides))
 
 
 def _common(rows: slice, columns: slice) -> range:

@@ -158,8 +158,8 @@ def as_matrix(kernel: Any) -> Tensor:
     """Turn a full kernel into the matrix that it stands for, as operators have it.
 
     Args:
-        kernel: ``[N1, N2, *out1, *out2]`` with as many axes for either output, or ``[N1, N2]``; or anything that
-            ``to_torch()`` reads as such a tensor.
+        kernel: ``[N1, N2, *out1, *out2]`` with as many axes for either output, or ``[N1, N2]``. Or a
+            :class:`ggn_ntk.KernelStore`, which knows the axes of either output, of any number.
 
     Returns:
         ``[N1 C1, N2 C2]`` in the kernel's dtype, with rows ``(n, c)`` and columns ``(m, d)``: outputs ``[N, *out]``,
@@ -168,16 +168,27 @@ def as_matrix(kernel: Any) -> Tensor:
 
     Raises:
         TypeError: If the kernel is no tensor of real numbers.
-        ValueError: If it has another number of axes.
+        ValueError: If it has another number of axes, or a store's are diagonal.
     """
     entries = read(kernel)
     check_real(entries, "kernel")
-    if entries.ndim < 2 or entries.ndim % 2:
-        raise ValueError(f"kernel must have shape [N1, N2] or [N1, N2, *out, *out], got {list(entries.shape)}.")
-    half = 1 + entries.ndim // 2
-    rows, columns = [0, *range(2, half)], [1, *range(half, entries.ndim)]
-    matrix: Tensor = entries.permute(*rows, *columns).flatten(half - 1).flatten(0, half - 2)
+    rows, columns = kernel.sides if hasattr(kernel, "sides") else _halves(entries)
+    if set(rows) & set(columns):
+        raise ValueError(
+            "kernel takes outputs or samples at equal indices, so that it is no matrix: StoreOperator has zeros where "
+            "outputs differ."
+        )
+    matrix: Tensor = entries.permute(*rows, *columns).flatten(len(rows)).flatten(0, len(rows) - 1)
     return matrix
+
+
+def _halves(kernel: Tensor) -> tuple[list[int], list[int]]:
+    """Take half of the axes behind those of samples for outputs of x1, and half for outputs of x2."""
+    # kernel [N1, N2, *out1, *out2]
+    if kernel.ndim < 2 or kernel.ndim % 2:
+        raise ValueError(f"kernel must have shape [N1, N2] or [N1, N2, *out, *out], got {list(kernel.shape)}.")
+    half = 1 + kernel.ndim // 2
+    return [0, *range(2, half)], [1, *range(half, kernel.ndim)]
 
 
 def _paired_axes(kernel: Tensor) -> KernelAxes:

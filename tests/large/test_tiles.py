@@ -217,9 +217,9 @@ def test_what_was_made_of_something_else_is_refused(tmp_path):
     other_version(path, versions={**versions, "torch": "1.0"})
     refused("version torch: '1.0' there")
     other_version(path, versions=versions, format=0)
-    with pytest.raises(ValueError, match="in format 0, and this one reads format 1"):
+    with pytest.raises(ValueError, match="in format 0, and this one reads format 2"):
         tiled_ntk(model, x1, x2, **keywords)
-    other_version(path, format=1)
+    other_version(path, format=2)
     assert tiled_ntk(model, x1, x2, **keywords).complete  # nothing is lost
 
 

@@ -131,6 +131,52 @@ def test_several_kernels(tmp_path):
             StoreOperator(store)
 
 
+PICKS = {
+    "0 and 2 axes": (lambda y: y[:, 0, 0], lambda y: y),
+    "2 and 0 axes": (lambda y: y, lambda y: y[:, 0, 0]),
+    "0 and 1 axes": (lambda y: y[:, 0, 0], lambda y: y[:, 0]),
+    "2 and 1 axes": (lambda y: y, lambda y: y[:, 1]),
+}
+
+
+@pytest.mark.parametrize("picks", PICKS)
+@pytest.mark.parametrize("other", [False, True], ids=["one_set", "two_sets"])
+def test_outputs_of_different_numbers_of_axes(picks, other, tmp_path):
+    """The store says which axes are of x1: sizes alone would not."""
+    model, x1, x2 = network(3, 2), samples(5, 3), samples(4, 3) if other else None
+    first, second = PICKS[picks]
+    store = tiled_ntk(model, x1, x2, store=tmp_path / "k", tile=2, output=PICKS[picks])
+    flat = [lambda y, pick=pick: pick(y).reshape(len(y), -1) for pick in (first, second)]
+    expected = as_matrix(empirical_ntk(model, x1, x2, output=tuple(flat)))
+    for found in (store, KernelStore(tmp_path / "k")):
+        check(StoreOperator(found), expected)
+        assert relative_error(as_matrix(found), expected) < 1e-12
+
+
+def test_roles_of_outputs_of_different_numbers_of_axes(tmp_path):
+    """Roles are counted from the last axis, of which one output has two and the other one."""
+    model, x1, x2, picks = network(3, 2), samples(5, 3), samples(4, 3), (lambda y: y, lambda y: y[:, 1])
+    traced = {"output": picks, "trace_axes": -1}
+    store = tiled_ntk(model, x1, x2, store=tmp_path / "traced", tile=2, **traced)
+    check(StoreOperator(store), empirical_ntk(model, x1, x2, **traced).movedim(1, 2).reshape(15, 4))
+    diagonal = {"output": picks, "diagonal_axes": -1}
+    store = tiled_ntk(model, x1, x2, store=tmp_path / "diagonal", tile=2, **diagonal)
+    matrix = torch.diag_embed(empirical_ntk(model, x1, x2, **diagonal))  # [5, 4, 3, 2, 2]
+    check(StoreOperator(store), matrix.permute(0, 2, 3, 1, 4).reshape(30, 8))
+
+
+def test_several_outputs_of_different_numbers_of_axes(tmp_path):
+    """Outputs of one key, with other axes for x1 than for x2."""
+    model, x = network(3, 2), samples(5, 3)
+    picks = (lambda y: {"a": y[:, 0, 0], "b": y}, lambda y: {"a": y, "b": y[:, 0]})
+    store = tiled_ntk(model, x, store=tmp_path / "k", tile=2, output=picks)
+    full, chosen = as_matrix(empirical_ntk(model, x)).reshape(5, 6, 5, 6), {1: [0], 2: [0, 1], 6: list(range(6))}
+    for a, c in (("a", 1), ("b", 6)):
+        for b, d in (("a", 6), ("b", 2)):
+            expected = full[:, chosen[c]][..., chosen[d]].reshape(5 * c, 5 * d)
+            check(StoreOperator(store[a, b]), expected)
+
+
 def test_kernels_of_parameters(tmp_path):
     store = tiled_ntk(network(2), samples(5, 3), store=tmp_path / "k", tile=2, per_parameter=True)
     keys = store.keys()
@@ -284,7 +330,6 @@ def test_what_is_refused(tmp_path):
     model, x = network(2), samples(4, 3)
     with pytest.raises(ValueError, match=r"holds pairs of samples alone \(paired=True\), which are no operator"):
         StoreOperator(tiled_ntk(model, x, store=tmp_path / "paired", paired=True))
-    picks = (lambda y: y[:, 0], lambda y: y)
-    store = tiled_ntk(model, x, store=tmp_path / "picks", output=picks)
-    with pytest.raises(ValueError, match="Of a kernel's 1 axes behind those of samples, it is not known which are"):
-        StoreOperator(store)
+    store = tiled_ntk(model, x, store=tmp_path / "diagonal", compute="diagonal")
+    with pytest.raises(ValueError, match="kernel takes outputs or samples at equal indices, so that it is no matrix"):
+        as_matrix(store)
