@@ -1,5 +1,6 @@
 """The empirical NTK as an operator."""
 
+from collections.abc import Collection
 from dataclasses import replace
 from typing import Any
 
@@ -18,6 +19,32 @@ from ggn_ntk.problem.errors import UnsupportedModelError
 from ggn_ntk.problem.functions import Model, Params
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Pick, Request
+
+_TAKEN = ("params", "output", "batch_size", "memory")
+
+# What to do instead of keywords that kernels have, and operators do not.
+_ROLES = "it pairs all outputs; output= picks some of them, and diagonal() and block_diagonal() compute these parts"
+_INSTEAD = {
+    "interacting": (
+        "a product takes samples in batches, and these would be one input with all others; "
+        "empirical_ntk(..., interacting=True) computes such a kernel, of which as_matrix() makes a matrix"
+    ),
+    "paired": "block_diagonal() has the kernels of samples with themselves, and empirical_ntk(..., paired=True) others",
+    "compute": _ROLES,
+    "trace_axes": _ROLES,
+    "diagonal_axes": _ROLES,
+    "per_parameter": "make an operator for each of them (params=), which can be added",
+    "method": "a product has one way, which is compared with autograd when the operator is made",
+    "capture": "a product runs the model as it is, and takes nothing apart",
+    "check": "products are always compared with autograd, when the operator is made",
+    "progress": "a product is one of many; what makes these, a solver say, can count them",
+}
+
+
+def _refused(keywords: Collection[str]) -> str:
+    """Say which keywords there are, and what to do instead of others."""
+    instead = "".join(f" {name}: {_INSTEAD[name]}." for name in keywords if name in _INSTEAD)
+    return f"NTKOperator has the keywords {', '.join(_TAKEN)}, got {', '.join(keywords)}.{instead}"
 
 
 class KernelOperator(ModelOperator):
@@ -132,6 +159,7 @@ class NTKOperator(KernelOperator):
         output: Pick | tuple[Pick, Pick] = None,
         batch_size: int | None = None,
         memory: int | str | None = None,
+        **others: Any,
     ) -> None:
         """Look at a model and its samples.
 
@@ -144,12 +172,15 @@ class NTKOperator(KernelOperator):
             batch_size: How many samples to evaluate at once; ``None`` for what memory allows, and is fast.
             memory: Bytes that a product may take beyond what it returns, or text such as ``"2GiB"``; ``None`` for what
                 the device has free.
+            **others: None: other keywords of a kernel are refused, with what to do instead.
 
         Raises:
             UnsupportedModelError: If the model has no exact kernel.
-            TypeError: If an argument is of the wrong type.
+            TypeError: If an argument is of the wrong type, or there is no such keyword.
             ValueError: If an argument has a value that is not accepted.
         """
+        if others:
+            raise TypeError(_refused(others))
         if batch_size is not None and (type(batch_size) is not int or batch_size < 1):
             raise ValueError(f"batch_size must be a positive integer or None, got {batch_size!r}.")
         full = AxesRequest.parse("full")

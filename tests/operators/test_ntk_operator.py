@@ -1,5 +1,6 @@
 """The kernel as an operator, against the kernel itself."""
 
+import inspect
 import subprocess
 import sys
 import threading
@@ -382,11 +383,30 @@ def test_models_that_are_refused():
         ({"memory": "much"}, ValueError, "memory must be a positive number of bytes"),
         ({"params": ["3.weight"]}, ValueError, "params names '3.weight', which the model does not have"),
         ({"output": 3}, TypeError, "output must be a callable or None"),
+        (
+            {"interacting": True},
+            TypeError,
+            r"params, output, batch_size, memory, got interacting\. interacting: a product",
+        ),
+        (
+            {"compute": "trace", "x": 1},
+            TypeError,
+            r"got compute, x\. compute: it pairs all outputs; output= picks some",
+        ),
+        ({"vectors": 3}, TypeError, r"NTKOperator has the keywords params, .*, got vectors\.$"),
     ],
 )
 def test_arguments(options, error, message):
     with pytest.raises(error, match=message):
         NTKOperator(network(4, 5, 3), samples(6, 4), **options)
+
+
+def test_every_keyword_of_a_kernel_is_taken_or_its_absence_explained():
+    keywords = [p.name for p in inspect.signature(empirical_ntk).parameters.values() if p.kind is p.KEYWORD_ONLY]
+    for name in keywords:
+        if name not in inspect.signature(NTKOperator).parameters:
+            with pytest.raises(TypeError, match=f" {name}: "):
+                NTKOperator(network(4, 5, 3), samples(6, 4), **{name: None})
 
 
 @pytest.mark.parametrize(
