@@ -72,6 +72,7 @@ _ORDER = [
     "example_ntk_regression.py",
     "example_large_kernel.py",
     "example_gp_without_kernel.py",
+    "example_projected_features.py",
     "example_spectrum_alignment.py",
 ]
 sphinx_gallery_conf = {

@@ -4,7 +4,7 @@ import warnings
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
-from ggn_ntk import kernels, large, operators, plots, reference, rules, spectrum, training
+from ggn_ntk import features, kernels, large, operators, plots, reference, rules, spectrum, training
 from ggn_ntk.kernels.explain import explain
 from ggn_ntk.kernels.initialisations import ensemble
 from ggn_ntk.kernels.ntk import empirical_ntk
@@ -53,6 +53,7 @@ __all__ = [
     "empirical_ntk_vivit",
     "ensemble",
     "explain",
+    "features",
     "kernels",
     "large",
     "linearize",

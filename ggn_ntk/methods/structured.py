@@ -10,7 +10,7 @@ one, *fall back*: they, and only they, are contracted from Jacobians of each sam
 :mod:`ggn_ntk.methods.reference`.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from itertools import chain
@@ -28,6 +28,7 @@ from ggn_ntk.jacobians.verification import diagnosed
 from ggn_ntk.memory.budget import MemoryBudget
 from ggn_ntk.methods.blocks import computed_in_blocks, repeated_in_blocks, some, warn_of_wrong_rules
 from ggn_ntk.methods.reference import contract_jacobians
+from ggn_ntk.models.independence import Checked
 from ggn_ntk.models.requirements import check_model
 from ggn_ntk.problem.request import Request
 from ggn_ntk.problem.result import Computed
@@ -41,11 +42,11 @@ _CHUNK = 16
 
 def structured_kernels(request: Request) -> Computed:
     """Compute kernels and the outputs of all samples. Call it inside ``isolated(request.model)``."""
-    found = _verified(request, _contracted)
+    found = verified(request, _contracted)
     if found is not None:
         return _computed(*found)
     with showing(False):
-        known = _verified(request.of_others(some), _contracted, few=True)
+        known = verified(request.of_others(some), _contracted, few=True)
     assert known is not None
     return computed_in_blocks(request, known[0])
 
@@ -71,7 +72,7 @@ def _computed(plans: Plans, kernels: dict[str, Tensor]) -> Computed:
 
 
 @torch.no_grad()
-def _verified(request: Request, use: Callable[[Plans], _T], *, few: bool = False) -> tuple[Plans, _T] | None:
+def verified(request: Request, use: Callable[[Plans], _T], *, few: bool = False) -> tuple[Plans, _T] | None:
     """Make plans, evaluate and use all Jacobians, until those are right whose parameters do not fall back."""
     # ``None`` where all samples together, unless they are few, may take more memory than there is.
     fallback: dict[str, str] = {}
@@ -100,6 +101,13 @@ def _contracted(plans: Plans, make: Callable[..., Accumulator] = Accumulator) ->
 def _fallback_kernels(plans: Plans, outputs: Sequence[Tensor]) -> Iterator[tuple[str, Tensor]]:
     """Compute kernels of parameters that rules do not cover, from their Jacobians."""
     # outputs [N, *out] of each side -> [N1, N2, E, F1, F2]
+    for request, checked in fallback_requests(plans, outputs):
+        yield from contract_jacobians(request, plans.axes, checked)
+
+
+def fallback_requests(plans: Plans, outputs: Sequence[Tensor]) -> Iterator[tuple[Request, list[Checked]]]:
+    """Ask for the Jacobians of parameters that rules do not cover, a few at a time, with what is known of samples."""
+    # outputs [N, *out] of each side
     if not plans.fallback:
         return
     request, verifications = plans.request, plans.verifications
@@ -108,22 +116,22 @@ def _fallback_kernels(plans: Plans, outputs: Sequence[Tensor]) -> Iterator[tuple
         checked = [verification.checked(output) for verification, output in zip(verifications, outputs, strict=True)]
     else:
         _, checked = check_model(request)
-    for params in _groups(plans, outputs):
-        yield from contract_jacobians(replace(request, params=params, chunk_size=_CHUNK), plans.axes, checked)
+    for part in in_groups(request, plans.fallback, outputs):
+        yield part, checked
 
 
-def _groups(plans: Plans, outputs: Sequence[Tensor]) -> list[dict[str, Tensor]]:
+def in_groups(request: Request, names: Iterable[str], outputs: Sequence[Tensor]) -> list[Request]:
     """Group parameters so that the Jacobians of each group keep to the budget."""
     # outputs [N, *out] of each side; paired samples come in blocks
-    held = [o[:1] for o in outputs] if plans.axes.paired else outputs
+    held = [o[:1] for o in outputs] if request.axes.pairs else outputs
     most = MemoryBudget.of(outputs[0].device).jacobians // sum(o.element_size() * o.numel() for o in held)
     groups: list[dict[str, Tensor]] = []
-    for name in plans.fallback:
-        p = plans.request.params[name]
+    for name in names:
+        p = request.params[name]
         if not groups or sum(q.numel() for q in groups[-1].values()) + p.numel() > most:
             groups.append({})
         groups[-1][name] = p
-    return groups
+    return [replace(request, params=params, chunk_size=_CHUNK) for params in groups]
 
 
 class Recorded(NamedTuple):
@@ -143,7 +151,7 @@ def recorded_products(request: Request, sizes: Sequence[int]) -> Recorded:
         products.clear()
         _contracted(plans, partial(Recorder, products, sizes))
 
-    found = _verified(request.of_others(partial(some, count=2)), record_all, few=True)
+    found = verified(request.of_others(partial(some, count=2)), record_all, few=True)
     assert found is not None
     plans, _ = found
     places = [find_places(plan, v.inputs) for plan, v in zip(plans.plans, plans.verifications, strict=True)]

@@ -76,9 +76,10 @@ class Request:
         progress: Any = False,
         transforms: bool = False,
         create_graph: bool = False,
+        names: tuple[str, str] = ("x1", "x2"),
     ) -> "Request":
         """Check the arguments of a call and bring them to one form; ``transforms`` may be under way if so stated."""
-        module, names = (model, params) if isinstance(model, Module) else (as_module(model, params), None)
+        module, entries = (model, params) if isinstance(model, Module) else (as_module(model, params), None)
         capture = "sequential" if capture == "backpack" else capture  # another name, though it uses no BackPACK
         if capture not in CAPTURES:
             raise ValueError(f"capture must be one of {', '.join(map(repr, CAPTURES))}, got {capture!r}.")
@@ -97,11 +98,11 @@ class Request:
                     "x1, x2 or a parameter is what a torch.func transform makes of a tensor: compute kernels outside."
                 )
             check_wrappers(module)
-            wanted = _parse_params(module, names)
+            wanted = _parse_params(module, entries)
             if isinstance(module, DistributedDataParallel):
                 module = module.module  # the same function, without communication
-            first = parse_inputs(x1, "x1", module, graph=create_graph)
-            second = None if x2 is None else parse_inputs(x2, "x2", module, graph=create_graph)
+            first = parse_inputs(x1, names[0], module, graph=create_graph)
+            second = None if x2 is None else parse_inputs(x2, names[1], module, graph=create_graph)
             graph = given_with_graph(module, params) if create_graph else None
         if second is not None:
             check_alike(first, second)
@@ -123,6 +124,7 @@ class Request:
             chunk_size,
             capture,
             graph=graph,
+            names=names,
             memory=parse_bytes(memory),
             progress=progress,
         )
