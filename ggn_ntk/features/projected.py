@@ -265,8 +265,9 @@ def _features(
     size = n * few[0].numel() * projection.dim * dtype.itemsize
     if size > room(few.device):
         raise KernelMemoryError(f"Features alone take {shown(size)}, of {shown(room(few.device))}. {_HELP}")
-    budget = MemoryBudget.of(few.device).backpropagated
-    blocks = split(n, batch_size or budget // bytes_per_sample(request))
+    if batch_size is None and n > 1:  # a model may take one sample at a time
+        batch_size = MemoryBudget.of(few.device).backpropagated // bytes_per_sample(request)
+    blocks = split(n, batch_size or 1)
     found = features_of(request, Drawing(projection, request.params, roots), blocks)
     features = found.reshape(n, *few.shape[1:], projection.dim).to(dtype) / projection.dim**0.5
     return features, Computed(request.resolve(few.shape[1:], few.shape[1:]), ())

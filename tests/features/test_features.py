@@ -198,6 +198,13 @@ def test_a_route_that_is_refused():
     assert_close(found.features, projected_features(plain, x, dim=4).features)
 
 
+def test_a_model_that_takes_one_sample_at_a_time():
+    model, x = small(), torch.randn(1, 3).double()
+    alone = nn.Sequential(nn.Unflatten(0, (1, 1)), nn.Flatten(0, 1), *model)
+    found = projected_features(alone, x, dim=4, batch_size=None)
+    assert_close(found.features, expected_features(found, alone, x))
+
+
 def test_samples_without_finite_jacobians():
     model, x = small(), torch.randn(4, 3).double()
     whole = projected_features(model, x, dim=4).features
