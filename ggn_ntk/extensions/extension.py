@@ -46,6 +46,7 @@ from ggn_ntk.process.torch_internals import (
     current_backward_pass,
     parameters_of,
 )
+from ggn_ntk.process.transforms import batched_gradients
 from ggn_ntk.rules.activation import multiply_entries
 from ggn_ntk.rules.registry import acts_on_each_sample, backpropagation_for, batched_vjp, rule_for
 
@@ -335,7 +336,7 @@ def _vjp(output: Tensor, leaves: list[Tensor], s: Tensor) -> list[Tensor]:
     # s [C, *output] -> [C, *leaf] for each leaf
     passed: Any
     try:
-        passed = torch.autograd.grad(output, leaves, s, True, is_grads_batched=True, allow_unused=True)
+        passed = batched_gradients(output, leaves, s, allow_unused=True)
     except RuntimeError:  # no batching rule for an operation
         rows = [gradients_at(output, leaves, entry) for entry in s]
         passed = [torch.stack(column) for column in zip(*rows, strict=True)]

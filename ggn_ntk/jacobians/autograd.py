@@ -17,6 +17,7 @@ from ggn_ntk.jacobians.uses import Use
 from ggn_ntk.memory.budget import MemoryBudget
 from ggn_ntk.memory.buffers import ALIGNED, Buffer
 from ggn_ntk.problem.errors import is_out_of_memory
+from ggn_ntk.process.transforms import batched_gradients
 
 
 def pass_back(
@@ -33,9 +34,11 @@ def pass_back(
     inputs: Any = [*(call.edge for call in calls), *others]
     if not inputs or (isinstance(start, Tensor) and not start.requires_grad):
         return [None] * len(calls), (None,) * len(others)
-    found = torch.autograd.grad(
-        start, inputs, cotangents, retain_graph=True, allow_unused=allow_unused, is_grads_batched=batched
-    )
+    found: tuple[Tensor | None, ...]
+    if batched:
+        found = batched_gradients(start, inputs, cotangents, allow_unused=allow_unused)
+    else:
+        found = torch.autograd.grad(start, inputs, cotangents, retain_graph=True, allow_unused=allow_unused)
     lead = cotangents.shape[:batched]
     passed = zip(found[: len(calls)], calls, strict=True)
     return [None if s is None else s.reshape(*lead, *call.shape) for s, call in passed], found[len(calls) :]

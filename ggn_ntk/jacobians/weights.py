@@ -14,6 +14,7 @@ from ggn_ntk.memory.blocks import split
 from ggn_ntk.memory.budget import MemoryBudget
 from ggn_ntk.problem.errors import is_out_of_memory
 from ggn_ntk.process.torch_internals import output_metadata
+from ggn_ntk.process.transforms import batched_gradients
 
 
 class Weight(NamedTuple):
@@ -76,4 +77,6 @@ class Weight(NamedTuple):
     def _grad(self, params: Sequence[Tensor], cotangents: Tensor, *, batched: bool = False) -> tuple[Tensor, ...]:
         """Pass a cotangent, or a batch of them, through its graph."""
         start: Any = self.edge
-        return torch.autograd.grad(start, params, cotangents, retain_graph=True, is_grads_batched=batched)
+        if batched:
+            return batched_gradients(start, params, cotangents)
+        return torch.autograd.grad(start, params, cotangents, retain_graph=True)

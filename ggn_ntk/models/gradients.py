@@ -14,6 +14,7 @@ from ggn_ntk.models.evaluation import evaluate, leaves_of, other_shape
 from ggn_ntk.problem.errors import UnsupportedModelError
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
+from ggn_ntk.process.transforms import batched_gradients
 
 #: Makes of a gradient and its parameter what is compared: the gradient itself, or a sketch of it.
 Form = Callable[[Tensor, Tensor], Tensor]
@@ -88,7 +89,7 @@ def gradients_of_several(output: Tensor, vs: Tensor, params: dict[str, Tensor]) 
     # vs [K, N, *out] -> [K, *parameter]
     found: tuple[Tensor | None, ...] = (None,) * len(params)
     if output.requires_grad:
-        found = torch.autograd.grad(output, list(params.values()), vs, is_grads_batched=True, allow_unused=True)
+        found = batched_gradients(output, list(params.values()), vs, allow_unused=True)
     return {
         name: p.new_zeros(len(vs), *p.shape) if g is None else dense(g).detach()
         for (name, p), g in zip(params.items(), found, strict=True)

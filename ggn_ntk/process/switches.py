@@ -243,3 +243,7 @@ def _warnings_off() -> Iterator[None]:
         now: Any = warnings.filters  # somebody's catch_warnings may have exchanged the list
         for holder in (filters, now):
             holder[:] = [entry for entry in holder if not any(entry is own for own in entries)]
+
+
+#: A context without warnings that do not concern the user's call; within a computation there are none anyway.
+WITHOUT_WARNINGS = Switch(_warnings_off)

@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 
+from ggn_ntk.process.switches import WITHOUT_WARNINGS
 from ggn_ntk.process.torch_internals import (
     as_sample,
     is_differentiated,
@@ -37,6 +39,24 @@ def outside_of_transforms() -> Iterator[None]:
     """Leave transforms that are under way: a model that is being transformed may ask for the kernel of another."""
     with without_transforms() if is_transformed() else nullcontext():
         yield
+
+
+def batched_gradients(
+    outputs: Any, inputs: Sequence[Any], cotangents: Tensor, *, allow_unused: bool = False
+) -> tuple[Any, ...]:
+    """Pass several cotangents back at once, and keep the graph; raises an error where ``vmap`` cannot."""
+    # cotangents [K, *output] -> each [K, *input]
+    # is_grads_batched=True would take torch's older vmap, which loops over the cotangents at most operations.
+    unused: list[bool] = []
+
+    def passed(cotangent: Tensor) -> tuple[Tensor, ...]:
+        found = torch.autograd.grad(outputs, inputs, cotangent, retain_graph=True, allow_unused=allow_unused)
+        unused[:] = [gradient is None for gradient in found]
+        return tuple(gradient for gradient in found if gradient is not None)
+
+    with WITHOUT_WARNINGS:
+        found = iter(vmap(passed, randomness="same")(cotangents))
+    return tuple(None if is_unused else next(found) for is_unused in unused)
 
 
 class AutogradInside(TorchFunctionMode):

@@ -6,13 +6,14 @@ Schoenholz: "Fast Finite Width Neural Tangent Kernel", ICML 2022). Here the stru
 """
 
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn import Module
 
 from ggn_ntk.contraction.factored import Factored
+from ggn_ntk.process.transforms import batched_gradients
 
 _F = TypeVar("_F", bound=Callable[..., Any])
 
@@ -164,7 +165,8 @@ def batched_vjp(module: Module, x: Tensor, s: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
         output = module(x.clone())  # a clone, for layers that work in place
     try:
-        return torch.autograd.grad(output, x, s, retain_graph=True, is_grads_batched=True)[0]
+        (passed,) = batched_gradients(output, [x], s)
+        return cast(Tensor, passed)
     except RuntimeError:
         return torch.stack([torch.autograd.grad(output, x, entry, retain_graph=True)[0] for entry in s])
 
