@@ -41,7 +41,7 @@ from ggn_ntk.models.independence import (
     partitions,
 )
 from ggn_ntk.models.rounding import rounding_of
-from ggn_ntk.problem.errors import is_out_of_memory
+from ggn_ntk.problem.errors import UnsupportedModelError, is_out_of_memory
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.request import Request
 from ggn_ntk.rules.registry import channels_last
@@ -81,7 +81,7 @@ class Few(NamedTuple):
 
 
 def evaluate_few(request: Request, inputs: Inputs, *, every: bool) -> Few:
-    """Evaluate a few samples, with the channels of images last in memory where no view objects."""
+    """Evaluate a few samples, with the channels of images last in memory unless a view or a fault of torch objects."""
     entries, n = sum(p.numel() for p in request.params.values()), len(inputs)
     most = _ALONE if every else 1  # others are verified all
     samples = _choose(n, max(1, min(most, n // _SHARE, _MANY_ENTRIES // max(1, entries))), seed=0)
@@ -89,7 +89,7 @@ def evaluate_few(request: Request, inputs: Inputs, *, every: bool) -> Few:
     fast = inputs.map(channels_last)
     try:
         first = record(request, fast[together[0]], every=every)
-    except RuntimeError as error:
+    except (RuntimeError, UnsupportedModelError) as error:
         if is_out_of_memory(error) or all(x.ndim != 4 for x in inputs.tensors.values()):
             raise
         fast, first = inputs, record(request, inputs[together[0]], every=every)

@@ -9,6 +9,7 @@ from torch import Size, Tensor
 
 from ggn_ntk.models.autograd_graph import graph_nodes, precisions
 from ggn_ntk.models.comparison import TOLERANCES
+from ggn_ntk.models.faults import check_pooling
 from ggn_ntk.models.inspection import in_low_precision, without_draws
 from ggn_ntk.models.isolation import Session, isolated
 from ggn_ntk.models.precision import too_coarse
@@ -51,6 +52,8 @@ def evaluate(
             with session.evaluation(values, inspect=inspect), within(), inside:
                 result = request.model(*args, **kwargs)
                 result = result if request.output is None else request.output(result)
+                if isinstance(result, Tensor) and not is_transformed():  # plain gradients are what others are held to
+                    check_pooling(result)
                 if inputs.whole and isinstance(result, Tensor):
                     return check_output(result, inputs.count).unsqueeze(0)
                 return result

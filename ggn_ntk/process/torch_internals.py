@@ -122,7 +122,10 @@ _OPERATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
     "EmbeddingBackward0": ("embedding", ("weight",)),
     "EmbeddingBagBackward0": ("embedding_bag", ("weight", "per_sample_weights")),
     "FusedRmsNormBackward0": ("rms_norm", ("input", "weight")),
-    "NativeBatchNormBackward0": ("batch_norm", ("input", "weight", "bias")),
+    **{
+        f"{library}BatchNormBackward0": ("batch_norm", ("input", "weight", "bias"))
+        for library in ("Native", "Cudnn", "Miopen")
+    },
     "NativeGroupNormBackward0": ("group_norm", ("input", "weight", "bias")),
     "NativeLayerNormBackward0": ("layer_norm", ("input", "weight", "bias")),
     "PreluKernelBackward0": ("prelu", ("self", "weight")),
@@ -172,6 +175,10 @@ _OPERATIONS: dict[str, tuple[str, tuple[str, ...]]] = {
 }
 
 
+# What nodes of other libraries save under other names than torch's own of the same operation.
+_SAVED_AS = {(f"{library}BatchNormBackward0", "eps"): "epsilon" for library in ("Cudnn", "Miopen")}
+
+
 def operation_of(node: Node) -> tuple[str, tuple[str, ...]]:
     """Look up the name of an operation, and its arguments in the order of the node's edges; no name if unknown."""
     return _OPERATIONS.get(node.name(), ("", ()))
@@ -179,7 +186,7 @@ def operation_of(node: Node) -> tuple[str, tuple[str, ...]]:
 
 def saved(node: Node, name: str) -> Any:
     """Look up what a node has saved of an operation's arguments and results."""
-    value = _signed(getattr(node, f"_saved_{name}"))
+    value = _signed(getattr(node, f"_saved_{_SAVED_AS.get((node.name(), name), name)}"))
     # A number that torch has made a tensor of would give way to other dtypes: a view of it does not.
     return value.view(()) if isinstance(value, Tensor) and not value.ndim else value
 
@@ -196,6 +203,9 @@ place_of: Callable[[Node], int] = methodcaller("_sequence_nr")
 
 #: How many nodes this thread has recorded.
 nodes_recorded: Callable[[], int] = torch._C._autograd._get_sequence_nr
+
+#: What the node of average pooling over one and two axes is called.
+AVERAGE_POOLING = "AvgPool2DBackward0"
 
 #: What the node is called that torch puts around modules with full backward hooks, such as BackPACK's.
 BACKWARD_HOOK = "BackwardHookFunctionBackward"

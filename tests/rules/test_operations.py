@@ -22,6 +22,18 @@ from ggn_ntk.rules.linear_map import Operation
 
 aten = torch.ops.aten
 
+
+def _batch_norm_backward(x, s, weight, mean, var, result1, result2, eps, *_):
+    return aten.native_batch_norm_backward(s, x, weight, mean, var, result1, result2, True, eps, [True] * 3)
+
+
+# What only GPUs compute; autograd's nodes of these operations are torch's own all the same.
+_library = torch.library.Library("aten", "IMPL")
+_library.impl("cudnn_batch_norm", lambda *args: (*aten.native_batch_norm(*args), torch.empty(0)), "CPU")
+_library.impl("miopen_batch_norm", lambda *args: aten.native_batch_norm(*args), "CPU")
+for _name in ("cudnn", "miopen"):
+    _library.impl(f"{_name}_batch_norm_backward", _batch_norm_backward, "CPU")
+
 C, N = 3, 2
 
 # How often the samples take turns along their axis, and how many entries of one follow one another.
@@ -95,6 +107,16 @@ USES = [
             "NativeBatchNormBackward0",
             lambda r, on=on: F.batch_norm(x(r, 3, 4), x(3), x(3).exp(), p(3), p(3), training=on),
         )
+        for on in (True, False)
+    ),
+    *(
+        Use(
+            f"{library.capitalize()}BatchNormBackward0",
+            lambda r, on=on, library=library: getattr(aten, f"{library}_batch_norm")(
+                x(r, 3, 4), p(3), p(3), x(3), x(3).exp(), on, 0.1, 0.1
+            )[0],
+        )
+        for library in ("cudnn", "miopen")
         for on in (True, False)
     ),
     Use("NativeBatchNormBackward0", lambda r: F.instance_norm(x(3, 2, 4), weight=p(2), bias=p(2)), axis=None),
