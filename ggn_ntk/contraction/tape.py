@@ -1,4 +1,4 @@
-"""Contractions of small tensors, recorded once and played again.
+"""Contractions, recorded once and played again.
 
 How Jacobians are contracted depends on shapes and strides alone. For large ones it takes no time to find out; for a
 network of a hundred units it takes several times as long as the products themselves. So the operations that a
@@ -12,10 +12,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ggn_ntk.memory.budget import MemoryBudget
 from ggn_ntk.process.torch_internals import OperationMode, schema_of, tree_leaves
 
-# Up to how many numbers inputs and intermediate results hold together, and how many steps are kept; of how many forms.
-_NUMBERS, _STEPS, _FORMS = 2**22, 1024, 512
+# How many steps are kept, of how many forms.
+_STEPS, _FORMS = 1024, 512
 
 # Operations with results of a shape that depends on numbers, or of random ones: what was done next may depend, too.
 _DEPENDS = {torch.Tag.data_dependent_output, torch.Tag.dynamic_output_shape, torch.Tag.nondeterministic_seeded}
@@ -110,9 +111,10 @@ class Tape(NamedTuple):
 class _Recording(OperationMode):
     """Writes down the operations that are carried out."""
 
-    def __init__(self, inputs: Sequence[Tensor]) -> None:
-        """Number the inputs."""
+    def __init__(self, inputs: Sequence[Tensor], limit: int) -> None:
+        """Number the inputs; intermediate results hold at most so many bytes together."""
         super().__init__()
+        self._limit = limit
         self._tensors = list(inputs)  # kept, so that no other gets the identity of one
         self._numbers = {id(x): number for number, x in enumerate(self._tensors)}
         self._inputs = len(self._tensors)
@@ -146,11 +148,11 @@ class _Recording(OperationMode):
             if id(x) not in self._numbers:
                 self._numbers[id(x)] = len(self._tensors)
                 self._tensors.append(x)
-                self._total += x.numel() if writes or not aliases else 0
+                self._total += x.nbytes if writes or not aliases else 0
         if aliases and not writes:
             return all(self._take_view(given[0], x) for x in results)
         self._steps.append(self._operation(func, args, kwargs, results, writes=writes))
-        return self._total <= _NUMBERS and len(self._steps) <= _STEPS
+        return self._total <= self._limit and len(self._steps) <= _STEPS
 
     def _take_view(self, x: Tensor, result: Tensor) -> bool:
         """Write a view down."""
@@ -233,6 +235,11 @@ def _depends(func: Any, args: tuple[Any, ...]) -> bool:
     return not by_places and not _DEPENDS.isdisjoint(func.tags)
 
 
+def _limit(inputs: Sequence[Tensor]) -> int:
+    """Look up how many bytes inputs, or intermediate results, may hold together."""
+    return MemoryBudget.of(inputs[0].device).recorded if inputs else 0
+
+
 class Tapes:
     """What was done at inputs of some forms."""
 
@@ -245,7 +252,7 @@ class Tapes:
         found = self._tapes.get(form)
         if isinstance(found, Tape):
             found.play(inputs, kernels)
-        elif found is False or sum(x.numel() for x in inputs) > _NUMBERS:
+        elif found is False or sum(x.nbytes for x in inputs) > (limit := _limit(inputs)):
             compute()
         elif found is None:  # most forms are seen once
             if len(self._tapes) >= _FORMS:
@@ -253,7 +260,7 @@ class Tapes:
             self._tapes[form] = True
             compute()
         else:
-            recording = _Recording([*inputs, *kernels.values()])
+            recording = _Recording([*inputs, *kernels.values()], limit)
             with recording:
                 compute()
             self._tapes[form] = recording.tape(kernels) or False

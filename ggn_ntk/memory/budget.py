@@ -41,6 +41,8 @@ class MemoryBudget:
     jacobians: int = 2**26
     # What a forward pass makes of a block of samples, in products of the kernel with vectors.
     products: int = 2**30
+    # What a contraction holds that is written down, to be carried out again without asking how: all at once, that time.
+    recorded: int = 2**29
     # The output of a layer, on average, from which on the model's outputs pass back one by one: several at once save
     # calls of functions, but read and write more than a processor's cache holds.
     one_by_one: float = inf
@@ -53,7 +55,7 @@ class MemoryBudget:
 
 
 #: Budgets by type of device: of a CPU, 8 MiB fit its last-level cache. On other devices launches cost more than memory.
-LIMITS = {"cpu": MemoryBudget(passing=2**23, products=2**25, one_by_one=2**18)}
+LIMITS = {"cpu": MemoryBudget(passing=2**23, products=2**25, recorded=2**24, one_by_one=2**18)}
 ELSEWHERE = MemoryBudget()
 
 
@@ -75,6 +77,7 @@ def _within(budget: MemoryBudget, limit: int) -> MemoryBudget:
         "waiting": 32,
         "jacobians": 16,
         "products": 4,
+        "recorded": 16,
     }
     return replace(budget, **{name: min(getattr(budget, name), limit // share) for name, share in shares.items()})
 
