@@ -184,6 +184,10 @@ def operation_of(node: Node) -> tuple[str, tuple[str, ...]]:
     return _OPERATIONS.get(node.name(), ("", ()))
 
 
+#: Nodes whose gradients the ``vmap`` of ``torch.func`` gets wrong, in torch 2.6 to 2.14.
+WRONG_IF_BATCHED = {"CdistBackward0"}
+
+
 def saved(node: Node, name: str) -> Any:
     """Look up what a node has saved of an operation's arguments and results."""
     value = _signed(getattr(node, f"_saved_{_SAVED_AS.get((node.name(), name), name)}"))

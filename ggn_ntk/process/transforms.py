@@ -6,11 +6,13 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd.graph import GradientEdge
 from torch.func import vmap
 from torch.overrides import TorchFunctionMode
 
 from ggn_ntk.process.switches import WITHOUT_WARNINGS
 from ggn_ntk.process.torch_internals import (
+    WRONG_IF_BATCHED,
     as_sample,
     is_differentiated,
     is_sample,
@@ -42,10 +44,13 @@ def outside_of_transforms() -> Iterator[None]:
 
 
 def batched_gradients(
-    outputs: Any, inputs: Sequence[Any], cotangents: Tensor, *, allow_unused: bool = False
+    outputs: Tensor | GradientEdge, inputs: Sequence[Any], cotangents: Tensor, *, allow_unused: bool = False
 ) -> tuple[Any, ...]:
-    """Pass several cotangents back at once, and keep the graph; raises an error where ``vmap`` cannot."""
+    """Pass several cotangents back at once, and keep the graph; raises a RuntimeError where ``vmap`` cannot."""
     # cotangents [K, *output] -> each [K, *input]
+    wrong = WRONG_IF_BATCHED.intersection(_names_behind(outputs))
+    if wrong:
+        raise RuntimeError(f"vmap gets gradients of {', '.join(wrong)} wrong.")
     # is_grads_batched=True would take torch's older vmap, which loops over the cotangents at most operations.
     unused: list[bool] = []
 
@@ -57,6 +62,18 @@ def batched_gradients(
     with WITHOUT_WARNINGS:
         found = iter(vmap(passed, randomness="same")(cotangents))
     return tuple(None if is_unused else next(found) for is_unused in unused)
+
+
+def _names_behind(output: Tensor | GradientEdge) -> set[str]:
+    """List the names of all nodes behind an output."""
+    start = output.grad_fn if isinstance(output, Tensor) else output.node
+    seen, waiting = {start}, [start]
+    while waiting:
+        node = waiting.pop()
+        new = [] if node is None else [other for other, _ in node.next_functions if other not in seen]
+        seen.update(new)
+        waiting += new
+    return {node.name() for node in seen if node is not None}
 
 
 class AutogradInside(TorchFunctionMode):

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.func import jacrev, jvp, vmap
 
-from ggn_ntk.process.transforms import AutogradInside
+from ggn_ntk.process.transforms import AutogradInside, batched_gradients
 
 
 def _inside(function):
@@ -96,3 +96,19 @@ def test_inside_of_derivatives():
     for row in x:
         pushed = jvp(lambda w: _inside(residual)(w, row), (weight,), (tangent,))[1]
         torch.testing.assert_close(pushed, jvp(lambda w: by_hand(w, row), (weight,), (tangent,))[1])
+
+
+@pytest.mark.parametrize("batched", [True, False])
+def test_batched_gradients(batched):
+    x = torch.randn(3, 5, dtype=torch.float64, requires_grad=True)
+    unused = torch.randn(2, requires_grad=True)
+    output = x.sin().softmax(-1) if batched else torch.cdist(x, torch.randn(4, 5, dtype=torch.float64))
+    cotangents = torch.randn(6, *output.shape, dtype=torch.float64)
+    if not batched:  # torch's rule for it is wrong
+        with pytest.raises(RuntimeError, match="vmap gets gradients of CdistBackward0 wrong"):
+            batched_gradients(output, [x], cotangents)
+        return
+    found, none = batched_gradients(output, [x, unused], cotangents, allow_unused=True)
+    expected = [torch.autograd.grad(output, x, v, retain_graph=True)[0] for v in cotangents]
+    torch.testing.assert_close(found, torch.stack(expected))
+    assert none is None
