@@ -14,7 +14,9 @@ from torch import Size, Tensor, einsum
 from torch.nn import Module
 
 from ggn_ntk.kernels.ntk import compute_kernels, parse_method
-from ggn_ntk.memory.budget import explained, resolve_axes
+from ggn_ntk.memory.blocks import split
+from ggn_ntk.memory.budget import resolve_axes
+from ggn_ntk.methods.computation import samples_at_once, session
 from ggn_ntk.models.evaluation import evaluate_checked
 from ggn_ntk.models.independence import compare_alone, look
 from ggn_ntk.models.isolation import isolated
@@ -25,6 +27,7 @@ from ggn_ntk.problem.functions import Model, Params
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Pick, Request
 from ggn_ntk.problem.result import EmpiricalKernels, finish
+from ggn_ntk.process.progress import Progress, Wanted, counting
 from ggn_ntk.process.transforms import outside_of_transforms
 
 _KIND = "empirical NNGP kernel"
@@ -42,6 +45,8 @@ def nngp(
     diagonal_axes: int | Iterable[int] | None = None,
     paired: bool = False,
     interacting: bool = False,
+    memory: int | str | None = None,
+    progress: Wanted = None,
 ) -> Tensor | dict[Any, Tensor]:
     """Compute the empirical NNGP kernel of a model.
 
@@ -64,6 +69,10 @@ def nngp(
         diagonal_axes: Output axes to take at equal indices.
         paired: Take x1[n] with x2[n] alone, or with itself where ``x2`` is ``None``: ``[N]`` stands for ``[N1, N2]``.
         interacting: Take the whole batch for one input, as for :func:`ggn_ntk.empirical_ntk`.
+        memory: Bytes that the call may take beyond what is there, or text such as ``"8GiB"``; ``None`` for what the
+            device has free, less a fifth. Samples are evaluated in blocks where all at once would take more than half.
+        progress: A bar, for ``None`` on a terminal where it is expected to take over ten seconds; ``True``, ``False``,
+            or a callable that is called with the numbers of blocks that are done and of all.
 
     Returns:
         ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]`` for a model with outputs ``[N, *out]``; with
@@ -73,13 +82,16 @@ def nngp(
 
     Raises:
         UnsupportedModelError: If samples influence one another, or the output is random or no tensor.
+        KernelMemoryError: If memory does not suffice, before work starts where that is known.
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has a value that is not accepted.
     """
     if isinstance(model, Module) and params is not None:
         raise TypeError("params goes with functions alone: the NNGP kernel of a module has no sum over parameters.")
     axes = AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired, interacting=interacting)
-    request = Request.parse(model, x1, x2, axes, params=params, per_parameter=False, output=output)
+    request = Request.parse(
+        model, x1, x2, axes, params=params, per_parameter=False, output=output, memory=memory, progress=progress
+    )
     with without(_KIND):
         return of_all_outputs(request, _multiply_outputs)
 
@@ -99,6 +111,8 @@ def empirical_kernels(
     diagonal_axes: int | Iterable[int] | None = None,
     paired: bool = False,
     interacting: bool = False,
+    memory: int | str | None = None,
+    progress: Wanted = None,
 ) -> EmpiricalKernels:
     """Compute the empirical NTK and the empirical NNGP kernel of a model.
 
@@ -119,6 +133,8 @@ def empirical_kernels(
         diagonal_axes: Output axes to take at equal indices, in both kernels.
         paired: Take x1[n] with x2[n] alone, or with itself where ``x2`` is ``None``: ``[N]`` stands for ``[N1, N2]``.
         interacting: Take the whole batch for one input, as for :func:`ggn_ntk.empirical_ntk`.
+        memory: Bytes that the call may take beyond what is there and the NNGP kernel, which is as large as the NTK.
+        progress: How to show what is done.
 
     Returns:
         Both kernels, each ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``, or as the axes say; of several
@@ -127,11 +143,23 @@ def empirical_kernels(
     Raises:
         UnsupportedModelError: If the model has no exact kernel.
         NTKMismatchError: If ``check`` finds a difference above rounding.
+        KernelMemoryError: If memory does not suffice, before work starts where that is known.
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has a value that is not accepted.
     """
     axes = AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired, interacting=interacting)
-    request = Request.parse(model, x1, x2, axes, params=params, per_parameter=False, capture=capture, output=output)
+    request = Request.parse(
+        model,
+        x1,
+        x2,
+        axes,
+        params=params,
+        per_parameter=False,
+        capture=capture,
+        output=output,
+        memory=memory,
+        progress=progress,
+    )
     wanted = parse_method(method, check, capture)
 
     def both(request: Request) -> EmpiricalKernels:
@@ -158,13 +186,7 @@ def _multiply_outputs(request: Request, outputs: Sequence[Tensor] | None = None)
     """Compute an NNGP kernel, from outputs of each batch where they have been evaluated."""
     # outputs [N, *out]
     described = f"the NNGP kernel of {sum(request.sizes)} samples"
-    with (
-        outside_of_transforms(),
-        isolated(request.model),
-        torch.no_grad(),
-        explained(lambda: described),
-        without(_KIND),
-    ):
+    with session(request, described), torch.no_grad(), without(_KIND):
         if outputs is None:
             outputs = _checked_outputs(request)
             warn_of_statistics(request.model)
@@ -197,7 +219,9 @@ def _checked_outputs(request: Request) -> list[Tensor]:
         raise UnsupportedModelError(problems)
     few = [look(batch) for batch in request.batches]
     resolve_axes(replace(request, params={"": few[0]}), few)  # a kernel that cannot fit is refused
-    outputs = [_checked_batch(batch, f.shape[1:]) for batch, f in zip(request.batches, few, strict=True)]
+    parts = list(map(_parts, request.batches))
+    with counting(sum(map(len, parts))) as progress:
+        outputs = [_checked_parts(of, f.shape[1:], progress) for of, f in zip(parts, few, strict=True)]
     if not any(output.isfinite().any() for output in outputs):
         raise UnsupportedModelError(
             [Problem("", "its outputs are not finite", "Look for overflow in its weights and inputs")]
@@ -205,9 +229,20 @@ def _checked_outputs(request: Request) -> list[Tensor]:
     return outputs
 
 
-def _checked_batch(request: Request, shape: Size) -> Tensor:
-    """Evaluate samples that are evaluated together, and compare them with each by itself."""
+def _parts(request: Request) -> list[Request]:
+    """Divide the samples of a batch into blocks, where the evaluation of all may take more memory than there is."""
+    size = samples_at_once(request)
+    if size >= len(request.inputs):
+        return [request]
+    return [side.part(block) for side in request.apart for block in split(len(side.x1), size)]
+
+
+def _checked_parts(parts: Sequence[Request], shape: Size, progress: Progress) -> Tensor:
+    """Evaluate blocks of samples, and compare each sample with itself alone."""
     # shape [*out] -> [N, *out]
-    output = evaluate_checked(request, request.inputs, shape)
-    compare_alone(request, request.inputs, output)
-    return output
+    outputs = []
+    for part in parts:
+        outputs.append(evaluate_checked(part, part.inputs, shape))
+        compare_alone(part, part.inputs, outputs[-1])
+        progress.add()
+    return outputs[0] if len(outputs) == 1 else torch.cat(outputs)

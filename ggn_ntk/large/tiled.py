@@ -138,10 +138,9 @@ def tiled_ntk(
         )
     params = list(params) if isinstance(params, Iterator) else params
     keywords: dict[str, Any] = {"compute": compute, "params": params, "output": output, "paired": paired}
-    keywords |= {"trace_axes": trace_axes, "diagonal_axes": diagonal_axes}
+    keywords |= {"trace_axes": trace_axes, "diagonal_axes": diagonal_axes, "memory": limit}
     if kernel == "ntk":
         keywords |= {"method": method, "per_parameter": per_parameter, "check": check, "capture": capture}
-        keywords["memory"] = limit
     device = _device_of(model, params)
     few = [x.take(slice(0, 1), device) for x in ((first,) if x2 is None else (first, second))]
     last = few[1] if len(few) > 1 else None

@@ -174,13 +174,17 @@ def check_result(shape: Sequence[int], params: Sequence[Tensor], count: int) -> 
     if not params:
         return
     size = prod(shape) * max(p.element_size() for p in params) * count
-    device = params[0].device
+    check_size(size, params[0].device, "The kernel alone takes")
+
+
+def check_size(size: int, device: torch.device, what: str) -> None:
+    """Refuse what cannot fit into memory, as a whole."""
     limit = _LIMIT.get()
     if limit is not None and size > limit:
-        raise KernelMemoryError(f"The kernel alone takes {shown(size)}, more than memory={shown(limit)}. {_HELP}")
-    free = available(device) if size > 2**26 else None  # asking takes longer than such a kernel matters
+        raise KernelMemoryError(f"{what} {shown(size)}, more than memory={shown(limit)}. {_HELP}")
+    free = available(device) if size > 2**26 else None  # asking takes longer than such a size matters
     if free is not None and size > free:
-        raise KernelMemoryError(f"The kernel alone takes {shown(size)}, and {device} has {shown(free)} left. {_HELP}")
+        raise KernelMemoryError(f"{what} {shown(size)}, and {device} has {shown(free)} left. {_HELP}")
 
 
 @contextmanager

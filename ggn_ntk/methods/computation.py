@@ -11,7 +11,8 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ggn_ntk.memory.budget import explained, limited, resolve_axes
+from ggn_ntk.memory.blocks import split
+from ggn_ntk.memory.budget import MemoryBudget, explained, fits, limited, resolve_axes
 from ggn_ntk.memory.buffers import keep_freed
 from ggn_ntk.models.comparison import all_finite, cotangent
 from ggn_ntk.models.evaluation import evaluate
@@ -19,6 +20,7 @@ from ggn_ntk.models.gradients import gradients
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.requirements import warn_of_statistics
 from ggn_ntk.models.several import of_all_outputs
+from ggn_ntk.models.sizes import bytes_per_sample
 from ggn_ntk.problem.errors import NotFiniteError, NotFiniteWarning, Problem, UnsupportedModelError, listed, warn
 from ggn_ntk.problem.request import Request
 from ggn_ntk.problem.result import Computed, Kernels
@@ -40,13 +42,13 @@ def compute(request: Request, route: Callable[[Request], Computed]) -> Kernels:
 
 
 @contextmanager
-def session(request: Request) -> Iterator[None]:
+def session(request: Request, what: str | None = None) -> Iterator[None]:
     """Open a session for a model, and explain errors about memory."""
     keep_freed()
     with (
         outside_of_transforms(),
         isolated(request.model),
-        explained(lambda: _described(request)),
+        explained(lambda: what or _described(request)),
         limited(request.memory),
         showing(request.progress),
     ):
@@ -135,7 +137,7 @@ def infinite_samples(request: Request) -> Tensor:
     inputs, one = request.inputs, _output_of_one(request)
     v = cotangent(one, 0, torch.Size([len(inputs), *one.shape[1:]]))  # [N, *out]
     found = torch.zeros(len(inputs), dtype=torch.bool)
-    waiting = [list(range(len(inputs)))]
+    waiting = [list(range(block.start, block.stop)) for block in split(len(inputs), samples_at_once(request))]
     while waiting:
         samples = waiting.pop()
         if all_finite(gradients(request, inputs[samples], v[samples])[1].values()):
@@ -146,6 +148,14 @@ def infinite_samples(request: Request) -> Tensor:
             middle = len(samples) // 2
             waiting += [samples[:middle], samples[middle:]]
     return found
+
+
+def samples_at_once(request: Request) -> int:
+    """Choose how many samples of a batch to evaluate together: all of them, if they are small beside what there is."""
+    device, of_sample = next(iter(request.x1.tensors.values())).device, bytes_per_sample(request)
+    if request.x1.whole or fits(of_sample * len(request.inputs), device):
+        return len(request.inputs)
+    return max(1, MemoryBudget.of(device).products // of_sample)
 
 
 def _described(request: Request) -> str:

@@ -17,7 +17,7 @@ from torch import Tensor, einsum
 from torch.func import jvp, vjp, vmap
 
 from ggn_ntk.memory.blocks import split
-from ggn_ntk.memory.budget import MemoryBudget
+from ggn_ntk.memory.budget import MemoryBudget, check_size
 from ggn_ntk.methods.computation import compute as _compute
 from ggn_ntk.methods.sample_jacobians import all_jacobians, first_line, sample_output
 from ggn_ntk.models.comparison import (
@@ -35,12 +35,14 @@ from ggn_ntk.models.independence import Checked
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.requirements import check_model
 from ggn_ntk.models.rounding import finest
+from ggn_ntk.models.sizes import bytes_per_sample
 from ggn_ntk.problem.errors import Problem, RouteWarning, UnsupportedModelError, is_bug, is_out_of_memory, listed, warn
 from ggn_ntk.problem.functions import Model, Params
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.output_axes import AxesRequest, KernelAxes, OutputAxes
 from ggn_ntk.problem.request import Pick, Request
 from ggn_ntk.problem.result import Computed, transpose
+from ggn_ntk.process.progress import Progress, Wanted, counting
 from ggn_ntk.process.switches import without_checkpoints
 
 
@@ -59,6 +61,7 @@ def jacobian_contraction(
     interacting: bool = False,
     chunk_size: int | None = None,
     create_graph: bool = False,
+    memory: int | str | None = None,
 ) -> Tensor | dict[Any, Any]:
     """Compute the empirical NTK by contracting per-sample Jacobians.
 
@@ -81,10 +84,12 @@ def jacobian_contraction(
         diagonal_axes: Output axes to take at equal indices.
         paired: Take x1[n] with x2[n] alone, or with itself where ``x2`` is ``None``: ``[N]`` stands for ``[N1, N2]``.
         interacting: Take the whole batch for one input, as for :func:`ggn_ntk.empirical_ntk`.
-        chunk_size: How many samples to differentiate at once; ``None`` for all.
+        chunk_size: How many samples to differentiate at once; ``None`` for all, or for what ``memory`` allows.
         create_graph: Whether the kernel is to be differentiable in the model's parameters and in inputs that require a
             gradient, which are accepted here alone. Its slope along a random direction is compared with a difference of
             gradients. The graph holds what all backward passes have computed.
+        memory: Bytes that the call may take, or text such as ``"8GiB"``; ``None`` for what the device has free. Kernels
+            and Jacobians that cannot fit are refused. All samples are evaluated at once to look at them.
 
     Returns:
         ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``; with axes, ``[N1, N2, *(x1's axes not traced),
@@ -93,6 +98,7 @@ def jacobian_contraction(
 
     Raises:
         UnsupportedModelError: If the model has no exact kernel.
+        KernelMemoryError: If memory does not suffice, before work starts where that is known.
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has a value that is not accepted.
     """
@@ -107,6 +113,7 @@ def jacobian_contraction(
         output=output,
         chunk_size=chunk_size,
         create_graph=create_graph,
+        memory=memory,
     )
     # A graph that outlives the call must not evaluate the model once more.
     with without_checkpoints() if create_graph else nullcontext():
@@ -127,6 +134,8 @@ def ntk_vector_products(
     paired: bool = False,
     interacting: bool = False,
     chunk_size: int | None = None,
+    memory: int | str | None = None,
+    progress: Wanted = None,
 ) -> Tensor | dict[Any, Any]:
     """Compute the empirical NTK from its products with the basis vectors of the outputs.
 
@@ -150,8 +159,13 @@ def ntk_vector_products(
         diagonal_axes: Output axes to take at equal indices.
         paired: Take x1[n] with x2[n] alone, or with itself where ``x2`` is ``None``: ``[N]`` stands for ``[N1, N2]``.
         interacting: Take the whole batch for one input, as for :func:`ggn_ntk.empirical_ntk`.
-        chunk_size: How many basis vectors to multiply at once; ``None`` for all C. Of ``paired`` samples, a few at a
-            time are multiplied together.
+        chunk_size: How many basis vectors to multiply at once; ``None`` for all C, or for what ``memory`` allows. Of
+            ``paired`` samples, a few at a time are multiplied together.
+        memory: Bytes that the call may take, or text such as ``"8GiB"``; ``None`` for what the device has free. It
+            decides on how many vectors, and samples of x1, are multiplied at once. All samples are evaluated at once to
+            look at them.
+        progress: A bar, for ``None`` on a terminal where it is expected to take over ten seconds; ``True``, ``False``,
+            or a callable that is called with the numbers of samples of x2 that are done and of all.
 
     Returns:
         ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``; with axes, ``[N1, N2, *(x1's axes not traced),
@@ -160,12 +174,22 @@ def ntk_vector_products(
 
     Raises:
         UnsupportedModelError: If the model has no exact kernel.
+        KernelMemoryError: If memory does not suffice, before work starts where that is known.
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has a value that is not accepted.
     """
     wanted = AxesRequest.parse(compute, trace_axes, diagonal_axes, paired=paired, interacting=interacting)
     request = Request.parse(
-        model, x1, x2, wanted, params=params, per_parameter=per_parameter, output=output, chunk_size=chunk_size
+        model,
+        x1,
+        x2,
+        wanted,
+        params=params,
+        per_parameter=per_parameter,
+        output=output,
+        chunk_size=chunk_size,
+        memory=memory,
+        progress=progress,
     )
     return _compute(request, product_kernels)
 
@@ -175,7 +199,27 @@ def jacobian_kernels(request: Request) -> Computed:
     axes, checked = check_model(request.detached())
     if request.graph is not None:
         _refuse_writes(request)
+    request = _within_memory(request, axes)
     return Computed(axes, contract_jacobians(request, axes, checked), [known.outputs for known in checked])
+
+
+def _within_memory(request: Request, axes: KernelAxes) -> Request:
+    """Refuse Jacobians that cannot fit into memory, and choose how many samples are differentiated at once."""
+    device, sides = _device_of(request), list(zip(request.apart, axes, strict=False))
+    if not axes.paired:  # else they come a few at a time
+        numbers = sum(len(batch.x1) * side.out_shape.numel() for batch, side in sides)
+        size = numbers * sum(p.numel() * p.element_size() for p in request.params.values())
+        check_size(size, device, "Jacobians of all samples take")
+    if request.memory is None or request.chunk_size is not None:
+        return request
+    # A forward pass, and a backward pass for each output
+    of_sample = max((1 + side.out_shape.numel()) * bytes_per_sample(batch) for batch, side in sides)
+    return replace(request, chunk_size=max(1, MemoryBudget.of(device).products // of_sample))
+
+
+def _device_of(request: Request) -> torch.device:
+    """Find the device of the parameters."""
+    return next(iter(request.params.values())).device
 
 
 def _refuse_writes(request: Request) -> None:
@@ -189,7 +233,9 @@ def _refuse_writes(request: Request) -> None:
 def product_kernels(request: Request) -> Computed:
     """Compute kernels by NTK-vector products, if the model has any. Call it inside ``isolated(request.model)``."""
     axes, checked = check_model(request)
-    return Computed(axes, multiply_vectors(request, axes, checked), [known.outputs for known in checked])
+    with counting(len(request.grouped()) * len(request.second)) as progress:
+        kernels = list(multiply_vectors(request, axes, checked, progress))
+    return Computed(axes, kernels, [known.outputs for known in checked])
 
 
 def contract_jacobians(request: Request, axes: KernelAxes, checked: Sequence[Checked]) -> Iterator[tuple[str, Tensor]]:
@@ -243,7 +289,7 @@ def _pairs_at_once(request: Request, axes: KernelAxes) -> int:
     """Look up the Jacobians of how many pairs of samples keep to the budget."""
     params, sides = request.params.values(), axes[:1] if request.symmetric else axes
     numbers = sum(side.out_shape.numel() for side in sides)
-    budget = MemoryBudget.of(next(iter(params)).device).jacobians
+    budget = MemoryBudget.of(_device_of(request)).jacobians
     return max(1, budget // max(1, numbers * sum(p.numel() * p.element_size() for p in params)))
 
 
@@ -253,6 +299,7 @@ class _Side(NamedTuple):
     request: Request  # of the batch that it is in
     axes: OutputAxes  # the role of each output axis
     inputs: Inputs  # its samples
+    at_once: int | None = None  # how many of them vectors are multiplied with together; ``None`` for all
 
 
 def _sides(request: Request, axes: KernelAxes) -> tuple[_Side, _Side]:
@@ -262,14 +309,14 @@ def _sides(request: Request, axes: KernelAxes) -> tuple[_Side, _Side]:
 
 
 def multiply_vectors(
-    request: Request, axes: KernelAxes, checked: Sequence[Checked] | None = None
+    request: Request, axes: KernelAxes, checked: Sequence[Checked] | None = None, progress: Progress | None = None
 ) -> Iterator[tuple[str, Tensor]]:
     """Compute kernels by NTK-vector products. Call it inside ``isolated(request.model)``."""
     # -> [N1, N2, E, F1, F2]
     if request.per_parameter:
         for group, params in request.grouped():
             part = replace(request, params=params, per_parameter=False)
-            yield from ((group, kernel) for _, kernel in multiply_vectors(part, axes, checked))
+            yield from ((group, kernel) for _, kernel in multiply_vectors(part, axes, checked, progress))
         return
     kernel, why = None, "it gets products with vectors wrong"
     try:
@@ -277,7 +324,7 @@ def multiply_vectors(
         first = [(batch, batch.x1[:1]) for batch in request.batches]
         tolerances = [gradient_tolerance(evaluate(batch, None, sample)) for batch, sample in first]
         if all(_products_agree(*one, tolerance) for one, tolerance in zip(first, tolerances, strict=True)):
-            kernel = _kernel_from_products(request, axes)
+            kernel = _kernel_from_products(request, axes, progress or Progress(False, 0))
             if not _holds_for_all(request, axes, kernel, max(tolerances)):
                 kernel = None
     except Exception as error:
@@ -368,24 +415,39 @@ def _products_with(side: _Side, a: Tensor, group: tuple[int, int]) -> dict[str, 
     return gradients(side.request, side.inputs, v.reshape(len(a), *axes.out_shape))[1]
 
 
-def _kernel_from_products(request: Request, axes: KernelAxes) -> Tensor:
+def _kernel_from_products(request: Request, axes: KernelAxes, progress: Progress) -> Tensor:
     """Compute the kernel column by column: one sample of x2, then the next; that of paired samples all at once."""
     # -> [N1, N2, E, F1, F2]
-    first, second = _sides(request, axes)
+    first, second = _products_within_memory(request, axes)
     n2 = len(second.inputs)
     if axes.paired:
         size = _pairs_at_once(request, axes)
         kernel: Tensor = first.inputs.over_samples(partial(_of_pair, first, second), second.inputs, chunk_size=size)
+        progress.add(n2)
         return kernel
-    if not request.symmetric:
-        return torch.stack([_column(first, second, m) for m in range(n2)], dim=1)
-    column = _column(first, second, 0)
-    kernel = column.new_zeros(n2, *column.shape)
     for m in range(n2):
-        column = _column(first._replace(inputs=request.x1[m:]), second, m) if m else column
-        kernel[m:, m] = column
-        transpose(kernel)[m:, m] = column
+        start = m if request.symmetric else 0
+        column = _column(first._replace(inputs=first.inputs[start:]), second, m)  # [N1 - start, E, F1, F2]
+        kernel = column.new_zeros(len(column), n2, *column.shape[1:]) if m == 0 else kernel
+        kernel[start:, m] = column
+        if request.symmetric:
+            transpose(kernel)[m:, m] = column
+        progress.add()
     return kernel
+
+
+def _products_within_memory(request: Request, axes: KernelAxes) -> tuple[_Side, _Side]:
+    """Take x1 and x2, and choose how many samples of x1, and vectors, are multiplied at once."""
+    first, second = _sides(request, axes)
+    if request.memory is None:
+        return first, second
+    budget = MemoryBudget.of(_device_of(request)).products
+    of_sample = 2 * bytes_per_sample(first.request)  # values and tangents
+    samples = min(len(first.inputs), max(1, budget // of_sample))
+    of_vector = samples * of_sample + sum(p.numel() * p.element_size() for p in request.params.values())
+    vectors = request.chunk_size or max(1, budget // of_vector)
+    request = replace(second.request, chunk_size=vectors)
+    return first._replace(at_once=samples), second._replace(request=request)
 
 
 def _of_pair(first: _Side, second: _Side, x: Inputs, y: Inputs) -> Tensor:
@@ -403,7 +465,8 @@ def _column(first: _Side, second: _Side, m: int) -> Tensor:
 
     def product(basis_vector: Tensor) -> Tensor:
         (gradient,) = pullback(basis_vector)
-        pushed = first.inputs.over_samples(lambda x: _pushforward(first.request, x, gradient))  # [N1, C1]
+        push = partial(_pushforward, first.request, tangent=gradient)
+        pushed = first.inputs.over_samples(push, chunk_size=first.at_once)  # [N1, C1]
         chosen = second.axes.arrange(basis_vector.unsqueeze(0))[0].sum(1)  # [E, T]
         return einsum("necf,ef->nc", first.axes.arrange(pushed), chosen)
 

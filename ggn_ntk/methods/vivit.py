@@ -34,6 +34,7 @@ from ggn_ntk.problem.errors import OTHER_METHOD, Problem, UnsupportedRouteError,
 from ggn_ntk.problem.output_axes import AxesRequest, KernelAxes
 from ggn_ntk.problem.request import Pick, Request
 from ggn_ntk.problem.result import Computed
+from ggn_ntk.process.progress import Wanted, counting, showing
 from ggn_ntk.process.torch_internals import COMPILED_CALL, buffers_of, children_of, parameters_of, uncompiled
 
 _ROUTE = "empirical NTK through ViViT"
@@ -51,6 +52,8 @@ def empirical_ntk_vivit(
     output: Pick | tuple[Pick, Pick] = None,
     trace_axes: int | Iterable[int] | None = None,
     diagonal_axes: int | Iterable[int] | None = None,
+    memory: int | str | None = None,
+    progress: Wanted = None,
 ) -> Tensor | dict[Any, Any]:
     """Compute the empirical NTK of a Sequential model from ViViT's GGN Gram matrices.
 
@@ -71,6 +74,11 @@ def empirical_ntk_vivit(
         trace_axes: Output axes to sum at equal indices, counted without the sample axis; negative ones count from
             the last.
         diagonal_axes: Output axes to take at equal indices.
+        memory: Bytes that the call may take, or text such as ``"8GiB"``; ``None`` for what the device has free. A
+            kernel that cannot fit is refused at once. What ViViT holds besides cannot be divided: it takes all samples
+            at once.
+        progress: A bar, for ``None`` on a terminal where it is expected to take over ten seconds; ``True``, ``False``,
+            or a callable that is called with the numbers of backward passes that are done and of all.
 
     Returns:
         ``[N1, N2, *out, *out]``, ``[N1, N2, *out]`` or ``[N1, N2]``; with axes, ``[N1, N2, *(x1's axes not traced),
@@ -78,11 +86,22 @@ def empirical_ntk_vivit(
 
     Raises:
         UnsupportedModelError: If the model has no exact kernel, or ViViT does not get it right; lists every problem.
+        KernelMemoryError: If memory does not suffice, before work starts where that is known.
         TypeError: If an argument is of the wrong type.
         ValueError: If an argument has a value that is not accepted.
     """
     axes = AxesRequest.parse(compute, trace_axes, diagonal_axes)
-    request = Request.parse(model, x1, x2, axes, params=params, per_parameter=per_parameter, output=output)
+    request = Request.parse(
+        model,
+        x1,
+        x2,
+        axes,
+        params=params,
+        per_parameter=per_parameter,
+        output=output,
+        memory=memory,
+        progress=progress,
+    )
     return _compute(request, vivit_kernels)
 
 
@@ -112,7 +131,8 @@ def _compare_kernels(request: Request, out_shape: Size) -> Iterator[Problem]:
     expected = {name: gradient.square().sum() for name, gradient in gradients(request, sample, v)[1].items()}
     check_finite(expected.values())
     flat, of_sample = v.flatten(), replace(request, x1=sample, x2=None, per_parameter=True)
-    kernels = _gram_kernels(of_sample, AxesRequest.parse("full").resolve(out_shape)).kernels  # [1, 1, 1, C, C]
+    with showing(False):
+        kernels = _gram_kernels(of_sample, AxesRequest.parse("full").resolve(out_shape)).kernels  # [1, 1, 1, C, C]
     actual = {name: flat @ kernel[0, 0, 0] @ flat for name, kernel in kernels}
     for name, error in differing(actual, expected, GRADIENT_TOLERANCES[v.dtype]).items():
         what = f"its kernel by ViViT differs from autograd's (relative error {error:.1e} on a random sample)"
@@ -129,7 +149,7 @@ def _gram_kernels(request: Request, axes: KernelAxes) -> Computed:
     groups = axes.first.numbers.movedim(2, 1).flatten(0, 1)  # [E T, F]
     several = len(groups) > 1
     pools = any(isinstance(module, AVG_POOLS) for module in twin.modules())
-    with _backpack_session(samples.dtype if pools else None) as extended:
+    with _backpack_session(samples.dtype if pools else None) as extended, counting(len(groups)) as progress:
         output = extended(twin)(samples)
         flat = extended(Flatten())(output) if output.ndim > 2 else output
         extension = _NamingViViT(twin)
@@ -140,6 +160,7 @@ def _gram_kernels(request: Request, axes: KernelAxes) -> Computed:
                 if name not in kernels:
                     kernels[name] = block.new_zeros(*block.shape[:2], *axes.shape)
                 kernels[name][:, :, number // axes.first.roles.traced] += block[:, :, 0]
+            progress.add()
     return Computed(axes, kernels.items(), [output.detach()])
 
 

@@ -38,13 +38,14 @@ def _makes(func: Any) -> bool:
 
 
 def bytes_per_sample(request: Request) -> int:
-    """Measure how many bytes a forward pass makes for one more sample: what a graph may hold."""
+    """Measure how many bytes a forward pass makes for one more sample, or for a whole batch that is one input."""
+    # What a graph may hold
     made = list[_Made]()
-    for count in (1, 2):
+    for count in (1,) if request.x1.whole else (1, 2):
         made.append(_Made())
         with torch.enable_grad():
             evaluate(request, None, request.x1[[0] * count], within=lambda: made[-1])
-    return max(1, made[1].bytes - made[0].bytes)
+    return max(1, made[-1].bytes - sum(smaller.bytes for smaller in made[:-1]))
 
 
 def kept_by(evaluation: Callable[[], _T], own: Iterable[Tensor]) -> tuple[_T, int]:

@@ -50,7 +50,7 @@ def finish(kernel: Tensor, axes: KernelAxes, symmetric: bool) -> Tensor:
     """Make the kernel of one set exactly symmetric, and give each output axis its place."""
     # kernel [N1, N2, E, F1, F2] -> [N1, N2, *(x1's axes not traced), *(x2's axes neither traced nor diagonal)]
     if symmetric:
-        kernel = (kernel + transpose(kernel)) / 2
+        kernel = (kernel + transpose(kernel)).div_(2)  # in place: two kernels at once are enough
     return axes.separate(kernel)
 
 

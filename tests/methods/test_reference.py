@@ -231,8 +231,8 @@ def test_products_that_are_wrong_in_a_batch_alone(monkeypatch):
     expected = jacobian_contraction(model, x)
     right = reference._kernel_from_products
 
-    def wrong(request, axes):
-        kernel = right(request, axes)
+    def wrong(request, axes, progress):
+        kernel = right(request, axes, progress)
         kernel[2, 1] *= 1.5
         return kernel
 

@@ -97,20 +97,20 @@ def test_arguments_of_the_oracle(function, model):
         function(model, X, output="logits")
 
 
-BLOCKS = {"memory", "progress"}  # of the structured route
-OF_A_ROUTE = {"method", "check", "capture", *BLOCKS}
+OF_A_ROUTE = {"method", "check", "capture"}
+OF_A_CALL = {"memory", "progress"}
 OF_A_KERNEL = {"x1", "x2", "compute", "per_parameter", "trace_axes", "diagonal_axes", "paired", "interacting"}
 
 # What front doors leave out of the arguments of empirical_ntk.
 FRONT_DOORS = {
     empirical_ntk_vivit: {"paired", "interacting", *OF_A_ROUTE},
-    jacobian_contraction: OF_A_ROUTE,
+    jacobian_contraction: {"progress", *OF_A_ROUTE},
     ntk_vector_products: OF_A_ROUTE,
     explain: {"per_parameter", "check", "progress"},
     nngp: {"per_parameter", *OF_A_ROUTE},
-    empirical_kernels: {"per_parameter", *BLOCKS},
-    linearize: {*OF_A_ROUTE, *OF_A_KERNEL},
-    taylor_expand: {*OF_A_ROUTE, *OF_A_KERNEL},
+    empirical_kernels: {"per_parameter"},
+    linearize: {*OF_A_ROUTE, *OF_A_CALL, *OF_A_KERNEL},
+    taylor_expand: {*OF_A_ROUTE, *OF_A_CALL, *OF_A_KERNEL},
 }
 
 
