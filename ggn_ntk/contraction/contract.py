@@ -84,7 +84,7 @@ def contract(
     # -> [N1, N2, E, F1, F2]
     kernels: dict[str, Tensor] = {}
     chunks = _chunks(first, second, wanted.axes)
-    held = _Held[Jacobians]()
+    held = Held[Jacobians]()
 
     def of_first(outputs: Tensor, parts: Any) -> Jacobians:
         steps = first.steps(outputs, parts, again=not torch.equal(outputs, chunks[-1].outputs[0]), hold=True)
@@ -111,9 +111,15 @@ def contract(
 
 
 def contract_in_blocks(
-    sets: Sequence[Samples], wanted: Wanted, layout: Layout, make: Callable[..., Accumulator] = Accumulator
+    sets: Sequence[Samples],
+    wanted: Wanted,
+    layout: Layout,
+    make: Callable[..., Accumulator] = Accumulator,
+    *,
+    kept: "Held[list[Jacobians]] | None" = None,
 ) -> dict[str, Tensor]:
     """Compute the kernels between x1 and x2, or of x1 with itself, by name, a block of samples at a time."""
+    # kept: what an only strip held when it met other samples
     # -> [N1, N2, E, F1, F2]
     if wanted.axes.paired:
         return _paired_blocks(sets, wanted, layout, make)
@@ -129,7 +135,7 @@ def contract_in_blocks(
             if layout.symmetric and strip != other:
                 chunk.add(transpose(kernels[name][other, strip]), block)
 
-    def meet(blocks: list[slice], chunk: Chunk, held: _Held[list[Jacobians]], progress: Progress) -> None:
+    def meet(blocks: list[slice], chunk: Chunk, held: Held[list[Jacobians]], progress: Progress) -> None:
         strip = slice(blocks[0].start, blocks[-1].stop)
         outputs, others = chunk.outputs[stays], chunk.outputs[1 - stays]
         steps = held.of(outputs, partial(_gathered, ours, blocks, outputs))
@@ -152,7 +158,7 @@ def contract_in_blocks(
     parts = sum(len(blocks) + len(layout.streaming(blocks)) for blocks in strips)
     with counting(len(chunks) * parts) as progress:
         for blocks in strips:
-            held = _Held[list[Jacobians]]()
+            held = Held[list[Jacobians]]() if kept is None else kept
             for chunk in chunks:
                 meet(blocks, chunk, held, progress)
     return _complete(kernels, wanted, layout.sizes, sets[0].output)
@@ -212,7 +218,7 @@ def _complete(kernels: dict[str, Tensor], wanted: Wanted, samples: tuple[int, in
     return kernels
 
 
-class _Held(Generic[_T]):
+class Held(Generic[_T]):
     """What is made of some outputs of one side, until others take their turn."""
 
     def __init__(self) -> None:

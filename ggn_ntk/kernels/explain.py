@@ -6,8 +6,6 @@ from dataclasses import dataclass, field, replace
 from operator import attrgetter
 from typing import Any, NamedTuple
 
-from ggn_ntk.contraction.einsum import path_of
-from ggn_ntk.contraction.one_hot import looked_up
 from ggn_ntk.jacobians.places import Place, Places
 from ggn_ntk.methods.computation import session
 from ggn_ntk.methods.estimate import estimated
@@ -346,13 +344,8 @@ def _contractions(request: Request, recorded: Recorded, sizes: tuple[int, int]) 
     """Describe how each product of Jacobians is contracted."""
     modules = reversed(list(uncompiled(request.model).modules()))  # of several owners the first gives the name
     owners = {id(p): type(m).__name__ for m in modules for p in m.parameters(recurse=False)}
-    n, m = sizes
-    start = 0 if request.n1 is None else n  # of x2, among the samples that it is evaluated with
-    rows, columns = slice(0, n), slice(start, start + m)
-    for name, product in recorded.products:
-        operands = looked_up(product.restrict(rows, columns), product.result)
+    for name, operands, info in recorded.paths(request, sizes):
         places = recorded.places.used[name]
-        info = path_of(operands, product.result, apart=product.apart)
         yield Contraction(
             parameter=name,
             layer=owners[id(request.params[name])],

@@ -1,8 +1,8 @@
-"""Strips of tiles: a row's samples are loaded once, and meet those of one column after the other."""
+"""Strips of tiles: a row's samples are loaded and evaluated once, and meet those of one column after the other."""
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path as FilePath
 from typing import Any
 
@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from ggn_ntk.kernels.ntk import empirical_ntk
 from ggn_ntk.kernels.outputs import nngp
-from ggn_ntk.kernels.prepared import empirical_ntk_fn
+from ggn_ntk.kernels.strips import Strip as Held
+from ggn_ntk.kernels.strips import Strips
 from ggn_ntk.large.axes import is_pair
 from ggn_ntk.large.plan import Path, Plan, Tile
 from ggn_ntk.large.samples import Samples
@@ -34,15 +36,14 @@ class Kernels:
     # not kept apart before
     groups: Mapping[str, Path] | None = None
 
-    @cached_property
-    def _function(self) -> Callable[..., Any]:
-        """What computes them."""
-        if self.kind == "nngp":
-            return partial(nngp, self.model, **self.keywords)
-        keywords = dict(self.keywords)
-        if self.groups is not None:
-            keywords["per_parameter"] = True
-        return empirical_ntk_fn(self.model, **keywords)
+    @property
+    def _wanted(self) -> dict[str, Any]:
+        """The keywords of a call."""
+        return {**self.keywords, **({} if self.groups is None else {"per_parameter": True})}
+
+    def strips(self, x1: Any, x2: Any, block: int) -> Strips:
+        """Look at a few samples, for strips whose samples are evaluated so many at a time."""
+        return Strips(self.model, (x1, x2), block, self._wanted)
 
     def on(self, device: torch.device) -> "Kernels":
         """Compute the same on another device."""
@@ -51,13 +52,14 @@ class Kernels:
         params = select(self.keywords["params"], slice(None), device)
         return replace(self, keywords={**self.keywords, "params": params})
 
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave out what is learnt of the model, which another process learns anew."""
-        return {key: value for key, value in vars(self).items() if key != "_function"}
-
     def __call__(self, x1: Any, x2: Any = None) -> dict[Path, Tensor]:
         """Compute them, by their keys."""
-        found = by_keys(self._function(x1, x2))
+        compute: Callable[..., Any] = nngp if self.kind == "nngp" else empirical_ntk
+        return self.by_keys(compute(self.model, x1, x2, **self._wanted))
+
+    def by_keys(self, result: Any) -> dict[Path, Tensor]:
+        """List what a call returns by keys, summed where this is asked for."""
+        found = by_keys(result)
         if self.groups is None:
             return found
         sums: dict[Path, Tensor] = {}
@@ -82,6 +84,26 @@ class Job:
         """Compute the same on another device."""
         return replace(self, kernels=self.kernels.on(device), device=device)
 
+    @cached_property
+    def strips(self) -> Strips | None:
+        """What is known of the model, from a few samples that are the same whichever tiles are missing."""
+        if self.plan.block is None:
+            return None
+        x1, x2 = (
+            x.take(slice(0, size, max(1, (size - 1) // 2)), self.device)
+            for x, size in zip((self.x1, self.x2), self.plan.tile, strict=True)
+        )
+        return self.kernels.strips(x1, None if self.plan.symmetric else x2, self.plan.block)
+
+    @cached_property
+    def verified(self) -> set[int]:
+        """The columns of tiles whose samples this process has verified."""
+        return set()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave out what is learnt of the model, which another process learns anew."""
+        return {key: value for key, value in vars(self).items() if key not in ("strips", "verified")}
+
     def work(self, row: int, done: Callable[[], object] = lambda: None) -> None:
         """Compute the tiles of a strip that are not there, and write each."""
         store = KernelStore(self.path)
@@ -90,7 +112,7 @@ class Job:
         ]
         if not missing:
             return
-        strip = Strip(self, self.x1.take(self.plan.rows_of(missing[0]), self.device))
+        strip = Strip(self, row, self.x1.take(self.plan.rows_of(missing[0]), self.device))
         for tile in missing:
             numbers = strip.tile(tile)
             mirror = self.plan.mirror(tile)
@@ -113,16 +135,26 @@ class Job:
 class Strip:
     """The samples of x1 in a row of tiles, which stay while those of x2 come and go."""
 
-    def __init__(self, job: Job, x1: Any) -> None:
+    def __init__(self, job: Job, row: int, x1: Any) -> None:
         """Take the samples."""
         self._job, self._x1 = job, x1
+        self._held: Held | None = None
+        # A tile alone is a call of its own: x1 and x2 are evaluated together.
+        if job.plan.keeps(row) and job.strips is not None:
+            self._held = job.strips.of(x1, verified=job.plan.symmetric and row in job.verified)
 
     def tile(self, tile: Tile) -> Numbers:
         """Compute a tile."""
-        job = self._job
-        alone = job.plan.symmetric and (job.plan.paired or tile.row == tile.column)
+        job, column = self._job, tile.column
+        alone = job.plan.symmetric and (job.plan.paired or tile.row == column)
         x2 = None if alone else job.x2.take(job.plan.columns_of(tile), job.device)
-        found = job.kernels(self._x1, x2)
+        result = None if self._held is None else self._held.kernels(x2, verified=column in job.verified)
+        if result is None:
+            found = job.kernels(self._x1, x2)
+        else:
+            found = job.kernels.by_keys(result)
+            if not alone:
+                job.verified.add(column)
         return {
             keys: kernel.cpu().numpy().astype(job.plan.forms[keys].dtype, copy=False) for keys, kernel in found.items()
         }

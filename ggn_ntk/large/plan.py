@@ -41,6 +41,29 @@ class Form:
         return prod(self.outputs) * (8 if self.dtype == "float64" else 4)
 
 
+class Cost(NamedTuple):
+    """What all tiles of a kernel take, as an estimate.
+
+    Attributes:
+        contraction: Operations in which x1 and x2 meet, a multiplication and an addition counted as two.
+        evaluation: Operations of evaluations and of passes back.
+        seconds: The time, of one worker.
+    """
+
+    contraction: float
+    evaluation: float
+    seconds: float
+
+    def described(self, *, kept: bool) -> str:
+        """Format as a line."""
+        how = "samples of x1 are kept while x2 streams by" if kept else "each tile evaluates its samples"
+        ratio = (self.contraction + self.evaluation) / max(1.0, self.contraction)
+        return (
+            f"GFLOP: contraction {self.contraction / 1e9:.3g}, evaluation {self.evaluation / 1e9:.3g} ({how}): "
+            f"{ratio:.2f} times the contraction; about {self.seconds:.2g} seconds"
+        )
+
+
 @dataclass(frozen=True)
 class Plan:
     """How a kernel is divided into tiles; ``print`` shows it.
@@ -51,6 +74,9 @@ class Plan:
         symmetric: Whether tiles below the diagonal are those above it, transposed.
         paired: Whether each sample of x1 meets its partner alone.
         forms: The kernels that are computed together, by their keys.
+        block: How many samples are evaluated at a time where those of a row are evaluated once, and kept while columns
+            stream by; ``None`` where each tile evaluates its samples.
+        cost: What all tiles take, as an estimate; ``None`` where rules for layers do not apply.
     """
 
     samples: tuple[int, int]
@@ -58,6 +84,8 @@ class Plan:
     symmetric: bool
     paired: bool
     forms: Mapping[Path, Form]
+    block: int | None = None
+    cost: Cost | None = None
 
     @property
     def grid(self) -> tuple[int, int]:
@@ -82,6 +110,26 @@ class Plan:
         """List all tiles, row by row, mirrored ones too."""
         rows, columns = self.grid
         return (Tile(row, column) for row in range(rows) for column in range(columns))
+
+    def keeps(self, row: int) -> bool:
+        """Tell whether the samples of a strip are evaluated once; a tile alone evaluates x1 and x2 together."""
+        return self.block is not None and len(self.columns(row)) > 1
+
+    def evaluated(self) -> tuple[float, float]:
+        """Count how often the samples of a tile are evaluated: those of x1, and those of x2."""
+        rows = columns = 0.0
+        for tile in self.tiles():
+            again = not self.keeps(tile.row) or tile.column == self.columns(tile.row).start
+            if again:
+                rows += _length(self.rows_of(tile)) / self.tile[0]
+            if not self.symmetric or tile.row != tile.column:
+                columns += _length(self.columns_of(tile)) / self.tile[1]
+        return rows, columns
+
+    def pairs(self) -> float:
+        """Count the pairs of samples that meet, in tiles."""
+        pairs = (_length(self.rows_of(tile)) * _length(self.columns_of(tile)) for tile in self.tiles())
+        return sum(pairs) / prod(self.tile)
 
     def mirror(self, tile: Tile) -> Tile | None:
         """Find the tile that is this one, transposed; there is none for tiles on the diagonal."""
@@ -129,7 +177,13 @@ class Plan:
             f"{prod(self.grid)} tiles of {tiles} samples, {shown(self.tile_bytes)} each, in {len(self.strips)} strips",
         ]
         lines += [f"{count} tiles are computed, {mirrored} are these transposed"] if mirrored else []
+        lines += [] if self.cost is None else [self.cost.described(kept=self.block is not None)]
         return "\n".join(lines)
+
+
+def _length(samples: slice) -> int:
+    """Count samples."""
+    return int(samples.stop - samples.start)
 
 
 def tile_bytes(forms: Mapping[Path, Form], sizes: tuple[int, ...]) -> int:
@@ -138,7 +192,7 @@ def tile_bytes(forms: Mapping[Path, Form], sizes: tuple[int, ...]) -> int:
 
 
 @dataclass(frozen=True)
-class Cost:
+class Footprint:
     """What a tile takes to compute, as an upper estimate."""
 
     forms: Mapping[Path, Form]
@@ -162,20 +216,20 @@ class Cost:
         return _HELD * tile_bytes(self.forms, tile[:1] if self.paired else tile)
 
 
-def choose_tile(samples: tuple[int, int], cost: Cost, memory: int, *, symmetric: bool) -> tuple[int, int]:
+def choose_tile(samples: tuple[int, int], footprint: Footprint, memory: int, *, symmetric: bool) -> tuple[int, int]:
     """Choose the largest tile that is worth it and fits, as even as the grid allows."""
-    entry = sum(form.bytes for form in cost.forms.values())
-    worth = _LARGEST // entry if cost.paired else int(sqrt(_LARGEST / entry))
+    entry = sum(form.bytes for form in footprint.forms.values())
+    worth = _LARGEST // entry if footprint.paired else int(sqrt(_LARGEST / entry))
     sizes = range(1, max(1, min(worth, max(samples))) + 1)
-    largest = max(1, bisect_right(sizes, memory, key=lambda size: cost.of((size, size))))
-    check_tile((largest, largest), cost, memory)
+    largest = max(1, bisect_right(sizes, memory, key=lambda size: footprint.of((size, size))))
+    check_tile((largest, largest), footprint, memory)
     first, second = (ceil(n / ceil(n / largest)) for n in samples)
-    return (first, first) if symmetric or cost.paired else (first, second)
+    return (first, first) if symmetric or footprint.paired else (first, second)
 
 
-def check_tile(tile: tuple[int, int], cost: Cost, memory: int) -> None:
+def check_tile(tile: tuple[int, int], footprint: Footprint, memory: int) -> None:
     """Refuse a tile that cannot fit into memory."""
-    needed = cost.least(tile)
+    needed = footprint.least(tile)
     if needed > memory:
         raise KernelMemoryError(
             f"A tile of {tile[0]} x {tile[1]} samples takes at least {shown(needed)} to compute, and memory= allows "

@@ -16,13 +16,13 @@ import torch
 from torch import Tensor
 
 from ggn_ntk.large.axes import is_pair
-from ggn_ntk.large.plan import Form, Path, Plan, Tile
+from ggn_ntk.large.plan import Cost, Form, Path, Plan, Tile
 from ggn_ntk.problem.errors import listed
 
 _T = TypeVar("_T")
 
 # Of what is in the attributes of a store, and how these are to be read.
-_NAME, _FORMAT = "ggn_ntk", 2
+_NAME, _FORMAT = "ggn_ntk", 3
 
 #: What the name of a file ends with in which a model comes to workers, beside the store.
 JOB = ".job"
@@ -392,6 +392,8 @@ def _described(plan: Plan) -> dict[str, Any]:
         "symmetric": plan.symmetric,
         "paired": plan.paired,
         "kernels": forms,
+        "block": plan.block,
+        "cost": plan.cost,
     }
 
 
@@ -402,7 +404,8 @@ def _plan(info: Mapping[str, Any]) -> Plan:
         _tupled(f["keys"]): Form(tuple(f["outputs"]), tuple(f["x1"]), tuple(f["x2"]), f["dtype"])
         for f in found["kernels"]
     }
-    return Plan(tuple(found["samples"]), tuple(found["tile"]), found["symmetric"], found["paired"], forms)
+    sizes, cost = (tuple(found["samples"]), tuple(found["tile"])), found["cost"] and Cost(*found["cost"])
+    return Plan(*sizes, found["symmetric"], found["paired"], forms, found["block"], cost)
 
 
 def _name(keys: Path) -> str:

@@ -3,6 +3,7 @@
 import os
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from operator import index
 from pathlib import Path as FilePath
 from typing import Any, SupportsIndex
@@ -11,14 +12,16 @@ import torch
 from torch import Tensor
 from torch.nn import Module
 
+from ggn_ntk.kernels.strips import foreseen
 from ggn_ntk.large import fingerprint
 from ggn_ntk.large.axes import count_axes, output_axes
 from ggn_ntk.large.compute import Job, Kernels
 from ggn_ntk.large.executors import find_workers, run
-from ggn_ntk.large.plan import Cost, Form, Path, Plan, check_tile, choose_tile
+from ggn_ntk.large.plan import Cost, Footprint, Form, Path, Plan, check_tile, choose_tile
 from ggn_ntk.large.samples import Samples, parse_samples
 from ggn_ntk.large.store import KernelStore, create, remove, sweep
 from ggn_ntk.memory.budget import MemoryBudget, room
+from ggn_ntk.methods.estimate import Tile
 from ggn_ntk.models.evaluation import evaluate
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.sizes import kept_by
@@ -144,7 +147,17 @@ def tiled_ntk(
     device = _device_of(model, params)
     few = [x.take(slice(0, 1), device) for x in ((first,) if x2 is None else (first, second))]
     last = few[1] if len(few) > 1 else None
-    request = Request.parse(model, few[0], last, axes, params=params, per_parameter=per_parameter, output=output)
+    request = Request.parse(
+        model,
+        few[0],
+        last,
+        axes,
+        params=params,
+        per_parameter=per_parameter,
+        output=output,
+        capture=capture,
+        memory=limit,
+    )
     kernels = Kernels(model, keywords, kernel, _groups(request, stored) if kernel == "ntk" else None)
     path, samples = FilePath(store), (len(first), len(second))
     sizes = _parse_tile(tile, samples)
@@ -288,8 +301,8 @@ def _plan(
     limit: int | None,
 ) -> Plan:
     """Compute the kernel of one sample, and plan that of all."""
-    found = kernels(*few)
-    for keys in found:
+    numbers = kernels(*few)
+    for keys in numbers:
         for key in keys:
             if not all(isinstance(k, str | int) for k in (key if isinstance(key, tuple) else (key,))):
                 raise TypeError(
@@ -303,22 +316,37 @@ def _plan(
             *output_axes(keys, counts, request.axes),
             stored or str(kernel.dtype).removeprefix("torch."),
         )
-        for keys, kernel in found.items()
+        for keys, kernel in numbers.items()
     }
     memory = limit or int(min(room(_device_of(request.model, None)), 2**40))
-    cost = _cost(request, forms)
+    footprint = _footprint(request, forms)
     if tile is None:
-        tile = choose_tile(samples, cost, memory, symmetric=request.symmetric)
+        tile = choose_tile(samples, footprint, memory, symmetric=request.symmetric)
     else:
         if (request.symmetric or paired) and tile[0] != tile[1]:
             raise ValueError(
                 f"tile must be as many samples of x1 as of x2 where these are the same, or paired, got {tile}."
             )
-        check_tile(tile, cost, memory)
-    return Plan(samples, tile, request.symmetric, paired, forms)
+        check_tile(tile, footprint, memory)
+    plan = Plan(samples, tile, request.symmetric, paired, forms)
+    by_layers = kernels.kind == "ntk" and kernels.keywords["method"] in ("auto", "structured")
+    found = foreseen(request, tile) if by_layers and not paired and not kernels.keywords["check"] else None
+    return plan if found is None else _with_cost(plan, found)
 
 
-def _cost(request: Request, forms: Mapping[Path, Form]) -> Cost:
+def _with_cost(plan: Plan, tile: Tile) -> Plan:
+    """Sum up what tiles take, with samples of x1 kept where they fit."""
+    plan = replace(plan, block=None if tile.block is None else min(tile.block, max(plan.tile)))
+    contracted, evaluated = plan.pairs(), plan.evaluated()
+    flops, seconds = (
+        sum(n * getattr(work, what) for n, work in zip(evaluated, tile.evaluations, strict=True))
+        for what in ("flops", "seconds")
+    )
+    contraction = contracted * tile.contraction.flops
+    return replace(plan, cost=Cost(contraction, flops, seconds + contracted * tile.contraction.seconds))
+
+
+def _footprint(request: Request, forms: Mapping[Path, Form]) -> Footprint:
     """Measure what autograd keeps of one sample's evaluation: ``s`` is as large for each output."""
     batch = request.batches[0].few()
     model = batch.model
@@ -327,7 +355,7 @@ def _cost(request: Request, forms: Mapping[Path, Form]) -> Cost:
     device = next(iter(batch.x1.tensors.values())).device
     most = MemoryBudget.of(device).backpropagated
     outputs = sum(x.numel() for x in tree_leaves(output) if isinstance(x, Tensor))
-    return Cost(forms, request.axes.paired, forward, forward * outputs, most)
+    return Footprint(forms, request.axes.paired, forward, forward * outputs, most)
 
 
 def _check_disk(path: FilePath, plan: Plan) -> None:

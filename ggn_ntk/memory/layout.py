@@ -92,8 +92,7 @@ def choose(
 ) -> Layout:
     """Choose the layout that evaluates least within so many bytes beside the kernel."""
     # footprints of x1, and of x2 if it is another set
-    most = max(side.roles.diagonal * side.roles.free * side.roles.traced for side in axes)
-    free, possible, outputs = max(axes.shape[1:]), list[Layout](), most
+    free, possible, outputs = max(axes.shape[1:]), list[Layout](), most_outputs(axes)
     while outputs and (-(-2 * free // outputs)) ** 2 <= max(_CHUNKS, 4):  # pairs of parts of the free outputs
         for stays in (0,) if symmetric else (0, 1):
             strip = int(_HELD * memory / max(1, footprints[min(stays, len(footprints) - 1)].kept(outputs)))
@@ -103,3 +102,8 @@ def choose(
                 possible.append(smallest)
         outputs //= 2
     return min(possible, key=lambda layout: layout.evaluations(axes)) if possible else smallest
+
+
+def most_outputs(axes: KernelAxes) -> int:
+    """Count the outputs of the side that has most."""
+    return max(side.roles.diagonal * side.roles.free * side.roles.traced for side in axes)

@@ -14,7 +14,8 @@ from math import prod
 import torch
 from torch import Tensor
 
-from ggn_ntk.contraction.contract import contract_in_blocks
+from ggn_ntk.contraction.contract import Held, contract_in_blocks
+from ggn_ntk.contraction.factored import Jacobians
 from ggn_ntk.jacobians.backward import FAILS, OTHER_GRAPH
 from ggn_ntk.jacobians.footprint import measured
 from ggn_ntk.jacobians.plan import Plans
@@ -23,7 +24,7 @@ from ggn_ntk.jacobians.trial import DIFFERS
 from ggn_ntk.jacobians.verification import diagnosed
 from ggn_ntk.memory.blocks import split
 from ggn_ntk.memory.budget import MemoryBudget, room
-from ggn_ntk.memory.layout import Footprint, Layout, choose
+from ggn_ntk.memory.layout import Footprint, Layout, choose, most_outputs
 from ggn_ntk.methods.reference import contract_jacobians
 from ggn_ntk.models.requirements import check_model
 from ggn_ntk.problem.errors import NotCapturedError, RouteWarning, warn
@@ -67,6 +68,36 @@ def repeated_in_blocks(request: Request, known: Plans) -> Computed | None:
     return _computed(request, known, sets, kernels)
 
 
+class Strip:
+    """Samples of x1 that are evaluated once, and meet one set of samples after the other."""
+
+    def __init__(self, known: Plans, block: int, *, verified: bool) -> None:
+        """Set up, given what is known of a few samples; ``verified``: these samples were, a block at a time."""
+        self._known, self._plans = known, known.with_fallback(known.fallback)
+        self._block, self._verified = block, verified
+        self._kept = Held[list[Jacobians]]()
+        self._ours: Samples | None = None
+
+    @torch.no_grad()
+    def met(self, request: Request, *, verified: bool) -> Computed | None:
+        """Compute kernels of x1 and x2, or of x1 with itself; ``None`` if what is known does not hold for these."""
+        first, *others = request.apart
+        if self._ours is None:
+            self._ours = self._set(first, 0, self._verified)
+        sets = [self._ours, *(self._set(x2, 1, verified) for x2 in others)]
+        sizes, outputs = (len(request.x1), len(request.second)), most_outputs(self._plans.axes)
+        plans = self._plans._replace(layout=Layout(sizes, request.symmetric, 0, sizes[0], self._block, outputs))
+        kernels = _contracted(plans, sets, self._kept)
+        holds = all(samples.as_planned and not samples.failures for samples in sets)
+        if kernels is None or not holds or any(v.judge(plans.fallback) for s in sets for v in s.verifications):
+            return None
+        return _computed(request, plans, sets, kernels)
+
+    def _set(self, request: Request, place: int, verified: bool) -> Samples:
+        """Set up for x1 or x2; what was verified is not verified again."""
+        return _set(request, place, self._plans, None if verified else self._known)
+
+
 def warn_of_wrong_rules(fallback: dict[str, str]) -> None:
     """Say which parameters have no Jacobians by rules that they should have."""
     for name, why in fallback.items():
@@ -102,20 +133,24 @@ def bytes_of_gradients(request: Request) -> int:
 
 def _sets(request: Request, plans: Plans, verified: Plans | None = None) -> list[Samples]:
     """Set up for x1, and for x2 if it is another set, which may share a plan; verified as a few were, if so."""
-    found = []
-    for i, of_set in enumerate(request.apart):
-        which = min(i, len(plans.plans) - 1)
-        verification = None if verified is None else verified.verifications[which]
-        everyone = verification is not None and verification.everyone
-        found.append(Samples(plans.plans[which], of_set, verification if everyone else None))
-    return found
+    return [_set(of_set, i, plans, verified) for i, of_set in enumerate(request.apart)]
 
 
-def _contracted(plans: Plans, sets: Sequence[Samples]) -> dict[str, Tensor] | None:
+def _set(request: Request, place: int, plans: Plans, verified: Plans | None) -> Samples:
+    """Set up for x1 or x2."""
+    which = min(place, len(plans.plans) - 1)
+    verification = None if verified is None else verified.verifications[which]
+    everyone = verification is not None and verification.everyone
+    return Samples(plans.plans[which], request, verification if everyone else None)
+
+
+def _contracted(
+    plans: Plans, sets: Sequence[Samples], kept: Held[list[Jacobians]] | None = None
+) -> dict[str, Tensor] | None:
     """Contract all blocks; ``None`` where the model computes something else for some than for others."""
     assert plans.layout is not None
     try:
-        return contract_in_blocks(sets, plans.wanted, plans.layout)
+        return contract_in_blocks(sets, plans.wanted, plans.layout, kept=kept)
     except NotCapturedError:
         return None
 

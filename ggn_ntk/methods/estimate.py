@@ -1,17 +1,20 @@
 """What a kernel takes, estimated from a few samples."""
 
+from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 from time import perf_counter
 from typing import NamedTuple
 
 import torch
 
-from ggn_ntk.jacobians.footprint import effort, measured
+from ggn_ntk.jacobians.footprint import Effort, Work, effort, measured
 from ggn_ntk.jacobians.plan import Plans
 from ggn_ntk.memory.budget import MemoryBudget, fits
-from ggn_ntk.memory.layout import Footprint, Layout
+from ggn_ntk.memory.layout import Footprint, Layout, most_outputs
 from ggn_ntk.methods.blocks import bytes_of_gradients, bytes_of_kernels, layout_for
 from ggn_ntk.models.independence import how_often
+from ggn_ntk.problem.output_axes import KernelAxes
 from ggn_ntk.problem.request import Request
 
 # The share of a large product's rate at which contractions run, and the side of that product.
@@ -33,26 +36,17 @@ class Estimate(NamedTuple):
 def estimated(request: Request, plans: Plans, sizes: tuple[int, int], contraction: float, largest: float) -> Estimate:
     """Estimate what a kernel of N1 and N2 samples takes."""
     # contraction: its operations; largest: bytes of its largest intermediate result, were it not made in blocks
-    sets = [of_set.x1 for of_set in plans.request.apart]
-    which = [min(i, len(plans.plans) - 1) for i in range(len(sets))]
-    few = list(zip(plans.plans, sets, strict=False))
-    of_plans, efforts_of_plans = [measured(*one) for one in few], [effort(*one) for one in few]
-    footprints, efforts = [of_plans[i] for i in which], [efforts_of_plans[i] for i in which]
+    footprints, efforts = _looked_at(plans)
     request = replace(request, per_parameter=False)  # the kernel of all
     axes, first = plans.axes, next(iter(request.params.values()))
-    of_sets = sizes[: len(sets)]
+    of_sets = sizes[: len(efforts)]
     layout = None
     if not fits(sum(n * f.evaluated for n, f in zip(of_sets, footprints, strict=True)), first.device):
         layout = layout_for(request, axes, sizes, footprints)
-    forward = backward = seconds = 0.0
-    for place, (n, found) in enumerate(zip(of_sets, efforts, strict=True)):
-        outputs = axes[place].out_shape.numel()
-        everyone = plans.verifications[which[place]].everyone
-        halves = how_often(request, n, outputs) if everyone else 0
-        again = 1.0 if layout is None else layout.evaluations(axes) / (sum(of_sets) * (1 + outputs))
-        evaluated, passed = n * (again + everyone + halves), n * (again * outputs + 2 * halves)
-        forward, backward = forward + evaluated * found.forward.flops, backward + passed * found.backward.flops
-        seconds += evaluated * found.forward.seconds + passed * found.backward.seconds + found.call * (1 + everyone)
+    again = 1.0 if layout is None else layout.evaluations(axes) / sum(n * (1 + o) for n, o in _counted(of_sets, axes))
+    works = [_evaluations(request, plans, place, n, efforts[place], again) for place, n in enumerate(of_sets)]
+    forward, backward = (sum(work.flops for work in which) for which in zip(*works, strict=True))
+    seconds = sum(work.seconds for both in works for work in both)
     rate = _EFFICIENCY * _rate(first)
     # A symmetric kernel is added to its transpose.
     held = _held(of_sets, footprints, layout, outputs=max(side.out_shape.numel() for side in axes), like=first)
@@ -61,6 +55,57 @@ def estimated(request: Request, plans: Plans, sizes: tuple[int, int], contractio
     kernels = bytes_of_kernels(request, axes, sizes) * (3 if request.symmetric else 2)
     peak = kernels + bytes_of_gradients(request) + held + working
     return Estimate(forward, backward, contraction, peak, seconds + contraction / rate, layout)
+
+
+class Tile(NamedTuple):
+    """What a tile of a large kernel takes."""
+
+    block: int | None  # how many samples to evaluate together where x1 is held; ``None`` where it does not fit
+    contraction: Work
+    evaluations: tuple[Work, Work]  # of all samples of x1, and of x2, once
+
+
+@torch.no_grad()
+def estimated_tile(request: Request, plans: Plans, sizes: tuple[int, int], contraction: float) -> Tile:
+    """Estimate what a tile of N1 and N2 samples takes, and choose how it is evaluated."""
+    # contraction: its operations
+    footprints, efforts = _looked_at(plans)
+    layout = layout_for(request, plans.axes, sizes, footprints)
+    whole = layout.stays == 0 and layout.strip >= sizes[0] and layout.outputs == most_outputs(plans.axes)
+    found = [_evaluations(request, plans, place, n, efforts[place]) for place, n in enumerate(sizes[: len(efforts)])]
+    works = [Work(sum(w.flops for w in both), sum(w.seconds for w in both)) for both in found]
+    rate = _EFFICIENCY * _rate(next(iter(request.params.values())))
+    block = layout.block if whole and plans.covered else None
+    return Tile(block, Work(contraction, contraction / rate), (works[0], works[-1]))
+
+
+def _looked_at(plans: Plans) -> tuple[list[Footprint], list[Effort]]:
+    """Measure what samples of x1 take, and of x2 if it is another set; they may share a plan."""
+    sets = [of_set.x1 for of_set in plans.request.apart]
+    which = [min(i, len(plans.plans) - 1) for i in range(len(sets))]
+    few = list(zip(plans.plans, sets, strict=False))
+    footprints, efforts = [measured(*one) for one in few], [effort(*one) for one in few]
+    return [footprints[i] for i in which], [efforts[i] for i in which]
+
+
+def _counted(sizes: Sequence[int], axes: KernelAxes) -> list[tuple[int, int]]:
+    """List the numbers of samples of each set with those of outputs."""
+    return [(n, axes[place].out_shape.numel()) for place, n in enumerate(sizes)]
+
+
+def _evaluations(
+    request: Request, plans: Plans, place: int, n: int, found: Effort, again: float = 1.0
+) -> tuple[Work, Work]:
+    """Estimate what forward and backward passes of N samples of x1 or x2 take, with those that verify them."""
+    outputs = plans.axes[place].out_shape.numel()
+    everyone = plans.verifications[min(place, len(plans.plans) - 1)].everyone
+    halves = how_often(request, n, outputs) if everyone else 0
+    evaluated, passed = n * (again + everyone + halves), n * (again * outputs + 2 * halves)
+    forward, backward = found.forward, found.backward
+    return (
+        Work(evaluated * forward.flops, evaluated * forward.seconds + found.call * (1 + everyone)),
+        Work(passed * backward.flops, passed * backward.seconds),
+    )
 
 
 def _held(
@@ -77,8 +122,14 @@ def _held(
 
 
 def _rate(like: torch.Tensor) -> float:
+    """Look up the operations a second of a matrix product."""
+    return _measured_rate(like.device, like.dtype)
+
+
+@cache
+def _measured_rate(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the operations a second of a matrix product."""
-    a = like.new_ones(_SIDE, _SIDE)
+    a = torch.ones(_SIDE, _SIDE, device=device, dtype=dtype)
     times = []
     for _ in range(3):
         start = perf_counter()

@@ -17,10 +17,14 @@ from itertools import chain
 from typing import NamedTuple, TypeVar
 
 import torch
+from opt_einsum.contract import PathInfo
 from torch import Tensor
 
 from ggn_ntk.contraction.accumulator import Accumulator, Recorder
 from ggn_ntk.contraction.contract import contract
+from ggn_ntk.contraction.einsum import path_of
+from ggn_ntk.contraction.one_hot import looked_up
+from ggn_ntk.contraction.operand import Operand
 from ggn_ntk.contraction.products import NamedEinsum
 from ggn_ntk.jacobians.places import Places, find_places
 from ggn_ntk.jacobians.plan import Plans, make_plans
@@ -45,10 +49,15 @@ def structured_kernels(request: Request) -> Computed:
     found = verified(request, _contracted)
     if found is not None:
         return _computed(*found)
+    return computed_in_blocks(request, learnt(request))
+
+
+def learnt(request: Request) -> Plans:
+    """Look at a few samples."""
     with showing(False):
         known = verified(request.of_others(some), _contracted, few=True)
     assert known is not None
-    return computed_in_blocks(request, known[0])
+    return known[0]
 
 
 @torch.no_grad()
@@ -140,6 +149,14 @@ class Recorded(NamedTuple):
     plans: Plans
     products: list[NamedEinsum]  # products of Jacobians, by names of parameters
     places: Places  # where in the model these come from, for x1 and for x2
+
+    def paths(self, request: Request, sizes: tuple[int, int]) -> Iterator[tuple[str, list[Operand], PathInfo]]:
+        """List how each product is contracted: the name of its parameter, its operands and their order."""
+        n, m = sizes
+        start = 0 if request.n1 is None else n  # of x2, among the samples that it is evaluated with
+        for name, product in self.products:
+            operands = looked_up(product.restrict(slice(0, n), slice(start, start + m)), product.result)
+            yield name, operands, path_of(operands, product.result, apart=product.apart)
 
 
 def recorded_products(request: Request, sizes: Sequence[int]) -> Recorded:

@@ -11,7 +11,17 @@ from conftest import exchanged, fully_convolutional
 from torch import nn
 from torch.utils.data import Dataset
 
-from ggn_ntk import KernelMemoryError, KernelStore, UnsupportedModelError, empirical_ntk, nngp, shared, tiled_ntk
+from ggn_ntk import (
+    KernelMemoryError,
+    KernelStore,
+    NotFiniteWarning,
+    UnsupportedModelError,
+    empirical_ntk,
+    nngp,
+    shared,
+    tiled_ntk,
+)
+from ggn_ntk.jacobians.plan import Plan as Planned
 from ggn_ntk.large import StoreError, StripError, Tile
 
 pytest.importorskip("zarr", reason="large kernels need Python 3.11 or later")
@@ -108,6 +118,82 @@ def test_numbers_do_not_depend_on_the_size_of_tiles(tmp_path):
         assert (found - whole).norm() <= 1e-6 * whole.norm()
 
 
+def convolutions() -> nn.Module:
+    return nn.Sequential(nn.Conv2d(1, 4, 3), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3))
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_samples_of_a_strip_are_evaluated_once(symmetric, tmp_path, monkeypatch):
+    model, x1, x2 = convolutions(), torch.randn(6, 1, 6, 6), None if symmetric else torch.randn(5, 1, 6, 6)
+    evaluated, evaluate, here = [], Planned.evaluate, False
+
+    def counted(self, inputs):
+        if here:
+            evaluated.append(len(inputs))
+        return evaluate(self, inputs)
+
+    def progress(done, total):
+        nonlocal here
+        here = done > 0  # what the first tile takes looks at a few samples, too
+        evaluated.append(None)
+
+    monkeypatch.setattr(Planned, "evaluate", counted)
+    store = tiled_ntk(model, x1, x2, store=tmp_path / "k", tile=2, progress=progress)
+    torch.testing.assert_close(store.to_torch(), empirical_ntk(model, x1, x2))
+    assert store.plan.block == 2
+    first = [None, None]
+    if symmetric:  # a tile alone evaluates its samples as a call does
+        assert evaluated[:9] == [*first, 2, None, 2, None, 2, None, 2]
+    else:
+        assert evaluated == [*first, 2, None, 1, None, *([2, 2, None, 2, None, 1, None] * 2)]
+
+
+def test_what_is_kept_has_to_fit(tmp_path):
+    model, x = convolutions(), torch.randn(60, 1, 6, 6)
+    keywords = {"tile": 20, "compute": "trace"}
+    kept = tiled_ntk(model, x, store=tmp_path / "kept", **keywords)
+    again = tiled_ntk(model, x, store=tmp_path / "again", memory="25 KiB", **keywords)
+    assert kept.plan.block == 20
+    assert again.plan.block is None
+    assert "samples of x1 are kept while x2 streams by" in str(kept.plan)
+    assert "each tile evaluates its samples" in str(again.plan)
+    assert again.plan.cost.contraction == kept.plan.cost.contraction
+    assert again.plan.cost.evaluation > kept.plan.cost.evaluation
+    assert KernelStore(tmp_path / "kept").plan == kept.plan
+    torch.testing.assert_close(kept.to_torch(), again.to_torch())
+
+
+class Beyond(nn.Module):
+    """Samples see one another where one is large."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layer = nn.Linear(3, 2)
+
+    def forward(self, x):
+        return self.layer(x) + (x * (x > 100)).sum()
+
+
+@pytest.mark.parametrize("of", ["x1", "x2"])
+def test_samples_of_every_tile_are_verified(of, tmp_path):
+    x1, x2 = torch.randn(6, 3), torch.randn(6, 3)
+    {"x1": x1, "x2": x2}[of][5] = 101
+    with pytest.raises(StripError, match="samples influence one another") as info:
+        tiled_ntk(Beyond(), x1, x2, store=tmp_path / "k", tile=2)
+    assert info.value.errors.keys() == ({2} if of == "x1" else {0, 1, 2})
+    assert len(KernelStore(tmp_path / "k").missing()) == 3
+
+
+def test_samples_without_a_jacobian_are_left_out(tmp_path):
+    model, x = network(), torch.randn(6, 3).double()
+    x[4] = torch.inf
+    with pytest.warns(NotFiniteWarning):
+        found = tiled_ntk(model, x, store=tmp_path / "k", tile=2).to_torch()
+    with pytest.warns(NotFiniteWarning):
+        expected = empirical_ntk(model, x)
+    torch.testing.assert_close(found, expected, equal_nan=True)
+
+
 def test_wider_sums(tmp_path):
     model, x = network().float(), torch.randn(4, 3)
     options = {"tile": 3, "dtype": torch.float64}
@@ -156,6 +242,15 @@ def test_what_was_stopped_goes_on(tmp_path, capsys):
     assert torch.equal(store.to_torch(), whole)
     assert tiled_ntk(model, x, store=tmp_path / "k").complete  # without tile=, that of the store
     assert not list(tmp_path.rglob(".*"))
+
+
+@pytest.mark.parametrize("tiles", [1, 2, 4, 5])
+def test_a_strip_that_goes_on_is_the_same_to_the_last_bit(tiles, tmp_path):
+    model, x1, x2 = convolutions(), torch.randn(7, 1, 6, 6), torch.randn(8, 1, 6, 6)
+    call = partial(tiled_ntk, model, x1, x2, tile=(4, 3))
+    with pytest.raises(KeyboardInterrupt):
+        call(store=tmp_path / "k", progress=stop_after(tiles))
+    assert torch.equal(call(store=tmp_path / "k").to_torch(), call(store=tmp_path / "whole").to_torch())
 
 
 def test_parts(tmp_path):
@@ -217,9 +312,9 @@ def test_what_was_made_of_something_else_is_refused(tmp_path):
     other_version(path, versions={**versions, "torch": "1.0"})
     refused("version torch: '1.0' there")
     other_version(path, versions=versions, format=0)
-    with pytest.raises(ValueError, match="in format 0, and this one reads format 2"):
+    with pytest.raises(ValueError, match="in format 0, and this one reads format 3"):
         tiled_ntk(model, x1, x2, **keywords)
-    other_version(path, format=2)
+    other_version(path, format=3)
     assert tiled_ntk(model, x1, x2, **keywords).complete  # nothing is lost
 
 
