@@ -115,8 +115,7 @@ def _layout(request: Request, known: Plans) -> Layout:
 def layout_for(request: Request, axes: KernelAxes, sizes: tuple[int, int], footprints: Sequence[Footprint]) -> Layout:
     """Choose how N1 and N2 samples are taken, from what each takes."""
     beside = bytes_of_kernels(request, axes, sizes) + bytes_of_gradients(request)
-    device = next(iter(request.params.values())).device
-    return choose(sizes, request.symmetric, axes, footprints, room(device) - beside)
+    return choose(sizes, request.symmetric, axes, footprints, room(request.device) - beside)
 
 
 def bytes_of_kernels(request: Request, axes: KernelAxes, sizes: tuple[int, int]) -> int:

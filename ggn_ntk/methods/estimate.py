@@ -1,6 +1,5 @@
 """What a kernel takes, estimated from a few samples."""
 
-from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from time import perf_counter
@@ -14,7 +13,6 @@ from ggn_ntk.memory.budget import MemoryBudget, fits
 from ggn_ntk.memory.layout import Footprint, Layout, most_outputs
 from ggn_ntk.methods.blocks import bytes_of_gradients, bytes_of_kernels, layout_for
 from ggn_ntk.models.independence import how_often
-from ggn_ntk.problem.output_axes import KernelAxes
 from ggn_ntk.problem.request import Request
 
 # The share of a large product's rate at which contractions run, and the side of that product.
@@ -43,11 +41,12 @@ def estimated(request: Request, plans: Plans, sizes: tuple[int, int], contractio
     layout = None
     if not fits(sum(n * f.evaluated for n, f in zip(of_sets, footprints, strict=True)), first.device):
         layout = layout_for(request, axes, sizes, footprints)
-    again = 1.0 if layout is None else layout.evaluations(axes) / sum(n * (1 + o) for n, o in _counted(of_sets, axes))
+    all_once = sum(n * (1 + axes[place].out_shape.numel()) for place, n in enumerate(of_sets))
+    again = 1.0 if layout is None else layout.evaluations(axes) / all_once
     works = [_evaluations(request, plans, place, n, efforts[place], again) for place, n in enumerate(of_sets)]
     forward, backward = (sum(work.flops for work in which) for which in zip(*works, strict=True))
     seconds = sum(work.seconds for both in works for work in both)
-    rate = _EFFICIENCY * _rate(first)
+    rate = _EFFICIENCY * _rate(first.device, first.dtype)
     # A symmetric kernel is added to its transpose.
     held = _held(of_sets, footprints, layout, outputs=max(side.out_shape.numel() for side in axes), like=first)
     budget = MemoryBudget.of(first.device)
@@ -74,7 +73,8 @@ def estimated_tile(request: Request, plans: Plans, sizes: tuple[int, int], contr
     whole = layout.stays == 0 and layout.strip >= sizes[0] and layout.outputs == most_outputs(plans.axes)
     found = [_evaluations(request, plans, place, n, efforts[place]) for place, n in enumerate(sizes[: len(efforts)])]
     works = [Work(sum(w.flops for w in both), sum(w.seconds for w in both)) for both in found]
-    rate = _EFFICIENCY * _rate(next(iter(request.params.values())))
+    first = next(iter(request.params.values()))
+    rate = _EFFICIENCY * _rate(first.device, first.dtype)
     block = layout.block if whole and plans.covered else None
     return Tile(block, Work(contraction, contraction / rate), (works[0], works[-1]))
 
@@ -86,11 +86,6 @@ def _looked_at(plans: Plans) -> tuple[list[Footprint], list[Effort]]:
     few = list(zip(plans.plans, sets, strict=False))
     footprints, efforts = [measured(*one) for one in few], [effort(*one) for one in few]
     return [footprints[i] for i in which], [efforts[i] for i in which]
-
-
-def _counted(sizes: Sequence[int], axes: KernelAxes) -> list[tuple[int, int]]:
-    """List the numbers of samples of each set with those of outputs."""
-    return [(n, axes[place].out_shape.numel()) for place, n in enumerate(sizes)]
 
 
 def _evaluations(
@@ -121,13 +116,8 @@ def _held(
     return kept + min(outputs * passing, max(passing, MemoryBudget.of(like.device).backpropagated))
 
 
-def _rate(like: torch.Tensor) -> float:
-    """Look up the operations a second of a matrix product."""
-    return _measured_rate(like.device, like.dtype)
-
-
 @cache
-def _measured_rate(device: torch.device, dtype: torch.dtype) -> float:
+def _rate(device: torch.device, dtype: torch.dtype) -> float:
     """Measure the operations a second of a matrix product."""
     a = torch.ones(_SIDE, _SIDE, device=device, dtype=dtype)
     times = []

@@ -205,21 +205,16 @@ def jacobian_kernels(request: Request) -> Computed:
 
 def _within_memory(request: Request, axes: KernelAxes) -> Request:
     """Refuse Jacobians that cannot fit into memory, and choose how many samples are differentiated at once."""
-    device, sides = _device_of(request), list(zip(request.apart, axes, strict=False))
+    sides = list(zip(request.apart, axes, strict=False))
     if not axes.paired:  # else they come a few at a time
         numbers = sum(len(batch.x1) * side.out_shape.numel() for batch, side in sides)
         size = numbers * sum(p.numel() * p.element_size() for p in request.params.values())
-        check_size(size, device, "Jacobians of all samples take")
+        check_size(size, request.device, "Jacobians of all samples take")
     if request.memory is None or request.chunk_size is not None:
         return request
     # A forward pass, and a backward pass for each output
     of_sample = max((1 + side.out_shape.numel()) * bytes_per_sample(batch) for batch, side in sides)
-    return replace(request, chunk_size=max(1, MemoryBudget.of(device).products // of_sample))
-
-
-def _device_of(request: Request) -> torch.device:
-    """Find the device of the parameters."""
-    return next(iter(request.params.values())).device
+    return replace(request, chunk_size=max(1, MemoryBudget.of(request.device).products // of_sample))
 
 
 def _refuse_writes(request: Request) -> None:
@@ -289,7 +284,7 @@ def _pairs_at_once(request: Request, axes: KernelAxes) -> int:
     """Look up the Jacobians of how many pairs of samples keep to the budget."""
     params, sides = request.params.values(), axes[:1] if request.symmetric else axes
     numbers = sum(side.out_shape.numel() for side in sides)
-    budget = MemoryBudget.of(_device_of(request)).jacobians
+    budget = MemoryBudget.of(request.device).jacobians
     return max(1, budget // max(1, numbers * sum(p.numel() * p.element_size() for p in params)))
 
 
@@ -441,7 +436,7 @@ def _products_within_memory(request: Request, axes: KernelAxes) -> tuple[_Side, 
     first, second = _sides(request, axes)
     if request.memory is None:
         return first, second
-    budget = MemoryBudget.of(_device_of(request)).products
+    budget = MemoryBudget.of(request.device).products
     of_sample = 2 * bytes_per_sample(first.request)  # values and tangents
     samples = min(len(first.inputs), max(1, budget // of_sample))
     of_vector = samples * of_sample + sum(p.numel() * p.element_size() for p in request.params.values())

@@ -54,7 +54,7 @@ class ModelOperator(TensorOperator):
     @property
     def device(self) -> torch.device:
         """The device of the parameters, where vectors must be."""
-        return next(iter(self._request.params.values())).device
+        return self._request.device
 
     @contextmanager
     def _session(self) -> Iterator[None]:

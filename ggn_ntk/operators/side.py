@@ -123,7 +123,7 @@ class Side:
         """Say what is wrong with a way to multiply by vectors; empty where it gets all samples right."""
         finer, tolerance = finest(self.request)
         few = finer.of_others(lambda x: x[[0, len(x) - 1]])
-        like = torch.empty((), dtype=torch.float64 if finer.widened else self._dtype, device=self._device)
+        like = torch.empty((), dtype=torch.float64 if finer.widened else self._dtype, device=self.request.device)
         v = cotangent(like, 0, Size([2, *self.shape[1:]]))
         _, gradient = gradients(few, few.x1, v)
         # Samples whose Jacobians are not finite are named below.
@@ -146,11 +146,6 @@ class Side:
             what = f"Jacobians of {listed(labels)} are not finite" if labels else "its gradients are not finite"
             remedy = "Leave these samples out" if labels else "Look for overflow in its weights and inputs"
             raise UnsupportedModelError([Problem("", what, remedy)]) from None
-
-    @property
-    def _device(self) -> torch.device:
-        """The device of the parameters."""
-        return next(iter(self.request.params.values())).device
 
 
 def _what_is_wrong(request: Request, way: Pushforward, v: Tensor, gradient: dict[str, Tensor], tolerance: float) -> str:

@@ -135,6 +135,11 @@ class Request:
         return self.x2 is None and self.outputs[0] == self.outputs[1]
 
     @property
+    def device(self) -> torch.device:
+        """The device of the parameters."""
+        return next(iter(self.params.values())).device
+
+    @property
     def n1(self) -> int | None:
         """How many of the samples that are evaluated together are x1; ``None`` where all are x1, x2 or both."""
         return None if self.x2 is None or len(self.batches) > 1 else len(self.x1)

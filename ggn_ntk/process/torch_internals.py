@@ -184,10 +184,6 @@ def operation_of(node: Node) -> tuple[str, tuple[str, ...]]:
     return _OPERATIONS.get(node.name(), ("", ()))
 
 
-#: Nodes whose gradients the ``vmap`` of ``torch.func`` gets wrong, in torch 2.6 to 2.14.
-WRONG_IF_BATCHED = {"CdistBackward0"}
-
-
 def saved(node: Node, name: str) -> Any:
     """Look up what a node has saved of an operation's arguments and results."""
     value = _signed(getattr(node, f"_saved_{_SAVED_AS.get((node.name(), name), name)}"))
@@ -207,6 +203,9 @@ place_of: Callable[[Node], int] = methodcaller("_sequence_nr")
 
 #: How many nodes this thread has recorded.
 nodes_recorded: Callable[[], int] = torch._C._autograd._get_sequence_nr
+
+#: Nodes whose gradients the ``vmap`` of ``torch.func`` gets wrong, in torch 2.14.
+WRONG_IF_BATCHED = {"CdistBackward0"}
 
 #: What the node of average pooling over one and two axes is called.
 AVERAGE_POOLING = "AvgPool2DBackward0"

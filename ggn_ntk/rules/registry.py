@@ -6,7 +6,7 @@ Schoenholz: "Fast Finite Width Neural Tangent Kernel", ICML 2022). Here the stru
 """
 
 from collections.abc import Callable, Hashable
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -165,8 +165,8 @@ def batched_vjp(module: Module, x: Tensor, s: Tensor) -> Tensor:
         x = x.detach().requires_grad_()
         output = module(x.clone())  # a clone, for layers that work in place
     try:
-        (passed,) = batched_gradients(output, [x], s)
-        return cast(Tensor, passed)
+        passed: Tensor = batched_gradients(output, [x], s)[0]
+        return passed
     except RuntimeError:
         return torch.stack([torch.autograd.grad(output, x, entry, retain_graph=True)[0] for entry in s])
 

@@ -189,9 +189,9 @@ def ggn_eigenvalues(
     if loss is None:
         if f is not None or y is not None:
             raise ValueError("loss must be given beside f and y: the Hessian of nn.MSELoss does not depend on them.")
-        values = eigenvalues(kernel, k)
-        n = len(values) if k is None else math.isqrt(math.prod(kernel.shape))  # of a matrix [N C, N C]
-        return values * (2 / n if reduction == "mean" else 2)
+        kernel = kernel if is_operator(kernel) else check_kernel(kernel, "kernel")
+        n = math.isqrt(math.prod(kernel.shape))  # of a matrix [N C, N C]
+        return eigenvalues(kernel, k) * (2 / n if reduction == "mean" else 2)
     if reduction != "mean":
         raise ValueError(f"reduction is that of nn.MSELoss, got {reduction!r} beside a loss, which has its own.")
     parsed = parse_kernel(kernel, "kernel")

@@ -112,6 +112,7 @@ def test_eigenpairs_of_a_store():
     assert centered_kernel_alignment(Store(), Store()) == pytest.approx(1)
     assert relative_kernel_change(Store(), Store()) == 0
     assert ggn_eigenvalues(Store(), reduction="sum").tolist() == pytest.approx([2, 4, 6, 8])
+    assert ggn_eigenvalues(Store(), k=2).tolist() == pytest.approx([1.5, 2])
     assert kernel_target_alignment(Store(), torch.ones(2, 2)) > 0
 
 
