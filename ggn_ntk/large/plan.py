@@ -177,7 +177,7 @@ class Plan:
             f"{prod(self.grid)} tiles of {tiles} samples, {shown(self.tile_bytes)} each, in {len(self.strips)} strips",
         ]
         lines += [f"{count} tiles are computed, {mirrored} are these transposed"] if mirrored else []
-        lines += [] if self.cost is None else [self.cost.described(kept=self.block is not None)]
+        lines += [] if self.cost is None else [self.cost.described(kept=any(map(self.keeps, self.strips)))]
         return "\n".join(lines)
 
 
