@@ -45,17 +45,17 @@ def contenders_of(workload: Workload) -> list[str]:
     if workload.paired:
         return [GGN_NTK, PREPARED, JACOBIANS, NEURAL_TANGENTS]
     if workload.architecture and workload.compute == "trace":
-        return [GGN_NTK, GRADIENTS]
+        return [GGN_NTK, PREPARED, GRADIENTS]
     if workload.architecture:
-        return [GGN_NTK, CLONE, JACOBIANS] if workload.symmetric else [GGN_NTK, JACOBIANS]
+        return [GGN_NTK, PREPARED, *[CLONE] * workload.symmetric, JACOBIANS]
     if workload.trace_axes:
         return [GGN_NTK, REDUCED, JACOBIANS]
     if workload.symmetric:
         return [GGN_NTK, CLONE, JACOBIANS, NEURAL_TANGENTS]
     if workload.compute == "trace":
-        return [GGN_NTK, JACOBIANS, NEURAL_TANGENTS]
+        return [GGN_NTK, PREPARED, JACOBIANS, NEURAL_TANGENTS]
     captured = [AUTOGRAD] if workload.name in ("cnn", "vgg") else []
-    return [GGN_NTK, *captured, JACOBIANS, PRODUCTS, VIVIT, NNGEOMETRY, ASDFGHJKL, NEURAL_TANGENTS]
+    return [GGN_NTK, PREPARED, *captured, JACOBIANS, PRODUCTS, VIVIT, NNGEOMETRY, ASDFGHJKL, NEURAL_TANGENTS]
 
 
 def swept(sweep: Sweep) -> list[str]:

@@ -108,13 +108,19 @@ class _Run:
     def warm_up(self) -> None:
         """Start the processes and let every contender compute kernels, without a measurement.
 
-        One after the other: who needs all memory should find out while few others are there. Who is fast computes
-        several: what compiles or writes down its operations may do that in the second call, or in the third.
+        They import what they need at once, which takes most of the time on a GPU, and compute one after the other: who
+        needs all memory should find out while few others hold any. Who is fast computes several: what compiles or
+        writes down its operations may do that in the second call, or in the third.
         """
         kernels: dict[str, Array] = {}
         for name in self._result.measurements:
             try:
                 self._processes[name] = self._start(name)
+            except ContenderError as error:
+                self._leave_out(name, error)
+        for name in list(self._processes):
+            try:
+                self._processes[name].wait()
                 (seconds, _), kernels[name] = self._compute(name, 0)
                 if seconds < PRIMED:
                     self._processes[name].compute(_OTHER_INPUTS, calls=2)
@@ -123,6 +129,7 @@ class _Run:
         self._check(kernels, 0)
         if self._result.floor is not None:
             self._product = self._start(plan.MATRIX_PRODUCT)
+            self._product.wait()
             self._product.compute(0)
 
     def round(self, number: int, patience: float) -> None:
@@ -158,11 +165,9 @@ class _Run:
             name: The contender.
 
         Returns:
-            The process, ready to compute.
+            The process, which may not be ready yet.
         """
-        process = self._stack.enter_context(Contender(name, self._workload, self._device, self._folder))
-        process.wait()
-        return process
+        return self._stack.enter_context(Contender(name, self._workload, self._device, self._folder))
 
     def _compute(self, name: str, seed: int, calls: int = 1) -> tuple[tuple[float, float], Array]:
         """Let a contender compute a kernel.

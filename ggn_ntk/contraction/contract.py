@@ -8,6 +8,7 @@ not all fit, while blocks of the others stream by.
 
 from collections.abc import Callable, Collection, Container, Iterable, Iterator, Sequence
 from functools import partial
+from math import prod
 from typing import Any, Generic, NamedTuple, Protocol, TypeVar
 
 import torch
@@ -16,10 +17,11 @@ from torch import Tensor
 from ggn_ntk.contraction.accumulator import Accumulator
 from ggn_ntk.contraction.factored import Factored, Jacobians
 from ggn_ntk.contraction.gathered import Gathered
+from ggn_ntk.contraction.products import Part, contracted, parts
 from ggn_ntk.memory.budget import MemoryBudget, available
 from ggn_ntk.memory.chunks import Chunk, split_outputs
 from ggn_ntk.memory.layout import Layout
-from ggn_ntk.problem.output_axes import KernelAxes
+from ggn_ntk.problem.output_axes import KernelAxes, Roles
 from ggn_ntk.problem.result import transpose
 from ggn_ntk.process.progress import Progress, counting
 
@@ -136,9 +138,11 @@ def contract_in_blocks(
                 chunk.add(transpose(kernels[name][other, strip]), block)
 
     def meet(blocks: list[slice], chunk: Chunk, held: Held[list[Jacobians]], progress: Progress) -> None:
-        strip = slice(blocks[0].start, blocks[-1].stop)
+        strip, streaming = slice(blocks[0].start, blocks[-1].stop), layout.streaming(blocks)
         outputs, others = chunk.outputs[stays], chunk.outputs[1 - stays]
-        steps = held.of(outputs, partial(_gathered, ours, blocks, outputs))
+        met = max(held.others, sum(block.stop - block.start for block in streaming))
+        early = _Early(wanted, chunk.roles, (strip.stop - strip.start, met), layout.early)
+        steps = held.of(outputs, partial(_gathered, ours, blocks, outputs, early))
         new = partial(make, chunk.roles, None, wanted.group, wanted.formed)
         if layout.symmetric:
             accumulator = new()
@@ -147,7 +151,7 @@ def contract_in_blocks(
             put(accumulator.kernels, strip, strip, chunk)
         known = _merged(steps)
         progress.add(len(blocks))
-        for block in layout.streaming(blocks):
+        for block in streaming:
             accumulator, side = new(), theirs.side(block)
             for step in side.steps(others, accumulator.parts, again=False):
                 _meet(accumulator, known, step.jacobians(), second=stays == 0)
@@ -179,13 +183,47 @@ def _paired_blocks(
     return kernels
 
 
-def _gathered(samples: Samples, blocks: Sequence[slice], outputs: Tensor) -> list[Jacobians]:
+class _Early:
+    """Contracts of held Jacobians what the order of contraction makes of them alone, where memory is left for that."""
+
+    def __init__(self, wanted: Wanted, roles: Roles, sizes: tuple[int, int], memory: float) -> None:
+        """Set up for samples that are held, and as many as they meet in all."""
+        self._wanted, self._roles, self._sizes, self._memory = wanted, roles, sizes, memory
+        self._chosen: dict[str, bool] = {}
+
+    def __call__(self, jacobians: Jacobians) -> Jacobians:
+        """Contract what is chosen, of a block of samples."""
+        return {
+            name: [self._contracted(name, several[0])] if len(several) == 1 else several
+            for name, several in jacobians.items()
+        }
+
+    def _contracted(self, name: str, jacobian: Factored) -> Factored:
+        """Contract what is chosen of a Jacobian; of all blocks, what was chosen of the first."""
+        if self._chosen.get(name, True):
+            found = parts(jacobian, *self._sizes, self._roles, formed=name in self._wanted.formed)
+            if name not in self._chosen:
+                taken = 0 if found is None else self._sizes[0] * sum(map(_bytes_of_sample, found))
+                self._chosen[name] = found is not None and taken <= self._memory
+                self._memory -= taken if self._chosen[name] else 0
+            if found is not None and self._chosen[name]:
+                return contracted(jacobian, found)
+        return jacobian
+
+
+def _bytes_of_sample(part: Part) -> int:
+    """Count the bytes that a part takes for each sample once it is contracted."""
+    sizes = {letter: size for operand in part.operands for letter, size in operand.sizes.items()}
+    return part.operands[0].tensor.element_size() * prod(sizes[letter] for letter in part.letters if letter != "n")
+
+
+def _gathered(samples: Samples, blocks: Sequence[slice], outputs: Tensor, early: _Early) -> list[Jacobians]:
     """Pass some outputs of samples back, a block at a time, and put the Jacobians together."""
     start = blocks[0].start
     gathered = Gathered(blocks[-1].stop - start)
     for block in blocks:
         steps = samples.side(block).steps(outputs, _nothing_before, again=False)
-        gathered.put(slice(block.start - start, block.stop - start), (step.jacobians() for step in steps))
+        gathered.put(slice(block.start - start, block.stop - start), (early(step.jacobians()) for step in steps))
     return gathered.steps()
 
 
@@ -221,8 +259,9 @@ def _complete(kernels: dict[str, Tensor], wanted: Wanted, samples: tuple[int, in
 class Held(Generic[_T]):
     """What is made of some outputs of one side, until others take their turn."""
 
-    def __init__(self) -> None:
-        """Start with nothing."""
+    def __init__(self, others: int = 0) -> None:
+        """Start with nothing, for as many samples of the other side, or those of a call if they are more."""
+        self.others = others
         self._outputs: Tensor | None = None
         self._held: list[_T] = []
 

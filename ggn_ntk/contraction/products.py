@@ -11,9 +11,11 @@ renamed so that a letter means the same everywhere in an einsum.
 """
 
 import string
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
+
+from torch import Tensor
 
 from ggn_ntk.contraction.einsum import Memo, as_matrices, contract_to_last, multiply, path_of
 from ggn_ntk.contraction.factored import Factored
@@ -128,6 +130,16 @@ def parts(
         letters = dict.fromkeys("".join(o.letters for o in members))
         found.append(Part(members, "".join(letter for letter in letters if letter in needed)))
     return found
+
+
+def contracted(jacobian: Factored, found: Sequence[Part]) -> Factored:
+    """Contract the parts of a Jacobian."""
+    n, made = jacobian.sizes["n"], list[tuple[str, Tensor]]()
+    for part in found:
+        whole = Joined(n)
+        contract_into(part, whole, slice(n))
+        made.append((whole.letters, whole.tensor))
+    return Factored(f"{','.join(letters for letters, _ in made)}->{jacobian.result}", tuple(x for _, x in made))
 
 
 def contract_into(part: Part, whole: Joined, block: slice) -> None:

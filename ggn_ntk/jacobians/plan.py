@@ -225,7 +225,8 @@ def make_plans(request: Request, fallback: dict[str, str], *, everyone: bool, fe
 
 def _evaluate_few(batch: Request) -> Few:
     """Evaluate a few samples."""
-    return evaluate_few(batch, batch.inputs, every=_is_sequential(batch))
+    every = _is_sequential(batch)
+    return evaluate_few(batch, batch.inputs, every=every, apart=every and not is_known(batch))
 
 
 def _make_plan(request: Request, few: Few, fallback: dict[str, str], *, everyone: bool) -> tuple[Plan, Side]:

@@ -64,12 +64,12 @@ def _choose(n: int, count: int, seed: int) -> list[int]:
 
 
 class Few(NamedTuple):
-    """A few samples, evaluated before all: of a sequence of layers each by itself, of others two together."""
+    """A few samples, evaluated before all: together, or each by itself where layers may let samples meet."""
 
     inputs: Inputs  # all samples, in the memory layout that suits the model
     samples: list[int]  # which of them
     recordings: list[Recording]
-    outputs: list[Tensor]  # of each recording, ``[1, *out]`` or ``[2, *out]``
+    outputs: list[Tensor]  # of each recording, ``[N, *out]``
     channels_last: bool  # whether channels of images are last in memory
     every: bool  # whether calls of all layers with a rule were recorded: the model is a sequence of layers
 
@@ -80,12 +80,16 @@ class Few(NamedTuple):
         return graph_bytes(recording.output) // recording.n
 
 
-def evaluate_few(request: Request, inputs: Inputs, *, every: bool) -> Few:
+def evaluate_few(request: Request, inputs: Inputs, *, every: bool, apart: bool) -> Few:
     """Evaluate a few samples, with the channels of images last in memory unless a view or a fault of torch objects."""
+    # apart: each by itself, of a sequence of layers
     entries, n = sum(p.numel() for p in request.params.values()), len(inputs)
     most = _ALONE if every else 1  # others are verified all
     samples = _choose(n, max(1, min(most, n // _SHARE, _MANY_ENTRIES // max(1, entries))), seed=0)
-    together = [[sample] for sample in samples] if every or n == 1 else [following(samples[0], 2, n)]
+    if every or n == 1:
+        together = [[sample] for sample in samples] if apart else [samples]
+    else:
+        together = [following(samples[0], 2, n)]
     fast = inputs.map(channels_last)
     try:
         first = record(request, fast[together[0]], every=every)
@@ -145,7 +149,7 @@ class Verification:
 
     def try_rules(self, recordings: Sequence[Recording], uses: Uses | None) -> dict[str, str]:
         """Try the rules on few samples: why they do not give the Jacobian of a parameter, by name."""
-        vs = self._v_alone.split(1) if uses is None else [self._v_of(recordings[0])]
+        vs = self._v_alone.split([r.n for r in recordings]) if uses is None else [self._v_of(recordings[0])]
         problems = {} if uses is None else uses.problems
         # Of a sequence of known layers, what rules write of these samples on the way back is compared with the same.
         compare = uses is not None or self.everyone

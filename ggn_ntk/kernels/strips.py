@@ -8,7 +8,9 @@ from functools import partial
 from typing import Any
 
 from ggn_ntk.jacobians.plan import Plans
+from ggn_ntk.memory.layout import Footprint
 from ggn_ntk.methods.blocks import Strip as Held
+from ggn_ntk.methods.blocks import footprints_of
 from ggn_ntk.methods.computation import is_finite, session
 from ggn_ntk.methods.estimate import Tile, estimated_tile
 from ggn_ntk.methods.structured import learnt, recorded_products
@@ -33,7 +35,7 @@ class Strips:
         self._axes = AxesRequest.parse(**{name: x for name, x in keywords.items() if name in of_axes})
         self._keywords = {name: x for name, x in keywords.items() if name not in (*of_axes, "method", "check")}
         # ``None`` where each tile has to tell for itself why it has no kernel, or a slower one
-        self._known: Plans | None = None
+        self._known: tuple[Plans, list[Footprint]] | None = None
         with suppress(NotFiniteError, UnsupportedModelError):
             self._known = of_all_outputs(self.request(*few), _look)
 
@@ -41,16 +43,17 @@ class Strips:
         """Ask for the kernels of x1 and x2."""
         return Request.parse(self._model, x1, x2, self._axes, **self._keywords)
 
-    def of(self, x1: Any, *, verified: bool) -> "Strip":
-        """Take the samples of a strip; ``verified``: they were, as samples of x2."""
-        return Strip(self, x1, None if self._known is None else Held(self._known, self._block, verified=verified))
+    def of(self, x1: Any, others: int, *, verified: bool) -> "Strip":
+        """Take the samples of a strip, which meet so many of x2; ``verified``: they were, as samples of x2."""
+        held = None if self._known is None else Held(*self._known, self._block, others, verified=verified)
+        return Strip(self, x1, held)
 
     def fitting(self, x1: Any, x2: Any) -> Request | None:
         """Ask for the kernels of x1 and x2; ``None`` if they differ in form from what was looked at."""
         if self._known is None:
             return None
         request = self.request(x1, x2)
-        known = self._known.request
+        known = self._known[0].request
         fits = request.x1.fits(known.x1) and request.second.fits(known.second)
         return replace(request, outputs=known.outputs) if fits else None
 
@@ -100,7 +103,8 @@ def _foreseen(request: Request, tile: tuple[int, int]) -> Tile:
         return estimated_tile(request, recorded.plans, tile, flops)
 
 
-def _look(request: Request) -> Plans:
-    """Look at a few samples."""
+def _look(request: Request) -> tuple[Plans, list[Footprint]]:
+    """Look at a few samples: what is known of the model, and what a sample takes."""
     with session(request):
-        return learnt(request)
+        known = learnt(request)
+        return known, footprints_of(known)

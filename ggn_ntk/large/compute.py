@@ -141,7 +141,8 @@ class Strip:
         self._held: Held | None = None
         # A tile alone is a call of its own: x1 and x2 are evaluated together.
         if job.plan.keeps(row) and job.strips is not None:
-            self._held = job.strips.of(x1, verified=job.plan.symmetric and row in job.verified)
+            verified = job.plan.symmetric and row in job.verified
+            self._held = job.strips.of(x1, job.plan.met(row), verified=verified)
 
     def tile(self, tile: Tile) -> Numbers:
         """Compute a tile."""

@@ -45,7 +45,8 @@ class Cost(NamedTuple):
     """What all tiles of a kernel take, as an estimate.
 
     Attributes:
-        contraction: Operations in which x1 and x2 meet, a multiplication and an addition counted as two.
+        contraction: Operations that contract the Jacobians of each tile, a multiplication and an addition counted as
+            two. What x1 makes alone is counted for each tile, though a strip makes it once where memory is left.
         evaluation: Operations of evaluations and of passes back.
         seconds: The time, of one worker.
     """
@@ -114,6 +115,10 @@ class Plan:
     def keeps(self, row: int) -> bool:
         """Tell whether the samples of a strip are evaluated once; a tile alone evaluates x1 and x2 together."""
         return self.block is not None and len(self.columns(row)) > 1
+
+    def met(self, row: int) -> int:
+        """Count the samples of x2 that those of a strip meet."""
+        return sum(_length(self.columns_of(Tile(row, column))) for column in self.columns(row))
 
     def evaluated(self) -> tuple[float, float]:
         """Count how often the samples of a tile are evaluated: those of x1, and those of x2."""

@@ -4,11 +4,13 @@ What a model keeps of an evaluation, to pass back through it, is large; the fact
 are evaluated and passed back a block at a time. Of one set, as many as fit have their Jacobians *held* (a *strip*), and
 meet those of all others as these *stream* by. If the whole set is one strip, nothing is computed twice. If it is not,
 the others stream by once for each strip; or fewer outputs pass back at a time, and samples are evaluated once more for
-the next ones. What evaluates least is taken.
+the next ones. What evaluates least is taken. Where memory is left, what is held is contracted as far as the order of
+contraction does that with each of the others anew: Jacobians of a strip are formed once.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
 from typing import NamedTuple
 
 import torch
@@ -51,6 +53,7 @@ class Layout:
     strip: int  # how many of its samples are held at a time
     block: int  # how many samples are evaluated together
     outputs: int  # how many outputs of a side pass back together
+    early: float = inf  # bytes for what the order of contraction makes of held Jacobians before they meet others
 
     def chunks(self, axes: KernelAxes) -> list[Chunk]:
         """Split the outputs."""
@@ -95,9 +98,11 @@ def choose(
     free, possible, outputs = max(axes.shape[1:]), list[Layout](), most_outputs(axes)
     while outputs and (-(-2 * free // outputs)) ** 2 <= max(_CHUNKS, 4):  # pairs of parts of the free outputs
         for stays in (0,) if symmetric else (0, 1):
-            strip = int(_HELD * memory / max(1, footprints[min(stays, len(footprints) - 1)].kept(outputs)))
+            kept = footprints[min(stays, len(footprints) - 1)].kept(outputs)
+            strip = int(_HELD * memory / max(1, kept))
             block = int(_EVALUATED * memory / max(1, *(f.working(outputs) for f in footprints)))
-            smallest = Layout(sizes, symmetric, stays, max(2, strip), max(2, block), outputs)
+            early = max(0.0, _HELD * memory - sizes[stays] * kept)
+            smallest = Layout(sizes, symmetric, stays, max(2, strip), max(2, block), outputs, early)
             if strip >= 2 and block >= 2:
                 possible.append(smallest)
         outputs //= 2

@@ -71,11 +71,14 @@ def repeated_in_blocks(request: Request, known: Plans) -> Computed | None:
 class Strip:
     """Samples of x1 that are evaluated once, and meet one set of samples after the other."""
 
-    def __init__(self, known: Plans, block: int, *, verified: bool) -> None:
+    def __init__(
+        self, known: Plans, footprints: Sequence[Footprint], block: int, others: int, *, verified: bool
+    ) -> None:
         """Set up, given what is known of a few samples; ``verified``: these samples were, a block at a time."""
-        self._known, self._plans = known, known.with_fallback(known.fallback)
+        # others: how many samples of x2 they meet
+        self._known, self._plans, self._footprints = known, known.with_fallback(known.fallback), footprints
         self._block, self._verified = block, verified
-        self._kept = Held[list[Jacobians]]()
+        self._kept = Held[list[Jacobians]](others)
         self._ours: Samples | None = None
 
     @torch.no_grad()
@@ -83,10 +86,14 @@ class Strip:
         """Compute kernels of x1 and x2, or of x1 with itself; ``None`` if what is known does not hold for these."""
         first, *others = request.apart
         if self._ours is None:
-            self._ours = self._set(first, 0, self._verified)
+            self._ours, self._early = (
+                self._set(first, 0, self._verified),
+                _layout(request, self._known, self._footprints).early,
+            )
         sets = [self._ours, *(self._set(x2, 1, verified) for x2 in others)]
         sizes, outputs = (len(request.x1), len(request.second)), most_outputs(self._plans.axes)
-        plans = self._plans._replace(layout=Layout(sizes, request.symmetric, 0, sizes[0], self._block, outputs))
+        layout = Layout(sizes, request.symmetric, 0, sizes[0], self._block, outputs, self._early)
+        plans = self._plans._replace(layout=layout)
         kernels = _contracted(plans, sets, self._kept)
         holds = all(samples.as_planned and not samples.failures for samples in sets)
         if kernels is None or not holds or any(v.judge(plans.fallback) for s in sets for v in s.verifications):
@@ -106,10 +113,15 @@ def warn_of_wrong_rules(fallback: dict[str, str]) -> None:
             warn(what, RouteWarning)
 
 
-def _layout(request: Request, known: Plans) -> Layout:
+def _layout(request: Request, known: Plans, footprints: Sequence[Footprint] | None = None) -> Layout:
     """Choose how samples are taken, from what a few of them take."""
-    footprints = [measured(plan, of_set.x1) for plan, of_set in zip(known.plans, known.request.apart, strict=False)]
-    return layout_for(request, known.axes, (len(request.x1), len(request.second)), footprints)
+    return layout_for(request, known.axes, (len(request.x1), len(request.second)), footprints or footprints_of(known))
+
+
+@torch.no_grad()
+def footprints_of(known: Plans) -> list[Footprint]:
+    """Measure what the few samples take that were looked at, of x1 and of x2 if they have a plan of their own."""
+    return [measured(plan, of_set.x1) for plan, of_set in zip(known.plans, known.request.apart, strict=False)]
 
 
 def layout_for(request: Request, axes: KernelAxes, sizes: tuple[int, int], footprints: Sequence[Footprint]) -> Layout:

@@ -7,6 +7,7 @@ also gives the gradient ``J^T v`` by plain autograd, for random numbers ``v``: f
 
 from collections.abc import Iterator
 from dataclasses import dataclass
+from math import ceil
 
 import torch
 from torch import Size, Tensor
@@ -45,6 +46,7 @@ class Sizes:
 
     blocks: list[slice]  # samples that are evaluated together
     vectors: int  # how many vectors pass through a block together
+    fixed: bool  # whether the caller chose the blocks
 
     @staticmethod
     def of(request: Request, batch_size: int | None) -> "Sizes":
@@ -56,7 +58,13 @@ class Sizes:
         # A vector is held in the parameters' shape, and pulled back to it, beside what it makes of outputs on its way.
         of_block = of_sample * (blocks[-1].stop - blocks[-1].start)
         of_vector = 2 * sum(p.numel() * p.element_size() for p in params) + of_block
-        return Sizes(blocks, max(1, int(min(8 * budget, room(device) / 2) / of_vector)))
+        return Sizes(blocks, max(1, int(min(8 * budget, room(device) / 2) / of_vector)), batch_size is not None)
+
+    def blocks_for(self, vectors: int) -> list[slice]:
+        """Split blocks further where several vectors pass through them: each holds what an evaluation does."""
+        parts = 1 if self.fixed else ceil((1 + vectors) / 2)
+        within = ((b.start, split(b.stop - b.start, ceil((b.stop - b.start) / parts))) for b in self.blocks)
+        return [slice(start + part.start, start + part.stop) for start, split_up in within for part in split_up]
 
 
 class Side:
@@ -81,7 +89,7 @@ class Side:
         # v [K, N, *out] -> [K, *parameter]
         params, v = self.request.params, v.to(self._dtype)
         found = {name: p.new_zeros(len(v), *p.shape) for name, p in params.items()}
-        for block in self.sizes.blocks:
+        for block in self.sizes.blocks_for(len(v)):
             for k, some in self._pulled(block, v[:, block]):
                 for name, g in some.items():
                     found[name][k] += g
@@ -103,7 +111,8 @@ class Side:
         """Multiply the Jacobian by vectors."""
         # u [K, *parameter] -> [K, N, *out]
         u = {name: u[name].to(p.dtype) for name, p in self.request.params.items()}
-        return torch.cat([self._pushforward(self.request, self.request.x1[b], u) for b in self.sizes.blocks], 1)
+        blocks = self.sizes.blocks_for(len(next(iter(u.values()))))
+        return torch.cat([self._pushforward(self.request, self.request.x1[b], u) for b in blocks], 1)
 
     def _found(self) -> Pushforward:
         """Find the fastest way to multiply the Jacobian by vectors that gets all samples right."""

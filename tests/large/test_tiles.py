@@ -21,6 +21,8 @@ from ggn_ntk import (
     shared,
     tiled_ntk,
 )
+from ggn_ntk.contraction import contract
+from ggn_ntk.contraction.products import contracted
 from ggn_ntk.jacobians.plan import Plan as Planned
 from ggn_ntk.large import StoreError, StripError, Tile
 
@@ -146,6 +148,20 @@ def test_samples_of_a_strip_are_evaluated_once(symmetric, tmp_path, monkeypatch)
         assert evaluated[:9] == [*first, 2, None, 2, None, 2, None, 2]
     else:
         assert evaluated == [*first, 2, None, 1, None, *([2, 2, None, 2, None, 1, None] * 2)]
+
+
+@pytest.mark.parametrize("symmetric", [True, False])
+def test_jacobians_of_a_strip_are_formed_once(symmetric, tmp_path, monkeypatch):
+    model = nn.Sequential(nn.Conv2d(1, 2, 3), nn.ReLU(), nn.Conv2d(2, 2, 3), nn.Flatten(), nn.Linear(128, 3)).double()
+    x1, x2 = torch.randn(20, 1, 12, 12).double(), None if symmetric else torch.randn(15, 1, 12, 12).double()
+    formed = []
+    monkeypatch.setattr(contract, "contracted", lambda *args: formed.append(contracted(*args)) or formed[-1])
+    store = tiled_ntk(model, x1, x2, compute="trace", tile=5, store=tmp_path / "k")
+    torch.testing.assert_close(store.to_torch(), empirical_ntk(model, x1, x2, compute="trace"))
+    strips = 3 if symmetric else 4  # the last tile of a symmetric kernel is a call of its own
+    weights = [jacobian for jacobian in formed if len(jacobian.result) == 6]  # of the second convolution
+    assert len(weights) == strips
+    assert all(len(jacobian.operands) == 1 for jacobian in weights)
 
 
 def test_what_is_kept_has_to_fit(tmp_path):
