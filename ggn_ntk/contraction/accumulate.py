@@ -15,6 +15,7 @@ from torch import Tensor
 
 from ggn_ntk.contraction.einsum import Memo, contract_to_last, path_of, step
 from ggn_ntk.contraction.one_hot import cost, looked_up
+from ggn_ntk.contraction.operand import Operand
 from ggn_ntk.contraction.products import KernelEinsum, NamedEinsum
 from ggn_ntk.memory.blocks import split
 from ggn_ntk.memory.budget import MemoryBudget
@@ -67,6 +68,51 @@ def add_products(
                     empty.discard(name)
                 memo.end_pair()
             memo.end_rows()
+
+
+def operations(
+    products: Sequence[NamedEinsum], sizes: Mapping[str, int], *, budget: MemoryBudget, symmetric: bool
+) -> float:
+    """Count the operations of :func:`add_products`, a multiplication and an addition as two."""
+    # sizes of n and m; what is found in the memo is counted once
+    size, paired = _block_size(products, sizes, budget), products[0][1].paired
+    divisions, again = 1, ceil(sizes["m"] / size.columns)
+    if symmetric and not paired:
+        block = min(ceil(sizes["n"] / _divisions(products)), size.rows, size.columns)
+        divisions = ceil(sizes["n"] / block)
+    # of what depends on both, on x1 alone, on x2 alone
+    share, rows = (divisions + 1) / (2 * divisions), 1 if symmetric else again
+    seen: set[Hashable] = set()
+    total = 0.0
+    for _, product in products:
+        given = product.operands
+        if not symmetric:  # x1 and x2 may be parts of one tensor
+            given = [o._replace(key=(o.key, place < len(product.first))) for place, o in enumerate(given)]
+        remaining = looked_up(given, product.result)
+        for places in path_of(remaining, product.result, sizes, product.apart).path:
+            taken = [remaining.pop(i) for i in sorted(places, reverse=True)]
+            found = set().union(*(o.letters for o in taken))
+            kept = found & set(product.result).union(*(o.letters for o in remaining))
+            key = _pattern(taken, "".join(sorted(kept)))
+            lengths = {letter: sizes.get(letter, length) for o in taken for letter, length in o.sizes.items()}
+            shape = [lengths[letter] for letter in sorted(kept)]
+            some = taken[0].tensor
+            remaining.append(Operand("".join(sorted(kept)), some.new_empty(shape, device="meta"), key))
+            if len(taken) < 2 or key in seen:
+                continue
+            seen.add(key)
+            both = paired or {"n", "m"} <= found
+            factor = share if both else rows if "n" in found else 1
+            total += factor * prod(lengths.values()) * (2 if found - kept else 1)
+    return total
+
+
+def _pattern(taken: Sequence[Operand], letters: str) -> Hashable:
+    """Name a product by what it is made of; that of x2's operands, which differ in letters alone, as that of x1's."""
+    ordered = sorted(taken, key=lambda o: repr(o.key))
+    names: dict[str, int] = {}
+    pattern = [tuple(names.setdefault(letter, len(names)) for letter in o.letters) for o in ordered]
+    return (*(o.key for o in ordered), *pattern, frozenset(names[letter] for letter in letters))
 
 
 def _summed(

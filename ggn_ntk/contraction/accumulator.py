@@ -2,13 +2,14 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Container, Hashable, Mapping, Sequence
+from dataclasses import dataclass, field
 from math import prod
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ggn_ntk.contraction.accumulate import add_products
+from ggn_ntk.contraction.accumulate import add_products, operations
 from ggn_ntk.contraction.bias import join_biases
 from ggn_ntk.contraction.factored import Factored, Jacobians
 from ggn_ntk.contraction.one_hot import cost
@@ -117,14 +118,17 @@ class Accumulator:
 
     def _contract(self, products: list[NamedEinsum], sets: Sequence[Mapping[str, int]]) -> None:
         """Contract products of Jacobians, of one set with itself or of two, given the sizes of their letters."""
-        n, m = sets[0]["n"], sets[-1]["n"]
-        if len(sets) == 1 and self.n1 is not None:
-            n, m = self.n1, n - self.n1
+        n, m = self._numbers(sets)
         free = (self.roles.among(sizes["c"]).free for sizes in (sets[0], sets[-1]))
         shape = (*((n,) if self.paired else (n, m)), self.roles.diagonal, *free)
         symmetric = len(sets) == 1 and self.n1 is None
         offset = self.n1 if len(sets) == 1 and self.n1 else 0
         add_products(self.kernels, products, shape, offset=offset, symmetric=symmetric)
+
+    def _numbers(self, sets: Sequence[Mapping[str, int]]) -> tuple[int, int]:
+        """Count the samples of x1 and of x2."""
+        n, m = sets[0]["n"], sets[-1]["n"]
+        return (n, m) if len(sets) > 1 or self.n1 is None else (self.n1, n - self.n1)
 
 
 def _on_both_sides(
@@ -149,13 +153,26 @@ def _one(jacobians: Sequence[Factored]) -> list[Factored]:
     return list(jacobians) if len(jacobians) == 1 else [Factored("cnk->cnk", (added_up(jacobians),))]
 
 
+@dataclass
+class Taken:
+    """What a recorder takes down.
+
+    Attributes:
+        products: Products of Jacobians, by the names of groups.
+        flops: The operations that contract them, where all parameters are summed.
+    """
+
+    products: list[NamedEinsum] = field(default_factory=list)
+    flops: float = 0.0
+
+
 class Recorder(Accumulator):
     """Takes products of Jacobians down, with the shapes of their operands alone, instead of contracting them."""
 
-    def __init__(self, products: list[NamedEinsum], sizes: Sequence[int], *args: Any) -> None:
-        """Set up, to append to a list; as if there were N1 and N2 samples."""
+    def __init__(self, taken: Taken, sizes: Sequence[int], *args: Any) -> None:
+        """Set up; as if there were N1 and N2 samples."""
         super().__init__(*args)
-        self._products, self._sizes = products, sizes
+        self._taken, self._sizes = taken, sizes
         self.n1 = None if self.n1 is None else sizes[0]
 
     def parts(self, name: str, jacobian: Factored, n: int) -> None:
@@ -165,11 +182,37 @@ class Recorder(Accumulator):
         """Take products of Jacobians down."""
         made: dict[Hashable, Tensor] = {}
         ours = _of_size(first, self._sizes[0] if self.n1 is None else sum(self._sizes), made)
-        self._add(ours, None if second is None else _of_size(second, self._sizes[-1], made))
+        theirs = None if second is None else _of_size(second, self._sizes[-1], made)
+        self._add(ours, theirs)
+        device = next(
+            (o.device for several in first.values() for o in several[0].operands if isinstance(o, Tensor)), None
+        )
+        if device is not None:
+            budget, of_all = MemoryBudget.of(device), (self.roles, self.n1, lambda _: "", self._formed, self.paired)
+            _Counter(self._taken, budget, *of_all).count(ours, theirs)
 
     def _contract(self, products: list[NamedEinsum], sets: Sequence[Mapping[str, int]]) -> None:
         """Take products down."""
-        self._products += [(name, product.without_data()) for name, product in products]
+        self._taken.products += [(name, product.without_data()) for name, product in products]
+
+
+class _Counter(Accumulator):
+    """Counts the operations of contractions."""
+
+    def __init__(self, taken: Taken, budget: MemoryBudget, *args: Any) -> None:
+        """Set up for a device with this budget."""
+        super().__init__(*args)
+        self._taken, self._budget = taken, budget
+
+    def count(self, first: Jacobians, second: Jacobians | None) -> None:
+        """Count those of some parameters."""
+        self._add(first, second)
+
+    def _contract(self, products: list[NamedEinsum], sets: Sequence[Mapping[str, int]]) -> None:
+        """Count."""
+        n, m = self._numbers(sets)
+        symmetric = len(sets) == 1 and self.n1 is None
+        self._taken.flops += operations(products, {"n": n, "m": m}, budget=self._budget, symmetric=symmetric)
 
 
 def _of_size(jacobians: Jacobians, n: int, made: dict[Hashable, Tensor]) -> Jacobians:

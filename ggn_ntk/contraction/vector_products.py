@@ -34,6 +34,11 @@ def norm_of_sketch(products: Tensor, param: Tensor) -> Tensor:
     return norm if _vectors(param) is None else norm / math.sqrt(_VECTORS)
 
 
+def operations_of_sketch(param: Tensor) -> int:
+    """Count the operations of :func:`sketched`."""
+    return 0 if _vectors(param) is None else 2 * _VECTORS * param.numel()
+
+
 def _vectors(param: Tensor) -> Tensor | None:
     """Draw the vectors that rows of a gradient are multiplied with, always the same ones; none if it is not large."""
     # param [rows, ...] -> [V, entries of a row]

@@ -14,15 +14,15 @@ from ggn_ntk.models.sizes import kept_by
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.process.torch_internals import OperationMode, storage_id
 
-# How often a few samples are timed.
-_REPEATS = 2
+# How often a few samples are timed; how many at most, and how many bytes these may take.
+_REPEATS, _TIMED, _MOST = 2, 64, 2**25
 
 _NOTHING = nullcontext[Any]()
 
 
 def measured(plan: Plan, inputs: Inputs) -> Footprint:
     """Evaluate a few samples, pass one output back, or two, and see what is kept."""
-    n = len(inputs)
+    n, inputs = len(inputs), inputs.map(torch.clone)  # these may be views of many more
     side, evaluated = kept_by(lambda: plan.evaluate(inputs), plan.request.model.parameters())
     evaluated += sum({storage_id(t): t.untyped_storage().nbytes() for t in side.kept}.values())
     outputs = torch.arange(min(2, side.output[0].numel()))
@@ -46,26 +46,39 @@ class Effort(NamedTuple):
     forward: Work
     backward: Work
     call: float  # seconds that an evaluation takes, however few samples there are
+    shared: float  # operations that pass an output back, however few samples there are: up to the last nonlinearity
 
 
-def effort(plan: Plan, inputs: Inputs) -> Effort:
+def effort(plan: Plan, inputs: Inputs, footprint: Footprint, most: int) -> Effort:
     """Evaluate a few samples, and pass an output back, or two; operations are those that torch counts."""
-    n, forward, backward = len(inputs), _Counter(), _Counter()
-    outputs = _passes(plan, inputs, forward, backward)[2]
-    several, one = (_fastest(plan, inputs[:count]) for count in (n, 1))
+    if inputs.whole:  # one input, whatever is in it
+        (forward, backward), (evaluating, passing) = _counted(plan, inputs), _fastest(plan, inputs)
+        return Effort(Work(forward, evaluating), Work(backward, passing), 0.0, 0.0)
+    # Many small samples take less time than as many times two: they are timed together, as far as that is soon done.
+    # A single one may take part in another graph than several.
+    n = max(4, min(most, _TIMED, int(_MOST / max(1.0, footprint.working(2)))))
+    several, two = (inputs[[i % len(inputs) for i in range(count)]] for count in (n, 2))
+    (forward, backward), (of_two, passed) = (_counted(plan, x) for x in (several, two))
+    slope = (backward - passed) / (n - 2)
+    fastest = _fastest(plan, two)
     # What an evaluation takes however few samples there are, more of them do not take again.
-    slopes = [max(t - alone, t / n / 2) / max(1, n - 1) for t, alone in zip(several, one, strict=True)]
-    return Effort(
-        Work(forward.flops / n, slopes[0]),
-        Work(backward.flops / n / outputs, slopes[1] / outputs),
-        max(0.0, one[0] - slopes[0]),
-    )
+    times = zip(_fastest(plan, several), fastest, strict=True)
+    seconds = [max((t - of_few) / (n - 2), t / n / 2) for t, of_few in times]
+    call = max(0.0, fastest[0] - 2 * seconds[0])
+    return Effort(Work((forward - of_two) / (n - 2), seconds[0]), Work(slope, seconds[1]), call, passed - 2 * slope)
+
+
+def _counted(plan: Plan, inputs: Inputs) -> tuple[float, float]:
+    """Count the operations of an evaluation, and of passing one output back."""
+    forward, backward = Counter(), Counter()
+    outputs = _passes(plan, inputs, forward, backward)[2]
+    return forward.flops, backward.flops / outputs
 
 
 def _fastest(plan: Plan, inputs: Inputs) -> tuple[float, float]:
-    """Time both passes, several times."""
-    times = [_passes(plan, inputs)[:2] for _ in range(_REPEATS)]
-    return min(forward for forward, _ in times), min(backward for _, backward in times)
+    """Time both passes, several times: an evaluation, and passing one output back."""
+    times = [_passes(plan, inputs) for _ in range(_REPEATS)]
+    return min(forward for forward, _, _ in times), min(backward / outputs for _, backward, outputs in times)
 
 
 def _passes(
@@ -85,7 +98,7 @@ def _passes(
     return middle - start, perf_counter() - middle, len(outputs)
 
 
-class _Counter(OperationMode):
+class Counter(OperationMode):
     """Counts operations, a multiplication and an addition as two."""
 
     def __init__(self) -> None:

@@ -91,7 +91,8 @@ class Flops(NamedTuple):
     Attributes:
         forward: Of evaluations, those that verify the kernel included.
         backward: Of passes back, those that verify the kernel included.
-        contraction: Of the contractions of Jacobians.
+        contraction: Of the contractions of Jacobians, where what parameters share is counted once, and of a set with
+            itself what is not computed is left out.
     """
 
     forward: float
@@ -231,8 +232,9 @@ def explain(
 
     The costs of parameters are those of the contractions alone, each by itself: what parameters share, say the Gram
     matrix of ``s`` for weight and bias, is counted for both, also where their sum is contracted as one, and passing
-    ``s`` back is not counted. opt_einsum counts them (Smith, Gray: "opt_einsum - A Python package for optimizing
-    contraction order for einsum-like expressions", Journal of Open Source Software, 2018).
+    ``s`` back is not counted. ``.flops`` has what the whole call takes. opt_einsum counts them (Smith, Gray:
+    "opt_einsum - A Python package for optimizing contraction order for einsum-like expressions", Journal of Open Source
+    Software, 2018).
 
     Args:
         model: The model, as for :func:`ggn_ntk.empirical_ntk`.
@@ -301,8 +303,8 @@ def _explanation(request: Request, method: str, sizes: tuple[int, int]) -> Expla
                 raise
             return Explanation("jacobian_contraction", problems=tuple(error.problems))
         contractions = tuple(_contractions(request, recorded, sizes))
-        flops, largest = sum(c.flops for c in contractions), max((c.memory for c in contractions), default=0.0)
-        cost = estimated(request, recorded.plans, sizes, flops, largest)
+        largest = max((c.memory for c in contractions), default=0.0)
+        cost = estimated(request, recorded, sizes, largest)
     plans, places = recorded.plans, recorded.places
     fallback = plans.fallback
     entries = {name: p.numel() for name, p in request.params.items()}

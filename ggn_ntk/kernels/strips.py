@@ -99,8 +99,9 @@ def _foreseen(request: Request, tile: tuple[int, int]) -> Tile:
     """Estimate what a tile takes."""
     with session(request):
         recorded = recorded_products(request, tile)
-        flops = sum(float(info.opt_cost) for _, _, info in recorded.paths(request, tile))
-        return estimated_tile(request, recorded.plans, tile, flops)
+        # of a set with itself, the tiles on the diagonal are the symmetric ones
+        others = recorded_products(replace(request, x2=request.x1), tile) if request.symmetric else recorded
+        return estimated_tile(request, recorded, others.taken.flops, tile)
 
 
 def _look(request: Request) -> tuple[Plans, list[Footprint]]:

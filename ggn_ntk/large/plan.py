@@ -131,10 +131,10 @@ class Plan:
                 columns += _length(self.columns_of(tile)) / self.tile[1]
         return rows, columns
 
-    def pairs(self) -> float:
-        """Count the pairs of samples that meet, in tiles."""
-        pairs = (_length(self.rows_of(tile)) * _length(self.columns_of(tile)) for tile in self.tiles())
-        return sum(pairs) / prod(self.tile)
+    def pairs(self, *, diagonal: bool) -> float:
+        """Count the pairs of samples that meet, in tiles: those of a set with itself on the diagonal, or others."""
+        tiles = (tile for tile in self.tiles() if (self.symmetric and tile.row == tile.column) == diagonal)
+        return sum(_length(self.rows_of(tile)) * _length(self.columns_of(tile)) for tile in tiles) / prod(self.tile)
 
     def mirror(self, tile: Tile) -> Tile | None:
         """Find the tile that is this one, transposed; there is none for tiles on the diagonal."""

@@ -337,13 +337,16 @@ def _plan(
 def _with_cost(plan: Plan, tile: Tile) -> Plan:
     """Sum up what tiles take, with samples of x1 kept where they fit."""
     plan = replace(plan, block=None if tile.block is None else min(tile.block, max(plan.tile)))
-    contracted, evaluated = plan.pairs(), plan.evaluated()
+    evaluated, met = plan.evaluated(), ((tile.contraction, False), (tile.diagonal, True))
     flops, seconds = (
         sum(n * getattr(work, what) for n, work in zip(evaluated, tile.evaluations, strict=True))
         for what in ("flops", "seconds")
     )
-    contraction = contracted * tile.contraction.flops
-    return replace(plan, cost=Cost(contraction, flops, seconds + contracted * tile.contraction.seconds))
+    contraction, contracting = (
+        sum(plan.pairs(diagonal=diagonal) * getattr(work, what) for work, diagonal in met)
+        for what in ("flops", "seconds")
+    )
+    return replace(plan, cost=Cost(contraction, flops, seconds + contracting))
 
 
 def _footprint(request: Request, forms: Mapping[Path, Form]) -> Footprint:

@@ -7,16 +7,21 @@ from typing import NamedTuple
 
 import torch
 
+from ggn_ntk.contraction.vector_products import operations_of_sketch
 from ggn_ntk.jacobians.footprint import Effort, Work, effort, measured
 from ggn_ntk.jacobians.plan import Plans
 from ggn_ntk.memory.budget import MemoryBudget, fits
 from ggn_ntk.memory.layout import Footprint, Layout, most_outputs
 from ggn_ntk.methods.blocks import bytes_of_gradients, bytes_of_kernels, layout_for
+from ggn_ntk.methods.structured import Recorded
 from ggn_ntk.models.independence import how_often
 from ggn_ntk.problem.request import Request
 
 # The share of a large product's rate at which contractions run, and the side of that product.
 _EFFICIENCY, _SIDE = 0.6, 1024
+
+# How many samples are evaluated, and their outputs passed back, to look at a model that is not known beforehand.
+_LOOKED = (5, 6)
 
 
 class Estimate(NamedTuple):
@@ -31,10 +36,11 @@ class Estimate(NamedTuple):
 
 
 @torch.no_grad()
-def estimated(request: Request, plans: Plans, sizes: tuple[int, int], contraction: float, largest: float) -> Estimate:
+def estimated(request: Request, recorded: Recorded, sizes: tuple[int, int], largest: float) -> Estimate:
     """Estimate what a kernel of N1 and N2 samples takes."""
-    # contraction: its operations; largest: bytes of its largest intermediate result, were it not made in blocks
-    footprints, efforts = _looked_at(plans)
+    # largest: bytes of the contractions' largest intermediate result, were it not made in blocks
+    plans, contraction = recorded.plans, recorded.taken.flops
+    footprints, efforts = _looked_at(plans, sizes)
     request = replace(request, per_parameter=False)  # the kernel of all
     axes, first = plans.axes, next(iter(request.params.values()))
     of_sets = sizes[: len(efforts)]
@@ -43,16 +49,22 @@ def estimated(request: Request, plans: Plans, sizes: tuple[int, int], contractio
         layout = layout_for(request, axes, sizes, footprints)
     all_once = sum(n * (1 + axes[place].out_shape.numel()) for place, n in enumerate(of_sets))
     again = 1.0 if layout is None else layout.evaluations(axes) / all_once
-    works = [_evaluations(request, plans, place, n, efforts[place], again) for place, n in enumerate(of_sets)]
+    if request.n1 is not None and layout is None:  # they are evaluated together
+        works = [_evaluations(request, plans, 0, sum(sizes), efforts[0])]
+    else:
+        works = [_evaluations(request, plans, place, n, efforts[place], again) for place, n in enumerate(of_sets)]
     forward, backward = (sum(work.flops for work in which) for which in zip(*works, strict=True))
-    seconds = sum(work.seconds for both in works for work in both)
+    seconds = recorded.seconds + sum(work.seconds for both in works for work in both)
     rate = _EFFICIENCY * _rate(first.device, first.dtype)
     # A symmetric kernel is added to its transpose.
     held = _held(of_sets, footprints, layout, outputs=max(side.out_shape.numel() for side in axes), like=first)
     budget = MemoryBudget.of(first.device)
-    working = min(largest, budget.rows + budget.columns)
+    # a sequence of layers passes all samples back at once, so that x1 and x2 have what is formed at the same time
+    working = min(largest * (2 if plans.capture == "sequential" else 1), budget.rows + budget.columns)
     kernels = bytes_of_kernels(request, axes, sizes) * (3 if request.symmetric else 2)
-    peak = kernels + bytes_of_gradients(request) + held + working
+    # where a few samples stand for all, gradients are those of these alone
+    gradients = bytes_of_gradients(request) / (1 if any(v.everyone for v in plans.verifications) else 2)
+    peak = kernels + gradients + held + working
     return Estimate(forward, backward, contraction, peak, seconds + contraction / rate, layout)
 
 
@@ -61,30 +73,37 @@ class Tile(NamedTuple):
 
     block: int | None  # how many samples to evaluate together where x1 is held; ``None`` where it does not fit
     contraction: Work
+    diagonal: Work  # the contraction of a tile of samples with themselves
     evaluations: tuple[Work, Work]  # of all samples of x1, and of x2, once
 
 
 @torch.no_grad()
-def estimated_tile(request: Request, plans: Plans, sizes: tuple[int, int], contraction: float) -> Tile:
+def estimated_tile(request: Request, recorded: Recorded, contraction: float, sizes: tuple[int, int]) -> Tile:
     """Estimate what a tile of N1 and N2 samples takes, and choose how it is evaluated."""
-    # contraction: its operations
-    footprints, efforts = _looked_at(plans)
+    # contraction: its operations, of other samples of x2 than of x1
+    plans = recorded.plans
+    footprints, efforts = _looked_at(plans, sizes)
     layout = layout_for(request, plans.axes, sizes, footprints)
     whole = layout.stays == 0 and layout.strip >= sizes[0] and layout.outputs == most_outputs(plans.axes)
     found = [_evaluations(request, plans, place, n, efforts[place]) for place, n in enumerate(sizes[: len(efforts)])]
-    works = [Work(sum(w.flops for w in both), sum(w.seconds for w in both)) for both in found]
+    works = [
+        Work(sum(work.flops for work in both), of_set.call + sum(work.seconds for work in both))
+        for both, of_set in zip(found, efforts, strict=True)
+    ]
     first = next(iter(request.params.values()))
     rate = _EFFICIENCY * _rate(first.device, first.dtype)
     block = layout.block if whole and plans.covered else None
-    return Tile(block, Work(contraction, contraction / rate), (works[0], works[-1]))
+    contracted, diagonal = (Work(flops, flops / rate) for flops in (contraction, recorded.taken.flops))
+    return Tile(block, contracted, diagonal, (works[0], works[-1]))
 
 
-def _looked_at(plans: Plans) -> tuple[list[Footprint], list[Effort]]:
+def _looked_at(plans: Plans, sizes: tuple[int, int]) -> tuple[list[Footprint], list[Effort]]:
     """Measure what samples of x1 take, and of x2 if it is another set; they may share a plan."""
     sets = [of_set.x1 for of_set in plans.request.apart]
     which = [min(i, len(plans.plans) - 1) for i in range(len(sets))]
     few = list(zip(plans.plans, sets, strict=False))
-    footprints, efforts = [measured(*one) for one in few], [effort(*one) for one in few]
+    footprints = [measured(*one) for one in few]
+    efforts = [effort(*one, footprint, max(sizes)) for one, footprint in zip(few, footprints, strict=True)]
     return [footprints[i] for i in which], [efforts[i] for i in which]
 
 
@@ -96,10 +115,15 @@ def _evaluations(
     everyone = plans.verifications[min(place, len(plans.plans) - 1)].everyone
     halves = how_often(request, n, outputs) if everyone else 0
     evaluated, passed = n * (again + everyone + halves), n * (again * outputs + 2 * halves)
+    looked, passed_first = _LOOKED if everyone else (2, 4)
+    sketches = (2 * halves + 1) * sum(map(operations_of_sketch, request.params.values()))
     forward, backward = found.forward, found.backward
     return (
-        Work(evaluated * forward.flops, evaluated * forward.seconds + found.call * (1 + everyone)),
-        Work(passed * backward.flops, passed * backward.seconds),
+        Work((evaluated + looked) * forward.flops, evaluated * forward.seconds),
+        Work(
+            (passed + passed_first) * backward.flops + outputs * again * found.shared + sketches,
+            passed * backward.seconds,
+        ),
     )
 
 

@@ -14,18 +14,18 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from functools import partial, reduce
 from itertools import chain
+from time import perf_counter
 from typing import NamedTuple, TypeVar
 
 import torch
 from opt_einsum.contract import PathInfo
 from torch import Tensor
 
-from ggn_ntk.contraction.accumulator import Accumulator, Recorder
+from ggn_ntk.contraction.accumulator import Accumulator, Recorder, Taken
 from ggn_ntk.contraction.contract import contract
 from ggn_ntk.contraction.einsum import path_of
 from ggn_ntk.contraction.one_hot import looked_up
 from ggn_ntk.contraction.operand import Operand
-from ggn_ntk.contraction.products import NamedEinsum
 from ggn_ntk.jacobians.places import Places, find_places
 from ggn_ntk.jacobians.plan import Plans, make_plans
 from ggn_ntk.jacobians.verification import diagnosed
@@ -147,14 +147,15 @@ class Recorded(NamedTuple):
     """What :func:`structured_kernels` would contract."""
 
     plans: Plans
-    products: list[NamedEinsum]  # products of Jacobians, by names of parameters
+    taken: Taken  # products of Jacobians, by names of parameters, and what contracting all of them takes
     places: Places  # where in the model these come from, for x1 and for x2
+    seconds: float  # what looking at the model took
 
     def paths(self, request: Request, sizes: tuple[int, int]) -> Iterator[tuple[str, list[Operand], PathInfo]]:
         """List how each product is contracted: the name of its parameter, its operands and their order."""
         n, m = sizes
         start = 0 if request.n1 is None else n  # of x2, among the samples that it is evaluated with
-        for name, product in self.products:
+        for name, product in self.taken.products:
             operands = looked_up(product.restrict(slice(0, n), slice(start, start + m)), product.result)
             yield name, operands, path_of(operands, product.result, apart=product.apart)
 
@@ -162,14 +163,15 @@ class Recorded(NamedTuple):
 def recorded_products(request: Request, sizes: Sequence[int]) -> Recorded:
     """List the products of Jacobians that :func:`structured_kernels` would contract for as many samples."""
     # sizes N1 and N2
-    products = list[NamedEinsum]()
 
-    def record_all(plans: Plans) -> None:
-        products.clear()
-        _contracted(plans, partial(Recorder, products, sizes))
+    def record_all(plans: Plans) -> Taken:
+        taken = Taken()
+        _contracted(plans, partial(Recorder, taken, sizes))
+        return taken
 
+    start = perf_counter()
     found = verified(request.of_others(partial(some, count=2)), record_all, few=True)
     assert found is not None
-    plans, _ = found
+    (plans, taken), seconds = found, perf_counter() - start
     places = [find_places(plan, v.inputs) for plan, v in zip(plans.plans, plans.verifications, strict=True)]
-    return Recorded(plans, products, reduce(Places.merged, places))
+    return Recorded(plans, taken, reduce(Places.merged, places), seconds)

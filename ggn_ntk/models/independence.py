@@ -106,15 +106,21 @@ def _check_alone(output: object, shape: Size) -> Tensor:
 def partitions(n: int, count: int) -> list[list[list[int]]]:
     """Divide samples in two halves, several times."""
     numbers = torch.randperm(n, generator=torch.Generator("cpu").manual_seed(n), device="cpu").tolist()
-    bits = range(min(count, (n - 1).bit_length()))
+    bits = range(min(count, most_partitions(n)))
     return [[[i for i in range(n) if numbers[i] >> bit & 1 == side] for side in (0, 1)] for bit in bits]
+
+
+def most_partitions(n: int) -> int:
+    """Count the divisions of N samples in two halves after which any two were apart once."""
+    return (n - 1).bit_length()
 
 
 def how_often(request: Request, n: int, outputs: int) -> int:
     """Choose how many times samples are divided."""
     # A kernel takes a backward pass for each output at least, and a pass in halves as long as three forward passes: the
     # number of outputs tells their share of the time.
-    return n if request.thorough or n <= _FEW else max(1, int(_SHARE * outputs / 3))
+    most = most_partitions(n)
+    return most if request.thorough or n <= _FEW else min(most, max(1, int(_SHARE * outputs / 3)))
 
 
 def compare_alone(request: Request, inputs: Inputs, output: Tensor) -> None:
