@@ -148,9 +148,10 @@ def run(job: Job, store: KernelStore, rows: Sequence[int], lanes: list[Lane], wa
             )
             raise
         finally:
+            stopped = sys.exc_info()[0] is not None  # then nobody waits for tiles under way
             for lane in lanes:
                 if lane.renew is not None:
-                    lane.executor.shutdown(wait=False, cancel_futures=True)
+                    lane.executor.shutdown(wait=not stopped, cancel_futures=True)
 
 
 def _tiles(job: Job, row: int) -> list[Tile]:
