@@ -141,7 +141,7 @@ def contract_in_blocks(
         strip, streaming = slice(blocks[0].start, blocks[-1].stop), layout.streaming(blocks)
         outputs, others = chunk.outputs[stays], chunk.outputs[1 - stays]
         met = max(held.others, sum(block.stop - block.start for block in streaming))
-        early = _Early(wanted, chunk.roles, (strip.stop - strip.start, met), layout.early)
+        early = _Early(wanted, chunk.roles, (strip.stop - strip.start, met), layout.block, layout.early)
         steps = held.of(outputs, partial(_gathered, ours, blocks, outputs, early))
         new = partial(make, chunk.roles, None, wanted.group, wanted.formed)
         if layout.symmetric:
@@ -186,9 +186,10 @@ def _paired_blocks(
 class _Early:
     """Contracts of held Jacobians what the order of contraction makes of them alone, where memory is left for that."""
 
-    def __init__(self, wanted: Wanted, roles: Roles, sizes: tuple[int, int], memory: float) -> None:
-        """Set up for samples that are held, and as many as they meet in all."""
+    def __init__(self, wanted: Wanted, roles: Roles, sizes: tuple[int, int], block: int, memory: float) -> None:
+        """Set up for samples that are held, and as many as they meet in all; a block of them comes at a time."""
         self._wanted, self._roles, self._sizes, self._memory = wanted, roles, sizes, memory
+        self._made = sizes[0] + min(block, sizes[0])  # samples: what a block makes is copied to its place among all
         self._chosen: dict[str, bool] = {}
 
     def __call__(self, jacobians: Jacobians) -> Jacobians:
@@ -203,7 +204,7 @@ class _Early:
         if self._chosen.get(name, True):
             found = parts(jacobian, *self._sizes, self._roles, formed=name in self._wanted.formed)
             if name not in self._chosen:
-                taken = 0 if found is None else self._sizes[0] * sum(map(_bytes_of_sample, found))
+                taken = 0 if found is None else self._made * sum(map(_bytes_of_sample, found))
                 self._chosen[name] = found is not None and taken <= self._memory
                 self._memory -= taken if self._chosen[name] else 0
             if found is not None and self._chosen[name]:

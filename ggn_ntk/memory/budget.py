@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
 from math import inf, prod
 from pathlib import Path
 
@@ -50,13 +50,29 @@ class MemoryBudget:
     @staticmethod
     def of(device: torch.device) -> "MemoryBudget":
         """Look up the budget of a device, within what the call may take."""
-        budget, limit = LIMITS.get(device.type, ELSEWHERE), _LIMIT.get()
+        budget, limit = LIMITS.get(device.type) or _grown(ELSEWHERE, _total(device)), _LIMIT.get()
         return budget if limit is None else _within(budget, limit)
 
 
 #: Budgets by type of device: of a CPU, 8 MiB fit its last-level cache. On other devices launches cost more than memory.
 LIMITS = {"cpu": MemoryBudget(passing=2**23, products=2**25, recorded=2**24, one_by_one=2**18)}
 ELSEWHERE = MemoryBudget()
+
+# The shares of a GPU's memory that Jacobians may take on the way to a kernel: of few samples at a time, each sample of
+# the other set is passed, or formed, again and again, in many small products.
+_SHARES = {"rows": 32, "columns": 16}
+
+
+@cache
+def _total(device: torch.device) -> int:
+    """Look up how much memory a GPU has; 0 of other devices."""
+    return torch.cuda.get_device_properties(device).total_memory if device.type == "cuda" else 0
+
+
+@cache
+def _grown(budget: MemoryBudget, total: int) -> MemoryBudget:
+    """Let a budget grow with the device."""
+    return replace(budget, **{name: max(getattr(budget, name), total // share) for name, share in _SHARES.items()})
 
 
 # Bytes that this thread's call may take; ``None`` for what the device has.
