@@ -281,3 +281,17 @@ def test_the_model_is_right_after_memory_ran_out():
     with runs_out("2.50 GiB"):
         empirical_ntk(model, x)
     assert_close(empirical_ntk(model, x[:3]), empirical_ntk(model, x[:3], method="jacobian_contraction"))
+
+
+def test_a_large_gpu_forms_jacobians_of_more_samples_at_once(monkeypatch):
+    device = torch.device("cuda")
+    monkeypatch.setattr(budget, "_total", lambda device: 0)
+    small = budget.MemoryBudget.of(device)
+    assert small == budget.ELSEWHERE
+    monkeypatch.setattr(budget, "_total", lambda device: 80 * 2**30)
+    large = budget.MemoryBudget.of(device)
+    assert (large.rows, large.columns) == (80 * 2**30 // 32, 80 * 2**30 // 16)
+    assert large.passing == small.passing
+    with budget.limited(2**30):  # what a call may take comes first
+        assert budget.MemoryBudget.of(device).rows <= 2**30 // 32
+    assert budget.MemoryBudget.of(torch.device("cpu")) == budget.LIMITS["cpu"]
