@@ -140,8 +140,9 @@ def contract_in_blocks(
     def meet(blocks: list[slice], chunk: Chunk, held: Held[list[Jacobians]], progress: Progress) -> None:
         strip, streaming = slice(blocks[0].start, blocks[-1].stop), layout.streaming(blocks)
         outputs, others = chunk.outputs[stays], chunk.outputs[1 - stays]
-        met = max(held.others, sum(block.stop - block.start for block in streaming))
-        early = _Early(wanted, chunk.roles, (strip.stop - strip.start, met), layout.block, layout.early)
+        count = strip.stop - strip.start
+        met = sum(block.stop - block.start for block in streaming) + (count if layout.symmetric else 0)
+        early = _Early(wanted, chunk.roles, (count, max(held.others, met)), layout.block, layout.early)
         steps = held.of(outputs, partial(_gathered, ours, blocks, outputs, early))
         new = partial(make, chunk.roles, None, wanted.group, wanted.formed)
         if layout.symmetric:

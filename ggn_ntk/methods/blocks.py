@@ -86,10 +86,8 @@ class Strip:
         """Compute kernels of x1 and x2, or of x1 with itself; ``None`` if what is known does not hold for these."""
         first, *others = request.apart
         if self._ours is None:
-            self._ours, self._early = (
-                self._set(first, 0, self._verified),
-                _layout(request, self._known, self._footprints).early,
-            )
+            self._ours = self._set(first, 0, self._verified)
+            self._early = _layout(request, self._known, self._footprints).early
         sets = [self._ours, *(self._set(x2, 1, verified) for x2 in others)]
         sizes, outputs = (len(request.x1), len(request.second)), most_outputs(self._plans.axes)
         layout = Layout(sizes, request.symmetric, 0, sizes[0], self._block, outputs, self._early)
