@@ -101,12 +101,12 @@ def _summary(results: list[WorkloadResult]) -> str:
     Returns:
         A table.
     """
-    header = ["workload", "seconds", f"against {plan.JACOBIANS}", "against ViViT", "against neural-tangents"]
+    header = ["workload", "seconds", plan.PREPARED, f"against {plan.JACOBIANS}", "against ViViT", "against neural-tangents"]
     header += ["over the floor", "against x2=x1.clone()", "peak MB", f"of {plan.JACOBIANS}'s", "of neural-tangents'"]
     rows = []
     for r in results:
         ours, memory = r.seconds(plan.GGN_NTK), r.peak(plan.GGN_NTK)
-        row = [r.name, _seconds(ours)]
+        row = [r.name, _seconds(ours), _seconds(r.seconds(plan.PREPARED))]
         row += [_faster(r, peer, ours) for peer in (plan.JACOBIANS, plan.VIVIT, plan.NEURAL_TANGENTS)]
         row += [_ratio(ours, r.floor_seconds), _faster(r, plan.CLONE, ours), _megabytes(memory)]
         row += [_ratio(memory, r.peak(peer)) for peer in (plan.JACOBIANS, plan.NEURAL_TANGENTS)]

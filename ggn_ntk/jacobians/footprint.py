@@ -51,7 +51,7 @@ class Effort(NamedTuple):
 
 def effort(plan: Plan, inputs: Inputs, footprint: Footprint, most: int) -> Effort:
     """Evaluate a few samples, and pass an output back, or two; operations are those that torch counts."""
-    if inputs.whole:  # one input, whatever is in it
+    if len(inputs) == 1:  # one input, whatever is in it, or all that a model takes at a time
         (forward, backward), (evaluating, passing) = _counted(plan, inputs), _fastest(plan, inputs)
         return Effort(Work(forward, evaluating), Work(backward, passing), 0.0, 0.0)
     # Many small samples take less time than as many times two: they are timed together, as far as that is soon done.

@@ -581,7 +581,7 @@ def test_explanations_hold_no_tensors(build, monkeypatch):
 
     def recording(request, sizes):
         found = recorded_products(request, sizes)
-        recorded.extend(found.products)
+        recorded.extend(found.taken.products)
         return found
 
     monkeypatch.setattr(sys.modules["ggn_ntk.kernels.explain"], "recorded_products", recording)
