@@ -2,7 +2,7 @@
 
 The trace kernel in float32 by ``tiled_ntk``, by one call of ``empirical_ntk``, and what the contractions of one call
 would take at the rate of a large matrix product, with one evaluation of all samples. Seconds of processors, on one
-thread. Then the same tiles by a pool of one process, and of two, in seconds on a clock.
+thread. Then tiles of a quarter of x1 by a pool of one process, and of two, in seconds on a clock.
 """
 
 import argparse
@@ -26,6 +26,9 @@ from ggn_ntk import empirical_ntk, explain, tiled_ntk
 
 # Rows and columns of the matrices whose product measures the rate.
 _MATRIX = 1024
+
+# How many samples are taken first, and into how many strips pools divide the kernel where no tile is asked for.
+_FEW, _STRIPS = 20, 4
 
 
 class Case(NamedTuple):
@@ -73,17 +76,23 @@ def measure(case: Case, tile: int | None = None, *, pools: bool = True) -> dict[
     x2 = None if case.n2 is None else torch.randn(case.n2, *case.shape)
     with tempfile.TemporaryDirectory() as folder:
         call = partial(tiled_ntk, model, x1, x2, compute="trace", tile=tile, memory=case.memory, progress=False)
+        empirical_ntk(
+            model, x1[:_FEW], None if x2 is None else x2[:_FEW], compute="trace"
+        )  # to find orders of contraction
         meter = ProcessMeter()
         meter.start()
         taken, store = _processor(partial(call, store=Path(folder) / "here"))
         peak, used = meter.peak(), store.plan.tile
         whole, _ = _processor(lambda: empirical_ntk(model, x1, x2, compute="trace"))
-        contractions = sum(c.flops for c in explain(model, x1, x2, compute="trace").contractions) / _rate()
+        contractions = explain(model, x1, x2, compute="trace").flops.contraction / _rate()
         samples = x1 if x2 is None else torch.cat([x1, x2])
         with torch.no_grad():
             evaluation, _ = _processor(lambda: model(samples))
         clock = {
-            f"{n} processes": _pooled(n, partial(call, store=Path(folder) / str(n))) for n in ((1, 2) if pools else ())
+            f"{n} processes": _pooled(
+                n, partial(call, store=Path(folder) / str(n), tile=tile or -(-case.n1 // _STRIPS))
+            )
+            for n in ((1, 2) if pools else ())
         }
     seconds = {"tiles": taken, "one call": whole, "contractions": contractions, "evaluation": evaluation}
     return {"tile": used, "seconds": seconds, "clock": clock, "peak": peak}

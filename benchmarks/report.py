@@ -101,7 +101,14 @@ def _summary(results: list[WorkloadResult]) -> str:
     Returns:
         A table.
     """
-    header = ["workload", "seconds", plan.PREPARED, f"against {plan.JACOBIANS}", "against ViViT", "against neural-tangents"]
+    header = [
+        "workload",
+        "seconds",
+        plan.PREPARED,
+        f"against {plan.JACOBIANS}",
+        "against ViViT",
+        "against neural-tangents",
+    ]
     header += ["over the floor", "against x2=x1.clone()", "peak MB", f"of {plan.JACOBIANS}'s", "of neural-tangents'"]
     rows = []
     for r in results:
