@@ -22,9 +22,9 @@ from typing import Any
 
 import torch
 
-from benchmarks.environment import describe_environment, title
 from benchmarks.meters import ProcessMeter
 from benchmarks.network import network
+from benchmarks.page import write_page
 from benchmarks.process import ROOT
 from benchmarks.workloads import TABLES, tiny
 from ggn_ntk import empirical_ntk, explain
@@ -124,13 +124,7 @@ def main() -> None:
         command = [sys.executable, "-m", "benchmarks.estimates", "--here", name]
         results[name] = json.loads(subprocess.check_output(command, cwd=ROOT, text=True).splitlines()[-1])
         print(name, results[name], flush=True)
-    environment = describe_environment("cpu")
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "estimates.json").write_text(json.dumps({"environment": environment, "results": results}, indent=1))
-    heading = (__doc__ or "").split("\n", 2)[2].strip()
-    text = f"# What explain says: {title(environment)}\n\n{heading}\n\n{table(results)}\n"
-    (options.out / "estimates.md").write_text(text)
-    print(text)
+    write_page(options.out, "estimates", "What explain says", __doc__, results, table(results))
 
 
 if __name__ == "__main__":

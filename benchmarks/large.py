@@ -6,7 +6,6 @@ thread. Then tiles of a quarter of x1 by a pool of one process, and of two, in s
 """
 
 import argparse
-import json
 import multiprocessing
 import tempfile
 import time
@@ -20,8 +19,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from benchmarks.environment import describe_environment, title
 from benchmarks.meters import ProcessMeter
+from benchmarks.page import write_page
 from ggn_ntk import empirical_ntk, explain, tiled_ntk
 
 # Rows and columns of the matrices whose product measures the rate.
@@ -76,9 +75,8 @@ def measure(case: Case, tile: int | None = None, *, pools: bool = True) -> dict[
     x2 = None if case.n2 is None else torch.randn(case.n2, *case.shape)
     with tempfile.TemporaryDirectory() as folder:
         call = partial(tiled_ntk, model, x1, x2, compute="trace", tile=tile, memory=case.memory, progress=False)
-        empirical_ntk(
-            model, x1[:_FEW], None if x2 is None else x2[:_FEW], compute="trace"
-        )  # to find orders of contraction
+        few = x1[:_FEW], None if x2 is None else x2[:_FEW]
+        empirical_ntk(model, *few, compute="trace")  # for what is imported late
         meter = ProcessMeter()
         meter.start()
         taken, store = _processor(partial(call, store=Path(folder) / "here"))
@@ -158,13 +156,7 @@ def main() -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     results = {name: measure(CASES[name], options.tile) for name in options.names or CASES}
-    environment = describe_environment("cpu")
-    options.out.mkdir(parents=True, exist_ok=True)
-    (options.out / "large.json").write_text(json.dumps({"environment": environment, "results": results}, indent=1))
-    heading = (__doc__ or "").split("\n", 2)[2].strip()
-    text = f"# Large kernels: {title(environment)}\n\n{heading}\n\n{table(results)}\n"
-    (options.out / "large.md").write_text(text)
-    print(text)
+    write_page(options.out, "large", "Large kernels", __doc__, results, table(results))
 
 
 if __name__ == "__main__":

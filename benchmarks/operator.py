@@ -8,7 +8,6 @@ at once. The kernel that is not formed would take the memory in the last column,
 """
 
 import argparse
-import json
 import statistics
 import time
 import warnings
@@ -22,8 +21,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, jvp, vjp, vmap
 
-from benchmarks.environment import describe_environment, title
 from benchmarks.meters import ProcessMeter
+from benchmarks.page import write_page
 from ggn_ntk.operators import NTKOperator
 from ggn_ntk.reference import relative_error
 
@@ -178,14 +177,7 @@ def main() -> None:
     options = parser.parse_args()
     warnings.simplefilter("ignore")
     results = {name: measure(name, options.rounds) for name in options.names or CASES}
-    environment = describe_environment("cpu")
-    options.out.mkdir(parents=True, exist_ok=True)
-    saved = {"environment": environment, "results": results}
-    (options.out / "operator.json").write_text(json.dumps(saved, indent=1))
-    text = f"# Products without the kernel: {title(environment)}\n\n{__doc__.split(chr(10), 2)[2].strip()}\n\n"
-    text += f"{table(results)}\n"
-    (options.out / "operator.md").write_text(text)
-    print(text)
+    write_page(options.out, "operator", "Products without the kernel", __doc__, results, table(results))
 
 
 if __name__ == "__main__":

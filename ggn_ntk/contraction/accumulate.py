@@ -88,31 +88,27 @@ def operations(
         given = product.operands
         if not symmetric:  # x1 and x2 may be parts of one tensor
             given = [o._replace(key=(o.key, place < len(product.first))) for place, o in enumerate(given)]
-        remaining = looked_up(given, product.result)
-        for places in path_of(remaining, product.result, sizes, product.apart).path:
-            taken = [remaining.pop(i) for i in sorted(places, reverse=True)]
-            found = set().union(*(o.letters for o in taken))
-            kept = found & set(product.result).union(*(o.letters for o in remaining))
-            key = _pattern(taken, "".join(sorted(kept)))
-            lengths = {letter: sizes.get(letter, length) for o in taken for letter, length in o.sizes.items()}
-            shape = [lengths[letter] for letter in sorted(kept)]
-            some = taken[0].tensor
-            remaining.append(Operand("".join(sorted(kept)), some.new_empty(shape, device="meta"), key))
-            if len(taken) < 2 or key in seen:
+        operands = looked_up(given, product.result)
+        lengths = {letter: sizes.get(letter, length) for o in operands for letter, length in o.sizes.items()}
+        known = [(o.key, o.letters) for o in operands]
+        for numbers, found, kept in _steps(operands, product, sizes):
+            key = _pattern([known[number] for number in numbers], kept)
+            known.append((key, kept))
+            if len(numbers) < 2 or key in seen:
                 continue
             seen.add(key)
-            both = paired or {"n", "m"} <= found
+            both = paired or {"n", "m"} <= set(found)
             factor = share if both else rows if "n" in found else 1
-            total += factor * prod(lengths.values()) * (2 if found - kept else 1)
+            total += factor * prod(lengths[letter] for letter in found) * (1 if len(found) == len(kept) else 2)
     return total
 
 
-def _pattern(taken: Sequence[Operand], letters: str) -> Hashable:
+def _pattern(taken: Sequence[tuple[Hashable, str]], letters: str) -> Hashable:
     """Name a product by what it is made of; that of x2's operands, which differ in letters alone, as that of x1's."""
-    ordered = sorted(taken, key=lambda o: repr(o.key))
+    ordered = sorted(taken, key=lambda of_one: repr(of_one[0]))
     names: dict[str, int] = {}
-    pattern = [tuple(names.setdefault(letter, len(names)) for letter in o.letters) for o in ordered]
-    return (*(o.key for o in ordered), *pattern, frozenset(names[letter] for letter in letters))
+    pattern = [tuple(names.setdefault(letter, len(names)) for letter in own) for _, own in ordered]
+    return (*(key for key, _ in ordered), *pattern, frozenset(names[letter] for letter in letters))
 
 
 def _summed(
@@ -196,12 +192,21 @@ def _intermediates(product: KernelEinsum, samples: Mapping[str, int]) -> Iterato
     given = product.without_data().operands
     operands = looked_up(given, product.result)
     sizes = {letter: size for o in operands for letter, size in o.sizes.items()}
-    remaining = [o.letters for o in operands]
     found = [o.letters for o in operands if o.key not in {g.key for g in given}]  # what look-ups write
-    for places in path_of(operands, product.result, samples, product.apart).path:
-        taken = "".join(remaining.pop(i) for i in sorted(places, reverse=True))
-        needed = set("".join(remaining) + product.result)
-        remaining.append("".join(sorted(set(taken) & needed)))
-        found.append(remaining[-1])
+    found += [kept for _, _, kept in _steps(operands, product, samples)]
     for letters in found:
         yield letters, prod(sizes[letter] for letter in letters if letter not in "nm")
+
+
+def _steps(
+    operands: Sequence[Operand], product: KernelEinsum, samples: Mapping[str, int]
+) -> Iterator[tuple[list[int], str, str]]:
+    """Follow the order of contraction: the numbers of what is taken, its letters, and those of the result."""
+    # Operands are numbered first, and then results as they come.
+    remaining = [(number, o.letters) for number, o in enumerate(operands)]
+    for new, places in enumerate(path_of(operands, product.result, samples, product.apart).path, len(operands)):
+        taken = [remaining.pop(i) for i in sorted(places, reverse=True)]
+        found = set().union(*(letters for _, letters in taken))
+        kept = "".join(sorted(found & set(product.result).union(*(letters for _, letters in remaining))))
+        remaining.append((new, kept))
+        yield [number for number, _ in taken], "".join(sorted(found)), kept

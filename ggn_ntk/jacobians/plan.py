@@ -226,12 +226,12 @@ def make_plans(request: Request, fallback: dict[str, str], *, everyone: bool, fe
 def _evaluate_few(batch: Request) -> Few:
     """Evaluate a few samples."""
     every = _is_sequential(batch)
-    return evaluate_few(batch, batch.inputs, every=every, apart=every and not is_known(batch))
+    return evaluate_few(batch, batch.inputs, every=every, known=every and is_known(batch))
 
 
 def _make_plan(request: Request, few: Few, fallback: dict[str, str], *, everyone: bool) -> tuple[Plan, Side]:
     """Look at a model on samples that are evaluated together."""
-    stand_for_all = sum(request.sizes) == 1 or (few.every and not request.thorough and is_known(request))
+    stand_for_all = sum(request.sizes) == 1 or (few.known and not request.thorough)
     verification = Verification(request, few, everyone=everyone or not stand_for_all)
     _refuse_writes(request)
     if few.every:

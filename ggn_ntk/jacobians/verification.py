@@ -72,6 +72,7 @@ class Few(NamedTuple):
     outputs: list[Tensor]  # of each recording, ``[N, *out]``
     channels_last: bool  # whether channels of images are last in memory
     every: bool  # whether calls of all layers with a rule were recorded: the model is a sequence of layers
+    known: bool  # whether these are known to act on each sample by itself
 
     @property
     def bytes_of_one(self) -> int:
@@ -80,14 +81,13 @@ class Few(NamedTuple):
         return graph_bytes(recording.output) // recording.n
 
 
-def evaluate_few(request: Request, inputs: Inputs, *, every: bool, apart: bool) -> Few:
+def evaluate_few(request: Request, inputs: Inputs, *, every: bool, known: bool) -> Few:
     """Evaluate a few samples, with the channels of images last in memory unless a view or a fault of torch objects."""
-    # apart: each by itself, of a sequence of layers
     entries, n = sum(p.numel() for p in request.params.values()), len(inputs)
     most = _ALONE if every else 1  # others are verified all
     samples = _choose(n, max(1, min(most, n // _SHARE, _MANY_ENTRIES // max(1, entries))), seed=0)
     if every or n == 1:
-        together = [[sample] for sample in samples] if apart else [samples]
+        together = [samples] if known else [[sample] for sample in samples]
     else:
         together = [following(samples[0], 2, n)]
     fast = inputs.map(channels_last)
@@ -99,7 +99,7 @@ def evaluate_few(request: Request, inputs: Inputs, *, every: bool, apart: bool) 
         fast, first = inputs, record(request, inputs[together[0]], every=every)
     recordings = [first, *(record(request, fast[others], every=every) for others in together[1:])]
     outputs = [_checked_output(request, recording) for recording in recordings]
-    return Few(fast, samples, recordings, outputs, fast is not inputs, every)
+    return Few(fast, samples, recordings, outputs, fast is not inputs, every, known)
 
 
 def following(sample: int, count: int, n: int) -> list[int]:

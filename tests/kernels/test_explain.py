@@ -8,10 +8,10 @@ import torch
 from cases import BY_NAME, CustomParameter, Residual, TiedTransformer, mlp
 from conftest import batch_sizes
 from torch import nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import flop_registry
 
 from ggn_ntk import UnsupportedModelError, empirical_ntk, explain
+from ggn_ntk.jacobians import footprint
+from ggn_ntk.jacobians.footprint import Counter
 from ggn_ntk.kernels import Place
 from ggn_ntk.process.torch_internals import forward_hooks
 
@@ -75,18 +75,6 @@ def test_few_samples_tell_of_many(capture, compute):
         assert dry.peak_bytes > 8 * len(many)
 
 
-class Counted(TorchDispatchMode):
-    """Counts the operations that torch has a formula for, a multiplication and an addition as two."""
-
-    flops = 0
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        result = func(*args, **(kwargs or {}))
-        if func.overloadpacket in flop_registry:
-            self.flops += flop_registry[func.overloadpacket](*args, **(kwargs or {}), out_val=result)
-        return result
-
-
 @pytest.mark.parametrize("symmetric", [True, False])
 @pytest.mark.parametrize("compute", ["full", "trace"])
 @pytest.mark.parametrize("capture", ["sequential", "autograd"])
@@ -95,16 +83,18 @@ def test_operations_are_those_of_a_run(capture, compute, symmetric):
     model = nn.Sequential(*layers, nn.ReLU(), nn.Linear(64, 5))
     x1, x2 = torch.randn(40, 2, 12, 12), None if symmetric else torch.randn(24, 2, 12, 12)
     keywords = {"compute": compute, "capture": capture}
-    with Counted() as run:
+    with Counter() as run:
         empirical_ntk(model, x1, x2, method="structured", **keywords)
     assert explain(model, x1, x2, **keywords).flops.total == pytest.approx(run.flops, rel=0.1)
 
 
-def test_a_dry_run_evaluates_few_samples(monkeypatch):
+@pytest.mark.parametrize(("most", "count"), [(footprint._MOST, 64), (0, 4)])  # more are timed of small ones alone
+def test_a_dry_run_evaluates_few_samples(most, count, monkeypatch):
     model, x, _ = BY_NAME["tutorial_cnn_small"].build()
+    monkeypatch.setattr(footprint, "_MOST", most)
     sizes = batch_sizes(monkeypatch)
     explanation = explain(model, x.repeat(30, 1, 1, 1), n1=60_000, n2=50_000, compute="trace", memory="16GiB")
-    assert max(sizes) <= 64
+    assert max(sizes) <= count
     assert 60_000 * 50_000 * 8 < explanation.peak_bytes < 2**36
 
 
