@@ -9,6 +9,7 @@ uses, and what cancels between them can be made to do so before it is squared.
 import string
 from collections import defaultdict
 from collections.abc import Hashable, Iterable, Sequence
+from functools import lru_cache
 from math import prod
 from typing import NamedTuple
 
@@ -40,7 +41,7 @@ def put_together(uses: Iterable[Factored]) -> list[Factored]:
     # Jacobians that are formed are added up; uses of one form become one; others stay apart.
     formed, apart = list[Factored](), list[Factored]()
     groups: dict[_Form, list[Factored]] = defaultdict(list)
-    for use in (use.sum_private_letters() for use in uses):
+    for use in (_multiplied(use).sum_private_letters() for use in uses):
         form = _form(use)
         if len(use.labelled) == 1 and not use.labelled[0].hot:
             formed.append(use)
@@ -58,23 +59,47 @@ def added_up(uses: Iterable[Factored]) -> Tensor:
     return _total([use.formed() for use in put_together(uses)])
 
 
+def _multiplied(use: Factored) -> Factored:
+    """Multiply the smallest operand by those that are one number, which each use has for itself."""
+    numbers = [o.tensor for o in use.labelled if not o.term]
+    if not numbers:
+        return use
+    operands = [o for o in use.labelled if o.term]
+    place = min((i for i, o in enumerate(operands) if not o.hot), key=lambda i: operands[i].tensor.numel())
+    operands[place] = operands[place]._replace(tensor=prod(numbers, start=operands[place].tensor))
+    return Factored.of(operands, use.result)
+
+
 def _form(use: Factored) -> _Form | None:
     """Find the form of a use; ``None`` for one that cannot be put together with others."""
-    summed, sizes = _summed(use), use.sizes
-    letters = "cn" + string.ascii_lowercase.replace("c", "").replace("n", "")
-    names = dict(zip(use.result, letters, strict=False)) | {_POSITION: _POSITION}
-    # Every operand of the samples must have all positions, or they cannot be merged to one axis.
-    alone = [set(o.term).isdisjoint({*summed, "c", "n"}) for o in use.labelled]
-    of_samples = [o for o, constant in zip(use.labelled, alone, strict=True) if not constant]
-    if any(not set(summed) <= set(o.letters) or _grows(o) for o in of_samples):
+    named = _named(tuple((o.letters, o.hot) for o in use.labelled), use.result)
+    if named is None or any(_POSITION in term and _grows(o) for term, o in zip(named[0], use.labelled, strict=True)):
         return None
-    orders = (_order(use, o, "" if constant else _POSITION) for o, constant in zip(use.labelled, alone, strict=True))
+    terms, result = named
     return _Form(
-        terms=tuple("".join(names[letter] for letter in order) for order in orders),
-        same=tuple(memory_of(o.tensor) if constant else None for o, constant in zip(use.labelled, alone, strict=True)),
-        result="".join(names[letter] for letter in use.result),
-        sizes=tuple(sizes[letter] for letter in use.result),
+        terms=terms,
+        same=tuple(
+            None if _POSITION in term else memory_of(o.tensor) for term, o in zip(terms, use.labelled, strict=True)
+        ),
+        result=result,
+        sizes=tuple(use.sizes[letter] for letter in use.result),
     )
+
+
+@lru_cache(maxsize=4096)  # a recurrent network has hundreds of uses alike
+def _named(operands: tuple[tuple[str, str], ...], result: str) -> tuple[tuple[str, ...], str] | None:
+    """Name letters by their place in the result: the letters of each operand, and those of the result."""
+    letters = "cn" + string.ascii_lowercase.replace("c", "").replace("n", "")
+    names = dict(zip(result, letters, strict=False)) | {_POSITION: _POSITION}
+    summed = {*"".join(own + hot for own, hot in operands)}.difference(result)
+    terms = []
+    for own, hot in operands:
+        alone = {*own, *hot}.isdisjoint({*summed, "c", "n"})
+        # Every operand of the samples must have all positions, or they cannot be merged to one axis.
+        if not alone and not summed <= set(own):
+            return None
+        terms.append("".join(names[letter] for letter in _order(result, own, hot, "" if alone else _POSITION)))
+    return tuple(terms), "".join(names[letter] for letter in result)
 
 
 def _grows(operand: Operand) -> bool:
@@ -89,9 +114,9 @@ def _summed(use: Factored) -> list[str]:
     return [letter for letter in dict.fromkeys("".join(use.terms)) if letter not in use.result]
 
 
-def _order(use: Factored, operand: Operand, position: str) -> str:
+def _order(result: str, letters: str, hot: str, position: str) -> str:
     """Order the letters of an operand as those of the result; the position comes behind, and one-hot vectors last."""
-    return "".join(letter for letter in use.result if letter in operand.letters) + position + operand.hot
+    return "".join(letter for letter in result if letter in letters) + position + hot
 
 
 def _stacked(form: _Form, uses: Sequence[Factored]) -> Factored:

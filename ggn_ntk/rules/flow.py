@@ -138,8 +138,13 @@ class Flow:
             o if o.hot or o.tensor.dtype == dtype else o._replace(tensor=o.tensor.to(dtype)) for o in self.operands
         ]
         if isinstance(self.factor, Tensor) or self.factor != 1:
-            place = min((i for i, o in enumerate(operands) if not o.hot), key=lambda i: operands[i].tensor.numel())
-            operands[place] = operands[place]._replace(tensor=operands[place].tensor * self.factor)
+            given = [i for i, o in enumerate(operands) if not o.hot and "c" not in o.letters]
+            if given:
+                place = min(given, key=lambda i: operands[i].tensor.numel())
+                operands[place] = operands[place]._replace(tensor=operands[place].tensor * self.factor)
+            else:  # a copy of ``s`` would share no products with other uses of ``s``, say by the weight of this bias
+                one = operands[0].tensor.new_ones((), dtype=dtype)
+                operands.append(Operand("", one * self.factor))
         return Factored.of(operands, "cn" + "".join(self.axes))
 
     def _split(self, letter: str, sizes: Sequence[int]) -> tuple["Flow", list[str]]:

@@ -1,12 +1,15 @@
 """Kernels that are summed from products of factored Jacobians, with as few multiplications as they take."""
 
 import torch
+from conftest import assert_close
+from torch import nn
 
-from ggn_ntk import Factored
+from ggn_ntk import Factored, empirical_ntk
 from ggn_ntk.contraction import accumulate, einsum
 from ggn_ntk.contraction.products import kernel_einsum
 from ggn_ntk.models.comparison import relative_error
 from ggn_ntk.problem.output_axes import Roles
+from ggn_ntk.reference import jacobian_contraction
 
 
 def count_products(monkeypatch):
@@ -29,6 +32,22 @@ def test_weight_and_bias_share_the_gram_matrix_of_s(monkeypatch):
     assert len(products) == 2  # x with x and s with s, of which the kernel is the product
     expected = torch.einsum("cno,ni,dmo,mi->nmcd", s[:, :4], x[:4], s[:, 4:], x[4:])
     torch.testing.assert_close(kernels[""][:, :, 0], expected + torch.einsum("cno,dmo->nmcd", s[:, :4], s[:, 4:]))
+
+
+def test_a_weight_and_a_bias_in_ntk_parametrization_share_it_too(monkeypatch):
+    class Scaled(nn.Linear):
+        def forward(self, x):
+            bias = None if self.bias is None else self.bias * 0.1
+            return nn.functional.linear(x, self.weight * self.in_features**-0.5, bias)
+
+    multiplied, x = count_products(monkeypatch), torch.randn(8, 40)
+    found = []
+    for bias in (False, True):
+        model = nn.Sequential(Scaled(40, 30, bias), nn.Tanh(), Scaled(30, 3, bias))
+        multiplied.clear()
+        assert_close(empirical_ntk(model, x), jacobian_contraction(model, x))
+        found.append([letters for letters in multiplied if letters])  # the scales of biases are multiplied, too
+    assert found[0] == found[1]
 
 
 def test_the_jacobian_of_one_set_is_formed_once(monkeypatch):

@@ -38,6 +38,13 @@ def test_joined_jacobians_have_the_sum_of_kernels(c, n, positions, o, i, equatio
     torch.testing.assert_close(kernel(*joined), kernel(weight, own))
 
 
+def test_a_scaled_bias_is_joined_too():
+    weight, own = linear()
+    scaled = Factored("cnpo,->cno", (own.operands[0], torch.tensor(0.1).double()))
+    (joined,) = bias.join_biases([scaled, weight])
+    torch.testing.assert_close(kernel(joined), kernel(weight, scaled))
+
+
 def test_of_several_layers_each_bias_finds_its_weight():
     (a, a_bias), (b, b_bias) = linear(), linear(o=3)
     joined = bias.join_biases([a_bias, b_bias, a, b])

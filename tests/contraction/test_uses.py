@@ -59,7 +59,12 @@ def per_sample(positions):
     return Factored("cnpo,npi,n->cnoi", (normal(C, N, positions, OUT), normal(N, positions, IN), normal(N)))
 
 
-KINDS = [lambda n: linear(0), linear, lambda n: image(n, 2), lookup, lambda n: formed(), shared, per_sample]
+def scaled(positions):
+    """A linear layer in NTK parametrization."""
+    return Factored("cnpo,npi,->cnoi", (*linear(positions).operands, torch.tensor(0.3).double()))
+
+
+KINDS = [scaled, lambda n: linear(0), linear, lambda n: image(n, 2), lookup, lambda n: formed(), shared, per_sample]
 
 
 @settings(max_examples=60, deadline=None)
@@ -71,7 +76,7 @@ def test_the_sum_stays(chosen):
     assert_close(total(together), total(uses))
 
 
-@pytest.mark.parametrize("kind", [linear, lambda n: image(n, 2), lookup, lambda n: formed(), shared])
+@pytest.mark.parametrize("kind", [linear, scaled, lambda n: image(n, 2), lookup, lambda n: formed(), shared])
 def test_uses_of_one_form_become_one(kind):
     assert len(put_together([kind(n) for n in (1, 2, 3, 4, 5)])) == 1
 
