@@ -1,9 +1,10 @@
 """``python -m benchmarks.estimates [--out FOLDER] [WORKLOAD ...]``: what ``explain`` says beside what a call takes.
 
 ``explain`` looks at two samples of each set, and says what a call of ``empirical_ntk`` takes for all of them:
-operations, bytes at the peak and seconds. Beside it the same of a call: the operations that torch counts, the peak of a
-process that has done nothing else before but a tiny kernel, and the median time of three calls. Ratios are of the
-estimate to the call. The last column is the time of ``explain`` itself.
+operations, bytes at the peak and seconds. Beside it the same of a call: the operations that torch counts, the bytes of
+all tensors at the peak, and the median time of three calls. Ratios are of the estimate to the call. A process takes
+more memory than its tensors: what libraries have for themselves, and what is freed but kept; the peak of one that has
+done nothing else before but a tiny kernel stands beside it. The last column is the time of ``explain`` itself.
 """
 
 import argparse
@@ -22,7 +23,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.meters import ProcessMeter
+from benchmarks.meters import ProcessMeter, TensorMeter
 from benchmarks.network import network
 from benchmarks.page import write_page
 from benchmarks.process import ROOT
@@ -63,15 +64,18 @@ def measure(name: str) -> dict[str, float]:
     peak = meter.peak()
     with Counter() as counted:
         empirical_ntk(model, x1, x2, **keywords)
+    with TensorMeter([*model.parameters(), *model.buffers(), x1, *([] if x2 is None else [x2])]) as tensors:
+        empirical_ntk(model, x1, x2, **keywords)
     seconds = statistics.median(_timed(lambda: empirical_ntk(model, x1, x2, **keywords)) for _ in range(_ROUNDS))
     explained()
     explaining, said = _timed(explained), explained()
     return {
         "operations": said.flops.total / counted.flops,
-        "bytes": said.peak_bytes / 1e6 / max(peak, 1e-3),
+        "bytes": said.peak_bytes / 1e6 / tensors.peak(),
         "time": said.seconds / seconds,
         "GFLOP": counted.flops / 1e9,
-        "MB": peak,
+        "MB": tensors.peak(),
+        "process": peak,
         "seconds": seconds,
         "explaining": explaining,
     }
@@ -99,12 +103,12 @@ def table(results: dict[str, dict[str, float]]) -> str:
     Returns:
         The table, in Markdown.
     """
-    header = ["workload", "operations", "bytes", "time", "GFLOP", "peak MB", "seconds", "explain"]
+    header = ["workload", "operations", "bytes", "time", "GFLOP", "peak MB", "of the process", "seconds", "explain"]
     lines = [header, ["---"] * len(header)]
     for name, r in results.items():
         ratios = [f"{r[what]:.2f}" for what in ("operations", "bytes", "time")]
-        taken = [f"{r['GFLOP']:.3g}", f"{r['MB']:.0f}", f"{r['seconds']:.3g}", f"{r['explaining']:.2g} s"]
-        lines.append([name, *ratios, *taken])
+        taken = [f"{r['GFLOP']:.3g}", f"{r['MB']:.3g}", f"{r['process']:.3g}"]
+        lines.append([name, *ratios, *taken, f"{r['seconds']:.3g}", f"{r['explaining']:.2g} s"])
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 

@@ -70,20 +70,33 @@ def add_products(
             memo.end_rows()
 
 
-def operations(
+class Counts(NamedTuple):
+    """What :func:`add_products` takes: operations, a multiplication and an addition as two, and bytes."""
+
+    flops: float
+    calls: float  # as many operations as take the time of all calls
+    given: float  # of operands that have outputs: ``s``, mostly
+    passed: float  # of as many gradients with respect to the others: ``s`` behind the layer
+    alone: float  # of what all samples of x1, and of x2, make before the two meet
+    rows: float  # of that, what blocks of x1 and all of x2 have at the same time
+    pairs: float  # of what is made of a block of x1 and one of x2
+
+
+def counts(
     products: Sequence[NamedEinsum], sizes: Mapping[str, int], *, budget: MemoryBudget, symmetric: bool
-) -> float:
-    """Count the operations of :func:`add_products`, a multiplication and an addition as two."""
+) -> Counts:
+    """Count what :func:`add_products` takes."""
     # sizes of n and m; what is found in the memo is counted once
     size, paired = _block_size(products, sizes, budget), products[0][1].paired
     divisions, again = 1, ceil(sizes["m"] / size.columns)
     if symmetric and not paired:
         block = min(ceil(sizes["n"] / _divisions(products)), size.rows, size.columns)
         divisions = ceil(sizes["n"] / block)
+        size = size._replace(rows=block, pairs=min(block, size.pairs))
     # of what depends on both, on x1 alone, on x2 alone
     share, rows = (divisions + 1) / (2 * divisions), 1 if symmetric else again
     seen: set[Hashable] = set()
-    total = 0.0
+    total, made = 0.0, {frozenset("n"): 0.0, frozenset("m"): 0.0, frozenset("nm"): 0.0, frozenset(): 0.0}
     for _, product in products:
         given = product.operands
         if not symmetric:  # x1 and x2 may be parts of one tensor
@@ -91,16 +104,44 @@ def operations(
         operands = looked_up(given, product.result)
         lengths = {letter: sizes.get(letter, length) for o in operands for letter, length in o.sizes.items()}
         known = [(o.key, o.letters) for o in operands]
+        of_sets = _sets(operands, product)
         for numbers, found, kept in _steps(operands, product, sizes):
             key = _pattern([known[number] for number in numbers], kept)
             known.append((key, kept))
+            of_sets.append(frozenset().union(*(of_sets[number] for number in numbers)))
             if len(numbers) < 2 or key in seen:
                 continue
             seen.add(key)
             both = paired or {"n", "m"} <= set(found)
             factor = share if both else rows if "n" in found else 1
             total += factor * prod(lengths[letter] for letter in found) * (1 if len(found) == len(kept) else 2)
-    return total
+            if len(found) > len(kept) or not set(kept) <= set(product.result):  # else it is added to the kernel at once
+                numbers_of_one = prod(lengths[letter] for letter in kept if letter not in "nm")
+                made[of_sets[-1]] += numbers_of_one * _itemsize(product)
+    # What is made of x2, or of a set that is both, is kept for the next rows, up to a limit; what is of x1, for these.
+    n, m = made[frozenset("n")], made[frozenset("m")]
+    rows_of_x1 = budget.columns if symmetric else n * size.rows
+    whole = {o.key: o for _, product in products for o in product.operands}.values()
+    with_outputs, others = ([o for o in whole if has is not {*"cdef"}.isdisjoint(o.letters)] for has in (True, False))
+    outputs = max((prod(o.sizes[letter] for letter in o.letters if letter in "cdef") for o in with_outputs), default=1)
+    return Counts(
+        flops=total,
+        calls=len(seen) * _CALL * (divisions * (divisions + 1) / 2),
+        given=sum(o.tensor.nbytes for o in with_outputs),
+        passed=outputs * sum(o.tensor.untyped_storage().nbytes() for o in others),
+        alone=n * sizes["n"] + m * sizes["m"],
+        rows=min(n * sizes["n"], rows_of_x1) + min(m * sizes["m"], budget.columns),
+        pairs=made[frozenset()] + made[frozenset("nm")] * size.rows * (1 if paired else size.pairs),
+    )
+
+
+def _sets(operands: Sequence[Operand], product: KernelEinsum) -> list[frozenset[str]]:
+    """Tell of which samples each operand is, those of x1 (``n``) or of x2 (``m``)."""
+    if not product.paired:
+        return [frozenset({*"nm"} & {*o.letters}) for o in operands]
+    if len(operands) != len(product.operands):  # some were looked up
+        return [frozenset("nm")] * len(operands)
+    return [frozenset("n" if place < len(product.first) else "m") for place in range(len(operands))]
 
 
 def _pattern(taken: Sequence[tuple[Hashable, str]], letters: str) -> Hashable:

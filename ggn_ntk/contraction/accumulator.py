@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ggn_ntk.contraction.accumulate import add_products, operations
+from ggn_ntk.contraction.accumulate import Counts, add_products, counts
 from ggn_ntk.contraction.bias import join_biases
 from ggn_ntk.contraction.factored import Factored, Jacobians
 from ggn_ntk.contraction.one_hot import cost
@@ -159,11 +159,21 @@ class Taken:
 
     Attributes:
         products: Products of Jacobians, by the names of groups.
-        flops: The operations that contract them, where all parameters are summed.
+        counts: What contracting those of each layer takes, where all parameters are summed.
     """
 
     products: list[NamedEinsum] = field(default_factory=list)
-    flops: float = 0.0
+    counts: list[Counts] = field(default_factory=list)
+
+    @property
+    def flops(self) -> float:
+        """The operations of all layers."""
+        return sum(found.flops for found in self.counts)
+
+    @property
+    def calls(self) -> float:
+        """As many operations as take the time of all calls."""
+        return sum(found.calls for found in self.counts)
 
 
 class Recorder(Accumulator):
@@ -197,7 +207,7 @@ class Recorder(Accumulator):
 
 
 class _Counter(Accumulator):
-    """Counts the operations of contractions."""
+    """Counts the operations of contractions, and what they hold."""
 
     def __init__(self, taken: Taken, budget: MemoryBudget, *args: Any) -> None:
         """Set up for a device with this budget."""
@@ -212,7 +222,7 @@ class _Counter(Accumulator):
         """Count."""
         n, m = self._numbers(sets)
         symmetric = len(sets) == 1 and self.n1 is None
-        self._taken.flops += operations(products, {"n": n, "m": m}, budget=self._budget, symmetric=symmetric)
+        self._taken.counts.append(counts(products, {"n": n, "m": m}, budget=self._budget, symmetric=symmetric))
 
 
 def _of_size(jacobians: Jacobians, n: int, made: dict[Hashable, Tensor]) -> Jacobians:

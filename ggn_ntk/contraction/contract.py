@@ -101,6 +101,7 @@ def contract(
                 jacobians = step.jacobians()
                 _meet(accumulator, known, jacobians)
                 progress.add(len(jacobians))
+                del jacobians  # frees memory before more is taken
             known = None  # frees memory before more is taken
             if len(chunks) == 1:
                 kernels = accumulator.kernels

@@ -39,6 +39,12 @@ def operations_of_sketch(param: Tensor) -> int:
     return 0 if _vectors(param) is None else 2 * _VECTORS * param.numel()
 
 
+def bytes_of_sketch(param: Tensor) -> int:
+    """Count the bytes of what :func:`sketched` makes."""
+    row = 1 if _vectors(param) is None else param.numel() // len(param)
+    return param.nbytes * (_VECTORS if row > 1 else 1) // row
+
+
 def _vectors(param: Tensor) -> Tensor | None:
     """Draw the vectors that rows of a gradient are multiplied with, always the same ones; none if it is not large."""
     # param [rows, ...] -> [V, entries of a row]

@@ -45,57 +45,59 @@ class Effort(NamedTuple):
 
     forward: Work
     backward: Work
-    call: float  # seconds that an evaluation takes, however few samples there are
+    calls: tuple[float, float]  # seconds that an evaluation, and a way back, take however few samples there are
     shared: float  # operations that pass an output back, however few samples there are: up to the last nonlinearity
 
 
 def effort(plan: Plan, inputs: Inputs, footprint: Footprint, most: int) -> Effort:
-    """Evaluate a few samples, and pass an output back, or two; operations are those that torch counts."""
+    """Evaluate a few samples, and pass outputs back; operations are those that torch counts."""
     if len(inputs) == 1:  # one input, whatever is in it, or all that a model takes at a time
-        (forward, backward), (evaluating, passing) = _counted(plan, inputs), _fastest(plan, inputs)
-        return Effort(Work(forward, evaluating), Work(backward, passing), 0.0, 0.0)
-    # Many small samples take less time than as many times two: they are timed together, as far as that is soon done.
-    # A single one may take part in another graph than several.
+        (forward, backward), (evaluating, passing) = _counted(plan, inputs, 2), _fastest(plan, inputs, 2)
+        return Effort(Work(forward, evaluating), Work(backward, passing), (0.0, 0.0), 0.0)
+    # Many small samples take less time than as many times two, and many outputs: they are timed together, as far as
+    # that is soon done. A single one may take part in another graph than several.
     n = max(4, min(most, _TIMED, int(_MOST / max(1.0, footprint.working(2)))))
+    outputs = max(2, int(_MOST / max(1.0, n * footprint.passing)))
     several, two = (inputs[[i % len(inputs) for i in range(count)]] for count in (n, 2))
-    (forward, backward), (of_two, passed) = (_counted(plan, x) for x in (several, two))
+    (forward, backward), (of_two, passed) = (_counted(plan, x, 2) for x in (several, two))
     slope = (backward - passed) / (n - 2)
-    fastest = _fastest(plan, two)
     # What an evaluation takes however few samples there are, more of them do not take again.
-    times = zip(_fastest(plan, several), fastest, strict=True)
+    times = list(zip(_fastest(plan, several, outputs), _fastest(plan, two, outputs), strict=True))
     seconds = [max((t - of_few) / (n - 2), t / n / 2) for t, of_few in times]
-    call = max(0.0, fastest[0] - 2 * seconds[0])
-    return Effort(Work((forward - of_two) / (n - 2), seconds[0]), Work(slope, seconds[1]), call, passed - 2 * slope)
+    evaluating, passing = (max(0.0, of_few - 2 * each) for (_, of_few), each in zip(times, seconds, strict=True))
+    works = Work((forward - of_two) / (n - 2), seconds[0]), Work(slope, seconds[1])
+    return Effort(*works, (evaluating, passing), passed - 2 * slope)
 
 
-def _counted(plan: Plan, inputs: Inputs) -> tuple[float, float]:
-    """Count the operations of an evaluation, and of passing one output back."""
+def _counted(plan: Plan, inputs: Inputs, outputs: int) -> tuple[float, float]:
+    """Count the operations of an evaluation, and of passing an output back."""
     forward, backward = Counter(), Counter()
-    outputs = _passes(plan, inputs, forward, backward)[2]
-    return forward.flops, backward.flops / outputs
+    passed = _passes(plan, inputs, outputs, forward, backward)[2]
+    return forward.flops, backward.flops / passed
 
 
-def _fastest(plan: Plan, inputs: Inputs) -> tuple[float, float]:
-    """Time both passes, several times: an evaluation, and passing one output back."""
-    times = [_passes(plan, inputs) for _ in range(_REPEATS)]
-    return min(forward for forward, _, _ in times), min(backward / outputs for _, backward, outputs in times)
+def _fastest(plan: Plan, inputs: Inputs, outputs: int) -> tuple[float, float]:
+    """Time both passes, several times: an evaluation, and passing an output back."""
+    times = [_passes(plan, inputs, outputs) for _ in range(_REPEATS)]
+    return min(forward for forward, _, _ in times), min(backward / passed for _, backward, passed in times)
 
 
 def _passes(
     plan: Plan,
     inputs: Inputs,
+    outputs: int,
     forward: AbstractContextManager[Any] = _NOTHING,
     backward: AbstractContextManager[Any] = _NOTHING,
 ) -> tuple[float, float, int]:
-    """Evaluate samples, and pass an output back, or two: the seconds of both, and the number of outputs."""
+    """Evaluate samples, and pass so many outputs back, if there are: the seconds of both, and the number of outputs."""
     start = perf_counter()
     with forward:
         side = plan.evaluate(inputs)
-    middle, outputs = perf_counter(), torch.arange(min(2, side.output[0].numel()))
+    middle, chosen = perf_counter(), torch.arange(min(outputs, side.output[0].numel()))
     with backward:
-        for _ in side.steps(outputs, lambda *_: None, again=False):
+        for _ in side.steps(chosen, lambda *_: None, again=False):
             pass
-    return middle - start, perf_counter() - middle, len(outputs)
+    return middle - start, perf_counter() - middle, len(chosen)
 
 
 class Counter(OperationMode):

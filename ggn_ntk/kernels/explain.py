@@ -124,7 +124,8 @@ class Explanation:
             way back.
         sizes: N1 and N2.
         flops: Operations of the whole call, what falls back excepted.
-        peak_bytes: Bytes at the peak, beyond what is there: the kernel, and what is held on the way to it.
+        peak_bytes: Bytes of tensors at the peak, beyond what is there: the kernel, and what is held on the way to it. A
+            process takes some tens of megabytes more, for libraries and between tensors.
         seconds: An estimate, from times of a few samples and of a matrix product.
         blocks: How many samples are evaluated together, of how many whose Jacobians are held at a time; ``None`` where
             all samples are evaluated together.
@@ -303,8 +304,7 @@ def _explanation(request: Request, method: str, sizes: tuple[int, int]) -> Expla
                 raise
             return Explanation("jacobian_contraction", problems=tuple(error.problems))
         contractions = tuple(_contractions(request, recorded, sizes))
-        largest = max((c.memory for c in contractions), default=0.0)
-        cost = estimated(request, recorded, sizes, largest)
+        cost = estimated(request, recorded, sizes)
     plans, places = recorded.plans, recorded.places
     fallback = plans.fallback
     entries = {name: p.numel() for name, p in request.params.items()}

@@ -1,5 +1,6 @@
 """What a kernel takes, estimated from a few samples."""
 
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
 from time import perf_counter
@@ -7,14 +8,16 @@ from typing import NamedTuple
 
 import torch
 
-from ggn_ntk.contraction.vector_products import operations_of_sketch
+from ggn_ntk.contraction.accumulate import Counts
+from ggn_ntk.contraction.vector_products import bytes_of_sketch, operations_of_sketch
 from ggn_ntk.jacobians.footprint import Effort, Work, effort, measured
 from ggn_ntk.jacobians.plan import Plans
 from ggn_ntk.memory.budget import MemoryBudget, fits
 from ggn_ntk.memory.layout import Footprint, Layout, most_outputs
-from ggn_ntk.methods.blocks import bytes_of_gradients, bytes_of_kernels, layout_for
+from ggn_ntk.methods.blocks import bytes_of_kernels, layout_for
 from ggn_ntk.methods.structured import Recorded
 from ggn_ntk.models.independence import how_often
+from ggn_ntk.models.isolation import isolated
 from ggn_ntk.problem.request import Request
 
 # The share of a large product's rate at which contractions run, and the side of that product.
@@ -36,9 +39,8 @@ class Estimate(NamedTuple):
 
 
 @torch.no_grad()
-def estimated(request: Request, recorded: Recorded, sizes: tuple[int, int], largest: float) -> Estimate:
+def estimated(request: Request, recorded: Recorded, sizes: tuple[int, int]) -> Estimate:
     """Estimate what a kernel of N1 and N2 samples takes."""
-    # largest: bytes of the contractions' largest intermediate result, were it not made in blocks
     plans, contraction = recorded.plans, recorded.taken.flops
     footprints, efforts = _looked_at(plans, sizes)
     request = replace(request, per_parameter=False)  # the kernel of all
@@ -56,16 +58,9 @@ def estimated(request: Request, recorded: Recorded, sizes: tuple[int, int], larg
     forward, backward = (sum(work.flops for work in which) for which in zip(*works, strict=True))
     seconds = recorded.seconds + sum(work.seconds for both in works for work in both)
     rate = _EFFICIENCY * _rate(first.device, first.dtype)
-    # A symmetric kernel is added to its transpose.
-    held = _held(of_sets, footprints, layout, outputs=max(side.out_shape.numel() for side in axes), like=first)
-    budget = MemoryBudget.of(first.device)
-    # a sequence of layers passes all samples back at once, so that x1 and x2 have what is formed at the same time
-    working = min(largest * (2 if plans.capture == "sequential" else 1), budget.rows + budget.columns)
-    kernels = bytes_of_kernels(request, axes, sizes) * (3 if request.symmetric else 2)
-    # where a few samples stand for all, gradients are those of these alone
-    gradients = bytes_of_gradients(request) / (1 if any(v.everyone for v in plans.verifications) else 2)
-    peak = kernels + gradients + held + working
-    return Estimate(forward, backward, contraction, peak, seconds + contraction / rate, layout)
+    peak = _peak(request, recorded, sizes, footprints, layout)
+    seconds += (contraction + recorded.taken.calls) / rate
+    return Estimate(forward, backward, contraction, peak, seconds, layout)
 
 
 class Tile(NamedTuple):
@@ -86,10 +81,7 @@ def estimated_tile(request: Request, recorded: Recorded, contraction: float, siz
     layout = layout_for(request, plans.axes, sizes, footprints)
     whole = layout.stays == 0 and layout.strip >= sizes[0] and layout.outputs == most_outputs(plans.axes)
     found = [_evaluations(request, plans, place, n, efforts[place]) for place, n in enumerate(sizes[: len(efforts)])]
-    works = [
-        Work(sum(work.flops for work in both), of_set.call + sum(work.seconds for work in both))
-        for both, of_set in zip(found, efforts, strict=True)
-    ]
+    works = [Work(sum(work.flops for work in both), sum(work.seconds for work in both)) for both in found]
     first = next(iter(request.params.values()))
     rate = _EFFICIENCY * _rate(first.device, first.dtype)
     block = layout.block if whole and plans.covered else None
@@ -117,27 +109,67 @@ def _evaluations(
     evaluated, passed = n * (again + everyone + halves), n * (again * outputs + 2 * halves)
     looked, passed_first = _LOOKED if everyone else (2, 4)
     sketches = (2 * halves + 1) * sum(map(operations_of_sketch, request.params.values()))
-    forward, backward = found.forward, found.backward
+    forward, backward, (evaluating, passing) = found.forward, found.backward, found.calls
+    calls = again + everyone + 2 * halves
     return (
-        Work((evaluated + looked) * forward.flops, evaluated * forward.seconds),
+        Work((evaluated + looked) * forward.flops, evaluated * forward.seconds + calls * evaluating),
         Work(
             (passed + passed_first) * backward.flops + outputs * again * found.shared + sketches,
-            passed * backward.seconds,
+            passed * backward.seconds + (outputs * again + 4 * halves) * passing,
         ),
     )
 
 
-def _held(
-    sizes: tuple[int, ...], footprints: list[Footprint], layout: Layout | None, *, outputs: int, like: torch.Tensor
+def _peak(
+    request: Request, recorded: Recorded, sizes: tuple[int, int], footprints: list[Footprint], layout: Layout | None
 ) -> float:
-    """Count the bytes of what is held of samples at the peak."""
+    """Count the bytes at the peak: as a model is verified, as Jacobians are contracted, or as a kernel is finished."""
+    plans, axes, params = recorded.plans, recorded.plans.axes, request.params.values()
+    budget = MemoryBudget.of(request.device)
+    everyone = any(v.everyone for v in plans.verifications)  # else a few samples stand for all
+    kernels, of_sets = bytes_of_kernels(request, axes, sizes), sizes[: len(footprints)]
+    counted = [*recorded.taken.counts[:-1], *(found._replace(passed=0) for found in recorded.taken.counts[-1:])]
     if layout is not None:
         kept = footprints[min(layout.stays, len(footprints) - 1)].kept(layout.outputs)
         working = max(f.working(layout.outputs) for f in footprints)
-        return min(layout.strip, layout.sizes[layout.stays]) * kept + min(layout.block, max(layout.sizes)) * working
-    kept = sum(n * f.evaluated for n, f in zip(sizes, footprints, strict=True))
-    passing = sum(n * f.passing for n, f in zip(sizes, footprints, strict=True))
-    return kept + min(outputs * passing, max(passing, MemoryBudget.of(like.device).backpropagated))
+        evaluated = min(layout.block, max(layout.sizes)) * working
+        held = min(layout.strip, layout.sizes[layout.stays]) * kept + evaluated
+        layers = [found.rows + found.pairs for found in counted]
+    else:
+        evaluated = sum(n * f.evaluated for n, f in zip(of_sets, footprints, strict=True))
+        outputs = max(side.out_shape.numel() for side in axes)
+        passing = outputs * sum(n * f.passing for n, f in zip(of_sets, footprints, strict=True))
+        if plans.capture == "sequential" and passing > budget.passing:
+            held, layers = evaluated + budget.passing, _in_chains(counted, budget.waiting)
+        elif plans.capture == "sequential":
+            held = evaluated
+            layers = [(found.alone or found.given) + max(found.pairs, found.passed) for found in counted]
+        else:
+            held = evaluated + min(passing, budget.backpropagated)
+            layers = [found.given + found.rows + found.pairs for found in counted]
+        if len(plans.sides) > 1:  # each passes back by itself, and meets what is held of the other
+            layers = [sum(found.alone or found.given for found in counted) / 2 + layer / 2 for layer in layers]
+    gradients, sketches = sum(p.nbytes for p in params), sum(map(bytes_of_sketch, params))
+    verifying = gradients + (evaluated / 2 if everyone else 0)
+    contracting = kernels + 2 * sketches + held + max(layers, default=0)
+    # A symmetric kernel is added to its transpose.
+    finishing = max(kernels * (3 if request.symmetric else 2), kernels + 3 * sketches)
+    with isolated(request.model) as session:
+        return max(verifying, contracting, finishing) + session.bytes_of_copies
+
+
+def _in_chains(counted: Sequence[Counts], most: float) -> list[float]:
+    """Count what Jacobians of a sequence of layers take, where blocks of samples pass through several of them."""
+    # Of a layer waits what the order of contraction makes of all samples before they meet, or else ``s``. There is
+    # also the ``s`` of all samples that enters a chain, and that which leaves it.
+    chains, waiting, entering = list[float](), 0.0, 0.0
+    for found in counted:
+        waiting += found.alone or found.given
+        chains.append(entering + waiting + found.pairs)
+        if waiting > most:
+            chains[-1] += found.passed
+            waiting, entering = 0.0, found.passed
+    return chains
 
 
 @cache

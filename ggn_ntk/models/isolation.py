@@ -162,6 +162,11 @@ class Session:
             raise
         self.earlier = {t.grad_fn for t in state.tensors if t.grad_fn is not None}
 
+    @property
+    def bytes_of_copies(self) -> int:
+        """What copies of parameters take, by which it shows whether code that is not torch's has changed them."""
+        return sum(param.copy.nbytes for param in self._params if param.copy is not None)
+
     def _set_hooks_aside(self) -> None:
         """Take off hooks of backward passes, on which ``torch.func`` fails, and those with which BackPACK stores."""
         modules, params = self._modules, [kept.param for kept in self._params]

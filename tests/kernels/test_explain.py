@@ -9,6 +9,9 @@ from cases import BY_NAME, CustomParameter, Residual, TiedTransformer, mlp
 from conftest import batch_sizes
 from torch import nn
 
+from benchmarks.meters import TensorMeter
+from benchmarks.network import network
+from benchmarks.workloads import TABLES
 from ggn_ntk import UnsupportedModelError, empirical_ntk, explain
 from ggn_ntk.jacobians import footprint
 from ggn_ntk.jacobians.footprint import Counter
@@ -86,6 +89,21 @@ def test_operations_are_those_of_a_run(capture, compute, symmetric):
     with Counter() as run:
         empirical_ntk(model, x1, x2, method="structured", **keywords)
     assert explain(model, x1, x2, **keywords).flops.total == pytest.approx(run.flops, rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "name", ["cnn", "fcn_wideout", "fcn_wideout trace", "vgg symmetric", "paired mlp", "segmentation", "transformer"]
+)
+def test_bytes_are_those_of_a_run(name):
+    workload = TABLES[name]
+    model, (x1, x2) = network(workload, "cpu"), map(torch.from_numpy, workload.inputs(0))
+    x2 = None if workload.symmetric else x2
+    keywords = {"compute": workload.compute, "trace_axes": workload.trace_axes or None, "paired": workload.paired}
+    with TensorMeter([*model.parameters(), *model.buffers(), x1, *([] if x2 is None else [x2])]) as meter:
+        empirical_ntk(model, x1, x2, **keywords)
+    n2 = None if workload.symmetric else workload.n2
+    explained = explain(model, x1[:2], None if x2 is None else x2[:2], n1=workload.n1, n2=n2, **keywords)
+    assert explained.peak_bytes / 1e6 == pytest.approx(meter.peak(), rel=0.25)
 
 
 @pytest.mark.parametrize(("most", "count"), [(footprint._MOST, 64), (0, 4)])  # more are timed of small ones alone
