@@ -81,6 +81,11 @@ class Counts(NamedTuple):
     rows: float  # of that, what blocks of x1 and all of x2 have at the same time
     pairs: float  # of what is made of a block of x1 and one of x2
 
+    def of_outputs(self, share: float) -> "Counts":
+        """Count the bytes of what is there where a share of the outputs passes back at a time."""
+        given, passed, alone, rows, pairs = (share * bytes_ for bytes_ in self[2:])
+        return self._replace(given=given, passed=passed, alone=alone, rows=rows, pairs=pairs)
+
 
 def counts(
     products: Sequence[NamedEinsum], sizes: Mapping[str, int], *, budget: MemoryBudget, symmetric: bool

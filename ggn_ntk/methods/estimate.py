@@ -137,15 +137,17 @@ def _peak(
         layers = [found.rows + found.pairs for found in counted]
     else:
         evaluated = sum(n * f.evaluated for n, f in zip(of_sets, footprints, strict=True))
-        outputs = max(side.out_shape.numel() for side in axes)
-        passing = outputs * sum(n * f.passing for n, f in zip(of_sets, footprints, strict=True))
+        passing, outputs = sum(n * f.passing for n, f in zip(of_sets, footprints, strict=True)), most_outputs(axes)
+        chunk = min(outputs, max(1.0, budget.backpropagated // max(1.0, passing)))  # outputs that pass back together
+        passing *= chunk
+        counted = [found.of_outputs(chunk / outputs) for found in counted]
         if plans.capture == "sequential" and passing > budget.passing:
             held, layers = evaluated + budget.passing, _in_chains(counted, budget.waiting)
         elif plans.capture == "sequential":
             held = evaluated
             layers = [(found.alone or found.given) + max(found.pairs, found.passed) for found in counted]
         else:
-            held = evaluated + min(passing, budget.backpropagated)
+            held = evaluated + passing
             layers = [found.given + found.rows + found.pairs for found in counted]
         if len(plans.sides) > 1:  # each passes back by itself, and meets what is held of the other
             layers = [sum(found.alone or found.given for found in counted) / 2 + layer / 2 for layer in layers]
