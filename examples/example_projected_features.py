@@ -5,7 +5,7 @@ Projected features beside the exact kernel
 **How many random directions does it take until features stand for the kernel?**
 
 An entry of the kernel is an inner product of Jacobians, which are as long as the network has parameters. Random
-directions :math:`r_1, \dots, r_k` make it one of :math:`k` numbers,
+directions :math:`r_1, \ldots, r_k` make it one of :math:`k` numbers,
 
 .. math::
     \Theta(x, x') \approx \phi(x)^\top \phi(x') ,

@@ -277,11 +277,16 @@ class Held(Generic[_T]):
         return self._held[0]
 
 
+def outputs_together(passing: float, axes: KernelAxes, device: torch.device) -> int:
+    """Choose how many outputs pass back together, given the bytes that each takes."""
+    size = int(MemoryBudget.of(device).backpropagated // passing)
+    if size < max(axes.shape[1:]):  # free outputs have to meet: their passes grow with the square of the chunks' number
+        size = max(size, int((available(device) or 0) // 4 // passing))
+    return size
+
+
 def _chunks(first: Side, second: Side, axes: KernelAxes) -> list[Chunk]:
     """Split the outputs so that what passes back keeps to the budget."""
-    device, apart = first.output.device, second is not first
-    bytes_of_one = (first.total + second.numel if apart else first.numel) * first.output.element_size()
-    size = MemoryBudget.of(device).backpropagated // bytes_of_one
-    if size < max(axes.shape[1:]):  # free outputs have to meet: their passes grow with the square of the chunks' number
-        size = max(size, (available(device) or 0) // 4 // bytes_of_one)
-    return split_outputs(axes, size, apart=apart)
+    apart = second is not first
+    passing = (first.total + second.numel if apart else first.numel) * first.output.element_size()
+    return split_outputs(axes, outputs_together(passing, axes, first.output.device), apart=apart)

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from functools import reduce
 from typing import NamedTuple
 
+import torch
 from torch import Size, Tensor
 
 from ggn_ntk.contraction.contract import Wanted
@@ -29,6 +30,7 @@ from ggn_ntk.memory.layout import Layout
 from ggn_ntk.models.evaluation import check_output, check_shape
 from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.requirements import configuration_problems
+from ggn_ntk.models.sizes import kept_by
 from ggn_ntk.problem.errors import (
     NotCapturedError,
     Problem,
@@ -39,6 +41,7 @@ from ggn_ntk.problem.errors import (
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.problem.output_axes import KernelAxes
 from ggn_ntk.problem.request import Request
+from ggn_ntk.process.torch_internals import storage_id
 from ggn_ntk.rules.registry import channels_last
 
 _ROUTE = "structured empirical NTK"
@@ -211,8 +214,7 @@ def make_plans(request: Request, fallback: dict[str, str], *, everyone: bool, fe
     looked = [(batch, _evaluate_few(batch)) for batch in request.batches]
     # A kernel that cannot fit is refused before more is evaluated.
     axes = resolve_axes(request, [looked_at.outputs[0] for _, looked_at in looked])
-    taken = sum(len(looked_at.inputs) * looked_at.bytes_of_one for _, looked_at in looked)
-    if not few and max(map(len, request.sets)) > 1 and not fits(taken, looked[0][1].outputs[0].device):
+    if not few and max(map(len, request.sets)) > 1 and not _fit(looked):
         return None
     plans = Plans(request, axes, [], [])
     for batch, looked_at in looked:
@@ -221,6 +223,28 @@ def make_plans(request: Request, fallback: dict[str, str], *, everyone: bool, fe
         plans.sides.append(side)
         fallback = plans.fallback | fallback
     return plans
+
+
+def _fit(looked: Sequence[tuple[Request, Few]]) -> bool:
+    """Tell whether all samples may be evaluated together."""
+    device = looked[0][1].outputs[0].device
+    # What is computed is more than what is kept, but known already.
+    if fits(sum(len(few.inputs) * few.bytes_of_one for _, few in looked), device):
+        return True
+    return fits(sum(len(few.inputs) * _kept_of_one(batch, few) for batch, few in looked), device)
+
+
+def _kept_of_one(request: Request, few: Few) -> int:
+    """Evaluate few samples again, and see what is kept of one."""
+    inputs = few.recordings[0].inputs.map(torch.clone)
+    try:
+        if few.every:
+            kept = {storage_id(x): x.untyped_storage().nbytes() for x in SequentialPass(request, inputs).kept}
+            return sum(kept.values()) // len(inputs)
+    except UnsupportedRouteError:
+        if request.capture != "auto":
+            raise
+    return kept_by(lambda: record(request, inputs), request.model.parameters())[1] // len(inputs)
 
 
 def _evaluate_few(batch: Request) -> Few:

@@ -88,7 +88,7 @@ def _within(budget: MemoryBudget, limit: int) -> MemoryBudget:
     shares = {
         "backpropagated": 4,
         "rows": 32,
-        "columns": 16,
+        "columns": 8,
         "passing": 16,
         "waiting": 32,
         "jacobians": 16,

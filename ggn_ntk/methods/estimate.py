@@ -9,6 +9,7 @@ from typing import NamedTuple
 import torch
 
 from ggn_ntk.contraction.accumulate import Counts
+from ggn_ntk.contraction.contract import outputs_together
 from ggn_ntk.contraction.vector_products import bytes_of_sketch, operations_of_sketch
 from ggn_ntk.jacobians.footprint import Effort, Work, effort, measured
 from ggn_ntk.jacobians.plan import Plans
@@ -138,7 +139,7 @@ def _peak(
     else:
         evaluated = sum(n * f.evaluated for n, f in zip(of_sets, footprints, strict=True))
         passing, outputs = sum(n * f.passing for n, f in zip(of_sets, footprints, strict=True)), most_outputs(axes)
-        chunk = min(outputs, max(1.0, budget.backpropagated // max(1.0, passing)))  # outputs that pass back together
+        chunk = min(outputs, max(1, outputs_together(max(1.0, passing), axes, request.device)))
         passing *= chunk
         counted = [found.of_outputs(chunk / outputs) for found in counted]
         if plans.capture == "sequential" and passing > budget.passing:
