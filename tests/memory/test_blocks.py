@@ -100,7 +100,7 @@ def test_memory_decides_on_blocks(monkeypatch):
     whole = empirical_ntk(model, x, compute="trace", capture="autograd")
     seen = []
     monkeypatch.setattr(blocks, "choose", lambda *args: seen.append(choose(*args)) or seen[-1])
-    for memory in (10**9, "60 kB", "30 kB"):
+    for memory in (10**9, "40 kB", "30 kB"):
         assert_close(empirical_ntk(model, x, compute="trace", capture="autograd", memory=memory), whole)
     assert [layout.block < 40 for layout in seen] == [True, True]
     assert seen[1].block < seen[0].block
