@@ -129,6 +129,7 @@ left.set(ylim=(0, None), ylabel="loss", title=f"Width {WIDTHS[-1]}: the loss")
 one_predicted = {f"output {c}": predicted[1][:, 0, c] for c in (0, 1, 2)}
 one_real = {f"output {c}": real[1][:, 0, c] for c in (0, 1, 2)}
 plot_training(steps, one_predicted, steps[::record], one_real, ax=right)
+right.legend(loc="center right", ncols=2, fontsize="small")
 right.set(ylabel="output", title=f"Width {WIDTHS[-1]}: outputs for one test image")
 plt.show()
 

@@ -113,7 +113,7 @@ for kind, color, marker in (("kronecker", COLORS[0], "o"), ("dense", COLORS[1], 
     left.loglog(DIMS, columns[2], "-", color=color, label=f"{kind}: estimated without the kernel")
     right.semilogx(DIMS, columns[3], f"{marker}-", color=color, label=kind)
 left.set(xlabel="directions", title="Relative error of the kernel")
-left.legend(loc="lower left")
+left.legend(loc="upper right")
 right.axhline(best, color="0.5", linestyle="--", label="exact kernel")
 right.set(xlabel="directions", title="Share of test images that regression gets right")
 right.legend()
