@@ -23,10 +23,11 @@ from typing import Any
 
 import torch
 
-from benchmarks.meters import ProcessMeter, TensorMeter
+from benchmarks.meters import ProcessMeter
 from benchmarks.network import network
 from benchmarks.page import write_page
 from benchmarks.process import ROOT
+from benchmarks.tensors import TensorMeter
 from benchmarks.workloads import TABLES, tiny
 from ggn_ntk import empirical_ntk, explain
 from ggn_ntk.jacobians.footprint import Counter

@@ -1,5 +1,7 @@
 """What the benchmarks compute, count and report; not how long it takes."""
 
+import subprocess
+import sys
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -276,3 +278,8 @@ def test_products_without_the_kernel(monkeypatch):
     results = {name: operator.measure(name, 1) for name in operator.CASES}
     assert all(result["error"] < 1e-5 for result in results.values())
     assert operator.table(results).splitlines()[2].startswith("| one | ")
+
+
+def test_peers_without_torch_find_what_they_need():
+    code = "import sys; sys.modules['torch'] = None; import benchmarks.worker"
+    subprocess.run([sys.executable, "-c", code], check=True, cwd=Path(__file__).parent.parent)

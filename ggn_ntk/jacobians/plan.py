@@ -214,7 +214,7 @@ def make_plans(request: Request, fallback: dict[str, str], *, everyone: bool, fe
     looked = [(batch, _evaluate_few(batch)) for batch in request.batches]
     # A kernel that cannot fit is refused before more is evaluated.
     axes = resolve_axes(request, [looked_at.outputs[0] for _, looked_at in looked])
-    if not few and max(map(len, request.sets)) > 1 and not _fit(looked):
+    if not few and max(map(len, request.sets)) > 1 and not _fit(looked, axes):
         return None
     plans = Plans(request, axes, [], [])
     for batch, looked_at in looked:
@@ -225,11 +225,13 @@ def make_plans(request: Request, fallback: dict[str, str], *, everyone: bool, fe
     return plans
 
 
-def _fit(looked: Sequence[tuple[Request, Few]]) -> bool:
-    """Tell whether all samples may be evaluated together."""
-    device = looked[0][1].outputs[0].device
+def _fit(looked: Sequence[tuple[Request, Few]], axes: KernelAxes) -> bool:
+    """Tell whether all samples may be evaluated together, and free outputs pass back together."""
+    device, sizes = looked[0][1].outputs[0].device, [(len(few.inputs), *few.bytes_of_one) for _, few in looked]
+    if not fits(2 * max(axes.shape[1:]) * sum(n * largest for n, _, largest in sizes), device):
+        return False
     # What is computed is more than what is kept, but known already.
-    if fits(sum(len(few.inputs) * few.bytes_of_one for _, few in looked), device):
+    if fits(sum(n * computed for n, computed, _ in sizes), device):
         return True
     return fits(sum(len(few.inputs) * _kept_of_one(batch, few) for batch, few in looked), device)
 

@@ -27,7 +27,7 @@ from ggn_ntk.jacobians.layer_call import Recording
 from ggn_ntk.jacobians.recording import record
 from ggn_ntk.jacobians.trial import DIFFERS, try_rules
 from ggn_ntk.jacobians.uses import Uses, read
-from ggn_ntk.models.autograd_graph import graph_bytes
+from ggn_ntk.models.autograd_graph import results_in_graph
 from ggn_ntk.models.comparison import check_finite, cotangent, differing, gradient_tolerance
 from ggn_ntk.models.evaluation import check_output, check_shape
 from ggn_ntk.models.gradients import Parts, gradients, in_parts
@@ -75,10 +75,12 @@ class Few(NamedTuple):
     known: bool  # whether these are known to act on each sample by itself
 
     @property
-    def bytes_of_one(self) -> int:
-        """What the graph of a sample holds."""
+    def bytes_of_one(self) -> tuple[int, int]:
+        """What is computed of a sample, all together, and the largest result: ``s`` of an output is as large there."""
         recording = self.recordings[0]
-        return graph_bytes(recording.output) // recording.n
+        results = results_in_graph(recording.output)
+        largest = max((size for shape, size in results if shape[:1] == (recording.n,)), default=0)
+        return sum(size for _, size in results) // recording.n, largest // recording.n
 
 
 def evaluate_few(request: Request, inputs: Inputs, *, every: bool, known: bool) -> Few:

@@ -48,7 +48,9 @@ def estimated(request: Request, recorded: Recorded, sizes: tuple[int, int]) -> E
     axes, first = plans.axes, next(iter(request.params.values()))
     of_sets = sizes[: len(efforts)]
     layout = None
-    if not fits(sum(n * f.evaluated for n, f in zip(of_sets, footprints, strict=True)), first.device):
+    of_each = list(zip(of_sets, footprints, strict=True))
+    kept, passing = sum(n * f.evaluated for n, f in of_each), sum(n * f.passing for n, f in of_each)
+    if not (fits(kept, first.device) and fits(2 * max(axes.shape[1:]) * passing, first.device)):
         layout = layout_for(request, axes, sizes, footprints)
     all_once = sum(n * (1 + axes[place].out_shape.numel()) for place, n in enumerate(of_sets))
     again = 1.0 if layout is None else layout.evaluations(axes) / all_once

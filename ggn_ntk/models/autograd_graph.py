@@ -5,7 +5,7 @@ from math import prod
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Size, Tensor
 from torch.autograd.graph import GradientEdge, Node, get_gradient_edge
 
 from ggn_ntk.process.torch_internals import output_metadata
@@ -43,7 +43,7 @@ def dense(gradient: Tensor) -> Tensor:
     return gradient if gradient.layout is torch.strided else gradient.to_dense()
 
 
-def graph_bytes(output: Tensor) -> int:
-    """Count the bytes of all that was computed on the way to a tensor, of which its graph keeps a part."""
+def results_in_graph(output: Tensor) -> list[tuple[Size, int]]:
+    """List the shapes and bytes of all that was computed on the way to a tensor, of which its graph keeps a part."""
     found = (m for node in graph_nodes(output) for m in output_metadata(node))
-    return sum(prod(m.shape) * m.dtype.itemsize for m in found)
+    return [(Size(m.shape), prod(m.shape) * m.dtype.itemsize) for m in found]

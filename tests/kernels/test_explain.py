@@ -9,8 +9,8 @@ from cases import BY_NAME, CustomParameter, Residual, TiedTransformer, mlp
 from conftest import batch_sizes
 from torch import nn
 
-from benchmarks.meters import TensorMeter
 from benchmarks.network import network
+from benchmarks.tensors import TensorMeter
 from benchmarks.workloads import TABLES
 from ggn_ntk import UnsupportedModelError, empirical_ntk, explain
 from ggn_ntk.jacobians import footprint
