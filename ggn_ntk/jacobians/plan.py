@@ -25,7 +25,7 @@ from ggn_ntk.jacobians.recording import record
 from ggn_ntk.jacobians.sequential import SequentialPass
 from ggn_ntk.jacobians.uses import Use, Uses, read
 from ggn_ntk.jacobians.verification import Few, Verification, evaluate_few, following
-from ggn_ntk.memory.budget import fits, resolve_axes
+from ggn_ntk.memory.budget import IN_GRAPH, fits, resolve_axes
 from ggn_ntk.memory.layout import Layout
 from ggn_ntk.models.evaluation import check_output, check_shape
 from ggn_ntk.models.isolation import isolated
@@ -237,7 +237,7 @@ def _fit(looked: Sequence[tuple[Request, Few]], axes: KernelAxes) -> bool:
 
 
 def _kept_of_one(request: Request, few: Few) -> int:
-    """Evaluate few samples again, and see what is kept of one."""
+    """Evaluate few samples again, and see what it takes to keep one."""
     inputs = few.recordings[0].inputs.map(torch.clone)
     try:
         if few.every:
@@ -246,7 +246,8 @@ def _kept_of_one(request: Request, few: Few) -> int:
     except UnsupportedRouteError:
         if request.capture != "auto":
             raise
-    return kept_by(lambda: record(request, inputs), request.model.parameters())[1] // len(inputs)
+    _, in_graph = kept_by(lambda: record(request, inputs), request.model.parameters())
+    return IN_GRAPH * in_graph // len(inputs)
 
 
 def _evaluate_few(batch: Request) -> Few:

@@ -78,6 +78,10 @@ def _grown(budget: MemoryBudget, total: int) -> MemoryBudget:
 # Bytes that this thread's call may take; ``None`` for what the device has.
 _LIMIT: ContextVar[int | None] = ContextVar("limit", default=None)
 
+#: Autograd frees a graph as a whole, and makes much beside it on the way back: a process takes about so many times the
+#: memory that the graph keeps (ResNet-18 on 192 images of CIFAR-10: 2.5 GB, of which 1 GB is kept).
+IN_GRAPH = 2
+
 # The share of what a device has free that is left alone, and so many bytes as are not worth asking for.
 _RESERVE, _SMALL = 0.2, 2**27
 

@@ -13,7 +13,7 @@ from ggn_ntk.contraction.contract import outputs_together
 from ggn_ntk.contraction.vector_products import bytes_of_sketch, operations_of_sketch
 from ggn_ntk.jacobians.footprint import Effort, Work, effort, measured
 from ggn_ntk.jacobians.plan import Plans
-from ggn_ntk.memory.budget import MemoryBudget, fits
+from ggn_ntk.memory.budget import IN_GRAPH, MemoryBudget, fits
 from ggn_ntk.memory.layout import Footprint, Layout, most_outputs
 from ggn_ntk.methods.blocks import bytes_of_kernels, layout_for
 from ggn_ntk.methods.structured import Recorded
@@ -50,6 +50,7 @@ def estimated(request: Request, recorded: Recorded, sizes: tuple[int, int]) -> E
     layout = None
     of_each = list(zip(of_sets, footprints, strict=True))
     kept, passing = sum(n * f.evaluated for n, f in of_each), sum(n * f.passing for n, f in of_each)
+    kept *= 1 if plans.capture == "sequential" else IN_GRAPH
     if not (fits(kept, first.device) and fits(2 * max(axes.shape[1:]) * passing, first.device)):
         layout = layout_for(request, axes, sizes, footprints)
     all_once = sum(n * (1 + axes[place].out_shape.numel()) for place, n in enumerate(of_sets))
