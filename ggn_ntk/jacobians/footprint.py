@@ -52,14 +52,14 @@ class Effort(NamedTuple):
 def effort(plan: Plan, inputs: Inputs, footprint: Footprint, most: int) -> Effort:
     """Evaluate a few samples, and pass outputs back; operations are those that torch counts."""
     if len(inputs) == 1:  # one input, whatever is in it, or all that a model takes at a time
-        (forward, backward), (evaluating, passing) = _counted(plan, inputs, 2), _fastest(plan, inputs, 2)
+        (forward, backward), (evaluating, passing) = _counted(plan, inputs), _fastest(plan, inputs, 2)
         return Effort(Work(forward, evaluating), Work(backward, passing), (0.0, 0.0), 0.0)
     # Many small samples take less time than as many times two, and many outputs: they are timed together, as far as
     # that is soon done. A single one may take part in another graph than several.
     n = max(4, min(most, _TIMED, int(_MOST / max(1.0, footprint.working(2)))))
     outputs = max(2, int(_MOST / max(1.0, n * footprint.passing)))
     several, two = (inputs[[i % len(inputs) for i in range(count)]] for count in (n, 2))
-    (forward, backward), (of_two, passed) = (_counted(plan, x, 2) for x in (several, two))
+    (forward, backward), (of_two, passed) = (_counted(plan, x) for x in (several, two))
     slope = (backward - passed) / (n - 2)
     # What an evaluation takes however few samples there are, more of them do not take again.
     times = list(zip(_fastest(plan, several, outputs), _fastest(plan, two, outputs), strict=True))
@@ -69,10 +69,10 @@ def effort(plan: Plan, inputs: Inputs, footprint: Footprint, most: int) -> Effor
     return Effort(*works, (evaluating, passing), passed - 2 * slope)
 
 
-def _counted(plan: Plan, inputs: Inputs, outputs: int) -> tuple[float, float]:
+def _counted(plan: Plan, inputs: Inputs) -> tuple[float, float]:
     """Count the operations of an evaluation, and of passing an output back."""
     forward, backward = Counter(), Counter()
-    passed = _passes(plan, inputs, outputs, forward, backward)[2]
+    passed = _passes(plan, inputs, 2, forward, backward)[2]
     return forward.flops, backward.flops / passed
 
 
