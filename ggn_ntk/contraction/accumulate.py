@@ -3,9 +3,10 @@
 The order in which the operands of a product are contracted is the algorithm: form both Jacobians, or both Gram
 matrices, or anything between (Novak, Sohl-Dickstein, Schoenholz: "Fast Finite Width Neural Tangent Kernel", ICML 2022,
 section 3, compare some orders by hand). It is chosen by cost alone (:mod:`ggn_ntk.contraction.einsum`); here samples
-are taken in blocks, so that what the order forms on the way keeps to a budget.
+are taken in blocks, or a parameter in parts, so that what the order forms on the way keeps to a budget.
 """
 
+from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping, Sequence
 from math import ceil, prod
 from typing import NamedTuple
@@ -34,38 +35,43 @@ def add_products(
     symmetric: bool = False,
 ) -> None:
     """Add products of Jacobians to kernels by name, in blocks of samples that keep intermediate results small."""
-    # Products are taken together, so that they share intermediate results: the weight and bias of a layer the Gram
-    # matrix of ``s``, and x1 and x2 the Jacobian where they are the same samples. Of the second Jacobian, x2 starts at
-    # the offset. A symmetric kernel is computed on and above the diagonal of blocks, and mirrored.
-    # Of paired samples, a block of x1 meets that of x2 alone, and is the whole of what it is the transpose of.
+    # Of the second Jacobian, x2 starts at the offset. A symmetric kernel is computed on and above the diagonal of
+    # blocks, and mirrored. Of paired samples, a block of x1 meets that of x2 alone, and is the whole of what it is the
+    # transpose of.
     # shape [N1, N2, E, F, F], or [N, E, F, F] of paired samples
     n, m, paired = shape[0], shape[-4], len(shape) == 4
-    symmetric = symmetric and not paired
     some = next(o.tensor for _, product in products for o in product.first if not o.hot)
     new = {name: some.new_empty(*shape) for name, _ in products if name not in kernels}
     kernels.update(new)
-    budget = MemoryBudget.of(some.device)
-    sizes = {"n": n, "m": m}
-    size = _block_size(products, sizes, budget)
-    rows, columns = split(n, size.rows), split(m, size.columns)
-    if symmetric:
-        rows = columns = split(n, min(ceil(n / _divisions(products)), size.rows, size.columns))
-    memo = Memo(symmetric, keep_copies=size.pairs < size.columns, most=budget.columns)
-    for column in columns:
-        for row in [column] if paired else rows:
-            if symmetric and row.start > column.start:
+    budget, sizes = MemoryBudget.of(some.device), {"n": n, "m": m}
+    for group in _groups(products, sizes, budget, symmetric=symmetric and not paired):
+        for part in group.parts:
+            for name, rows, columns, large, other, first in _in_blocks(group, part, sizes, budget, offset):
+                put = _write if first and name in new else _accumulate
+                put(kernels[name][columns if paired else (rows, columns)], large, other)
+                if group.divided and rows.stop <= columns.start:
+                    put(transpose(kernels[name][columns, rows]), large, other)
+            for name, _ in group.products:
+                new.pop(name, None)
+
+
+def _in_blocks(
+    group: "_Group", part: slice, sizes: Mapping[str, int], budget: MemoryBudget, offset: int
+) -> Iterator[tuple[str, slice, slice, Tensor, Tensor | int, bool]]:
+    """Compute products in blocks: a kernel, samples of x1 and x2, two factors, and whether they are its first there."""
+    size, products, divided = group.size, group.part(part), group.divided
+    memo = Memo(divided > 0, keep_copies=size.pairs < size.columns, most=budget.columns)
+    for columns in split(sizes["m"], divided or size.columns):
+        for rows in [columns] if products[0][1].paired else split(sizes["n"], divided or size.rows):
+            if divided and rows.start > columns.start:
                 break  # the transpose of a block that is computed
-            for part in split(column.stop - column.start, size.pairs):
-                chosen = slice(column.start + part.start, column.start + part.stop)
-                place = chosen if paired else (row, chosen)
+            for few in split(columns.stop - columns.start, size.pairs):
+                chosen = slice(columns.start + few.start, columns.start + few.stop)
                 shifted = slice(chosen.start + offset, chosen.stop + offset)
-                empty = set(new)  # kernels with no numbers in this block yet: it is written instead of added to
-                for name, large, other in _summed(products, row, shifted, memo, sizes):
-                    put = _write if name in empty else _accumulate
-                    put(kernels[name][place], large, other)
-                    if symmetric and row.start < column.start:
-                        put(transpose(kernels[name][chosen, row]), large, other)
-                    empty.discard(name)
+                met = set[str]()
+                for name, large, other in _summed(products, rows, shifted, memo, sizes):
+                    yield name, rows, chosen, large, other, name not in met
+                    met.add(name)
                 memo.end_pair()
             memo.end_rows()
 
@@ -91,20 +97,44 @@ def counts(
     products: Sequence[NamedEinsum], sizes: Mapping[str, int], *, budget: MemoryBudget, symmetric: bool
 ) -> Counts:
     """Count what :func:`add_products` takes."""
-    # sizes of n and m; what is found in the memo is counted once
-    size, paired = _block_size(products, sizes, budget), products[0][1].paired
-    divisions, again = 1, ceil(sizes["m"] / size.columns)
-    if symmetric and not paired:
-        block = min(ceil(sizes["n"] / _divisions(products)), size.rows, size.columns)
-        divisions = ceil(sizes["n"] / block)
-        size = size._replace(rows=block, pairs=min(block, size.pairs))
+    # sizes of n and m
+    found = list[tuple[float, ...]]()
+    for group in _groups(products, sizes, budget, symmetric=symmetric and not products[0][1].paired):
+        for length, times in Counter(part.stop - part.start for part in group.parts).items():
+            *added, rows, pairs = _counts_of_part(group, slice(0, length), sizes, budget)
+            found.append((*(times * count for count in added), rows, pairs))
+    flops, calls, alone, *largest = zip(*found, strict=True)
+    whole = {o.key: o for _, product in products for o in product.operands}.values()
+    with_outputs, others = ([o for o in whole if has is not {*"cdef"}.isdisjoint(o.letters)] for has in (True, False))
+    outputs = max((prod(o.sizes[letter] for letter in o.letters if letter in "cdef") for o in with_outputs), default=1)
+    return Counts(
+        flops=sum(flops),
+        calls=sum(calls),
+        given=sum(o.tensor.nbytes for o in with_outputs),
+        passed=outputs * sum(o.tensor.untyped_storage().nbytes() for o in others),
+        alone=sum(alone),
+        rows=max(largest[0]),
+        pairs=max(largest[1]),
+    )
+
+
+def _counts_of_part(
+    group: "_Group", part: slice, sizes: Mapping[str, int], budget: MemoryBudget
+) -> tuple[float, float, float, float, float]:
+    """Count what products take that are taken together: :class:`Counts`, less what they are given."""
+    # What is found in the memo is counted once.
+    size, products, divided = group.size, group.part(part), group.divided
+    paired, again = products[0][1].paired, ceil(sizes["m"] / size.columns)
+    divisions = ceil(sizes["n"] / divided) if divided else 1
+    if divided:
+        size = size._replace(rows=divided, pairs=min(divided, size.pairs))
     # of what depends on both, on x1 alone, on x2 alone
-    share, rows = (divisions + 1) / (2 * divisions), 1 if symmetric else again
+    share, rows = (divisions + 1) / (2 * divisions), 1 if divided else again
     seen: set[Hashable] = set()
     total, made = 0.0, {frozenset("n"): 0.0, frozenset("m"): 0.0, frozenset("nm"): 0.0, frozenset(): 0.0}
     for _, product in products:
         given = product.operands
-        if not symmetric:  # x1 and x2 may be parts of one tensor
+        if not divided:  # x1 and x2 may be parts of one tensor
             given = [o._replace(key=(o.key, place < len(product.first))) for place, o in enumerate(given)]
         operands = looked_up(given, product.result)
         lengths = {letter: sizes.get(letter, length) for o in operands for letter, length in o.sizes.items()}
@@ -125,18 +155,13 @@ def counts(
                 made[of_sets[-1]] += numbers_of_one * _itemsize(product)
     # What is made of x2, or of a set that is both, is kept for the next rows, up to a limit; what is of x1, for these.
     n, m = made[frozenset("n")], made[frozenset("m")]
-    rows_of_x1 = budget.columns if symmetric else n * size.rows
-    whole = {o.key: o for _, product in products for o in product.operands}.values()
-    with_outputs, others = ([o for o in whole if has is not {*"cdef"}.isdisjoint(o.letters)] for has in (True, False))
-    outputs = max((prod(o.sizes[letter] for letter in o.letters if letter in "cdef") for o in with_outputs), default=1)
-    return Counts(
-        flops=total,
-        calls=len(seen) * _CALL * (divisions * (divisions + 1) / 2),
-        given=sum(o.tensor.nbytes for o in with_outputs),
-        passed=outputs * sum(o.tensor.untyped_storage().nbytes() for o in others),
-        alone=n * sizes["n"] + m * sizes["m"],
-        rows=min(n * sizes["n"], rows_of_x1) + min(m * sizes["m"], budget.columns),
-        pairs=made[frozenset()] + made[frozenset("nm")] * size.rows * (1 if paired else size.pairs),
+    rows_of_x1 = budget.columns if divided else n * size.rows
+    return (
+        total,
+        len(seen) * _CALL * (divisions * (divisions + 1) / 2),
+        n * sizes["n"] + m * sizes["m"],
+        min(n * sizes["n"], rows_of_x1) + min(m * sizes["m"], budget.columns),
+        made[frozenset()] + made[frozenset("nm")] * size.rows * (1 if paired else size.pairs),
     )
 
 
@@ -210,17 +235,94 @@ class _BlockSize(NamedTuple):
     pairs: int  # of x2, for what depends on both
 
 
-def _block_size(products: Sequence[NamedEinsum], sizes: Mapping[str, int], budget: MemoryBudget) -> _BlockSize:
+class _Group(NamedTuple):
+    """Products that are taken together, so that they share intermediate results; or one, in parts."""
+
+    products: Sequence[NamedEinsum]
+    size: _BlockSize
+    divided: int  # how many samples of a symmetric kernel are taken at a time; 0 of others
+    letter: str  # which is divided; empty where everything is taken at once
+    parts: Sequence[slice]  # of it
+
+    def part(self, block: slice) -> Sequence[NamedEinsum]:
+        """Restrict the letter."""
+        return _part(self.products, self.letter, block)
+
+
+def _part(products: Sequence[NamedEinsum], letter: str, block: slice) -> Sequence[NamedEinsum]:
+    """Restrict a letter, if one is given."""
+    return [(name, product.part(letter, block)) for name, product in products] if letter else products
+
+
+def _groups(
+    products: Sequence[NamedEinsum], sizes: Mapping[str, int], budget: MemoryBudget, *, symmetric: bool
+) -> Iterator[_Group]:
+    """Group products, and take those apart whose Jacobians are large."""
+    # A weight and its bias share the Gram matrix of ``s``, and x1 and x2, where they are the same samples, Jacobians.
+    # But in blocks of samples, Jacobians that do not fit would be formed anew for each block that they meet. Of a part
+    # of the parameter, that of all samples is formed once, and all samples meet in one product.
+    together = list[NamedEinsum]()
+    for name, product in products:
+        letter, parts = _division(product, sizes, budget)
+        if letter:
+            yield _group([(name, product)], letter, parts, sizes, budget, symmetric=symmetric)
+        else:
+            together.append((name, product))
+    if together:
+        yield _group(together, "", [slice(0, 0)], sizes, budget, symmetric=symmetric)
+
+
+def _group(
+    products: Sequence[NamedEinsum],
+    letter: str,
+    parts: Sequence[slice],
+    sizes: Mapping[str, int],
+    budget: MemoryBudget,
+    *,
+    symmetric: bool,
+) -> _Group:
+    """Choose blocks of samples for products that are taken together."""
+    taken = _part(products, letter, parts[-1])  # none is longer
+    size = _block_size(_largest(taken, sizes), sizes, budget, paired=taken[0][1].paired)
+    divided = min(ceil(sizes["n"] / _divisions(taken)), size.rows, size.columns) if symmetric else 0
+    return _Group(products, size, divided, letter, parts)
+
+
+def _division(product: KernelEinsum, sizes: Mapping[str, int], budget: MemoryBudget) -> tuple[str, list[slice]]:
+    """Choose the letter of a product of which a part is taken at a time, if not everything, and these parts."""
+    largest = _largest([("", product)], sizes)
+    needed = max(sizes["n"] * largest["n"] / budget.rows, sizes["m"] * largest["m"] / budget.columns)
+    if needed <= 1 or product.paired:
+        return "", []
+    # A letter that all steps have, so that none is taken twice: then what lacks it is read once for each part.
+    operands = looked_up(product.without_data().operands, product.result)
+    steps = [set(found) for numbers, found, _ in _steps(operands, product, sizes) if len(numbers) > 1]
+    letters = set.intersection(*steps).difference(product.result, *(o.hot for o in operands)) if steps else set()
+    lengths = {letter: size for o in operands for letter, size in o.sizes.items()}
+    read = {x: sum(o.tensor.numel() for o in operands if x not in o.letters) for x in letters if lengths[x] > 1}
+    if not read:
+        return "", []
+    letter = min(sorted(read), key=lambda x: read[x])
+    return letter, split(lengths[letter], max(1, int(lengths[letter] / needed)))
+
+
+def _largest(products: Sequence[NamedEinsum], sizes: Mapping[str, int]) -> dict[str, int]:
+    """Find the largest intermediate results: bytes for a sample, or a pair, by the samples that they depend on."""
+    # Of paired samples, everything depends on both.
+    largest = {"n": 1, "m": 1, "nm": 1}
+    for _, product in products:
+        for letters, size in _intermediates(product, sizes):
+            samples = "nm" if product.paired else "".join(letter for letter in "nm" if letter in letters)
+            largest[samples] = max(largest.get(samples, 1), size * _itemsize(product))
+    return largest
+
+
+def _block_size(
+    largest: Mapping[str, int], sizes: Mapping[str, int], budget: MemoryBudget, *, paired: bool
+) -> _BlockSize:
     """Choose blocks of samples for which intermediate results keep to their budgets."""
     # What depends on both x1 and x2 is to stay in a processor's cache. It is made of many samples of x1 and few of x2:
     # with a single one, the letter ``m`` does not keep others, which are to be merged, apart in memory.
-    # Of paired samples, everything depends on both.
-    largest = {"n": 1, "m": 1, "nm": 1}  # bytes a sample, or a pair, by the samples that a result depends on
-    paired = products[0][1].paired
-    for _, product in products:
-        for letters, size in _intermediates(product, sizes):
-            samples = "nm" if paired else "".join(letter for letter in "nm" if letter in letters)
-            largest[samples] = max(largest.get(samples, 1), size * _itemsize(product))
     rows = max(1, min(sizes["n"], budget.rows // largest["n"], budget.passing // largest["nm"]))
     if paired:
         return _BlockSize(rows, rows, rows)

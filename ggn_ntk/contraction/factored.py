@@ -92,8 +92,8 @@ class Factored:
 
     def map(self, function: Callable[[str, Tensor], Tensor]) -> "Factored":
         """Apply a function of letters and tensor to each operand; of one-hot vectors, to their places."""
-        operands = (o._replace(tensor=function(o.letters, o.tensor)) for o in self.labelled)
-        return Factored.of(operands, self.result)
+        mapped = (o._replace(tensor=function(o.letters, o.tensor)) for o in self.labelled)
+        return Factored(self.equation, tuple(o.unlabelled for o in mapped))
 
     def select_samples(self, samples: Sequence[int]) -> "Factored":
         """Restrict to some samples."""
@@ -163,9 +163,15 @@ class Factored:
     def formed(self) -> Tensor:
         """Evaluate the einsum."""
         # -> [C, N, P], the parameter's axes merged
+        c, n, *sizes = (self.sizes[letter] for letter in self.result)
+        blocks = self._blocks(n)
+        if len(blocks) > 1:  # windows are copied for a product
+            whole = self._some.new_empty(c, n, prod(sizes))
+            for block in blocks:
+                whole[:, block.start : block.stop] = self.select_samples(block).formed()
+            return whole
         operands = [o.ready() for o in self.sum_private_letters().labelled]
         jacobian = contract(dense(operands, self.result), self.result, Memo())
-        c, n, *sizes = (self.sizes[letter] for letter in self.result)
         return jacobian.aligned(self.result).expand(c, n, *sizes).reshape(c, n, prod(sizes))
 
     def weighted_sum(self, weights: Tensor, vectors: Tensor | None = None) -> Tensor:
@@ -201,11 +207,15 @@ class Factored:
         dtype = min((o.tensor.dtype for o in factors), key=lambda dtype: torch.finfo(dtype).bits)
         return torch.einsum(f"{','.join(o.letters for o in factors)}->", *(o.tensor.to(dtype) for o in factors))
 
+    @property
+    def _some(self) -> Tensor:
+        """An operand that is a tensor."""
+        return next(o.tensor for o in self.labelled if not o.hot)
+
     def _blocks(self, n: int) -> list[range]:
         """Split N samples so that no operand of a block holds many numbers."""
-        some = next(o.tensor for o in self.labelled if not o.hot)
-        largest = max(prod(operand.shape) for operand in self.operands) * some.element_size()
-        count = max(1, min(n, -(-largest // MemoryBudget.of(some.device).rows)))
+        largest = max(prod(operand.shape) for operand in self.operands) * self._some.element_size()
+        count = max(1, min(n, -(-largest // MemoryBudget.of(self._some.device).rows)))
         return [range(n * i // count, n * (i + 1) // count) for i in range(count)]
 
     def _with_rows_multiplied(self, vectors: Tensor) -> "Factored | None":
@@ -260,6 +270,8 @@ Jacobians = dict[str, list[Factored]]
 
 def _einsum(operands: Sequence[Operand], result: str) -> Tensor:
     """Contract tensors, in their order."""
+    if len(operands) == 1 and operands[0].letters == result:
+        return operands[0].tensor
     return torch.einsum(f"{','.join(o.letters for o in operands)}->{result}", *(o.tensor for o in operands))
 
 

@@ -43,6 +43,8 @@ class Gathered:
         if place + 1 != len(self._steps):
             raise _other_form()
         self._closed = True
+        for tensor in self._tensors:
+            tensor.end_block()
 
     def steps(self) -> list[Jacobians]:
         """List the Jacobians of all samples."""
@@ -121,7 +123,8 @@ class _Tensor:
 
     def __init__(self, operand: Operand, n: int) -> None:
         """Set up for operands like this one, of a block."""
-        self._like, self._n, self._axis = operand, n, operand.letters.find("n")
+        # Without its numbers: these are a view of what the evaluation of the first block has kept.
+        self._like, self._n, self._axis = operand.without_data(), n, operand.letters.find("n")
         self.users = 1  # how many uses have it as an operand
         tensor = operand.tensor
         self._shape, self._stride = tensor.shape, tensor.stride()
@@ -178,6 +181,10 @@ class _Tensor:
             if self._tensor is None:
                 self._tensor = tensor.new_empty([self._n if i == axis else self._shape[i] for i in self._order])
             self._tensor[block] = tensor.permute(self._order)
+
+    def end_block(self) -> None:
+        """Let go of what was copied: a view of what the evaluation of a block has kept."""
+        self._given = None
 
     def _keep(self, tensor: Tensor) -> None:
         """Keep what is the same for all samples, or compare it with what is kept."""

@@ -74,11 +74,12 @@ class Operand(NamedTuple):
         return self._replace(letters=letters, tensor=tensor, key=key)
 
     def narrow(self, letter: str, block: slice) -> "Operand":
-        """Restrict it to a block of samples, if it has their letter."""
-        if letter not in self.letters:
+        """Restrict it to a block of samples, or of another axis, if it has its letter."""
+        axis = self.letters.find(letter)
+        if axis < 0:
             return self
-        tensor = self.tensor.narrow(self.letters.index(letter), block.start, block.stop - block.start)
-        return self._replace(tensor=tensor, key=(self.key, block.start, block.stop))
+        tensor = self.tensor.narrow(axis, block.start, block.stop - block.start)
+        return self._replace(tensor=tensor, key=(self.key, axis, block.start, block.stop))
 
     def aligned(self, letters: str) -> Tensor:
         """Order the axes of its tensor, with an axis of length one for each letter it lacks."""

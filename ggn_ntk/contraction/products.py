@@ -54,6 +54,11 @@ class KernelEinsum:
         m = "n" if self.paired else "m"
         return [*(o.narrow("n", rows) for o in self.first), *(o.narrow(m, columns) for o in self.second)]
 
+    def part(self, letter: str, block: slice) -> "KernelEinsum":
+        """Restrict a letter that is summed: the product is the sum of its parts."""
+        first, second = (tuple(o.narrow(letter, block) for o in operands) for operands in (self.first, self.second))
+        return replace(self, first=first, second=second)
+
     def without_data(self) -> "KernelEinsum":
         """Keep the shapes of operands alone."""
         first, second = (tuple(o.without_data() for o in operands) for operands in (self.first, self.second))

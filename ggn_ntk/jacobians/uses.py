@@ -75,11 +75,17 @@ class Use:
 
     @property
     def shape(self) -> Size:
-        """Shape of its output; samples that take turns along an axis have one of their own, and memory with it."""
-        shape, (axis, outer, _) = self._output, self.site.samples
-        if axis is None or outer == 1:
+        """Shape of its output; samples that share an axis with others have one of their own, and memory with it."""
+        shape, axis = self._output, self._shared_axis
+        if axis is None:
             return shape
         return Size([*shape[:axis], *self.site.samples.sizes(shape[axis]), *shape[axis + 1 :]])
+
+    @property
+    def _shared_axis(self) -> int | None:
+        """The axis of its output that the samples share with others; ``None`` if they have one of their own."""
+        axis, outer, inner = self.site.samples
+        return axis if outer * inner > 1 else None
 
     @property
     def _output(self) -> Size:
@@ -100,13 +106,13 @@ class Use:
     @property
     def axis(self) -> int | None:
         """The axis of the samples in :attr:`shape`."""
-        axis, outer, _ = self.site.samples
-        return axis if axis is None or outer == 1 else axis + 1
+        shared = self._shared_axis
+        return self.site.samples.axis if shared is None else shared + 1
 
     @property
     def rows(self) -> int:
-        """How many entries of the axis of the samples in its output belong to each."""
-        return self.site.samples.outer * self.site.samples.inner
+        """How many entries of that axis belong to a sample: it is one of samples alone."""
+        return 1
 
     @property
     def names(self) -> tuple[str, ...]:

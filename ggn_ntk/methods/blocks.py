@@ -26,6 +26,7 @@ from ggn_ntk.memory.blocks import split
 from ggn_ntk.memory.budget import MemoryBudget, room
 from ggn_ntk.memory.layout import Footprint, Layout, choose, most_outputs
 from ggn_ntk.methods.reference import contract_jacobians
+from ggn_ntk.models.isolation import isolated
 from ggn_ntk.models.requirements import check_model
 from ggn_ntk.problem.errors import NotCapturedError, RouteWarning, warn
 from ggn_ntk.problem.inputs import Inputs
@@ -124,7 +125,7 @@ def footprints_of(known: Plans) -> list[Footprint]:
 
 def layout_for(request: Request, axes: KernelAxes, sizes: tuple[int, int], footprints: Sequence[Footprint]) -> Layout:
     """Choose how N1 and N2 samples are taken, from what each takes."""
-    beside = bytes_of_kernels(request, axes, sizes) + bytes_of_gradients(request)
+    beside = bytes_of_kernels(request, axes, sizes) + _bytes_of_parameters(request)
     return choose(sizes, request.symmetric, axes, footprints, room(request.device) - beside)
 
 
@@ -135,9 +136,10 @@ def bytes_of_kernels(request: Request, axes: KernelAxes, sizes: tuple[int, int])
     return prod((*samples, *axes.shape)) * first.element_size() * len(request.grouped())
 
 
-def bytes_of_gradients(request: Request) -> int:
-    """Count the bytes of what verification has of all parameters: gradients of two halves."""
-    return 2 * sum(p.numel() * p.element_size() for p in request.params.values())
+def _bytes_of_parameters(request: Request) -> int:
+    """Count the bytes of what verification has of all parameters: gradients of two halves, and copies."""
+    with isolated(request.model) as session:
+        return 2 * sum(p.nbytes for p in request.params.values()) + session.bytes_of_copies
 
 
 def _sets(request: Request, plans: Plans, verified: Plans | None = None) -> list[Samples]:

@@ -70,15 +70,14 @@ class Flow:
         """Pass ``s`` from the output of an operation that the samples enter to its argument."""
         # s [C, *output], or with the axis of the samples apart
         apart = s.ndim > 1 + len(operation.output)
-        whole = s.flatten(1 + samples.axis, 3 + samples.axis) if apart and samples.axis is not None else s
-        return [
-            (
-                cls.start(s, samples, apart=apart)
-                if linear.spread is None
-                else cls.start(linear.spread(whole), samples)
-            ).through(linear)
-            for linear in operation.maps()
-        ]
+
+        def start(linear: LinearMap) -> Flow:
+            if linear.spread is None:
+                return cls.start(s, samples, apart=apart)
+            whole = s.flatten(1 + samples.axis, 3 + samples.axis) if apart and samples.axis is not None else s
+            return cls.start(linear.spread(whole), samples)
+
+        return [start(linear).through(linear) for linear in operation.maps()]
 
     @staticmethod
     def passed(flows: "Sequence[Flow]", operation: Operation) -> "list[Flow]":

@@ -1,12 +1,17 @@
 """Kernels that are summed from products of factored Jacobians, with as few multiplications as they take."""
 
+import pytest
 import torch
-from conftest import assert_close
+from conftest import assert_close, limit_memory
+from hypothesis import given
+from hypothesis import strategies as st
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from ggn_ntk import Factored, empirical_ntk
 from ggn_ntk.contraction import accumulate, einsum
 from ggn_ntk.contraction.products import kernel_einsum
+from ggn_ntk.memory.budget import MemoryBudget
 from ggn_ntk.models.comparison import relative_error
 from ggn_ntk.problem.output_axes import Roles
 from ggn_ntk.reference import jacobian_contraction
@@ -61,6 +66,65 @@ def test_the_jacobian_of_one_set_is_formed_once(monkeypatch):
         products = [("", kernel_einsum(jacobian, jacobian, Roles(free=2)))]
         accumulate.add_products({"": kernel}, products, kernel.shape, **samples)
         assert len(multiplied) == count
+
+
+def weight_and_bias(s, x):
+    """Jacobians of a layer at several positions, whose weight's are formed before samples meet."""
+    # s [C, N, P, O], x [N, P, I]
+    return Factored("cnpo,npi->cnoi", (s, x)), Factored("cnpo->cno", (s,))
+
+
+def contracted(jacobians, axes, n1, c):
+    """Kernels of weight and bias, added up; and how: what is counted and what torch counts."""
+    n = jacobians[0].sizes["n"]
+    roles, (first, second) = Roles(**{axes: c}), (n1, n - n1) if n1 else (n, n)
+    products = [("", kernel_einsum(j, j, roles)) for j in jacobians]
+    kernels, options = {}, {"offset": n1} if n1 else {"symmetric": True}
+    with FlopCounterMode(display=False) as counter:
+        accumulate.add_products(kernels, products, (first, second, roles.diagonal, roles.free, roles.free), **options)
+    budget = MemoryBudget.of(torch.device("cpu"))
+    counted = accumulate.counts(products, {"n": first, "m": second}, budget=budget, symmetric=not n1)
+    return kernels[""], counted, counter.get_total_flops()
+
+
+@given(
+    sizes=st.tuples(*[st.integers(1, 5)] * 5),
+    axes=st.sampled_from(["free", "diagonal", "traced"]),
+    budgets=st.tuples(*[st.sampled_from([1, 2**7, 2**9, 2**11])] * 3),
+    apart=st.booleans(),
+)
+def test_jacobians_of_any_shape_in_little_memory(sizes, axes, budgets, apart):
+    c, n, positions, inputs, outputs = sizes
+    n += 1
+    jacobians = weight_and_bias(
+        torch.randn(c, n, positions, outputs).double(), torch.randn(n, positions, inputs).double()
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        limit_memory(patch, **dict(zip(("rows", "columns", "passing"), budgets, strict=True)))
+        kernel, *_ = contracted(jacobians, axes, apart and n // 2, c)
+    j = torch.cat([jacobian.formed() for jacobian in jacobians], 2)
+    ours, theirs = (j[:, : n // 2], j[:, n // 2 :]) if apart else (j, j)
+    expected = {
+        "free": lambda: torch.einsum("cnk,dmk->nmcd", ours, theirs).unsqueeze(2),
+        "diagonal": lambda: torch.einsum("cnk,cmk->nmc", ours, theirs)[..., None, None],
+        "traced": lambda: torch.einsum("cnk,cmk->nm", ours, theirs)[..., None, None, None],
+    }[axes]()
+    assert_close(kernel, expected)
+
+
+@pytest.mark.parametrize("n1", [0, 12], ids=["symmetric", "x1 and x2"])
+def test_jacobians_are_formed_once_in_little_memory_too(monkeypatch, n1):
+    c, n, positions, inputs, outputs = 3, 24, 9, 40, 50
+    jacobians = weight_and_bias(torch.randn(c, n, positions, outputs), torch.randn(n, positions, inputs))
+    _, at_once, done = contracted(jacobians, "traced", n1, c)
+    assert done == pytest.approx(at_once.flops, rel=0.01)
+    limit_memory(monkeypatch, rows=2**16, columns=2**17)
+    _, in_parts, done = contracted(jacobians, "traced", n1, c)
+    forming = 2 * c * n * positions * inputs * outputs
+    assert done == pytest.approx(in_parts.flops, rel=0.01)
+    assert done - at_once.flops < 0.1 * forming  # a set with itself may be divided in another way
+    assert in_parts.rows <= 2**16 + 2**17
+    assert in_parts.rows < at_once.rows / 2
 
 
 def test_different_factorisations_are_matched_by_position():
