@@ -22,8 +22,11 @@ from ggn_ntk.memory.blocks import split
 from ggn_ntk.memory.budget import MemoryBudget
 from ggn_ntk.problem.result import transpose
 
-# Into how many blocks the samples of a symmetric kernel may be divided, and how many operations take as long as a call.
-_DIVISIONS, _CALL = range(1, 5), 2**22
+# Into how many blocks the samples of a symmetric kernel may be divided.
+_DIVISIONS = range(1, 5)
+
+# How many operations take as long as a call, and as it takes to copy a number and read it.
+_CALL, _MOVED = 2**22, 96
 
 
 def add_products(
@@ -80,16 +83,17 @@ class Counts(NamedTuple):
     """What :func:`add_products` takes: operations, a multiplication and an addition as two, and bytes."""
 
     flops: float
-    calls: float  # as many operations as take the time of all calls
+    waiting: float  # as many operations as take the time of all calls, and that by which memory is slower
     given: float  # of operands that have outputs: ``s``, mostly
-    passed: float  # of as many gradients with respect to the others: ``s`` behind the layer
+    inputs: float  # of the others: what layers were given; of a single output ``s``, too
+    passed: float  # of as many gradients with respect to these: ``s`` behind the layer
     alone: float  # of what all samples of x1, and of x2, make before the two meet
     rows: float  # of that, what blocks of x1 and all of x2 have at the same time
     pairs: float  # of what is made of a block of x1 and one of x2
 
     def of_outputs(self, share: float) -> "Counts":
         """Count the bytes of what is there where a share of the outputs passes back at a time."""
-        given, passed, alone, rows, pairs = (share * bytes_ for bytes_ in self[2:])
+        given, passed, alone, rows, pairs = (share * x for x in (self.given, *self[4:]))
         return self._replace(given=given, passed=passed, alone=alone, rows=rows, pairs=pairs)
 
 
@@ -103,15 +107,17 @@ def counts(
         for length, times in Counter(part.stop - part.start for part in group.parts).items():
             *added, rows, pairs = _counts_of_part(group, slice(0, length), sizes, budget)
             found.append((*(times * count for count in added), rows, pairs))
-    flops, calls, alone, *largest = zip(*found, strict=True)
+    flops, waiting, alone, *largest = zip(*found, strict=True)
     whole = {o.key: o for _, product in products for o in product.operands}.values()
     with_outputs, others = ([o for o in whole if has is not {*"cdef"}.isdisjoint(o.letters)] for has in (True, False))
     outputs = max((prod(o.sizes[letter] for letter in o.letters if letter in "cdef") for o in with_outputs), default=1)
+    inputs = sum(o.tensor.untyped_storage().nbytes() for o in others)
     return Counts(
         flops=sum(flops),
-        calls=sum(calls),
+        waiting=sum(waiting),
         given=sum(o.tensor.nbytes for o in with_outputs),
-        passed=outputs * sum(o.tensor.untyped_storage().nbytes() for o in others),
+        inputs=inputs,
+        passed=outputs * inputs,
         alone=sum(alone),
         rows=max(largest[0]),
         pairs=max(largest[1]),
@@ -131,7 +137,7 @@ def _counts_of_part(
     # of what depends on both, on x1 alone, on x2 alone
     share, rows = (divisions + 1) / (2 * divisions), 1 if divided else again
     seen: set[Hashable] = set()
-    total, made = 0.0, {frozenset("n"): 0.0, frozenset("m"): 0.0, frozenset("nm"): 0.0, frozenset(): 0.0}
+    total, waiting, made = 0.0, 0.0, {frozenset("n"): 0.0, frozenset("m"): 0.0, frozenset("nm"): 0.0, frozenset(): 0.0}
     for _, product in products:
         given = product.operands
         if not divided:  # x1 and x2 may be parts of one tensor
@@ -149,7 +155,10 @@ def _counts_of_part(
             seen.add(key)
             both = paired or {"n", "m"} <= set(found)
             factor = share if both else rows if "n" in found else 1
-            total += factor * prod(lengths[letter] for letter in found) * (1 if len(found) == len(kept) else 2)
+            flops = prod(lengths[letter] for letter in found) * (1 if len(found) == len(kept) else 2)
+            moved = sum(prod(lengths[x] for x in own) for own in (kept, *(known[number][1] for number in numbers)))
+            total += factor * flops
+            waiting += factor * max(0, _MOVED * moved - flops)
             if len(found) > len(kept) or not set(kept) <= set(product.result):  # else it is added to the kernel at once
                 numbers_of_one = prod(lengths[letter] for letter in kept if letter not in "nm")
                 made[of_sets[-1]] += numbers_of_one * _itemsize(product)
@@ -158,7 +167,7 @@ def _counts_of_part(
     rows_of_x1 = budget.columns if divided else n * size.rows
     return (
         total,
-        len(seen) * _CALL * (divisions * (divisions + 1) / 2),
+        waiting + len(seen) * _CALL * (divisions * (divisions + 1) / 2),
         n * sizes["n"] + m * sizes["m"],
         min(n * sizes["n"], rows_of_x1) + min(m * sizes["m"], budget.columns),
         made[frozenset()] + made[frozenset("nm")] * size.rows * (1 if paired else size.pairs),

@@ -171,9 +171,9 @@ class Taken:
         return sum(found.flops for found in self.counts)
 
     @property
-    def calls(self) -> float:
-        """As many operations as take the time of all calls."""
-        return sum(found.calls for found in self.counts)
+    def waiting(self) -> float:
+        """As many operations as take the time of all calls, and that by which memory is slower."""
+        return sum(found.waiting for found in self.counts)
 
 
 class Recorder(Accumulator):

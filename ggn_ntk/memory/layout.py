@@ -20,7 +20,7 @@ from ggn_ntk.memory.chunks import Chunk, split_outputs
 from ggn_ntk.problem.output_axes import KernelAxes
 
 # The shares of the memory for what is held, and for a block that is evaluated; the rest is for contraction.
-_HELD, _EVALUATED = 0.6, 0.2
+_HELD, _EVALUATED = 0.6, 0.12
 
 # Into how many chunks outputs may be split: each is a pass of its own.
 _CHUNKS = 2**10

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import cache
+from itertools import accumulate
 from time import perf_counter
 from typing import NamedTuple
 
@@ -63,7 +64,7 @@ def estimated(request: Request, recorded: Recorded, sizes: tuple[int, int]) -> E
     seconds = recorded.seconds + sum(work.seconds for both in works for work in both)
     rate = _EFFICIENCY * _rate(first.device, first.dtype)
     peak = _peak(request, recorded, sizes, footprints, layout)
-    seconds += (contraction + recorded.taken.calls) / rate
+    seconds += (contraction + recorded.taken.waiting) / rate
     return Estimate(forward, backward, contraction, peak, seconds, layout)
 
 
@@ -149,7 +150,11 @@ def _peak(
             held, layers = evaluated + budget.passing, _in_chains(counted, budget.waiting)
         elif plans.capture == "sequential":
             held = evaluated
-            layers = [(found.alone or found.given) + max(found.pairs, found.passed) for found in counted]
+            freed = [0, *accumulate(found.inputs for found in counted)]  # with the layers behind
+            layers = [
+                (found.alone or found.given) + max(found.pairs, found.passed) - behind
+                for found, behind in zip(counted, freed, strict=False)
+            ]
         else:
             held = evaluated + passing
             layers = [found.given + found.rows + found.pairs for found in counted]

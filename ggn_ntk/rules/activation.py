@@ -47,7 +47,14 @@ def elementwise_transposed(module: Any, x: Tensor, s: Tensor) -> Tensor:
 def relu_transposed(module: nn.ReLU, x: Tensor, s: Tensor) -> Tensor:
     """Keep entries where the input is positive, as :func:`elementwise_transposed` does in more passes."""
     # x [N, ...], s [C, N, ...] -> [C, N, ...]
-    return multiply_entries(s, (x > 0).to(s.dtype))
+    # By the function that autograd calls: one pass, where a mask takes three.
+    operation, of_samples = torch.ops.aten.threshold_backward, s.transpose(0, 1)
+    x = x.unsqueeze(1).expand_as(of_samples)
+    if s.stride(1) == 0:  # all samples share it
+        passed: Tensor = operation(of_samples, x, 0)
+        return passed.transpose(0, 1)
+    operation.grad_input(of_samples, x, 0, grad_input=of_samples)
+    return s
 
 
 def active_rrelu(module: nn.RReLU, x: Tensor, y: Tensor, g_inp: Tensor, g_out: Tensor) -> tuple[Tensor, Tensor]:

@@ -173,8 +173,8 @@ def test_what_is_kept_has_to_fit(tmp_path):
     assert again.plan.block is None
     assert "samples of x1 are kept while x2 streams by" in str(kept.plan)
     assert "each tile evaluates its samples" in str(again.plan)
-    # in smaller blocks of x2, what x1 makes is made again
-    assert again.plan.cost.contraction > kept.plan.cost.contraction > 0
+    # Jacobians are formed once in little memory, too; how a set meets itself may differ
+    assert again.plan.cost.contraction == pytest.approx(kept.plan.cost.contraction, rel=0.1)
     assert again.plan.cost.evaluation > kept.plan.cost.evaluation
     assert KernelStore(tmp_path / "kept").plan == kept.plan
     torch.testing.assert_close(kept.to_torch(), again.to_torch())
