@@ -74,7 +74,7 @@ class Operand(NamedTuple):
         return self._replace(letters=letters, tensor=tensor, key=key)
 
     def narrow(self, letter: str, block: slice) -> "Operand":
-        """Restrict it to a block of samples, or of another axis, if it has its letter."""
+        """Restrict it to a block along an axis, if it has its letter."""
         axis = self.letters.find(letter)
         if axis < 0:
             return self

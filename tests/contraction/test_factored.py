@@ -69,6 +69,9 @@ def check(*strategies):
 @check(jacobians())
 def test_formed(jacobian):
     assert_close(jacobian.formed(), dense(jacobian))
+    with pytest.MonkeyPatch.context() as patch:  # a few samples at a time
+        limit_memory(patch, rows=1)
+        assert_close(jacobian.formed(), dense(jacobian))
 
 
 @check(jacobians())

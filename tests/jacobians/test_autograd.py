@@ -22,6 +22,7 @@ from ggn_ntk.models.comparison import differing
 from ggn_ntk.problem.output_axes import AxesRequest
 from ggn_ntk.problem.request import Request
 from ggn_ntk.reference import jacobian_contraction
+from ggn_ntk.rules.flow import Flow
 from ggn_ntk.rules.registry import _RULES
 
 
@@ -126,6 +127,35 @@ def test_way_back_in_stages(case, compute, stage_by_stage):
 def test_way_back_in_stages_through_any_model(case):
     model, x1, x2 = case.build(torch.float32)
     assert_close(empirical_ntk(model, x1, x2, method="structured", output=case.output), oracle_sum(case))
+
+
+@pytest.mark.parametrize("time_first", [True, False])
+def test_samples_of_a_set_are_one_run_of_s(time_first, monkeypatch):
+    """Where samples and time share an axis: x1's part of ``s`` is taken out of it without a copy."""
+
+    class Positions(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w, self.v = nn.Parameter(torch.randn(5, 4)), nn.Parameter(torch.randn(3, 5))
+
+        def forward(self, x):
+            x = x.transpose(0, 1) if time_first else x
+            hidden = torch.tanh(x.reshape(-1, 4) @ self.w.T).reshape(*x.shape[:2], 5)
+            return (hidden @ self.v.T).mean(0 if time_first else 1)
+
+    found, entering = [], Flow.entering
+
+    def entered(operation, s, samples):
+        found.append((s, samples))
+        return entering(operation, s, samples)
+
+    monkeypatch.setattr(Flow, "entering", entered)
+    limit_memory(monkeypatch, one_by_one=0)
+    model, x1, x2 = Positions().double(), torch.randn(7, 6, 4).double(), torch.randn(8, 6, 4).double()
+    assert_close(empirical_ntk(model, x1, x2), jacobian_contraction(model, x1, x2))
+    whole = [s for s, samples in found if samples.outer * samples.inner == 6 and 15 in s.shape]
+    assert whole
+    assert all(s.shape[2] == 15 and s.stride(2) == s.numel() // 15 for s in whole)
 
 
 @pytest.mark.parametrize("kind", ["torch.compile", "compile()", "inner"])

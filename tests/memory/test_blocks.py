@@ -1,6 +1,8 @@
 """Samples in blocks: the same kernels, whatever fits, of every model; and every sample is still verified."""
 
+import gc
 import warnings
+import weakref
 from math import inf
 
 import pytest
@@ -12,7 +14,16 @@ from hypothesis import strategies as st
 from models import MODELS
 from torch import nn
 
-from ggn_ntk import KernelMemoryError, UnsupportedModelError, empirical_ntk, empirical_ntk_fn, explain, tiled_ntk
+from ggn_ntk import (
+    Factored,
+    KernelMemoryError,
+    UnsupportedModelError,
+    empirical_ntk,
+    empirical_ntk_fn,
+    explain,
+    tiled_ntk,
+)
+from ggn_ntk.contraction.gathered import Gathered
 from ggn_ntk.jacobians import plan
 from ggn_ntk.memory.layout import Footprint, Layout, choose
 from ggn_ntk.methods import blocks
@@ -238,3 +249,18 @@ def test_three_of_two_hundred_samples_that_see_others_are_found(in_blocks):
     x[[17, 80, 151], 0] = 6
     with pytest.raises(UnsupportedModelError, match=r"samples influence one another .*x1\[\d+\]"):
         empirical_ntk(Mixed().double(), x, compute="trace")
+
+
+@pytest.mark.parametrize("positions", [1, 6])
+def test_what_is_gathered_keeps_nothing_of_its_blocks(positions):
+    gathered, freed = Gathered(4), []
+    for block in (slice(0, 2), slice(2, 4)):
+        s, x = torch.randn(3, 2, positions, 2), torch.randn(2, positions, 4)
+        for tensor in (s, x):
+            weakref.finalize(tensor.untyped_storage(), freed.append, block)
+        weight, bias = Factored("cnpo,npi->cnoi", (s, x)), Factored("cnpo->cno", (s,))
+        gathered.put(block, [{"weight": [weight], "bias": [bias]}])
+        del s, x, tensor, weight, bias
+        gc.collect()
+        assert freed.count(block) == 2
+    assert gathered.steps()[0]["weight"][0].sizes["n"] == 4
