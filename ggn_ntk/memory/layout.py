@@ -19,8 +19,8 @@ from ggn_ntk.memory.blocks import split
 from ggn_ntk.memory.chunks import Chunk, split_outputs
 from ggn_ntk.problem.output_axes import KernelAxes
 
-# The shares of the memory for what is held, and for a block that is evaluated; the rest is for contraction, and for what a
-# process takes beside tensors.
+# The shares of the memory for what is held, and for a block that is evaluated. The rest is for contraction, and for
+# what a process takes beside tensors.
 _HELD, _EVALUATED = 0.6, 0.12
 
 # Into how many chunks outputs may be split: each is a pass of its own.
