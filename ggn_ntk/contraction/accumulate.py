@@ -270,36 +270,43 @@ def _groups(
     # A weight and its bias share the Gram matrix of ``s``, and x1 and x2, where they are the same samples, Jacobians.
     # But in blocks of samples, Jacobians that do not fit would be formed anew for each block that they meet. Of a part
     # of the parameter, that of all samples is formed once, and all samples meet in one product.
-    together = list[NamedEinsum]()
+    together, largest = list[NamedEinsum](), dict[str, int]()
     for name, product in products:
-        letter, parts = _division(product, sizes, budget)
+        of_one = _largest(product, sizes)
+        letter, parts = _division(product, of_one, sizes, budget)
         if letter:
-            yield _group([(name, product)], letter, parts, sizes, budget, symmetric=symmetric)
+            of_part = _largest(product.part(letter, parts[-1]), sizes)  # none is longer
+            yield _group([(name, product)], letter, parts, of_part, sizes, budget, symmetric=symmetric)
         else:
             together.append((name, product))
+            largest = {samples: max(size, largest.get(samples, 1)) for samples, size in of_one.items()}
     if together:
-        yield _group(together, "", [slice(0, 0)], sizes, budget, symmetric=symmetric)
+        yield _group(together, "", [slice(0, 0)], largest, sizes, budget, symmetric=symmetric)
 
 
 def _group(
     products: Sequence[NamedEinsum],
     letter: str,
     parts: Sequence[slice],
+    largest: Mapping[str, int],
     sizes: Mapping[str, int],
     budget: MemoryBudget,
     *,
     symmetric: bool,
 ) -> _Group:
     """Choose blocks of samples for products that are taken together."""
-    taken = _part(products, letter, parts[-1])  # none is longer
-    size = _block_size(_largest(taken, sizes), sizes, budget, paired=taken[0][1].paired)
-    divided = min(ceil(sizes["n"] / _divisions(taken)), size.rows, size.columns) if symmetric else 0
+    size = _block_size(largest, sizes, budget, paired=products[0][1].paired)
+    divided = 0
+    if symmetric:
+        divisions = _divisions(_part(products, letter, parts[-1]))
+        divided = min(ceil(sizes["n"] / divisions), size.rows, size.columns)
     return _Group(products, size, divided, letter, parts)
 
 
-def _division(product: KernelEinsum, sizes: Mapping[str, int], budget: MemoryBudget) -> tuple[str, list[slice]]:
+def _division(
+    product: KernelEinsum, largest: Mapping[str, int], sizes: Mapping[str, int], budget: MemoryBudget
+) -> tuple[str, list[slice]]:
     """Choose the letter of a product of which a part is taken at a time, if not everything, and these parts."""
-    largest = _largest([("", product)], sizes)
     needed = max(sizes["n"] * largest["n"] / budget.rows, sizes["m"] * largest["m"] / budget.columns)
     if needed <= 1 or product.paired:
         return "", []
@@ -315,14 +322,13 @@ def _division(product: KernelEinsum, sizes: Mapping[str, int], budget: MemoryBud
     return letter, split(lengths[letter], max(1, int(lengths[letter] / needed)))
 
 
-def _largest(products: Sequence[NamedEinsum], sizes: Mapping[str, int]) -> dict[str, int]:
+def _largest(product: KernelEinsum, sizes: Mapping[str, int]) -> dict[str, int]:
     """Find the largest intermediate results: bytes for a sample, or a pair, by the samples that they depend on."""
     # Of paired samples, everything depends on both.
-    largest = {"n": 1, "m": 1, "nm": 1}
-    for _, product in products:
-        for letters, size in _intermediates(product, sizes):
-            samples = "nm" if product.paired else "".join(letter for letter in "nm" if letter in letters)
-            largest[samples] = max(largest.get(samples, 1), size * _itemsize(product))
+    largest = {"n": 1, "m": 1, "nm": 1, "": 1}
+    for letters, size in _intermediates(product, sizes):
+        samples = "nm" if product.paired else "".join(letter for letter in "nm" if letter in letters)
+        largest[samples] = max(largest[samples], size * _itemsize(product))
     return largest
 
 

@@ -202,7 +202,7 @@ def compute_kernels(request: Request, method: Method, check: bool) -> tuple[Kern
             _compare_with_oracle(request, result, taken, computed.axes)
         return result, computed
 
-    return carry_out(replace(request, thorough=True) if check else request, kernels)
+    return carry_out(replace(request, thorough=check), kernels)
 
 
 def _take_route(request: Request, method: Method) -> tuple[Method, Computed]:

@@ -93,9 +93,7 @@ class State:
             self._entries.append(entry)
             self._generators += [entry] if isinstance(entry, Generator) else []
             for held in entry.held() if follow or issubclass(kind, Module) else ():
-                if type(held) in Container.BUILT_IN and not held and id(held) not in self._seen:  # most of them
-                    self._empty.append(held)
-                elif follow or issubclass(type(held), Container.KINDS):  # containers on modules are always looked into
+                if follow or issubclass(type(held), Container.KINDS):  # containers on modules are always looked into
                     self._add(held, depth + 1)
         if issubclass(kind, tuple) and follow:
             for held in tuple.__getitem__(value, slice(ENTRIES)):

@@ -121,7 +121,7 @@ class Inputs:
 
     def _with(self, tensors: dict[str, Tensor]) -> "Inputs":
         """Put other tensors in the places of those of samples."""
-        return Inputs(tensors, self.constants, self.kinds, self.structure, self.whole)
+        return replace(self, tensors=tensors)
 
     def __getitem__(self, index: slice | list[int] | Tensor) -> "Inputs":
         """Select samples."""
