@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ggn_ntk.process.torch_internals import storage_id, version_of
+from ggn_ntk.process.turns import GENERATOR_STATE
 
 #: Up to how many entries to look into a container: a model may hold the data set that it is trained on.
 ENTRIES = 1000
@@ -256,8 +257,22 @@ class Generator(Entry):
 
 def global_generators() -> list[Generator]:
     """Take down the state of the process's generators: Python's, NumPy's and torch's."""
-    of_torch = (Generator(generator.get_state, generator.set_state) for generator in generators_of_torch())
+    of_torch = map(_generator_of_torch, generators_of_torch())
     return [Generator(random.getstate, random.setstate), generator_of_numpy(), *of_torch]
+
+
+def _generator_of_torch(generator: torch.Generator) -> Generator:
+    """Take down the state of a generator of torch."""
+
+    def read() -> Tensor:
+        with GENERATOR_STATE:
+            return generator.get_state()
+
+    def write(state: Tensor) -> None:
+        with GENERATOR_STATE:
+            generator.set_state(state)
+
+    return Generator(read, write)
 
 
 def generator_of_numpy() -> Generator:
@@ -284,7 +299,7 @@ def entries_of(value: Any) -> Iterator[Entry]:
         if kind is not np.ndarray:  # a subclass may have attributes, say a mask
             yield Attributes(value)
     elif issubclass(kind, torch.Generator):
-        yield Generator(value.get_state, value.set_state)
+        yield _generator_of_torch(value)
     elif issubclass(kind, np.random.Generator | np.random.BitGenerator):
         bits = value.bit_generator if issubclass(kind, np.random.Generator) else value
         yield Generator(lambda: bits.state, lambda state: setattr(bits, "state", state))

@@ -18,6 +18,7 @@ from ggn_ntk.models.comparison import TOLERANCES
 from ggn_ntk.models.entries import generator_of_numpy, generators_of_torch, global_generators, storage_of
 from ggn_ntk.problem.errors import Problem, UnsupportedModelError, listed
 from ggn_ntk.process.torch_internals import OperationMode, schema_of, tree_leaves
+from ggn_ntk.process.turns import GENERATOR_STATE
 
 _T = TypeVar("_T")
 
@@ -108,7 +109,7 @@ class OwnGenerator(OperationMode):
         takes_one = _with_generator(func)
         if takes_one is not None:
             return takes_one(*args, **kwargs | {"generator": torch.Generator(device)})
-        with torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
+        with GENERATOR_STATE, torch.random.fork_rng([device] if torch.device(device).type == "cuda" else []):
             return func(*args, **kwargs)
 
 

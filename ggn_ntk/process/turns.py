@@ -1,4 +1,4 @@
-"""Who goes first where threads share what only one of them can have: a model, or forward mode."""
+"""Who goes first where threads share what only one can have: a model, forward mode, or the state of a generator."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator
@@ -14,6 +14,11 @@ _WAITING: dict[int, set[int]] = {}
 _RELEASED = threading.Condition()
 # Stands for forward mode among ids
 _FORWARD_MODE = {-1}
+
+#: To be held where the state of torch's generators is read or set. Torch has a lock for each generator, and keeps it
+#: while it makes a tensor of the state. Python may collect garbage at that moment, and let another thread go on: if
+#: that one reads the same generator, it waits for torch's lock with Python's in its hands, and neither ever goes on.
+GENERATOR_STATE = threading.RLock()
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """Any number of calls at once, beside anything else that the process does."""
 
 import random
+import subprocess
 import sys
 import threading
 import time
@@ -253,6 +254,36 @@ def test_many_calls_at_once_some_of_which_raise():
         if number % 3 or not isinstance(kernel, ArithmeticError):  # which torch.func's share of a call survives
             assert_close(kernel, expected[chosen[number]])
     assert sum(isinstance(kernel, ArithmeticError) for kernel in found) > CALLS / 6
+
+
+READ_WHILE_GARBAGE_IS_COLLECTED = """
+import gc, threading, time
+import torch
+from ggn_ntk.models.entries import entries_of
+
+def read():
+    (taken,) = entries_of(torch.default_generator)
+    kept = []
+    for _ in range(300):  # little else is made, so that many collections begin as a state is read
+        kept.append(taken._read())
+
+gc.collect()
+gc.freeze()  # what is there is left alone, so that collections are short and many
+gc.callbacks.append(lambda phase, info: time.sleep(1e-3))  # lets another thread go on
+for threshold in range(2, 20):  # of some, none begins there
+    gc.set_threshold(threshold, 10, 10)
+    threads = [threading.Thread(target=read, daemon=True) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+        assert not thread.is_alive()
+"""
+
+
+def test_generators_are_read_while_garbage_is_collected():
+    """Torch would have one thread wait for a generator with Python's lock in its hands, and no thread could go on."""
+    subprocess.run([sys.executable, "-c", READ_WHILE_GARBAGE_IS_COLLECTED], check=True, timeout=120)
 
 
 def mlp():
