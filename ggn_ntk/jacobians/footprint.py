@@ -14,8 +14,9 @@ from ggn_ntk.models.sizes import kept_by
 from ggn_ntk.problem.inputs import Inputs
 from ggn_ntk.process.torch_internals import OperationMode, storage_id
 
-# How often a few samples are timed; how many at most, and how many bytes these may take.
-_REPEATS, _TIMED, _MOST = 2, 64, 2**25
+# How often a few samples are timed, unless it takes longer than so many seconds; how many at most, and how many bytes
+# these may take.
+_REPEATS, _LONG, _TIMED, _MOST = 2, 0.1, 64, 2**24
 
 _NOTHING = nullcontext[Any]()
 
@@ -30,7 +31,8 @@ def measured(plan: Plan, inputs: Inputs) -> Footprint:
     steps = side.steps(outputs, lambda *_: None, again=False)
     gathered.put(slice(0, n), (step.jacobians() for step in steps))
     held, by_output = (gathered.nbytes(of_outputs=of_outputs) for of_outputs in (False, True))
-    return Footprint(evaluated / n, passing / n, held / n, by_output / n / len(outputs))
+    formed = sum(p.nbytes for p in plan.request.params.values())
+    return Footprint(evaluated / n, passing / n, held / n, by_output / n / len(outputs), formed)
 
 
 class Work(NamedTuple):
@@ -77,8 +79,10 @@ def _counted(plan: Plan, inputs: Inputs) -> tuple[float, float]:
 
 
 def _fastest(plan: Plan, inputs: Inputs, outputs: int) -> tuple[float, float]:
-    """Time both passes, several times: an evaluation, and passing an output back."""
-    times = [_passes(plan, inputs, outputs) for _ in range(_REPEATS)]
+    """Time both passes, several times if they are short: an evaluation, and passing an output back."""
+    times = [_passes(plan, inputs, outputs)]
+    while len(times) < _REPEATS and sum(times[0][:2]) < _LONG:
+        times.append(_passes(plan, inputs, outputs))
     return min(forward for forward, _, _ in times), min(backward / passed for _, backward, passed in times)
 
 

@@ -3,14 +3,15 @@
 What a model keeps of an evaluation, to pass back through it, is large; the factors of its Jacobians are not. So samples
 are evaluated and passed back a block at a time. Of one set, as many as fit have their Jacobians *held* (a *strip*), and
 meet those of all others as these *stream* by. If the whole set is one strip, nothing is computed twice. If it is not,
-the others stream by once for each strip; or fewer outputs pass back at a time, and samples are evaluated once more for
-the next ones. What evaluates least is taken. Where memory is left, what is held is contracted as far as the order of
-contraction does that with each of the others anew: Jacobians of a strip are formed once.
+the others stream by once for each strip, and Jacobians of the strip are formed anew for each block that it meets; or
+fewer outputs pass back at a time, and samples are evaluated once more for the next ones. What takes the fewest passes
+is chosen, where to form a Jacobian counts as one. Where memory is left, what is held is contracted as far as the order
+of contraction does that with each of the others anew: Jacobians of a strip are formed once.
 """
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from math import inf
+from math import ceil, inf
 from typing import NamedTuple
 
 import torch
@@ -23,8 +24,9 @@ from ggn_ntk.problem.output_axes import KernelAxes
 # what a process takes beside tensors.
 _HELD, _EVALUATED = 0.6, 0.12
 
-# Into how many chunks outputs may be split: each is a pass of its own.
+# Into how many chunks outputs may be split: each is a pass of its own. And how many are tried: 1, 2, 3, 4, 6, 8, 12...
 _CHUNKS = 2**10
+_PASSES = sorted({1, *(factor * 2**power for factor in (2, 3) for power in range(20))})
 
 
 class Footprint(NamedTuple):
@@ -34,6 +36,7 @@ class Footprint(NamedTuple):
     passing: float  # for ``s`` of one output, where it is largest
     held: float  # for the factors of its Jacobians that all outputs share
     held_by_output: float  # for those that each output has
+    formed: float  # for its Jacobian of one output, once it is formed
 
     def working(self, outputs: int) -> float:
         """Count what it takes to evaluate it, and to pass some outputs back."""
@@ -42,6 +45,14 @@ class Footprint(NamedTuple):
     def kept(self, outputs: int) -> float:
         """Count what its Jacobians of some outputs take."""
         return self.held + outputs * self.held_by_output
+
+
+class Passes(NamedTuple):
+    """What all evaluations take, in passes of one sample."""
+
+    forward: int
+    backward: int  # of one output each
+    formed: float  # Jacobians of an output that are formed to meet others, at most
 
 
 @dataclass(frozen=True)
@@ -80,34 +91,46 @@ class Layout:
         blocks = self.blocks(1 - self.stays)
         return [b for b in blocks if b.start >= strip[-1].stop] if self.symmetric else blocks
 
-    def evaluations(self, axes: KernelAxes) -> float:
-        """Count how many forward passes of a sample all evaluations take, a backward pass of an output as one."""
-        chunks = self.chunks(axes)
+    def passes(self, axes: KernelAxes, formed: float) -> Passes:
+        """Count the passes, given the bytes of a Jacobian of one output that is formed."""
+        chunks, n = self.chunks(axes), self.sizes[self.stays]
         ours = [chunk.outputs[self.stays] for chunk in chunks]
-        new = [i for i, outputs in enumerate(ours) if not i or not torch.equal(outputs, ours[i - 1])]
-        held = sum(1 + len(ours[i]) for i in new)
-        streaming = sum(1 + len(chunk.outputs[1 - self.stays]) for chunk in chunks)
-        n = sum(self.sizes[1 - self.stays] - (strip[-1].stop if self.symmetric else 0) for strip in self.strips)
-        return self.sizes[self.stays] * held + n * streaming
+        held = [len(outputs) for i, outputs in enumerate(ours) if not i or not torch.equal(outputs, ours[i - 1])]
+        others = [len(chunk.outputs[1 - self.stays]) for chunk in chunks]
+        blocks, streaming, anew, done = len(self.blocks(1 - self.stays)), 0, 0, 0
+        for strip in self.strips:
+            done += len(strip)
+            start, stop = strip[0].start, strip[-1].stop
+            streaming += self.sizes[1 - self.stays] - (stop if self.symmetric else 0)
+            # Its Jacobians are formed for each block that it meets, and of one set for the strip itself at first.
+            anew += (stop - start) * (blocks - done if self.symmetric else blocks - 1)
+        kept = min(1.0, self.early / max(1.0, n * max(held) * formed))
+        return Passes(
+            forward=n * len(held) + streaming * len(chunks),
+            backward=n * sum(held) + streaming * sum(others),
+            formed=(n + (1 - kept) * anew) * sum(map(len, ours)) + streaming * sum(others),
+        )
 
 
 def choose(
     sizes: tuple[int, int], symmetric: bool, axes: KernelAxes, footprints: Sequence[Footprint], memory: float
 ) -> Layout:
-    """Choose the layout that evaluates least within so many bytes beside the kernel."""
+    """Choose the layout that takes the fewest passes within so many bytes beside the kernel."""
     # footprints of x1, and of x2 if it is another set
-    free, possible, outputs = max(axes.shape[1:]), list[Layout](), most_outputs(axes)
-    while outputs and (-(-2 * free // outputs)) ** 2 <= max(_CHUNKS, 4):  # pairs of parts of the free outputs
+    free, most, possible = max(axes.shape[1:]), most_outputs(axes), dict[Layout, float]()
+    for outputs in dict.fromkeys(ceil(most / passes) for passes in _PASSES):
+        if ceil(2 * free / outputs) ** 2 > max(_CHUNKS, 4):  # pairs of parts of the free outputs
+            break
         for stays in (0,) if symmetric else (0, 1):
-            kept = footprints[min(stays, len(footprints) - 1)].kept(outputs)
+            footprint = footprints[min(stays, len(footprints) - 1)]
+            kept = footprint.kept(outputs)
             strip = int(_HELD * memory / max(1, kept))
             block = int(_EVALUATED * memory / max(1, *(f.working(outputs) for f in footprints)))
             early = max(0.0, _HELD * memory - sizes[stays] * kept)
             smallest = Layout(sizes, symmetric, stays, max(2, strip), max(2, block), outputs, early)
             if strip >= 2 and block >= 2:
-                possible.append(smallest)
-        outputs //= 2
-    return min(possible, key=lambda layout: layout.evaluations(axes)) if possible else smallest
+                possible[smallest] = sum(smallest.passes(axes, footprint.formed))
+    return min(possible, key=possible.__getitem__) if possible else smallest
 
 
 def most_outputs(axes: KernelAxes) -> int:

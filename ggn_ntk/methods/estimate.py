@@ -54,8 +54,11 @@ def estimated(request: Request, recorded: Recorded, sizes: tuple[int, int]) -> E
     kept *= 1 if plans.capture == "sequential" else IN_GRAPH
     if not (fits(kept, first.device) and fits(2 * max(axes.shape[1:]) * passing, first.device)):
         layout = layout_for(request, axes, sizes, footprints)
-    all_once = sum(n * (1 + axes[place].out_shape.numel()) for place, n in enumerate(of_sets))
-    again = 1.0 if layout is None else layout.evaluations(axes) / all_once
+    again = (1.0, 1.0)
+    if layout is not None:
+        passes = layout.passes(axes, footprints[0].formed)
+        once = sum(of_sets), sum(n * axes[place].out_shape.numel() for place, n in enumerate(of_sets))
+        again = passes.forward / once[0], passes.backward / once[1]
     if request.n1 is not None and layout is None:  # they are evaluated together
         works = [_evaluations(request, plans, 0, sum(sizes), efforts[0])]
     else:
@@ -105,22 +108,23 @@ def _looked_at(plans: Plans, sizes: tuple[int, int]) -> tuple[list[Footprint], l
 
 
 def _evaluations(
-    request: Request, plans: Plans, place: int, n: int, found: Effort, again: float = 1.0
+    request: Request, plans: Plans, place: int, n: int, found: Effort, again: tuple[float, float] = (1.0, 1.0)
 ) -> tuple[Work, Work]:
     """Estimate what forward and backward passes of N samples of x1 or x2 take, with those that verify them."""
+    # again: how often all samples are evaluated, and all outputs pass back
     outputs = plans.axes[place].out_shape.numel()
     everyone = plans.verifications[min(place, len(plans.plans) - 1)].everyone
     halves = how_often(request, n, outputs) if everyone else 0
-    evaluated, passed = n * (again + everyone + halves), n * (again * outputs + 2 * halves)
+    evaluated, passed = n * (again[0] + everyone + halves), n * (again[1] * outputs + 2 * halves)
     looked, passed_first = _LOOKED if everyone else (2, 4)
     sketches = (2 * halves + 1) * sum(map(operations_of_sketch, request.params.values()))
     forward, backward, (evaluating, passing) = found.forward, found.backward, found.calls
-    calls = again + everyone + 2 * halves
+    calls = again[0] + everyone + 2 * halves
     return (
         Work((evaluated + looked) * forward.flops, evaluated * forward.seconds + calls * evaluating),
         Work(
-            (passed + passed_first) * backward.flops + outputs * again * found.shared + sketches,
-            passed * backward.seconds + (outputs * again + 4 * halves) * passing,
+            (passed + passed_first) * backward.flops + outputs * again[1] * found.shared + sketches,
+            passed * backward.seconds + (outputs * again[1] + 4 * halves) * passing,
         ),
     )
 

@@ -3,6 +3,7 @@
 import gc
 import warnings
 import weakref
+from dataclasses import replace
 from math import inf
 
 import pytest
@@ -207,19 +208,38 @@ def test_several_outputs_and_kernels_by_name_in_blocks(in_blocks):
 
 def test_the_cheapest_layout_within_memory_is_chosen():
     axes = AxesRequest.parse("trace", None, None).resolve(torch.Size([10]), torch.Size([10]))
-    footprint = [Footprint(evaluated=100, passing=10, held=10, held_by_output=10)]
+    footprint = [Footprint(evaluated=100, passing=10, held=10, held_by_output=10, formed=100)]
     everything = choose((50, 50), True, axes, footprint, 10**6)
     assert (everything.outputs, len(everything.strips)) == (10, 1)
     less = choose((50, 50), True, axes, footprint, 4000)
     assert less.strip * footprint[0].kept(less.outputs) <= 4000
-    assert less.evaluations(axes) > everything.evaluations(axes)
+    assert less.passes(axes, 100).forward > everything.passes(axes, 100).forward == 50
+    assert less.passes(axes, 100).backward >= everything.passes(axes, 100).backward == 500
     # Of two sets the small one stays, and the other streams by once.
     assert choose((500, 20), False, axes, footprint, 10**4).stays == 1
 
 
+def test_jacobians_are_formed_once_where_that_takes_fewer_passes():
+    axes = AxesRequest.parse("trace", None, None).resolve(torch.Size([10]), torch.Size([10]))
+    footprint = [Footprint(evaluated=5e6, passing=1e6, held=1.6e6, held_by_output=1.7e6, formed=4.5e7)]
+    # Two strips take fewer evaluations, but the Jacobians of one are formed for each block of the other again.
+    layout = choose((128, 128), True, axes, footprint, 1e9)
+    assert (layout.outputs, len(layout.strips)) == (1, 1)
+    assert layout.passes(axes, 4.5e7) == (10 * 128, 10 * 128, 10 * 128)
+    twice = replace(layout, outputs=2, strip=104, early=0.0)
+    assert len(twice.strips) == 2
+    assert sum(twice.passes(axes, 4.5e7)[:2]) < sum(layout.passes(axes, 4.5e7)[:2])
+    assert sum(twice.passes(axes, 4.5e7)) > sum(layout.passes(axes, 4.5e7))
+    assert choose((128, 128), True, axes, footprint, 2e9).outputs == 4
+    # Where the small set's Jacobians fit once they are formed, blocks of the large one do not have them formed again.
+    kept = Layout((4, 100), False, 0, strip=4, block=10, outputs=10, early=4 * 10 * 7.0)
+    assert kept.passes(axes, 7.0).formed == 10 * (4 + 100)
+    assert replace(kept, early=0.0).passes(axes, 7.0).formed == 10 * (10 * 4 + 100)
+
+
 def test_a_layout_is_found_in_no_memory_and_of_many_outputs():
     axes = AxesRequest.parse("full", None, None).resolve(torch.Size([1000]), torch.Size([1000]))
-    layout = choose((50, 50), True, axes, [Footprint(100, 10, 10, 10)], memory=-1.0)
+    layout = choose((50, 50), True, axes, [Footprint(100, 10, 10, 10, 100)], memory=-1.0)
     assert (layout.strip, layout.block) == (2, 2)
     assert len(layout.chunks(axes)) <= 2**10
 
