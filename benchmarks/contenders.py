@@ -46,25 +46,25 @@ def prepare(contender: str, workload: Workload, device: str) -> tuple[Callable[[
     return lambda x: torch.from_numpy(x).to(device), kernel
 
 
-def _ggn_ntk(model: nn.Module, workload: Workload, clone: bool = False, capture: str = "auto") -> Kernel:
+def _ggn_ntk(model: nn.Module, workload: Workload, clone: bool = False, **chosen: str) -> Kernel:
     """Use this library.
 
     Args:
         model: The network.
         workload: The workload.
         clone: Hide from it that x2 is x1.
-        capture: How it finds the layers' inputs and Jacobians.
+        **chosen: Keywords of ``empirical_ntk``.
 
     Returns:
         The kernel function.
     """
     from ggn_ntk import empirical_ntk
 
-    keywords = _keywords(workload)
+    keywords = _keywords(workload) | chosen
 
     def kernel(x1: Tensor, x2: Tensor) -> Any:
         second = x1.clone() if clone else None if workload.symmetric else x2
-        return empirical_ntk(model, x1, second, capture=capture, **keywords)
+        return empirical_ntk(model, x1, second, **keywords)
 
     return kernel
 
@@ -347,6 +347,7 @@ _CONTENDERS: dict[str, Callable[[nn.Module, Workload], Kernel]] = {
     plan.CLONE: partial(_ggn_ntk, clone=True),
     plan.REDUCED: _reduced,
     plan.AUTOGRAD: partial(_ggn_ntk, capture="autograd"),
+    plan.BOUNDED: partial(_ggn_ntk, memory="2GB"),
     plan.JACOBIANS: _jacobian_contraction,
     plan.GRADIENTS: _gradients,
     plan.PRODUCTS: _ntk_vector_products,

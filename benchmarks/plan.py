@@ -9,6 +9,7 @@ PREPARED_BEFORE = "empirical_ntk_fn before"
 CLONE = "ggn_ntk, x2=x1.clone()"
 REDUCED = "ggn_ntk, full kernel reduced"
 AUTOGRAD = "ggn_ntk, capture='autograd'"
+BOUNDED = "ggn_ntk, memory='2GB'"
 BY_HAND = "by hand, unchecked"
 JACOBIANS = "Jacobian contraction"
 GRADIENTS = "vmap(grad), output by output"
@@ -69,7 +70,7 @@ def swept(sweep: Sweep) -> list[str]:
     """
     workload = next(iter(sweep.workloads.values()))
     if workload.architecture:
-        return [GGN_NTK]
+        return [GGN_NTK, BOUNDED]
     if workload.compute == "trace":
         return [GGN_NTK, PREPARED, JACOBIANS, NEURAL_TANGENTS]
     return [GGN_NTK, PREPARED, JACOBIANS, PRODUCTS, VIVIT, NEURAL_TANGENTS]

@@ -16,6 +16,7 @@ SUMMARY_PLOT = "ratios.png"
 STYLES = {
     plan.GGN_NTK: ("#D55E00", "o"),
     plan.PREPARED: ("#D55E00", "*"),
+    plan.BOUNDED: ("#7A3300", "o"),
     plan.BY_HAND: ("0.6", "h"),
     plan.GRADIENTS: ("#F0E442", "<"),
     plan.JACOBIANS: ("#0072B2", "s"),

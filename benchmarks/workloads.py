@@ -240,8 +240,8 @@ SWEEPS = {
         "N",
         "N, samples of x1, which is x2",
         "ResNet-18 for CIFAR-10, trace over 10 outputs",
-        {n: replace(RESNET_CIFAR, name=f"resnet18_cifar N={n}", n1=n, n2=n) for n in (8, 32, 128, 512)},
-        patience=40.0,
+        {n: replace(RESNET_CIFAR, name=f"resnet18_cifar N={n}", n1=n, n2=n) for n in (8, 32, 128, 256)},
+        patience=60.0,
     ),
 }
 

@@ -15,6 +15,7 @@ of the sizes are one. Letters: ``e`` diagonal outputs; ``c``, ``d`` free outputs
 
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cached_property
 from math import prod
 from typing import Any, NamedTuple
 
@@ -56,7 +57,7 @@ class OutputAxes:
         """x2's axes in the result: those neither traced nor diagonal."""
         return tuple(axis for axis in self.kept if axis not in self.diagonal)
 
-    @property
+    @cached_property
     def roles(self) -> Roles:
         """The number of outputs in each role."""
         return Roles(*(prod(self.out_shape[axis] for axis in axes) for axes in (self.diagonal, self.free, self.traced)))
