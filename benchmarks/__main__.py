@@ -25,7 +25,8 @@ from benchmarks.workloads import QUICK, SWEEPS, TABLES, WORKLOADS, Workload
 _OVERHEAD, _COUNTS, _BY_HAND, _TE_NAS = "overhead", "counts", "by_hand", "te_nas"
 _PREDICTIONS = "predictions"
 _NAMES = [*TABLES, *SWEEPS, _OVERHEAD, _COUNTS, _BY_HAND, _TE_NAS, _PREDICTIONS]
-_SWEEP_ROUNDS = 3
+_LONG = [_PREDICTIONS, "N-resnet18_cifar"]  # parts of a quarter of an hour or more, for which --only asks
+_ROUNDS, _SWEEP_ROUNDS = 5, 3
 _BY_HAND_ROUNDS = 5
 _QUICK_ROUNDS = 2
 
@@ -156,7 +157,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--only", nargs="+", choices=_NAMES, metavar="NAME", help=f"part of the run: {', '.join(map(repr, _NAMES))}"
     )
-    parser.add_argument("--rounds", type=int, help=f"timed rounds (default: 7; at most {_SWEEP_ROUNDS} in sweeps)")
+    parser.add_argument(
+        "--rounds", type=int, help=f"timed rounds (default: {_ROUNDS}; at most {_SWEEP_ROUNDS} in sweeps)"
+    )
     parser.add_argument(
         "--against", metavar="REV", help="this library beside itself at another commit, on workloads, without peers"
     )
@@ -174,8 +177,9 @@ def _parse(arguments: list[str] | None) -> argparse.Namespace:
         parser.error(f"--against compares workloads, not {', '.join(unable)}")
     options.part = bool(options.only or options.against)
     options.parent = ROOT / ("build" if options.quick or options.part else "docs") / "benchmarks"
-    options.rounds = options.rounds or (_QUICK_ROUNDS if options.quick else 7)
-    everything = [workload.name for workload in QUICK] + [_OVERHEAD] if options.quick else _NAMES
+    options.rounds = options.rounds or (_QUICK_ROUNDS if options.quick else _ROUNDS)
+    whole = [name for name in _NAMES if name not in _LONG]
+    everything = [workload.name for workload in QUICK] + [_OVERHEAD] if options.quick else whole
     options.only = options.only or (list(TABLES) if options.against else everything)
     return options
 
