@@ -113,15 +113,21 @@ class Layout:
 
 
 def choose(
-    sizes: tuple[int, int], symmetric: bool, axes: KernelAxes, footprints: Sequence[Footprint], memory: float
+    sizes: tuple[int, int],
+    symmetric: bool,
+    axes: KernelAxes,
+    footprints: Sequence[Footprint],
+    memory: float,
+    *,
+    x1_stays: bool = False,
 ) -> Layout:
     """Choose the layout that takes the fewest passes within so many bytes beside the kernel."""
-    # footprints of x1, and of x2 if it is another set
+    # footprints of x1, and of x2 if it is another set; x1_stays: with Jacobians of all outputs
     free, most, possible = max(axes.shape[1:]), most_outputs(axes), dict[Layout, float]()
-    for outputs in dict.fromkeys(ceil(most / passes) for passes in _PASSES):
+    for outputs in dict.fromkeys(ceil(most / passes) for passes in (_PASSES[:1] if x1_stays else _PASSES)):
         if ceil(2 * free / outputs) ** 2 > max(_CHUNKS, 4):  # pairs of parts of the free outputs
             break
-        for stays in (0,) if symmetric else (0, 1):
+        for stays in (0,) if symmetric or x1_stays else (0, 1):
             footprint = footprints[min(stays, len(footprints) - 1)]
             kept = footprint.kept(outputs)
             strip = int(_HELD * memory / max(1, kept))

@@ -88,7 +88,7 @@ class Strip:
         first, *others = request.apart
         if self._ours is None:
             self._ours = self._set(first, 0, self._verified)
-            self._early = _layout(request, self._known, self._footprints).early
+            self._early = _layout(request, self._known, self._footprints, x1_stays=True).early
         sets = [self._ours, *(self._set(x2, 1, verified) for x2 in others)]
         sizes, outputs = (len(request.x1), len(request.second)), most_outputs(self._plans.axes)
         layout = Layout(sizes, request.symmetric, 0, sizes[0], self._block, outputs, self._early)
@@ -112,9 +112,12 @@ def warn_of_wrong_rules(fallback: dict[str, str]) -> None:
             warn(what, RouteWarning)
 
 
-def _layout(request: Request, known: Plans, footprints: Sequence[Footprint] | None = None) -> Layout:
+def _layout(
+    request: Request, known: Plans, footprints: Sequence[Footprint] | None = None, *, x1_stays: bool = False
+) -> Layout:
     """Choose how samples are taken, from what a few of them take."""
-    return layout_for(request, known.axes, (len(request.x1), len(request.second)), footprints or footprints_of(known))
+    sizes = len(request.x1), len(request.second)
+    return layout_for(request, known.axes, sizes, footprints or footprints_of(known), x1_stays=x1_stays)
 
 
 @torch.no_grad()
@@ -123,10 +126,17 @@ def footprints_of(known: Plans) -> list[Footprint]:
     return [measured(plan, of_set.x1) for plan, of_set in zip(known.plans, known.request.apart, strict=False)]
 
 
-def layout_for(request: Request, axes: KernelAxes, sizes: tuple[int, int], footprints: Sequence[Footprint]) -> Layout:
-    """Choose how N1 and N2 samples are taken, from what each takes."""
+def layout_for(
+    request: Request,
+    axes: KernelAxes,
+    sizes: tuple[int, int],
+    footprints: Sequence[Footprint],
+    *,
+    x1_stays: bool = False,
+) -> Layout:
+    """Choose how N1 and N2 samples are taken, from what each takes; ``x1_stays``: with Jacobians of all outputs."""
     beside = bytes_of_kernels(request, axes, sizes) + _bytes_of_parameters(request)
-    return choose(sizes, request.symmetric, axes, footprints, room(request.device) - beside)
+    return choose(sizes, request.symmetric, axes, footprints, room(request.device) - beside, x1_stays=x1_stays)
 
 
 def bytes_of_kernels(request: Request, axes: KernelAxes, sizes: tuple[int, int]) -> int:

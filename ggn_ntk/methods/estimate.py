@@ -86,13 +86,12 @@ def estimated_tile(request: Request, recorded: Recorded, contraction: float, siz
     # contraction: its operations, of other samples of x2 than of x1
     plans = recorded.plans
     footprints, efforts = _looked_at(plans, sizes)
-    layout = layout_for(request, plans.axes, sizes, footprints)
-    whole = layout.stays == 0 and layout.strip >= sizes[0] and layout.outputs == most_outputs(plans.axes)
+    layout = layout_for(request, plans.axes, sizes, footprints, x1_stays=True)
     found = [_evaluations(request, plans, place, n, efforts[place]) for place, n in enumerate(sizes[: len(efforts)])]
     works = [Work(sum(work.flops for work in both), sum(work.seconds for work in both)) for both in found]
     first = next(iter(request.params.values()))
     rate = _EFFICIENCY * _rate(first.device, first.dtype)
-    block = layout.block if whole and plans.covered else None
+    block = layout.block if layout.strip >= sizes[0] and plans.covered else None
     contracted, diagonal = (Work(flops, flops / rate) for flops in (contraction, recorded.taken.flops))
     return Tile(block, contracted, diagonal, (works[0], works[-1]))
 

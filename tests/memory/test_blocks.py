@@ -36,7 +36,7 @@ def in_blocks(monkeypatch):
     """Take samples in blocks of two and strips of four at most, and few outputs at a time."""
     seen = []
 
-    def chosen(sizes, symmetric, axes, footprints, memory):
+    def chosen(sizes, symmetric, axes, footprints, memory, x1_stays=False):
         most = max(side.out_shape.numel() for side in axes)
         stays = int(not symmetric and len(seen) % 2)
         early = 0.0 if len(seen) % 4 < 2 else inf
@@ -103,7 +103,7 @@ def test_any_layout_gives_the_same_kernel(
     expected = empirical_ntk(model, x1, x2, **keywords)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(plan, "fits", lambda size, device: False)
-        patch.setattr(blocks, "choose", lambda *_: layout)
+        patch.setattr(blocks, "choose", lambda *_, **__: layout)
         assert_close(empirical_ntk(model, x1, x2, **keywords), expected)
 
 
@@ -111,7 +111,7 @@ def test_memory_decides_on_blocks(monkeypatch):
     model, x = convolutions(), torch.randn(40, 1, 5, 4).double()
     whole = empirical_ntk(model, x, compute="trace", capture="autograd")
     seen = []
-    monkeypatch.setattr(blocks, "choose", lambda *args: seen.append(choose(*args)) or seen[-1])
+    monkeypatch.setattr(blocks, "choose", lambda *args, **kw: seen.append(choose(*args, **kw)) or seen[-1])
     for memory in (10**9, "40 kB", "30 kB"):
         assert_close(empirical_ntk(model, x, compute="trace", capture="autograd", memory=memory), whole)
     assert [layout.block < 40 for layout in seen] == [True, True]
@@ -235,6 +235,15 @@ def test_jacobians_are_formed_once_where_that_takes_fewer_passes():
     kept = Layout((4, 100), False, 0, strip=4, block=10, outputs=10, early=4 * 10 * 7.0)
     assert kept.passes(axes, 7.0).formed == 10 * (4 + 100)
     assert replace(kept, early=0.0).passes(axes, 7.0).formed == 10 * (10 * 4 + 100)
+
+
+def test_a_strip_that_meets_several_sets_holds_all_outputs():
+    axes = AxesRequest.parse("trace", None, None).resolve(torch.Size([10]), torch.Size([10]))
+    footprint = [Footprint(evaluated=1000, passing=100, held=100, held_by_output=100, formed=10**5)]
+    free, strip = (choose((50, 40), False, axes, footprint, 10**5, x1_stays=held) for held in (False, True))
+    assert free.outputs < 10
+    assert (strip.stays, strip.outputs) == (0, 10)
+    assert strip.strip >= 50
 
 
 def test_a_layout_is_found_in_no_memory_and_of_many_outputs():

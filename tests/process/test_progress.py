@@ -26,7 +26,7 @@ def test_a_callable_sees_what_is_done():
 def test_blocks_are_counted(monkeypatch):
     model, x = network()
     monkeypatch.setattr(plan, "fits", lambda size, device: False)
-    monkeypatch.setattr(blocks, "choose", lambda *_: Layout((7, 7), True, 0, 4, 2, 2))
+    monkeypatch.setattr(blocks, "choose", lambda *_, **__: Layout((7, 7), True, 0, 4, 2, 2))
     seen = []
     empirical_ntk(model, x, progress=lambda done, total: seen.append((done, total)))
     assert seen == [(0, 6), (2, 6), (3, 6), (4, 6), (6, 6)]  # strips of two blocks; the first meets two others
